@@ -1,0 +1,253 @@
+"""Recipes: where a host is pruned and how its predictors are trained; the shipped ones by name."""
+
+import os
+from collections.abc import Iterator, Mapping
+from importlib.resources import files
+from pathlib import Path
+from reprlib import Repr
+from typing import Annotated, Any, Literal, Self, TypeAlias
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
+
+from tokenprune.errors import RecipeError, UnknownRecipeError, did_you_mean
+from tokenprune.recipe_schema import (
+    HostSection,
+    LossSection,
+    PredictorSection,
+    SamplingSection,
+    ScheduleSection,
+    Section,
+    Stage,
+    TrainSection,
+    check_stages,
+)
+from tokenprune.recipe_yaml import dump_yaml, load_yaml
+
+__all__ = ["Recipe", "RecipeSource", "list_recipes", "load_recipe"]
+
+_VERSION = 1
+_RECIPES = "tokenprune.recipes"
+
+# pydantic's words for Python types, in the words of a YAML file
+_MESSAGES = {
+    "dict_type": "should be a mapping of keys",
+    "model_type": "should be a mapping of keys",
+    "string_too_short": "should not be empty",
+    "tuple_type": "should be a list",
+}
+
+_short = Repr()
+_short.maxstring = _short.maxother = 60
+
+
+class Recipe(Section):
+    """A checked, immutable description of one way to prune and train a host.
+
+    Make one with `parse`, `from_text`, `load` or `load_recipe`: these report every fault at once as
+    `RecipeError`. The constructor itself raises pydantic's `ValidationError`.
+
+    Attributes:
+        version: of the format; always 1.
+        name: `<method>-<host>-k<base ratio>` in shipped recipes.
+        description: one line for `tokenprune recipes`.
+        source: the paper or measurement that the recipe comes from.
+        mode: `remove` gathers dropped tokens away; `bypass` keeps the grid, and dropped tokens skip
+            the MLP.
+        stages: pruning points, blocks strictly increasing, ratios never growing.
+        schedule: the short form, one ratio for several blocks; exactly one of the two is given.
+        predictor: see `PredictorSection`.
+        sampling: see `SamplingSection`.
+        loss: see `LossSection`.
+        train: see `TrainSection`.
+        host: see `HostSection`.
+    """
+
+    version: Literal[1] = 1
+    name: str = ""
+    description: str = ""
+    source: str = ""
+    mode: Literal["remove", "bypass"] = "remove"
+    stages: Annotated[tuple[Stage, ...], Field(strict=False)] | None = None
+    schedule: ScheduleSection | None = None
+    predictor: PredictorSection = PredictorSection()
+    sampling: SamplingSection = SamplingSection()
+    loss: LossSection = LossSection()
+    train: TrainSection = TrainSection()
+    host: HostSection | None = None
+
+    @field_validator("stages")
+    @classmethod
+    def _stages_in_order(cls, stages: tuple[Stage, ...] | None) -> tuple[Stage, ...] | None:
+        if stages is not None:
+            check_stages(stages)
+        return stages
+
+    @model_validator(mode="after")
+    def _one_way_to_say_it(self) -> Self:
+        problem = _choose_one(self.stages is not None, self.schedule is not None)
+        if problem:
+            raise ValueError(problem)
+        return self
+
+    @property
+    def resolved_stages(self) -> tuple[Stage, ...]:
+        """The stages, whichever of `stages` and `schedule` the recipe gives."""
+        if self.schedule is not None:
+            return self.schedule.stages
+        return self.stages or ()
+
+    @classmethod
+    def parse(cls, mapping: Mapping[str, Any], where: str = "the recipe") -> Self:
+        """Check a mapping of recipe keys.
+
+        Args:
+            mapping: what a recipe file holds.
+            where: what to call the mapping in an error message.
+
+        Raises:
+            RecipeError: the mapping is not a recipe of this version; lists every fault with its
+                key path.
+        """
+        if not isinstance(mapping, Mapping):
+            raise RecipeError(
+                "A recipe must be a mapping of keys such as `version` and `stages`, "
+                f"found {type(mapping).__name__} in {where}."
+            )
+        version = mapping.get("version")
+        if type(version) is not int or version != _VERSION:
+            found = f"version {version!r}" if "version" in mapping else "no `version` key"
+            raise RecipeError(
+                f"Found {found} in {where}; this release reads `version: {_VERSION}` only. "
+                "Compare the recipe with the shipped ones, then set the version."
+            )
+        try:
+            return cls.model_validate(dict(mapping))
+        except ValidationError as error:
+            problems = list(_problems(error, mapping))
+        count = "is 1 fault" if len(problems) == 1 else f"are {len(problems)} faults"
+        raise RecipeError(f"There {count} in {where}:", problems)
+
+    @classmethod
+    def from_text(cls, text: str, where: str = "the recipe") -> Self:
+        """Read a recipe from YAML text.
+
+        Raises:
+            RecipeError: the text is not YAML (tags and repeated keys included) or not a recipe.
+        """
+        return cls.parse(load_yaml(text, where), where)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read a recipe file.
+
+        Raises:
+            RecipeError: the file cannot be read, or what it holds is not a recipe.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise RecipeError(
+                f"There is no recipe file {os.fspath(path)!r}. A shipped recipe is given by its "
+                "name, without folder and ending; list_recipes() shows the names."
+            ) from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"Cannot read recipe file {os.fspath(path)!r}: {error}") from error
+        return cls.from_text(text, where=f"recipe file {os.fspath(path)!r}")
+
+    def to_yaml(self) -> str:
+        """The whole recipe as YAML text, defaults written out; `from_text` gives it back."""
+        return dump_yaml(self.model_dump(mode="json", exclude_none=True))
+
+
+_SECTIONS: dict[str, type[Section]] = {
+    "stages": Stage,
+    "schedule": ScheduleSection,
+    "predictor": PredictorSection,
+    "sampling": SamplingSection,
+    "loss": LossSection,
+    "train": TrainSection,
+    "host": HostSection,
+}
+
+RecipeSource: TypeAlias = Recipe | str | os.PathLike[str] | Mapping[str, Any]
+
+
+def list_recipes() -> list[str]:
+    """Names of the shipped recipes, sorted."""
+    names = (entry.name for entry in files(_RECIPES).iterdir())
+    return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
+
+
+def load_recipe(source: RecipeSource) -> Recipe:
+    """Turn what `wrap` accepts into a `Recipe`.
+
+    Args:
+        source: a `Recipe`; a mapping of its keys; a path; or a text, which is a path if it ends in
+            `.yaml` or `.yml` or holds a path separator, and otherwise the name of a shipped recipe.
+
+    Raises:
+        RecipeError: the recipe cannot be read; lists every fault.
+        UnknownRecipeError: no shipped recipe has that name; names the nearest.
+    """
+    if isinstance(source, Recipe):
+        return source
+    if isinstance(source, Mapping):
+        return Recipe.parse(source)
+    if isinstance(source, os.PathLike):
+        return Recipe.load(source)
+    if not isinstance(source, str):
+        raise RecipeError(
+            "A recipe is given as a name, a path, a mapping or a Recipe, "
+            f"found {type(source).__name__}."
+        )
+    if _is_path(source):
+        return Recipe.load(source)
+    known = list_recipes()
+    if source not in known:
+        raise UnknownRecipeError(f"No recipe is named {source!r}. {did_you_mean(source, known)}")
+    text = files(_RECIPES).joinpath(f"{source}.yaml").read_text(encoding="utf-8")
+    return Recipe.from_text(text, where=f"recipe {source!r}")
+
+
+def _is_path(text: str) -> bool:
+    separators = {"/", os.sep, os.altsep} - {None}
+    return text.endswith((".yaml", ".yml")) or any(mark in text for mark in separators if mark)
+
+
+def _choose_one(has_stages: bool, has_schedule: bool) -> str | None:
+    if has_stages != has_schedule:
+        return None
+    found = "both" if has_stages else "neither"
+    return f"give exactly one of `stages` and `schedule`, found {found}"
+
+
+def _problems(error: ValidationError, mapping: Mapping[str, Any]) -> Iterator[str]:
+    details = error.errors(include_url=False)
+    for detail in details:
+        path = ".".join(str(part) for part in detail["loc"])
+        yield f"{path}: {_problem(detail)}" if path else _problem(detail)
+    if all(detail["loc"] for detail in details):
+        # pydantic leaves the check of the whole out when a part fails
+        problem = _choose_one(
+            mapping.get("stages") is not None, mapping.get("schedule") is not None
+        )
+        if problem:
+            yield problem
+
+
+def _problem(detail: ErrorDetails) -> str:
+    if detail["type"] == "extra_forbidden":
+        *parents, key = detail["loc"]
+        return f"unknown key. {did_you_mean(str(key), _keys_of(parents))}"
+    if detail["type"] == "missing":
+        return "this key is missing"
+    if detail["type"] == "value_error":
+        return str(detail["ctx"]["error"])
+    message = _MESSAGES.get(detail["type"]) or detail["msg"].replace("Input should", "should")
+    return f"{message}, found {_short.repr(detail['input'])}"
+
+
+def _keys_of(parents: list[int | str]) -> list[str]:
+    section = _SECTIONS[str(parents[0])] if parents else Recipe
+    return list(section.model_fields)

@@ -1,0 +1,226 @@
+"""The sections of a recipe: plain, checked, immutable data.
+
+A value of the wrong type is an error, never converted; so is a key that no section knows. The
+defaults of `predictor`, `sampling`, `loss` and of the optimiser are DynamicViT's; augmentation and
+weight averaging are off unless a recipe asks for them.
+"""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+
+from tokenprune.counting import Rounding
+
+__all__ = [
+    "HostSection",
+    "LossSection",
+    "PredictorSection",
+    "SamplingSection",
+    "ScheduleSection",
+    "Section",
+    "Stage",
+    "TrainSection",
+]
+
+_Ratio = Annotated[float, Field(gt=0, le=1)]
+_Share = Annotated[float, Field(ge=0, le=1)]
+_Block = Annotated[int, Field(ge=0)]
+_Weight = Annotated[float, Field(ge=0)]
+
+
+def _plain(value: Any) -> Any:
+    for item in value if isinstance(value, list) else [value]:
+        finite = not isinstance(item, float) or math.isfinite(item)
+        if not (item is None or isinstance(item, bool | int | float | str)) or not finite:
+            raise ValueError(
+                "should be a finite number, a text, true, false, null or a list of these, "
+                f"found {type(item).__name__}"
+            )
+    return value
+
+
+_Plain = Annotated[Any, AfterValidator(_plain)]
+
+
+class Section(BaseModel):
+    """Base of every part of a recipe."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Stage(Section):
+    """One pruning point.
+
+    Attributes:
+        block: the stage stands before this block, counted from 0 over the whole host.
+        keep_ratio: kept share of the original patch tokens, in (0, 1].
+    """
+
+    block: _Block
+    keep_ratio: _Ratio
+
+
+class ScheduleSection(Section):
+    """Stages that each keep the same share of what the stage before kept: r, r^2, r^3, ...
+
+    Attributes:
+        blocks: where the stages stand, strictly increasing.
+        keep_ratio: r, in (0, 1].
+    """
+
+    blocks: Annotated[tuple[_Block, ...], Field(strict=False)]
+    keep_ratio: _Ratio
+
+    @field_validator("blocks")
+    @classmethod
+    def _in_order(cls, blocks: tuple[int, ...]) -> tuple[int, ...]:
+        check_blocks(blocks)
+        return blocks
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages written out."""
+        return tuple(
+            # twelve digits: 0.7 ** 2 is 0.48999999999999994, and a recipe means 0.49
+            Stage(block=block, keep_ratio=float(f"{self.keep_ratio ** (index + 1):.12g}"))
+            for index, block in enumerate(self.blocks)
+        )
+
+
+class PredictorSection(Section):
+    """The keep / drop predictor (DynamicViT, section 3.2): half local, half global features.
+
+    Attributes:
+        activation: between its linear layers.
+    """
+
+    activation: Literal["gelu", "relu", "silu"] = "gelu"
+
+
+class SamplingSection(Section):
+    """How decisions are drawn in training and tokens are chosen in eval.
+
+    Attributes:
+        temperature: of the Gumbel-softmax.
+        hard: 0/1 decisions with a straight-through gradient; otherwise soft ones.
+        rounding: how `N * keep_ratio` of the original N becomes a count; see `num_keep`.
+        selection: `topk` keeps the same number of tokens of every image.
+    """
+
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    hard: bool = True
+    rounding: Rounding = "floor"
+    selection: Literal["topk"] = "topk"
+
+
+class LossSection(Section):
+    """Weights of the loss parts (DynamicViT, section 3.3), and what the parts are taken over.
+
+    Attributes:
+        classification: weight of the cross entropy.
+        ratio: weight of the mean over stages of (kept share - keep_ratio)^2.
+        distill_logits: weight of KL(student, teacher) of the class logits.
+        distill_tokens: weight of the distance between the final tokens and the teacher's.
+        ratio_per_image: square each image's own kept share, not the batch's mean share.
+        token_distance: `mse`, or `kl` where the final tokens are logits (LV-ViT's dense head).
+        token_set: `kept` compares the tokens that the last stage kept; `all` every token, for
+            hosts whose dropped tokens live on.
+    """
+
+    classification: _Weight = 1.0
+    ratio: _Weight = 2.0
+    distill_logits: _Weight = 0.5
+    distill_tokens: _Weight = 0.5
+    ratio_per_image: bool = True
+    token_distance: Literal["mse", "kl"] = "mse"
+    token_set: Literal["kept", "all"] = "kept"
+
+
+class TrainSection(Section):
+    """What `tokenprune train` needs beside the data.
+
+    Attributes:
+        epochs: passes over the training images.
+        batch_size: images per optimiser step, over all processes and accumulation steps.
+        learning_rate: peak rate of new parameters (predictors); cosine decay after the warm-up.
+        min_learning_rate: the rate at the end of the cosine.
+        backbone_lr_scale: the host's own parameters get `learning_rate` times this.
+        frozen_epochs: first epochs in which the host's own parameters do not move.
+        frozen_parameters: host parameters whose name holds one of these are never trained.
+        weight_decay: of AdamW; biases and one-dimensional parameters get none.
+        warmup_epochs: epochs over which the rate grows linearly from 0.
+        drop_path: stochastic depth of the host.
+        mixup: alpha, 0 = off.
+        cutmix: alpha, 0 = off.
+        label_smoothing: share of the target spread over all classes.
+        random_erasing: probability per image.
+        rand_augment: policy in timm's notation, such as `rand-m9-mstd0.5-inc1`; null = off.
+        color_jitter: strength; 0 = off. timm ignores it where `rand_augment` is on.
+        ema_decay: of the weight average; null = off.
+        clip_grad: largest gradient norm; null = off.
+        mixed_precision: `no`, `bf16` or `fp16`.
+        image_size: side in pixels; null = what the host takes.
+        seed: of weights, data order and noise.
+    """
+
+    epochs: Annotated[int, Field(ge=1)] = 30
+    batch_size: Annotated[int, Field(ge=1)] = 1024
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    min_learning_rate: Annotated[float, Field(ge=0)] = 1e-6
+    backbone_lr_scale: Annotated[float, Field(ge=0)] = 0.01
+    frozen_epochs: Annotated[int, Field(ge=0)] = 5
+    frozen_parameters: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    warmup_epochs: Annotated[int, Field(ge=0)] = 5
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    mixup: Annotated[float, Field(ge=0)] = 0.0
+    cutmix: Annotated[float, Field(ge=0)] = 0.0
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    random_erasing: _Share = 0.0
+    rand_augment: Annotated[str, Field(pattern=r"^rand(-[a-z]+[0-9.]+)+$")] | None = None
+    color_jitter: Annotated[float, Field(ge=0)] = 0.0
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    clip_grad: Annotated[float, Field(gt=0)] | None = None
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    image_size: Annotated[int, Field(ge=1)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+
+
+class HostSection(Section):
+    """The host a recipe is meant for; the command line builds it, `wrap` ignores it.
+
+    Attributes:
+        library: where the model comes from.
+        model: timm's model name, or the transformers checkpoint or model type.
+        kwargs: passed on when the model is built.
+    """
+
+    library: Literal["timm", "transformers"]
+    model: Annotated[str, Field(min_length=1)]
+    kwargs: dict[str, _Plain] = Field(default_factory=dict)
+
+
+def check_blocks(blocks: Sequence[int]) -> None:
+    """Raise ValueError unless there is a block and the blocks are strictly increasing."""
+    if not blocks:
+        raise ValueError("there is no stage; give at least one block")
+    for earlier, later in pairwise(blocks):
+        if later == earlier:
+            raise ValueError(f"two stages stand at block {later}; leave one of them out")
+        if later < earlier:
+            raise ValueError(f"block {later} comes after block {earlier}; order stages by block")
+
+
+def check_stages(stages: Sequence[Stage]) -> None:
+    """Raise ValueError unless blocks are strictly increasing and ratios do not grow."""
+    check_blocks([stage.block for stage in stages])
+    for earlier, later in pairwise(stages):
+        if later.keep_ratio > earlier.keep_ratio:
+            raise ValueError(
+                f"keep_ratio grows from {earlier.keep_ratio} at block {earlier.block} to "
+                f"{later.keep_ratio} at block {later.block}; it is the share of the original "
+                "tokens, so it can only stay or fall"
+            )

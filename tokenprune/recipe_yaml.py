@@ -1,0 +1,123 @@
+"""Strict YAML for recipes: safe, no tags, no repeated keys, and no surprises in plain scalars.
+
+YAML 1.1 reads `no` as false, `1e-3` as text and `010` as eight. Recipes are read, and written, by
+the rules of the YAML 1.2 core schema, so that `mixed_precision: no` and `learning_rate: 1e-3` mean
+what they say.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import yaml
+
+from tokenprune.errors import RecipeError
+
+__all__ = ["dump_yaml", "load_yaml"]
+
+# tag, what a plain scalar of it looks like, the characters it can start with
+_PLAIN_SCALARS = (
+    ("null", r"(?:~|null|Null|NULL|)", ["~", "n", "N", ""]),
+    ("bool", r"(?:true|True|TRUE|false|False|FALSE)", list("tTfF")),
+    ("int", r"[-+]?(?:0|[1-9][0-9]*)", list("-+0123456789")),
+    (
+        "float",
+        r"(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
+        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))",
+        list("-+.0123456789"),
+    ),
+)
+
+
+class _Loader(yaml.SafeLoader):
+    """`yaml.SafeLoader` with the plain scalars of YAML 1.2."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
+
+
+class _Dumper(yaml.SafeDumper):
+    """`yaml.SafeDumper` that quotes what `_Loader` would not read back as text."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+for _tag, _pattern, _first in _PLAIN_SCALARS:
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(
+            f"tag:yaml.org,2002:{_tag}", re.compile(_pattern + r"\Z"), _first
+        )
+
+
+def load_yaml(text: str, where: str = "the recipe") -> Any:
+    """Read one YAML document.
+
+    Args:
+        text: the document.
+        where: what to call the text in an error message.
+
+    Raises:
+        RecipeError: it is not YAML, nests too deeply, or holds a tag, a repeated key or more than
+            one document. Every tag, or else every repeated key, is reported.
+    """
+    try:
+        tags = list(_tags(text))
+        if tags:
+            raise RecipeError(f"YAML tags are not allowed in {where}; remove them:", tags)
+        loader = _Loader(text)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            repeated = list(_repeated_keys(node, (), set()))
+            if repeated:
+                raise RecipeError(f"A key is given twice in {where}; keep one of each:", repeated)
+            return _construct(loader, node, where)
+        finally:
+            loader.dispose()
+    except yaml.YAMLError as error:
+        raise RecipeError(f"No valid YAML in {where}: {error}") from error
+    except RecursionError:
+        raise RecipeError(f"Lists or mappings nest too deeply in {where}.") from None
+
+
+def dump_yaml(value: Any) -> str:
+    """Write plain dicts, lists and scalars as YAML that `load_yaml` reads back unchanged."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+
+
+def _tags(text: str) -> Iterator[str]:
+    for event in yaml.parse(text, Loader=_Loader):
+        tag = getattr(event, "tag", None)
+        if tag is not None:
+            yield f"{_line(event.start_mark)}: tag {tag!r}"
+
+
+def _line(mark: Any) -> str:
+    return f"line {mark.line + 1}"
+
+
+def _repeated_keys(node: yaml.Node, path: tuple[str, ...], done: set[int]) -> Iterator[str]:
+    if id(node) in done:  # an alias: the same node again, or a node inside itself
+        return
+    done.add(id(node))
+    if isinstance(node, yaml.SequenceNode):
+        for index, child in enumerate(node.value):
+            yield from _repeated_keys(child, (*path, str(index)), done)
+    elif isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, child in node.value:
+            name = str(key.value)
+            if name in seen:
+                yield f"{'.'.join((*path, name))}: given again in {_line(key.start_mark)}"
+            seen.add(name)
+            yield from _repeated_keys(child, (*path, name), done)
+
+
+def _construct(loader: _Loader, node: yaml.Node, where: str) -> Any:
+    try:
+        return loader.construct_document(node)
+    except ValueError as error:  # a whole number longer than Python is willing to read
+        raise RecipeError(f"A number in {where} cannot be read: {error}") from error
