@@ -1,0 +1,186 @@
+"""What an adapter says about a host, and the registry of adapters.
+
+Adapters hold facts and never touch a graph. One file in `adapters/` is one family; other packages
+register theirs through the entry-point group `tokenprune.adapters`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Literal, Protocol, runtime_checkable
+
+import torch
+from torch import nn
+
+from tokenprune.errors import AdapterError, UnknownAdapterError, UnsupportedHostError, did_you_mean
+
+__all__ = [
+    "Adapter",
+    "ArchSpec",
+    "ExampleInput",
+    "describe",
+    "list_adapters",
+    "register_adapter",
+]
+
+ENTRY_POINTS = "tokenprune.adapters"
+GENERIC = "generic"
+
+
+@dataclass(frozen=True)
+class ExampleInput:
+    """Shape of one input without its batch dim; how to draw an example of it.
+
+    Attributes:
+        shape: Without the batch dim, such as (3, 224, 224).
+        high: None for real-valued input; else whole numbers in [0, high) are drawn (token ids).
+        ones: True for an input of whole ones (a padding mask).
+    """
+
+    shape: tuple[int, ...]
+    high: int | None = None
+    ones: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArchSpec:
+    """Facts about one host.
+
+    Attributes:
+        adapter: Name of the adapter that found them.
+        blocks: Module paths of the transformer blocks, in the order they run.
+        num_prefix_tokens: P, the class, distillation and register tokens before the patches.
+        norm: Path of the norm after the last block, if any: its output is `patch_tokens`.
+        mode: The mode that serves this host.
+        inputs: Argument name -> example, for hosts that are wrapped without `example_inputs`.
+        notes: What the adapter found out by itself, for `inspect`.
+    """
+
+    adapter: str
+    blocks: tuple[str, ...]
+    num_prefix_tokens: int
+    norm: str | None = None
+    mode: Literal["remove", "bypass"] = "remove"
+    inputs: Mapping[str, ExampleInput] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+@runtime_checkable
+class Adapter(Protocol):
+    """Describes the hosts of one family."""
+
+    @property
+    def name(self) -> str:
+        """Unique, such as `timm/vision_transformer`."""
+        ...
+
+    def matches(self, host: nn.Module) -> bool:
+        """Whether `host` is of this family; must not import a library the host does not use."""
+        ...
+
+    def describe(self, host: nn.Module) -> ArchSpec:
+        """The facts; raises `UnsupportedHostError` with the reason if it cannot tell them."""
+        ...
+
+
+_registry: dict[str, Adapter] = {}
+
+
+def register_adapter(adapter: Adapter, *, replace: bool = False) -> None:
+    """Make `adapter` known; adapters registered later are asked first.
+
+    Raises:
+        AdapterError: The name is taken (and `replace` is False), or it is no adapter.
+    """
+    if not isinstance(adapter, Adapter):
+        raise AdapterError(
+            f"{adapter!r} is no adapter: it needs a `name` and the methods matches(host) and "
+            "describe(host)."
+        )
+    if adapter.name in _registry and not replace:
+        raise AdapterError(
+            f"An adapter named {adapter.name!r} is registered already. Give yours another name, or "
+            "pass replace=True to put it in that one's place."
+        )
+    _registry.pop(adapter.name, None)
+    _registry[adapter.name] = adapter
+
+
+@cache
+def _load_all() -> None:
+    import tokenprune.adapters
+
+    tokenprune.adapters.register_all()
+    for entry in entry_points(group=ENTRY_POINTS):
+        register_adapter(entry.load())
+
+
+def list_adapters() -> list[str]:
+    """Names of all adapters, shipped and third-party."""
+    _load_all()
+    return sorted(_registry)
+
+
+def describe(host: nn.Module, adapter: str | ArchSpec | None = None) -> ArchSpec:
+    """The facts about `host`.
+
+    Args:
+        adapter: An adapter's name, or the facts themselves; found by itself if None.
+
+    Raises:
+        UnknownAdapterError: No adapter has that name.
+        UnsupportedHostError: The adapter cannot describe this host.
+    """
+    if isinstance(adapter, ArchSpec):
+        return _checked(adapter, host)
+    _load_all()
+    if adapter is not None:
+        if adapter not in _registry:
+            raise UnknownAdapterError(
+                f"No adapter is named {adapter!r}. {did_you_mean(adapter, _registry)}"
+            )
+        return _checked(_registry[adapter].describe(host), host)
+    for candidate in reversed(_registry.values()):
+        if candidate.name != GENERIC and candidate.matches(host):
+            return _checked(candidate.describe(host), host)
+    return _checked(_registry[GENERIC].describe(host), host)
+
+
+def _checked(spec: ArchSpec, host: nn.Module) -> ArchSpec:
+    paths = dict(host.named_modules())
+    missing = [path for path in (*spec.blocks, *filter(None, [spec.norm])) if path not in paths]
+    if missing or not spec.blocks:
+        raise UnsupportedHostError(
+            f"Adapter {spec.adapter!r} names modules that {type(host).__name__} does not have: "
+            f"{missing or 'no blocks at all'}. Pass adapter=ArchSpec(...) with the right paths."
+        )
+    return spec
+
+
+def example_inputs(spec: ArchSpec, host: nn.Module, batch_size: int) -> dict[str, torch.Tensor]:
+    """Random inputs of the shapes in `spec.inputs`, on the host's device and in its dtype.
+
+    Draws from a generator of its own: the caller's random state stays as it is.
+
+    Raises:
+        UnsupportedHostError: The adapter knows no input shape.
+    """
+    if not spec.inputs:
+        raise UnsupportedHostError(
+            f"Adapter {spec.adapter!r} knows no input shape of {type(host).__name__}. Pass "
+            "example_inputs=, a tensor or a dict of the arguments its forward takes."
+        )
+    like = next((p for p in host.parameters() if p.is_floating_point()), torch.empty(0))
+    generator = torch.Generator().manual_seed(0)
+    drawn = {}
+    for name, example in spec.inputs.items():
+        shape = (batch_size, *example.shape)
+        if example.ones:
+            value = torch.ones(shape, dtype=torch.long)
+        elif example.high is not None:
+            value = torch.randint(0, example.high, shape, generator=generator)
+        else:
+            value = torch.randn(shape, generator=generator).to(like.dtype)
+        drawn[name] = value.to(like.device)
+    return drawn

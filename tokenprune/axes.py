@@ -1,0 +1,316 @@
+"""Find which dims of which tensors count tokens, by running the graph with other numbers of them.
+
+No operator is known here by name. The graph runs twice more on fake tensors: once with another batch
+size, once with another number of tokens after every stage (a distinct prime more each, so that each
+size says which stage it follows). A dim whose size moved by exactly that number counts tokens. A node
+that fails on the second run combines tokens with a tensor that was made for all of them (a RoPE table,
+a relative-position bias, an attention mask): that tensor is gathered too, and the run goes on.
+"""
+
+import logging
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import chain, combinations
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
+
+from tokenprune.errors import UnsupportedHostError
+from tokenprune.tracing.interpret import Environment, evaluate, run
+from tokenprune.tracing.tracer import enter_block
+
+__all__ = ["Aligned", "TokenAxes", "TokenDim", "find_token_axes", "stage_markers"]
+
+# Extra tokens per stage in the second run: primes, so that no multiple or sum looks like another.
+EXTRA = (211, 223, 227, 229, 233, 239, 241, 251, 257, 263, 269, 271, 277, 281, 283, 293, 307, 311)
+EXTRA_BATCH = 3
+
+
+class TokenDim(NamedTuple):
+    """One dim that counts tokens: `prefix` rows first, then the patches kept by `stage`."""
+
+    stage: int
+    prefix: int
+
+
+class Aligned(NamedTuple):
+    """An argument that was made for all tokens: `dims` maps its token dims to what they count.
+
+    `rank` is that of the tensor it is combined with; the gathered tensor is a batch of that rank.
+    """
+
+    dims: Mapping[int, TokenDim]
+    rank: int
+
+
+@dataclass
+class TokenAxes:
+    """What the probe found. Nodes are those of the probed graph."""
+
+    dims: dict[fx.Node, dict[int, TokenDim]] = field(default_factory=dict)
+    """Token dims of each tensor that holds tokens."""
+    folded: set[fx.Node] = field(default_factory=set)
+    """Tensors with a dim that counts tokens times something else (batch, heads)."""
+    batch_first: set[fx.Node] = field(default_factory=set)
+    """Tensors whose dim 0, and no other, counts images."""
+    aligned: dict[fx.Node, dict[fx.Node, Aligned]] = field(default_factory=dict)
+    """Consumer -> argument -> how that argument must be gathered."""
+    sizes: set[fx.Node] = field(default_factory=set)
+    """Numbers that change with the number of tokens."""
+    tables: set[fx.Node] = field(default_factory=set)
+    """Tensors that take only their size from the tokens: made at full length, then gathered."""
+    batch_bound: bool = False
+    """A decision or a burnt-in size depends on the batch size."""
+
+
+def stage_markers(graph: fx.Graph, blocks: Sequence[int]) -> dict[int, fx.Node]:
+    """Stage -> the node that marks the tokens entering its block."""
+    stages = {block: stage for stage, block in enumerate(blocks)}
+    found = {
+        stages[node.args[1]]: node
+        for node in graph.nodes
+        if node.target is enter_block and node.args[1] in stages
+    }
+    return dict(sorted(found.items()))
+
+
+def find_token_axes(
+    root: nn.Module,
+    graph: fx.Graph,
+    fake_mode: FakeTensorMode,
+    burnt: Sequence[fx.Node],
+    blocks: Sequence[int],
+    num_prefix: int,
+) -> TokenAxes:
+    """Probe `graph`, whose nodes carry the value of their trace in `meta["val"]`.
+
+    Args:
+        burnt: Nodes whose value Python decided by while tracing.
+        blocks: The block before which each stage prunes.
+        num_prefix: P, the prefix tokens that enter each of those blocks.
+
+    Raises:
+        UnsupportedHostError: A node cannot run with fewer tokens; its place in the host is named.
+    """
+    axes = TokenAxes()
+    with torch.no_grad(), fake_mode, _quiet():
+        _probe_batch(root, graph, burnt, axes)
+        _TokenProbe(root, graph, stage_markers(graph, blocks), num_prefix, axes).probe()
+    return axes
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """A probe expects failures; torch logs each with a traceback of forty lines."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    was, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = was
+
+
+def _probe_batch(
+    root: nn.Module, graph: fx.Graph, burnt: Sequence[fx.Node], axes: TokenAxes
+) -> None:
+    """Run with more images: finds batch dims, and decisions that would have been other ones."""
+    inputs = {node.target: node.meta["val"] for node in graph.nodes if node.op == "placeholder"}
+    batch = next(iter(inputs.values())).shape[0]
+    more = {
+        name: value.new_empty(batch + EXTRA_BATCH, *value.shape[1:])
+        if value.ndim and value.shape[0] == batch
+        else value
+        for name, value in inputs.items()
+    }
+    moved: set[fx.Node] = set()
+    try:
+        for node, value in run(root, graph, more):
+            if node.op == "output":
+                continue
+            base = node.meta["val"]
+            if isinstance(base, torch.Tensor):
+                differ = [d for d in range(base.ndim) if base.shape[d] != value.shape[d]]
+                if differ == [0] and base.shape[0] == batch:
+                    axes.batch_first.add(node)
+            elif _plain(base) and value != base:
+                moved.add(node)
+    except Exception:  # whatever a host raises here says one thing: its graph holds for one batch size
+        axes.batch_bound = True
+        axes.batch_first = {
+            node
+            for node in graph.nodes
+            if isinstance(node.meta.get("val"), torch.Tensor)
+            and node.meta["val"].ndim
+            and node.meta["val"].shape[0] == batch
+        }
+        return
+    seen = set(burnt)
+    queue = list(burnt)
+    while queue:
+        node = queue.pop()
+        if node in moved:
+            axes.batch_bound = True
+            return
+        if node.target is operator.getitem:
+            continue  # one size picked out of a shape: it did not move, whatever its neighbours did
+        scalars = [n for n in node.all_input_nodes if n not in seen and _plain(n.meta["val"])]
+        seen.update(scalars)
+        queue.extend(scalars)
+
+
+def _plain(value: Any) -> bool:
+    return not any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(value))
+
+
+class _TokenProbe:
+    """The run with other token counts."""
+
+    def __init__(
+        self,
+        root: nn.Module,
+        graph: fx.Graph,
+        markers: Mapping[int, fx.Node],
+        num_prefix: int,
+        axes: TokenAxes,
+    ) -> None:
+        self.root, self.graph, self.prefix, self.axes = root, graph, num_prefix, axes
+        self.markers = {node: stage for stage, node in markers.items()}
+        self.follows: dict[fx.Node, int] = {}  # the latest stage whose tokens a node's data holds
+        self.full = 0  # N, patches before the first stage
+
+    def probe(self) -> None:
+        inputs = {n.target: n.meta["val"] for n in self.graph.nodes if n.op == "placeholder"}
+        for node, value in run(self.root, self.graph, inputs, self._step):
+            if node.op != "output" and isinstance(value, torch.Tensor):
+                self._classify(node, value)
+
+    def _step(self, node: fx.Node, env: Environment) -> Any:
+        base = node.meta["val"]
+        stage = self.markers.get(node)
+        if stage is not None:
+            return self._enter(node, stage, base)
+        sources = [self.follows[n] for n in node.all_input_nodes if n in self.follows]
+        if sources and not _plain(base):
+            self.follows[node] = max(sources)
+            try:
+                return evaluate(self.root, node, env)
+            except Exception as error:
+                return self._align(node, env, error)
+        if _plain(base):
+            value = evaluate(self.root, node, env)
+            if value != base:
+                self.axes.sizes.add(node)
+            return value
+        if not any(n in self.axes.sizes for n in node.all_input_nodes):
+            return evaluate(self.root, node, env)
+        self.axes.tables.add(node)
+        return base
+
+    def _enter(self, node: fx.Node, stage: int, base: torch.Tensor) -> torch.Tensor:
+        if base.ndim != 3:
+            raise UnsupportedHostError(
+                f"Stage {stage} needs tokens [B, L, D] at block {node.args[1]}, found a tensor of "
+                f"shape {tuple(base.shape)} at {node.meta['where']}. A host that keeps a grid needs a "
+                "recipe with `mode: bypass`."
+            )
+        patches = base.shape[1] - self.prefix
+        if self.full and patches != self.full:
+            raise UnsupportedHostError(
+                f"Stage {stage} (block {node.args[1]}) sees {patches} patch tokens, stage 0 saw "
+                f"{self.full}: the host pools tokens in between. Put all stages into one stretch of "
+                f"blocks with equal length. Found at {node.meta['where']}."
+            )
+        self.full, self.follows[node] = patches, stage
+        return base.new_empty(base.shape[0], base.shape[1] + EXTRA[stage], base.shape[2])
+
+    def _align(self, node: fx.Node, env: Environment, error: Exception) -> Any:
+        """Gather whichever arguments make the node run, and note them."""
+        stage = self.follows[node]
+        offsets = {
+            dim.prefix
+            for source in node.all_input_nodes
+            for dim in self.axes.dims.get(source, {}).values()
+        }
+        rank = max(
+            (env[n].ndim for n in node.all_input_nodes if n in self.axes.dims), default=0
+        )
+        options: dict[fx.Node, list[Aligned]] = {}
+        for source in node.all_input_nodes:
+            value = env.get(source)
+            if source not in self.follows and isinstance(value, torch.Tensor):
+                found = list(self._alignments(value, stage, offsets, rank))
+                if found:
+                    options[source] = found
+        for choice in _choices(options):
+            trial = {n: self._gathered(env[n], choice.get(n)) for n in node.all_input_nodes}
+            try:
+                value = evaluate(self.root, node, trial)
+            except Exception:  # noqa: S112 - this combination does not run; the next may
+                continue
+            if self._as_expected(node, value, stage):
+                self.axes.aligned[node] = choice
+                return value
+        raise UnsupportedHostError(
+            f"A node cannot run with fewer tokens after stage {stage}: {node.format_node()} at "
+            f"{node.meta['where']}. It said: {error}. Prune after it, or leave this host dense."
+        ) from error
+
+    def _alignments(
+        self, value: torch.Tensor, stage: int, offsets: set[int], rank: int
+    ) -> Iterator[Aligned]:
+        sizes = {self.full + offset: offset for offset in offsets}
+        dims = {d: TokenDim(stage, sizes[n]) for d, n in enumerate(value.shape) if n in sizes}
+        subsets = chain.from_iterable(combinations(dims, n) for n in range(len(dims), 0, -1))
+        for subset in subsets:
+            yield Aligned({d: dims[d] for d in subset}, max(rank, value.ndim))
+
+    def _gathered(self, value: Any, aligned: Aligned | None) -> Any:
+        if aligned is None:
+            return value
+        shape = [n + (EXTRA[aligned.dims[d].stage] if d in aligned.dims else 0)
+                 for d, n in enumerate(value.shape)]  # fmt: skip
+        return value.new_empty([1] * (aligned.rank - value.ndim) + shape)
+
+    def _as_expected(self, node: fx.Node, value: Any, stage: int) -> bool:
+        base = node.meta["val"]
+        if not isinstance(value, torch.Tensor) or value.ndim != base.ndim:
+            return not isinstance(base, torch.Tensor)
+        moves = {new - old for new, old in zip(value.shape, base.shape, strict=True)}
+        return moves <= {0, EXTRA[stage]}
+
+    def _classify(self, node: fx.Node, value: torch.Tensor) -> None:
+        if node not in self.follows:
+            return
+        base = node.meta["val"]
+        if base.ndim != value.ndim:
+            raise UnsupportedHostError(
+                f"The rank of {node.format_node()} changes with the number of tokens, at "
+                f"{node.meta['where']}."
+            )
+        dims = {}
+        for d, (old, new) in enumerate(zip(base.shape, value.shape, strict=True)):
+            stages = [s for s, extra in enumerate(EXTRA) if new - old == extra]
+            if stages:
+                dims[d] = TokenDim(stages[0], old - self.full)
+            elif new != old:
+                self.axes.folded.add(node)
+        if dims:
+            self.axes.dims[node] = dims
+
+
+def _choices(options: Mapping[fx.Node, Sequence[Aligned]]) -> Iterator[dict[fx.Node, Aligned]]:
+    """All arguments at once first, then each alone."""
+    if not options:
+        return
+    width = max(len(found) for found in options.values())
+    for i in range(width):
+        yield {node: found[min(i, len(found) - 1)] for node, found in options.items()}
+    if len(options) > 1:
+        for node, found in options.items():
+            for aligned in found:
+                yield {node: aligned}

@@ -1,0 +1,1 @@
+"""Graph passes: the only code that edits a traced graph."""

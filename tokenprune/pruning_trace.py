@@ -1,0 +1,42 @@
+"""What happened to the tokens in one call: returned beside the output by `return_trace=True`."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+__all__ = ["PruningTrace", "StageTrace"]
+
+
+@dataclass
+class StageTrace:
+    """One stage of one call.
+
+    Attributes:
+        keep_logits: [B, N, 2] log-probabilities of keep and drop. On the gather path, tokens that an
+            earlier stage removed hold -inf for keep and 0 for drop.
+        decision: [B, N] 0/1 over the original patches; carries the straight-through gradient on the
+            mask path.
+        keep_indices: [B, K] sorted, in original patch numbering; None on the mask path, where images
+            differ in how many tokens they keep.
+        num_tokens: Patch tokens per image after the stage: K, or their mean over the batch on the
+            mask path.
+    """
+
+    keep_logits: Tensor
+    decision: Tensor
+    keep_indices: Tensor | None
+    num_tokens: Tensor | int
+
+
+@dataclass
+class PruningTrace:
+    """All stages of one call, first to last.
+
+    Attributes:
+        stages: One entry per stage; empty on the dense path.
+        patch_tokens: [B, N, D] (mask and dense path) or [B, K, D] (gather path) patch tokens after
+            the last block and its norm.
+    """
+
+    stages: list[StageTrace]
+    patch_tokens: Tensor

@@ -1,0 +1,114 @@
+"""What runs at a stage: called from the rewritten graphs, once per stage and forward.
+
+Both paths ask the same predictor. The mask path returns a decision over all N patches; the gather
+path returns the tokens that stay and where they came from.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tokenprune.ops.gumbel import sample_decision
+from tokenprune.ops.selection import gather_tokens, select_topk
+
+__all__ = ["StageContext", "gather_stage", "mask_stage", "policy_of"]
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """The settings of one forward.
+
+    Attributes:
+        num_keep: K of each stage.
+        sample: Draw decisions with Gumbel noise (training) instead of taking the top K.
+        temperature: Of the Gumbel-softmax.
+        hard: 0/1 decisions.
+        keep_indices: Kept sets forced from outside, [B, K] sorted, original numbering, per stage.
+        generator: Source of the noise.
+    """
+
+    num_keep: tuple[int, ...]
+    sample: bool
+    temperature: float = 1.0
+    hard: bool = True
+    keep_indices: tuple[Tensor, ...] | None = None
+    generator: torch.Generator | None = None
+
+
+def mask_stage(
+    predictor: nn.Module,
+    tokens: Tensor,
+    previous: Tensor | None,
+    context: StageContext,
+    stage: int,
+    num_prefix: int,
+) -> tuple[Tensor, Tensor]:
+    """Decide about every patch, removing none.
+
+    Args:
+        tokens: [B, P + N, D].
+        previous: [B, N] decision of the stage before; None at the first.
+
+    Returns:
+        keep_logits [B, N, 2] and decision [B, N], never keeping what `previous` dropped.
+    """
+    patches = tokens[:, num_prefix:]
+    keep_logits = predictor(patches, previous)
+    if previous is None:
+        previous = keep_logits.new_ones(keep_logits.shape[:2])
+    if context.keep_indices is not None:
+        decision = _one_hot(context.keep_indices[stage], previous)
+    elif context.sample:
+        decision = sample_decision(
+            keep_logits,
+            previous,
+            temperature=context.temperature,
+            hard=context.hard,
+            generator=context.generator,
+        )
+    else:
+        still = keep_logits.masked_fill((previous < 0.5).unsqueeze(-1), float("-inf"))
+        decision = _one_hot(select_topk(still, context.num_keep[stage]), previous)
+    return keep_logits, decision
+
+
+def gather_stage(
+    predictor: nn.Module,
+    tokens: Tensor,
+    kept: Tensor | None,
+    context: StageContext,
+    stage: int,
+    num_prefix: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Remove the patches that are not kept.
+
+    Args:
+        tokens: [B, P + N', D], N' patches still there.
+        kept: [B, N'] their original numbers; None at the first stage.
+
+    Returns:
+        tokens [B, P + K, D], their numbers [B, K] ascending, and keep_logits [B, N', 2].
+    """
+    patches = tokens[:, num_prefix:]
+    keep_logits = predictor(patches, None)
+    if kept is None:
+        kept = torch.arange(patches.shape[1], device=tokens.device).expand(tokens.shape[0], -1)
+    if context.keep_indices is not None:
+        forced = context.keep_indices[stage].to(kept.device)
+        chosen = torch.searchsorted(kept.contiguous(), forced.contiguous())
+    elif context.num_keep[stage] == patches.shape[1]:
+        return tokens, kept, keep_logits
+    else:
+        chosen = select_topk(keep_logits, context.num_keep[stage])
+    return gather_tokens(tokens, chosen, num_prefix), kept.gather(1, chosen), keep_logits
+
+
+def policy_of(decision: Tensor, num_prefix: int) -> Tensor:
+    """[B, P + N] policy: prefix tokens always stay."""
+    ones = decision.new_ones(decision.shape[0], num_prefix)
+    return torch.cat([ones, decision], dim=1)
+
+
+def _one_hot(keep_indices: Tensor, like: Tensor) -> Tensor:
+    return torch.zeros_like(like).scatter(1, keep_indices.to(like.device), 1.0)

@@ -1,0 +1,1 @@
+"""Tracing of a host's forward into a graph with guards."""

@@ -1,0 +1,55 @@
+"""Run a graph node by node, on fake or real tensors, with every value open to inspection."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import fx, nn
+from torch.fx.node import map_arg
+
+from tokenprune.tracing.tracer import tensor_attribute
+
+__all__ = ["evaluate", "run"]
+
+Environment = dict[fx.Node, Any]
+
+
+def evaluate(root: nn.Module, node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
+    """The value of one node (not a placeholder, not the output), its arguments taken from `env`."""
+    if node.op == "get_attr":
+        return tensor_attribute(root, str(node.target))
+    args = map_arg(node.args, env.__getitem__)
+    kwargs = map_arg(node.kwargs, env.__getitem__)
+    if node.op == "call_function":
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    return root.get_submodule(str(node.target))(*args, **kwargs)
+
+
+def run(
+    root: nn.Module,
+    graph: fx.Graph,
+    inputs: Mapping[str, Any],
+    step: Callable[[fx.Node, Environment], Any] | None = None,
+) -> Iterator[tuple[fx.Node, Any]]:
+    """Yield each node with its value; values are let go after their last use.
+
+    Args:
+        root: Where modules, parameters and buffers are looked up.
+        inputs: Placeholder name -> value.
+        step: Computes a node's value; `evaluate` if None.
+    """
+    last_use = {used: node for node in graph.nodes for used in node.all_input_nodes}
+    env: Environment = {}
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            env[node] = inputs[node.target]
+        elif node.op == "output":
+            yield node, map_arg(node.args[0], env.__getitem__)
+            return
+        else:
+            env[node] = step(node, env) if step else evaluate(root, node, env)
+        yield node, env[node]
+        for used in (*node.all_input_nodes, node):
+            if last_use.get(used, node) is node:
+                env.pop(used, None)

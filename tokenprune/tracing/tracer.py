@@ -1,0 +1,301 @@
+"""Trace a host's forward into a torch.fx graph, without running it for real.
+
+`torch.fx.symbolic_trace` stops at the first `if`. Here proxies carry the value they had on an example
+input (`proxy.ValueProxy`), computed under fake tensors: no memory and no arithmetic. Every tensor
+operation outside a leaf is caught by a torch function mode, so tensors that a host makes from plain
+numbers (`torch.arange(n)`) become nodes as well, not constants.
+"""
+
+import dataclasses
+import operator
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from linecache import getline
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.node import map_aggregate
+from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
+
+from tokenprune.tracing.decompose import DECOMPOSED
+from tokenprune.tracing.proxy import ValueProxy, concrete
+
+__all__ = ["Provenance", "ValueTracer", "enter_block", "tensor_attribute"]
+
+MODULE_CALL = nn.Module.__call__
+MODULE_GETATTR = nn.Module.__getattr__
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+# Functions that make a tensor out of plain numbers. Patched while tracing: their C argument parser
+# would turn a symbolic size into an int before any mode sees the call.
+FACTORIES = (
+    *("arange", "empty", "eye", "full", "linspace", "logspace", "ones", "rand", "randint", "randn"),
+    *("randperm", "range", "scalar_tensor", "tensor", "tril_indices", "triu_indices", "zeros"),
+    *("as_tensor", "meshgrid", "from_numpy", "normal"),
+)
+# Answers about a tensor that are plain Python; never nodes.
+INQUIRIES = frozenset({"is_floating_point", "is_complex", "is_tensor", "dim", "get_device"})
+OWN_FILES = ("/torch/", "/tokenprune/tracing/", "/unittest/", "/contextlib.py", "/functools.py")
+
+
+class Provenance(NamedTuple):
+    """Where in the host a node comes from; what error messages speak of."""
+
+    module: str
+    """Path of the innermost module whose forward made the node, "" for the host itself."""
+    file: str
+    line: int
+
+    def __str__(self) -> str:
+        where = f"module '{self.module}'" if self.module else "the host's own forward"
+        return f"{where} ({self.file}:{self.line}: {getline(self.file, self.line).strip()})"
+
+
+def enter_block(tokens: torch.Tensor, block: int) -> torch.Tensor:
+    """Marker of the tokens that enter block `block`; passes put stages here."""
+    return tokens
+
+
+def tensor_attribute(root: nn.Module, path: str) -> Any:
+    """The parameter, buffer or module at a dotted `path` below `root`."""
+    return operator.attrgetter(path)(root)
+
+
+def _named_tensors(root: nn.Module) -> Iterator[tuple[int, str]]:
+    """id -> path of every tensor that some module holds, plain attributes included."""
+    for path, module in root.named_modules():
+        prefix = f"{path}." if path else ""
+        held = {**vars(module), **module._buffers, **module._parameters}
+        for name, value in held.items():
+            if isinstance(value, torch.Tensor):
+                yield id(value), prefix + name
+
+
+class _Recorder(TorchFunctionMode):
+    """Turns each torch call that the host makes outside a leaf into a node."""
+
+    def __init__(self, tracer: "ValueTracer") -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if self.tracer.executing or name in INQUIRIES or name.startswith(("is_", "_has", "get_")):
+            return func(*args, **kwargs)
+        if name in ("__get__", "__set__"):
+            return func(*args, **kwargs)  # a property of a real tensor: a constant of the trace
+        if is_tensor_method_or_property(func):
+            return self.tracer.create_proxy("call_method", name, args, kwargs)
+        return self.tracer.create_proxy("call_function", func, args, kwargs)
+
+
+class ValueTracer(fx.Tracer):
+    """Records one call of a host.
+
+    Args:
+        root: The host; nothing of it is changed, and patches last only as long as the trace.
+        blocks: Paths of the modules whose first tensor argument is marked with `enter_block`.
+    """
+
+    def __init__(self, root: nn.Module, blocks: Sequence[str]) -> None:
+        super().__init__()
+        self.root = root
+        self.graph = fx.Graph(tracer_cls=type(self))
+        self.fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.executing = False
+        self.burnt: list[fx.Node] = []
+        self.module_outputs: dict[str, fx.Node] = {}
+        self.traced_modules: dict[str, bool] = {}
+        self.tensor_attrs = {}
+        self.submodule_paths = {module: name for name, module in root.named_modules()}
+        self._blocks = {root.get_submodule(path): i for i, path in enumerate(blocks)}
+        self._names = dict(_named_tensors(root))
+        self._attributes: dict[str, ValueProxy] = {}
+        self._modules_entered: list[str] = []
+
+    def record(self, forward: Callable[..., Any], example: Mapping[str, Any]) -> fx.Graph:
+        """Trace `forward(**example)`.
+
+        Args:
+            forward: The host's forward, bound.
+            example: Name -> tensor (becomes an input) or any other value (burnt in).
+        """
+        arguments = {}
+        for name, value in example.items():
+            if isinstance(value, torch.Tensor):
+                value = self.create_proxy("placeholder", name, (), {}, value=value)
+            arguments[name] = value
+        with self._patched():
+            output = forward(**arguments)
+            self.create_node("output", "output", (self.create_arg(output),), {})
+        return self.graph
+
+    @contextmanager
+    def _patched(self) -> Iterator[None]:
+        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if self.executing:
+                return MODULE_CALL(module, *args, **kwargs)
+            forward = DECOMPOSED.get(type(module))
+
+            def inside(*a: Any, **k: Any) -> Any:
+                return forward(module, *a, **k) if forward else MODULE_CALL(module, *a, **k)
+
+            return self.call_module(module, inside, args, kwargs)
+
+        def getattribute(module: nn.Module, name: str) -> Any:
+            value = MODULE_GETATTR(module, name)
+            tensor = isinstance(value, torch.Tensor) and not self.executing
+            return self._attribute(value) if tensor else value
+
+        with ExitStack() as stack:
+            stack.enter_context(mock.patch.object(nn.Module, "__call__", call))
+            stack.enter_context(mock.patch.object(nn.Module, "__getattr__", getattribute))
+            for name in FACTORIES:
+                stack.enter_context(mock.patch.object(torch, name, self._factory(name)))
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(_Recorder(self))
+            yield
+
+    def _factory(self, name: str) -> Callable[..., Any]:
+        original = getattr(torch, name)
+
+        def make(*args: Any, **kwargs: Any) -> Any:
+            if self.executing:
+                return original(*args, **kwargs)
+            return self.create_proxy("call_function", original, args, kwargs)
+
+        return make
+
+    def _attribute(self, tensor: torch.Tensor) -> Any:
+        name = self._names.get(id(tensor))
+        if name is None:
+            return tensor
+        if name not in self._attributes:
+            self._attributes[name] = self.create_proxy("get_attr", name, (), {})
+        return self._attributes[name]
+
+    def burn(self, node: fx.Node) -> None:
+        """Note that Python took a decision from `node`'s value."""
+        if not self.executing:
+            self.burnt.append(node)
+
+    def proxy(self, node: fx.Node) -> ValueProxy:
+        return ValueProxy(node, self)
+
+    def create_proxy(  # type: ignore[override]
+        self,
+        kind: str,
+        target: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *rest: Any,
+        value: Any = None,
+        **options: Any,
+    ) -> Any:
+        proxy = super().create_proxy(kind, target, args, kwargs, *rest, **options)
+        if kind != "output":
+            proxy.node.meta["val"] = self._evaluate(kind, target, args, kwargs, value)
+        return proxy
+
+    def _evaluate(
+        self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any
+    ) -> Any:
+        was, self.executing = self.executing, True
+        try:
+            if kind == "placeholder":
+                return self.fake_mode.from_tensor(value)
+            if kind == "get_attr":
+                value = tensor_attribute(self.root, target)
+                tensor = isinstance(value, torch.Tensor)
+                return self.fake_mode.from_tensor(value) if tensor else value
+            args, kwargs = map_aggregate(args, concrete), map_aggregate(kwargs, concrete)  # type: ignore[assignment]
+            with self.fake_mode:
+                if kind == "call_function":
+                    return target(*args, **kwargs)
+                if kind == "call_method":
+                    return getattr(args[0], target)(*args[1:], **kwargs)
+                return MODULE_CALL(self.root.get_submodule(target), *args, **kwargs)
+        finally:
+            self.executing = was
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        node.meta["where"] = self._provenance()
+        node.meta.pop("nn_module_stack", None)
+        return node
+
+    def create_arg(self, a: Any) -> Any:
+        if type(a) is ValueProxy:
+            return a.node
+        if isinstance(a, nn.Module):
+            return self.create_node("get_attr", self.path_of_module(a), (), {})
+        if isinstance(a, torch.Tensor):
+            proxy = self._attribute(a)
+            if type(proxy) is not ValueProxy:
+                raise NotImplementedError(
+                    "a tensor that is no parameter, buffer or attribute of any module"
+                )
+            return proxy.node
+        if dataclasses.is_dataclass(a) and not isinstance(a, type):
+            fields = {f.name: getattr(a, f.name) for f in dataclasses.fields(a)}
+            given = {name: self.create_arg(v) for name, v in fields.items() if v is not None}
+            return self.create_node("call_function", type(a), (), given)
+        if isinstance(a, dict) and type(a) is not dict:
+            return self.create_node("call_function", type(a), (super().create_arg(dict(a)),), {})
+        return super().create_arg(a)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        own = type(m).__module__.startswith(("torch.nn", "torch.ao.nn"))
+        return own and not isinstance(m, CONTAINERS) and type(m) not in DECOMPOSED
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        path = self.submodule_paths.get(m)  # type: ignore[union-attr]
+        if path is None:  # made inside forward (a loss module): its own calls are recorded
+            return forward(*args, **kwargs)
+        self._modules_entered.append(path)
+        try:
+            if m in self._blocks:
+                args, kwargs = self._mark(self._blocks[m], args, kwargs)
+            if self.is_leaf_module(m, path):
+                output = self.create_proxy("call_module", path, args, kwargs)
+            else:
+                self.traced_modules[path] = m.training
+                output = forward(*args, **kwargs)
+        finally:
+            self._modules_entered.pop()
+        first = output[0] if type(output) in (tuple, list) and output else output
+        if type(first) is ValueProxy:
+            self.module_outputs[path] = first.node
+        return output
+
+    def _mark(
+        self, block: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        def marked(tokens: Any) -> Any:
+            return self.create_proxy("call_function", enter_block, (tokens, block), {})
+
+        for i, value in enumerate(args):
+            if type(value) is ValueProxy and isinstance(value.val, torch.Tensor):
+                return (*args[:i], marked(value), *args[i + 1 :]), kwargs
+        for name, value in kwargs.items():
+            if type(value) is ValueProxy and isinstance(value.val, torch.Tensor):
+                return args, {**kwargs, name: marked(value)}
+        return args, kwargs
+
+    def _provenance(self) -> Provenance:
+        frame = sys._getframe(1)
+        while frame.f_back is not None:
+            file = frame.f_code.co_filename
+            if not any(part in file for part in OWN_FILES) and not file.startswith("<"):
+                break
+            frame = frame.f_back
+        module = self._modules_entered[-1] if self._modules_entered else ""
+        return Provenance(module, frame.f_code.co_filename, frame.f_lineno)
