@@ -1,0 +1,148 @@
+"""Sums, means and maxima over the kept tokens of each image.
+
+All of them read nothing from a dropped token, whatever it holds, and are total: a sum, mean or
+maximum over no token is 0. A policy of None means that no token is dropped.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tokenprune.ops._align import along, dropped_along, is_kept, not_batch
+
+__all__ = [
+    "hide_dropped",
+    "masked_amax",
+    "masked_contraction_operand",
+    "masked_mean",
+    "masked_sum",
+]
+
+
+def hide_dropped(
+    x: Float[Tensor, "B ..."], policy: Float[Tensor, "B L"] | None, dim: int
+) -> Float[Tensor, "B ..."]:
+    """Replace inf and NaN of dropped tokens by 0 and leave everything else as it is.
+
+    A contraction that gives a dropped token the weight 0 would still make NaN of 0 * inf. After
+    this it cannot. Gradients pass wherever the value passed; the policy gets none.
+
+    Args:
+        x: any tensor with the batch at dim 0.
+        policy: 1 keeps, 0 drops; None returns `x` itself.
+        dim: the dim of `x` that counts tokens.
+
+    Raises:
+        IndexError: `dim` is the batch or out of range.
+    """
+    if policy is None:
+        return x
+    dim = not_batch(dim, x.ndim)
+    # abs() < inf is False for NaN as well, and cheaper than isfinite() on every backend.
+    harmless = x.abs() < float("inf")
+    return x.masked_fill(torch.logical_not(harmless) & dropped_along(policy, x.ndim, dim), 0)
+
+
+def masked_contraction_operand(
+    x: Float[Tensor, "B ..."], policy: Float[Tensor, "B L"] | None, dim: int
+) -> Float[Tensor, "B ..."]:
+    """`x_j * D_j`: dropped tokens are exactly 0 and the policy D gets the gradient of the product.
+
+    Args:
+        x: an operand of a contraction over tokens, the batch at dim 0.
+        policy: 1 keeps, 0 drops; None returns `x` itself.
+        dim: the dim of `x` that counts tokens.
+
+    Returns:
+        A tensor of the shape and dtype of `x`.
+
+    Raises:
+        IndexError: `dim` is the batch or out of range.
+    """
+    if policy is None:
+        return x
+    dim = not_batch(dim, x.ndim)
+    return hide_dropped(x, policy, dim) * along(policy.to(x.dtype), x.ndim, dim)
+
+
+def masked_sum(
+    x: Float[Tensor, "B ..."],
+    policy: Float[Tensor, "B L"] | None,
+    dim: int,
+    keepdim: bool = False,
+) -> Float[Tensor, "B ..."]:
+    """Sum over the kept tokens: `sum_j D_j x_j`, added up in fp32 or better.
+
+    Args:
+        x: any tensor with the batch at dim 0.
+        policy: 1 keeps, 0 drops; None keeps all.
+        dim: the dim of `x` that counts tokens.
+        keepdim: leave a dim of size 1.
+
+    Raises:
+        IndexError: `dim` is the batch or out of range.
+    """
+    if policy is None:
+        return x.sum(dim, keepdim=keepdim)
+    operand = masked_contraction_operand(x, policy, dim)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return operand.sum(dim, keepdim=keepdim, dtype=wide).to(x.dtype)
+
+
+def masked_mean(
+    x: Float[Tensor, "B ..."],
+    policy: Float[Tensor, "B L"] | None,
+    dim: int,
+    keepdim: bool = False,
+) -> Float[Tensor, "B ..."]:
+    """Mean over the kept tokens: `sum_j D_j x_j / max(sum_j D_j, 1)`.
+
+    The policy gets the gradient of both the sum and the count.
+
+    Args:
+        x: any tensor with the batch at dim 0.
+        policy: 1 keeps, 0 drops; None keeps all.
+        dim: the dim of `x` that counts tokens.
+        keepdim: leave a dim of size 1.
+
+    Raises:
+        IndexError: `dim` is the batch or out of range.
+    """
+    if policy is None:
+        return x.mean(dim, keepdim=keepdim)
+    dim = not_batch(dim, x.ndim)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    total = masked_contraction_operand(x, policy, dim).sum(dim, keepdim=True, dtype=wide)
+    count = along(policy.to(wide).sum(1, keepdim=True), x.ndim, dim).clamp_min(1)
+    mean = (total / count).to(x.dtype)
+    return mean if keepdim else mean.squeeze(dim)
+
+
+def masked_amax(
+    x: Float[Tensor, "B ..."],
+    policy: Float[Tensor, "B L"] | None,
+    dim: int,
+    keepdim: bool = False,
+) -> Float[Tensor, "B ..."]:
+    """Maximum over the kept tokens.
+
+    The policy gets no gradient: a maximum says nothing about what a token that does not hold it
+    would be worth. `x` gets that of `Tensor.amax` (shared between ties).
+
+    Args:
+        x: any tensor with the batch at dim 0.
+        policy: 1 keeps, 0 drops; None keeps all.
+        dim: the dim of `x` that counts tokens.
+        keepdim: leave a dim of size 1.
+
+    Raises:
+        IndexError: `dim` is the batch or out of range.
+    """
+    if policy is None:
+        return x.amax(dim, keepdim=keepdim)
+    dim = not_batch(dim, x.ndim)
+    dropped = dropped_along(policy, x.ndim, dim)
+    # Where nothing is kept the zeros below win: fill with them rather than mend -inf afterwards.
+    nothing = torch.logical_not(is_kept(policy).any(1, keepdim=True))
+    lowest = along(torch.where(nothing, 0.0, float("-inf")), x.ndim, dim).to(x.dtype)
+    return torch.where(dropped, lowest, x).amax(dim, keepdim=keepdim)

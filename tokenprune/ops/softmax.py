@@ -1,0 +1,143 @@
+"""Softmax over the kept keys, with a gradient to the decision that dropped the others."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tokenprune.ops._align import diagonal, dropped_along, is_kept, not_batch
+
+__all__ = ["masked_softmax"]
+
+
+def masked_softmax(
+    scores: Float[Tensor, "B ..."],
+    policy: Float[Tensor, "B Lk"] | None,
+    dim: int = -1,
+    *,
+    query_dim: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> Float[Tensor, "B ..."]:
+    """Softmax over the visible keys: those the policy keeps and, with `query_dim`, the own one.
+
+    Hidden keys get exactly 0 and read nothing from their scores, inf and NaN included. A row with
+    nothing visible is 0, as in `scaled_dot_product_attention`. Scores get the gradient of this
+    exact softmax. The policy gets the straight-through one: with G = dL/dp, s the scores and lse_i
+    the log-sum-exp over the visible keys of row i,
+
+        dL/dD_j = sum_i exp(min(s_ij - lse_i, 0)) * (G_ij - sum_k p_ik G_ik),
+
+    summed over all rows i of the image but, with `query_dim`, the key's own. For a kept key this
+    is the derivative of `D_j e^{s_ij} / sum_k D_k e^{s_ik}`; for a dropped one the weight is what
+    it would be if the key came back, and at most 1.
+
+    Keeps one more tensor of the size of `scores` for the backward pass than softmax does, unless
+    the policy needs no gradient.
+
+    Args:
+        scores: logits of any rank from 2, the batch at dim 0.
+        policy: 1 keeps, 0 drops; None is a plain softmax.
+        dim: the dim of `scores` that counts keys.
+        query_dim: the dim along which query i is token i, as many as there are keys; each query
+            then sees its own key whatever the policy says. None when queries are not these tokens.
+        dtype: cast the scores to this first, as in `torch.softmax`.
+
+    Returns:
+        Probabilities of the shape of `scores`, in `dtype`, else in fp32 under autocast, else in the
+        dtype of `scores`.
+
+    Raises:
+        IndexError: `dim` or `query_dim` is the batch or out of range.
+        ValueError: `query_dim` does not have as many entries as there are keys.
+    """
+    if policy is None:
+        return torch.softmax(scores, dim, dtype=dtype)
+    dim = not_batch(dim, scores.ndim)
+    if query_dim is not None:
+        query_dim = not_batch(query_dim, scores.ndim)
+        if scores.shape[query_dim] != scores.shape[dim]:
+            raise ValueError(
+                f"query_dim={query_dim} says that query i is token i, found scores of shape "
+                f"{tuple(scores.shape)} with keys along dim {dim}; pass query_dim=None"
+            )
+    if dtype is None:
+        # Softmax is one of the operations that autocast runs in fp32.
+        autocast = torch.is_autocast_enabled(scores.device.type)
+        dtype = torch.promote_types(scores.dtype, torch.float32) if autocast else scores.dtype
+    probabilities: Tensor = _MaskedSoftmax.apply(scores, policy, dim, query_dim, dtype)
+    return probabilities
+
+
+class _MaskedSoftmax(torch.autograd.Function):
+    """See `masked_softmax`. Differentiable once."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        scores: Tensor,
+        policy: Tensor,
+        dim: int,
+        query_dim: int | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        hidden = dropped_along(policy, scores.ndim, dim)
+        if query_dim is not None:
+            own = diagonal(scores.shape[dim], scores.ndim, dim, query_dim, scores.device)
+            hidden = hidden & torch.logical_not(own)
+        ctx.scores_dtype = scores.dtype
+        scores = scores.to(torch.promote_types(dtype, torch.float32))
+        visible = scores.masked_fill(hidden, float("-inf"))
+        empty = visible.amax(dim, keepdim=True) == float("-inf")
+        exact = torch.softmax(visible, dim).masked_fill(empty, 0)
+        probabilities = exact.to(dtype)
+        ctx.dim, ctx.query_dim = dim, query_dim
+        if ctx.needs_input_grad[1]:
+            weights = torch.where(hidden, return_weight(scores, visible, dim), exact).to(dtype)
+            ctx.save_for_backward(weights, policy)
+        else:
+            ctx.save_for_backward(probabilities, policy)
+        return probabilities
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        weights, policy = ctx.saved_tensors
+        dim, query_dim = ctx.dim, ctx.query_dim
+        wide = torch.promote_types(weights.dtype, torch.float32)
+        grad, weights = grads[0].to(wide), weights.to(wide)
+        dropped = dropped_along(policy, weights.ndim, dim)
+        hidden = dropped
+        if query_dim is not None:
+            own = diagonal(weights.shape[dim], weights.ndim, dim, query_dim, weights.device)
+            hidden = dropped & torch.logical_not(own)
+        # Not a product with 0: what a dropped token holds may have made `grad` inf or NaN there.
+        baseline = (weights * grad).masked_fill(hidden, 0).sum(dim, keepdim=True)
+        flow = weights * (grad - baseline)
+        grad_scores = grad_policy = None
+        if ctx.needs_input_grad[0]:
+            grad_scores = flow.masked_fill(hidden, 0).to(ctx.scores_dtype)
+        if ctx.needs_input_grad[1]:
+            others = flow if query_dim is None else flow.masked_fill(own, 0)
+            summed = [d for d in range(1, weights.ndim) if d != dim]
+            grad_policy = finite_if_dropped(others.sum(summed), policy)
+        return grad_scores, grad_policy, None, None, None
+
+
+def return_weight(
+    scores: Float[Tensor, "..."], visible: Float[Tensor, "..."], dim: int
+) -> Float[Tensor, "..."]:
+    """`exp(min(s_ij - lse_i, 0))`: the weight a hidden key would have if it came back.
+
+    `visible` is `scores` with -inf at hidden keys. A row that sees nothing gives every key that it
+    could see the weight 1. NaN scores weigh 0.
+    """
+    lse = torch.logsumexp(visible, dim, keepdim=True).clamp_min(torch.finfo(scores.dtype).min)
+    return torch.nan_to_num(torch.exp((scores - lse).clamp_max(0)), nan=0.0)
+
+
+def finite_if_dropped(
+    grad_policy: Float[Tensor, "B Lk"], policy: Float[Tensor, "B Lk"]
+) -> Float[Tensor, "B Lk"]:
+    """0 for dropped tokens whose contents made their gradient inf or NaN; those teach nothing."""
+    broken = torch.logical_not(grad_policy.abs() < float("inf"))
+    return grad_policy.masked_fill(broken & torch.logical_not(is_kept(policy)), 0).to(policy.dtype)

@@ -1,0 +1,96 @@
+"""The small network that says which tokens can leave."""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tokenprune.ops.pooling import hide_dropped, masked_mean
+
+__all__ = ["TokenPredictor"]
+
+_ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU}
+
+
+class TokenPredictor(nn.Module):
+    """Keep log-probabilities from each token and the mean of the tokens that are still kept.
+
+    DynamicViT (Rao et al., 2021), eq. 1 to 5: a projection, of which one half of the channels
+    stays local and the other half is averaged over the kept tokens; then an MLP on both. The
+    parameters lie where the published checkpoints have them: `in_conv` is `in_proj`, `out_conv`
+    is `out_proj`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        activation: Literal["gelu", "relu", "silu"] = "gelu",
+        norm_eps: float = 1e-5,
+        init_std: float = 0.02,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Build a predictor for tokens of `dim` channels.
+
+        Args:
+            dim: channels of a token; odd and tiny numbers are fine.
+            activation: between the linear layers.
+            norm_eps: of the layer norm.
+            init_std: of the truncated normal that the weights are drawn from; biases start at 0.
+            device: where the parameters are made.
+            dtype: of the parameters.
+        """
+        super().__init__()
+        self.dim = dim
+        self.init_std = init_std
+        act = _ACTIVATIONS[activation]
+        hidden, narrow = max(dim // 2, 1), max(dim // 4, 1)
+
+        def linear(inputs: int, outputs: int) -> nn.Linear:
+            return nn.Linear(inputs, outputs, device=device, dtype=dtype)
+
+        self.in_proj = nn.Sequential(
+            nn.LayerNorm(dim, eps=norm_eps, device=device, dtype=dtype),
+            linear(dim, dim),
+            act(),
+        )
+        self.out_proj = nn.Sequential(
+            linear(dim, hidden),
+            act(),
+            linear(hidden, narrow),
+            act(),
+            linear(narrow, 2),
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weights anew."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=self.init_std)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+
+    def forward(
+        self, tokens: Float[Tensor, "B N D"], decision: Float[Tensor, "B N"] | None = None
+    ) -> Float[Tensor, "B N 2"]:
+        """Score patch tokens.
+
+        Args:
+            tokens: patch tokens, no prefix tokens among them.
+            decision: which of them earlier stages kept; None when dropped ones are gone already.
+
+        Returns:
+            Log-probabilities, keep first, in fp32 or better also under autocast. Those of kept
+            tokens do not depend on what dropped tokens hold.
+        """
+        features = self.in_proj(hide_dropped(tokens, decision, 1))
+        local, shared = features.split([self.dim // 2, self.dim - self.dim // 2], dim=-1)
+        context = masked_mean(shared, decision, 1, keepdim=True)
+        logits = self.out_proj(torch.cat([local, context.expand_as(shared)], dim=-1))
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        return F.log_softmax(logits, dim=-1, dtype=wide)
