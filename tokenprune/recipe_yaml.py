@@ -1,8 +1,8 @@
 """Strict YAML for recipes: safe, no tags, no repeated keys, and no surprises in plain scalars.
 
-YAML 1.1 reads `no` as false, `1e-3` as text and `010` as eight. Recipes are read, and written, by
+YAML 1.1 reads `no` as false, `1e-3` as text and `1:30` as ninety. Recipes are read, and written, by
 the rules of the YAML 1.2 core schema, so that `mixed_precision: no` and `learning_rate: 1e-3` mean
-what they say.
+what they say; a whole number with a leading zero is text.
 """
 
 import re
@@ -22,7 +22,7 @@ _PLAIN_SCALARS = (
     ("int", r"[-+]?(?:0|[1-9][0-9]*)", list("-+0123456789")),
     (
         "float",
-        r"(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
+        r"(?:[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?"
         r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))",
         list("-+.0123456789"),
     ),
@@ -43,6 +43,14 @@ class _Dumper(yaml.SafeDumper):
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    # PyYAML takes these for line ends, and folds them into spaces unless they are escaped
+    style = '"' if any(mark in text for mark in "\x85\u2028\u2029") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _text)
 
 for _tag, _pattern, _first in _PLAIN_SCALARS:
     for _class in (_Loader, _Dumper):

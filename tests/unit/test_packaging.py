@@ -1,0 +1,123 @@
+"""The wheel holds everything and works outside the tree; so does the editable install."""
+
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FOLDERS_AT_THE_TOP = {"tokenprune.adapters": "adapters", "tokenprune.recipes": "recipes"}
+
+LOOK_AROUND = """
+import pathlib, tokenprune, tokenprune.adapters
+from tokenprune.recipe import load_recipe
+print(pathlib.Path(tokenprune.__file__).parent.parent)
+print(pathlib.Path(tokenprune.adapters.__file__).resolve().parent.parent)
+print(*(load_recipe(name).name for name in tokenprune.list_recipes()))
+"""
+
+
+def run(*command: str | Path, cwd: Path, **environment: str) -> str:
+    """Standard output of a command that must succeed."""
+    done = subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def settings() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel built from a copy of the tracked tree, so that no build folder is left behind."""
+    source = tmp_path_factory.mktemp("source")
+    for name in ("pyproject.toml", "README.md", "LICENSE", "tokenprune", "adapters", "recipes"):
+        copy(ROOT / name, source / name)
+    folder = tmp_path_factory.mktemp("wheel")
+    options = ["--no-deps", "--no-build-isolation", "--no-index", "--quiet"]
+    command = [sys.executable, "-m", "pip", "wheel", *options, "--wheel-dir", folder, source]
+    run(*command, cwd=folder)
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copy a file or a folder without caches and without the links that `make links` draws."""
+    if source.is_symlink() or source.name == "__pycache__":
+        return
+    if source.is_file():
+        target.write_bytes(source.read_bytes())
+        return
+    target.mkdir()
+    for child in source.iterdir():
+        copy(child, target / child.name)
+
+
+def test_every_package_of_the_tree_is_listed(settings: dict[str, Any]) -> None:
+    setuptools = settings["tool"]["setuptools"]
+    inits = [path.parent.relative_to(ROOT) for path in (ROOT / "tokenprune").rglob("__init__.py")]
+    found = {".".join(folder.parts) for folder in inits} | set(FOLDERS_AT_THE_TOP)
+    assert set(setuptools["packages"]) == found
+    assert setuptools["package-dir"] == FOLDERS_AT_THE_TOP
+    assert len(setuptools["packages"]) == len(found)
+
+
+def test_names_of_the_distribution(settings: dict[str, Any]) -> None:
+    project = settings["project"]
+    assert project["name"] == "tokenprune-torch"
+    assert project["requires-python"] == ">=3.11"
+    assert project["scripts"] == {"tokenprune": "tokenprune.cli:main"}
+    runtime = {requirement.split(">")[0] for requirement in project["dependencies"]}
+    assert runtime == {"numpy", "pydantic", "pyyaml", "safetensors", "torch"}
+
+
+def test_wheel_holds_adapters_recipes_and_the_typing_marker(wheel: Path) -> None:
+    files = set(zipfile.ZipFile(wheel).namelist())
+    assert "tokenprune/py.typed" in files
+    assert "tokenprune/recipes/dynamicvit-deit-small-k0.7.yaml" in files
+    for folder, pattern in (("tokenprune", "*.py"), ("adapters", "*.py"), ("recipes", "*.yaml")):
+        for path in (ROOT / folder).rglob(pattern):
+            inside = path.relative_to(ROOT).as_posix()
+            assert (inside if folder == "tokenprune" else f"tokenprune/{inside}") in files
+    assert not [name for name in files if name.startswith(("adapters/", "recipes/", "tests/"))]
+
+
+def test_wheel_works_outside_the_tree(wheel: Path, tmp_path: Path) -> None:
+    target = tmp_path / "site"
+    run(
+        *(sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--quiet"),
+        *("--target", target, wheel),
+        cwd=tmp_path,
+    )
+    output = run(sys.executable, "-c", LOOK_AROUND, cwd=tmp_path, PYTHONPATH=str(target))
+    core, adapters, names = output.splitlines()
+    assert Path(core) == target
+    assert Path(adapters) == target / "tokenprune"
+    assert names.split() == sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
+
+
+def test_editable_install_works_outside_the_tree(tmp_path: Path) -> None:
+    core, adapters, names = run(sys.executable, "-c", LOOK_AROUND, cwd=tmp_path).splitlines()
+    assert Path(core) == ROOT
+    assert Path(adapters) == ROOT
+    assert names.split() == sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
+
+
+def test_adapters_is_not_importable_twice() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "import tokenprune.adapters, adapters"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode != 0
+    assert "ImportError: import tokenprune.adapters, not adapters" in done.stderr
