@@ -1,9 +1,11 @@
 """The wheel holds everything and works outside the tree; so does the editable install."""
 
+import ast
 import subprocess
 import sys
 import tomllib
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +77,29 @@ def test_names_of_the_distribution(settings: dict[str, Any]) -> None:
     assert project["name"] == "tokenprune-torch"
     assert project["requires-python"] == ">=3.11"
     assert project["scripts"] == {"tokenprune": "tokenprune.cli:main"}
-    runtime = {requirement.split(">")[0] for requirement in project["dependencies"]}
-    assert runtime == {"numpy", "pydantic", "pyyaml", "safetensors", "torch"}
+
+
+def test_the_core_imports_runtime_dependencies_only(settings: dict[str, Any]) -> None:
+    requirements = settings["project"]["dependencies"]
+    names = {requirement.split(">")[0] for requirement in requirements}
+    allowed = {"tokenprune", *sys.stdlib_module_names, *names - {"pyyaml"}, "yaml"}
+    checked = 0
+    for path in (ROOT / "tokenprune").rglob("*.py"):
+        if path.relative_to(ROOT).parts[1] in {"cli", "models", "report", "train"}:
+            continue  # these need an extra, and say so
+        checked += 1
+        imported = set(imports_on_load(path))
+        assert imported <= allowed, f"{path.name} imports {sorted(imported - allowed)}"
+    assert checked > 5
+
+
+def imports_on_load(path: Path) -> Iterator[str]:
+    """Top-level names of the modules that a file imports outside any function or `if`."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield str(node.module).partition(".")[0]
 
 
 def test_wheel_holds_adapters_recipes_and_the_typing_marker(wheel: Path) -> None:
