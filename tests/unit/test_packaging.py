@@ -1,6 +1,7 @@
 """The wheel holds everything and works outside the tree; so does the editable install."""
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -82,7 +83,8 @@ def test_names_of_the_distribution(settings: dict[str, Any]) -> None:
 def test_the_core_imports_runtime_dependencies_only(settings: dict[str, Any]) -> None:
     requirements = settings["project"]["dependencies"]
     names = {requirement.split(">")[0] for requirement in requirements}
-    allowed = {"tokenprune", *sys.stdlib_module_names, *names - {"pyyaml"}, "yaml"}
+    brought_along = {"yaml", "pydantic_core"}  # by pyyaml and pydantic
+    allowed = {"tokenprune", *sys.stdlib_module_names, *names, *brought_along}
     checked = 0
     for path in (ROOT / "tokenprune").rglob("*.py"):
         if path.relative_to(ROOT).parts[1] in {"cli", "models", "report", "train"}:
@@ -143,4 +145,4 @@ def test_adapters_is_not_importable_twice() -> None:
         timeout=120,
     )
     assert done.returncode != 0
-    assert "ImportError: import tokenprune.adapters, not adapters" in done.stderr
+    assert re.search(r"ImportError: .*import.*tokenprune\.adapters", done.stderr, re.IGNORECASE)
