@@ -1,0 +1,75 @@
+"""Find the transformer blocks of a host nobody described, by what its modules are made of."""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from tokenprune.adapters._facts import join, parent
+
+__all__ = ["Stack", "find_stacks"]
+
+# Children or parameters that make a module an attention: query projections, alone or fused.
+QUERY = re.compile(
+    r"(to_|w_?)?(q|qk|qkv|qv|kqv|query|queries|query_key_value)(_?(proj|lin|linear|conv))?"
+    r"|in_proj(_\w+)?|c_attn",
+    re.IGNORECASE,
+)
+FEED_FORWARD = re.compile(r"mlp|ffn|feed_?forward|\bff\b", re.IGNORECASE)
+LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d)
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Blocks of one class whose containers stand in the same place of the host, in order."""
+
+    kind: type[nn.Module]
+    blocks: tuple[str, ...]
+
+
+def find_stacks(host: nn.Module) -> list[Stack]:
+    """All stacks of transformer blocks in `host`, the longest first."""
+    listed = [
+        join(path, name)
+        for path, module in host.named_modules()
+        if isinstance(module, nn.ModuleList | nn.Sequential)
+        for name, child in module.named_children()
+        if is_block(child)
+    ]
+    # a stage that holds blocks looks like one itself
+    holders = {above for path in listed for above in _above(path)}
+    found: dict[tuple[type[nn.Module], str], list[str]] = defaultdict(list)
+    for path in listed:
+        if path not in holders:
+            place = re.sub(r"\d+", "#", parent(path))
+            found[type(host.get_submodule(path)), place].append(path)
+    stacks = [Stack(kind, tuple(blocks)) for (kind, _), blocks in found.items()]
+    return sorted(stacks, key=lambda stack: len(stack.blocks), reverse=True)
+
+
+def _above(path: str) -> Iterator[str]:
+    while path := parent(path):
+        yield path
+
+
+def is_attention(module: nn.Module) -> bool:
+    """Whether `module` itself holds a query projection."""
+    names = [name for name, _ in module.named_children()]
+    names += [name for name, _ in module.named_parameters(recurse=False)]
+    return any(QUERY.fullmatch(name) for name in names)
+
+
+def is_block(module: nn.Module) -> bool:
+    """Whether `module` holds an attention, and a feed-forward part beside it."""
+    inside: set[nn.Module] = set()
+    for child in module.modules():
+        if child not in inside and is_attention(child):
+            if child is module:  # attention and feed-forward fused into one module
+                return any(FEED_FORWARD.search(name) for name, _ in module.named_children())
+            inside.update(child.modules())
+    if not inside:
+        return False
+    beside = [m for m in module.modules() if m not in inside and isinstance(m, LINEAR)]
+    return len(beside) >= 2

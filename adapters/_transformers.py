@@ -1,0 +1,96 @@
+"""What the vision models of transformers have in common."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from tokenprune.adapters._facts import climb, from_module, image_example, is_class, parent
+from tokenprune.arch import ArchSpec, ExampleInput
+from tokenprune.errors import UnsupportedHostError
+
+__all__ = ["TransformersFamily", "config_inputs", "nearest_config", "text_inputs"]
+
+
+def nearest_config(host: nn.Module, path: str) -> Any:
+    """Configuration of the nearest module at or above `path` that has one; None if none has."""
+    while True:
+        config = getattr(host.get_submodule(path), "config", None)
+        if config is not None or not path:
+            return config
+        path = parent(path)
+
+
+def text_inputs(host: nn.Module) -> dict[str, ExampleInput]:
+    """The text that a host of two towers (CLIP and its kin) takes beside the image, or {}."""
+    if getattr(host, "main_input_name", None) != "input_ids":
+        return {}
+    config: Any = host.config
+    text = config.text_config
+    return {"input_ids": ExampleInput((text.max_position_embeddings,), high=text.vocab_size)}
+
+
+def config_inputs(host: nn.Module, config: Any) -> dict[str, ExampleInput]:
+    """Input of a host whose image part has the configuration `config`."""
+    image = image_example(getattr(config, "num_channels", 3), getattr(config, "image_size", None))
+    if image is None:
+        return {}
+    text = text_inputs(host)
+    main = "pixel_values" if text else str(getattr(host, "main_input_name", "pixel_values"))
+    return {**text, main: image}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformersFamily:
+    """Adapter of the models that one modeling file of transformers defines.
+
+    Attributes:
+        name: Of the adapter.
+        home: The modeling module.
+        block: Name of its block class. Blocks of a text tower do not count.
+        prefix: P, or a function that reads it from the configuration of the image part.
+        norm: Name of the final norm over all tokens, a child of a module above the blocks; None if
+            there is none, or it sees the pooled token only.
+        mode: The mode that serves the family.
+        inputs: Overrides `config_inputs`.
+    """
+
+    name: str
+    home: str
+    block: str
+    prefix: int | Callable[[Any], int]
+    norm: str | None = "layernorm"
+    mode: Literal["remove", "bypass"] = "remove"
+    inputs: Callable[[nn.Module, Any], Mapping[str, ExampleInput]] = config_inputs
+
+    def matches(self, host: nn.Module) -> bool:
+        """Whether a class of the host comes from the family's modeling module."""
+        return from_module(host, self.home)
+
+    def describe(self, host: nn.Module) -> ArchSpec:
+        """The facts about `host`.
+
+        Raises:
+            UnsupportedHostError: It has no image tower with blocks of the family.
+        """
+        blocks = tuple(
+            path
+            for path, module in host.named_modules()
+            if is_class(module, self.home, [self.block])
+            and hasattr(nearest_config(host, path), "patch_size")
+        )
+        if not blocks:
+            raise UnsupportedHostError(
+                f"Adapter {self.name!r} found no {self.block} that works on image patches in "
+                f"{type(host).__name__}. It prunes the patches of the image models of {self.home}."
+            )
+        config = nearest_config(host, blocks[0])
+        return ArchSpec(
+            adapter=self.name,
+            blocks=blocks,
+            num_prefix_tokens=self.prefix if isinstance(self.prefix, int) else self.prefix(config),
+            norm=climb(host, blocks[0], self.norm) if self.norm else None,
+            mode=self.mode,
+            inputs=self.inputs(host, config),
+        )

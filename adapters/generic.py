@@ -1,0 +1,183 @@
+"""Adapter of last resort: looks at the host's modules, then runs a copy of it on fake tensors."""
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from itertools import groupby
+
+from torch import nn
+
+from tokenprune.adapters._blocks import find_stacks
+from tokenprune.adapters._facts import (
+    climb,
+    conv_channels,
+    first_argument,
+    image_example,
+    image_inputs,
+    join,
+    parent,
+)
+from tokenprune.adapters._probe import Watched, watch
+from tokenprune.adapters._transformers import config_inputs, nearest_config
+from tokenprune.arch import GENERIC, ArchSpec, ExampleInput
+from tokenprune.errors import UnsupportedHostError
+
+__all__ = ["ADAPTER"]
+
+NORMS = ("norm", "layernorm", "ln", "final_norm", "final_layernorm", "post_layernorm", "ln_post")
+PREFIX = re.compile(
+    r"(cls|class|dist|distillation|reg|register|storage)_?(token|tokens|embedding)", re.IGNORECASE
+)
+TEXT_LENGTH = 16
+MOST_PREFIX = 32
+
+
+class Generic:
+    """Describes any host that has a stack of transformer blocks; `verify` says if it is right."""
+
+    name = GENERIC
+
+    def matches(self, host: nn.Module) -> bool:
+        """Every host may be tried."""
+        return True
+
+    def describe(self, host: nn.Module) -> ArchSpec:
+        """What can be found out about `host`; `notes` says what was found and how.
+
+        Raises:
+            UnsupportedHostError: It has no stack of transformer blocks, or runs one block twice.
+        """
+        stacks = find_stacks(host)
+        if not stacks:
+            raise UnsupportedHostError(
+                f"Adapter {self.name!r} found no stack of transformer blocks in "
+                f"{type(host).__name__}: no nn.ModuleList or nn.Sequential holds modules that each "
+                "have an attention (query projections) and a feed-forward part. Convolutional "
+                "networks have no tokens to prune. If the host has blocks, pass "
+                "adapter=ArchSpec(...) with their paths."
+            )
+        stack = stacks[0]
+        blocks = stack.blocks
+        notes = [f"{len(blocks)} blocks of class {stack.kind.__name__}, from {blocks[0]}"]
+        notes += [
+            f"left out: {len(other.blocks)} of class {other.kind.__name__}, from {other.blocks[0]}"
+            for other in stacks[1:]
+        ]
+        inputs = _inputs(host, blocks[0])
+        seen = watch(host, blocks, inputs) if inputs else "no input shape is known"
+        if isinstance(seen, str):
+            notes.append(f"not run on fake tensors, so widths alone decide the mode: {seen}")
+            widths = {_width(host.get_submodule(path)) for path in blocks}
+            columnar = len(widths) == 1
+            notes.append(f"widths of the blocks: {sorted(widths)}")
+        else:
+            blocks = _ran(host, seen, blocks)
+            columnar = _columnar(seen)
+            notes.append(_in_words(seen))
+        prefix, how = _prefix(host, blocks[0], inputs, seen)
+        return ArchSpec(
+            adapter=self.name,
+            blocks=blocks,
+            num_prefix_tokens=prefix,
+            norm=_norm(host, blocks[-1]),
+            mode="remove" if columnar else "bypass",
+            inputs=inputs,
+            notes=(*notes, f"{prefix} prefix tokens: {how}"),
+        )
+
+
+def _inputs(host: nn.Module, block: str) -> Mapping[str, ExampleInput]:
+    config = nearest_config(host, block)
+    if hasattr(config, "vocab_size") and getattr(host, "main_input_name", "") == "input_ids":
+        length = min(TEXT_LENGTH, getattr(config, "max_position_embeddings", TEXT_LENGTH))
+        return {
+            "input_ids": ExampleInput((length,), high=config.vocab_size),
+            "attention_mask": ExampleInput((length,), ones=True),
+        }
+    found = config_inputs(host, config) or image_inputs(host)
+    if found:
+        return found
+    size = next(
+        (s for s in (getattr(host, n, None) for n in ("image_size", "img_size")) if s), None
+    )
+    example = image_example(conv_channels(host) or 3, size)
+    return {first_argument(host): example} if example else {}
+
+
+def _ran(host: nn.Module, seen: Watched, blocks: tuple[str, ...]) -> tuple[str, ...]:
+    """The blocks that ran, in the order they did."""
+    runs = Counter(path for path, _ in seen.entered)
+    if not runs:
+        raise UnsupportedHostError(
+            f"None of the {len(blocks)} blocks found in {type(host).__name__} (from {blocks[0]}) "
+            "runs in its forward. Pass adapter=ArchSpec(...) with the paths of those that do."
+        )
+    path, times = runs.most_common(1)[0]
+    if times > 1:
+        raise UnsupportedHostError(
+            f"Block {path} of {type(host).__name__} runs {times} times in one forward. A stage "
+            "stands before a block that runs once."
+        )
+    return tuple(runs)
+
+
+def _columnar(seen: Watched) -> bool:
+    shapes = {shape for _, shape in seen.entered}
+    return len(shapes) == 1 and len(next(iter(shapes))) == 3
+
+
+def _in_words(seen: Watched) -> str:
+    parts = []
+    for shape, group in groupby(enumerate(seen.entered), key=lambda item: item[1][1]):
+        numbers = [number for number, _ in group]
+        parts.append(f"{numbers[0]} to {numbers[-1]} take [B, {', '.join(map(str, shape[1:]))}]")
+    return f"run on fake tensors: blocks {'; '.join(parts)}"
+
+
+def _prefix(
+    host: nn.Module, block: str, inputs: Mapping[str, ExampleInput], seen: Watched | str
+) -> tuple[int, str]:
+    if isinstance(seen, Watched) and seen.grid is not None:
+        length = seen.entered[0][1][1] if len(seen.entered[0][1]) == 3 else 0
+        height, width = seen.grid
+        if 0 <= length - height * width <= MOST_PREFIX:
+            return length - height * width, f"{length} tokens less a grid of {height} x {width}"
+    path = block
+    while path:
+        path = parent(path)
+        stated = getattr(host.get_submodule(path), "num_prefix_tokens", None)
+        if isinstance(stated, int):
+            return stated, f"{join(path, 'num_prefix_tokens')} says so"
+    if "input_ids" in inputs and "pixel_values" not in inputs:
+        return 1, "text encoders pool the first token"
+    tokens = {
+        name: _count(parameter)
+        for name, parameter in host.named_parameters()
+        if PREFIX.fullmatch(name.rpartition(".")[2])
+    }
+    if tokens:
+        return sum(tokens.values()), f"parameters {', '.join(tokens)}"
+    return 0, "no parameter looks like a class, distillation or register token"
+
+
+def _count(parameter: nn.Parameter) -> int:
+    return parameter.shape[-2] if parameter.ndim > 1 else 1
+
+
+def _norm(host: nn.Module, block: str) -> str | None:
+    """The nearest norm above the last block that has a usual name."""
+    paths = filter(None, (climb(host, block, name) for name in NORMS))
+    return max(paths, key=lambda path: path.count("."), default=None)
+
+
+def _width(block: nn.Module) -> int:
+    """Channels that the block's first linear layer or convolution takes."""
+    for module in block.modules():
+        if isinstance(module, nn.Linear):
+            return module.in_features
+        if isinstance(module, nn.Conv2d):
+            return module.in_channels
+    return 0
+
+
+ADAPTER = Generic()

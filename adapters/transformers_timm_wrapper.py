@@ -1,0 +1,43 @@
+"""Adapter of transformers' wrapper around timm models: the facts are those of the model inside."""
+
+from dataclasses import replace
+
+from torch import nn
+
+from tokenprune.adapters._facts import from_module, join
+from tokenprune.arch import ArchSpec, describe
+
+__all__ = ["ADAPTER"]
+
+HOME = "transformers.models.timm_wrapper.modeling_timm_wrapper"
+INNER = "timm_model"
+
+
+class TimmWrapper:
+    """Asks the adapter of the model inside, and puts the wrapper's path before its paths."""
+
+    name = "transformers/timm_wrapper"
+
+    def matches(self, host: nn.Module) -> bool:
+        """Whether the host is a wrapper."""
+        return from_module(host, HOME)
+
+    def describe(self, host: nn.Module) -> ArchSpec:
+        """The facts about the model inside.
+
+        Raises:
+            UnsupportedHostError: That model cannot be described.
+        """
+        inner = describe(host.get_submodule(INNER))
+        example = next(iter(inner.inputs.values()), None)
+        return replace(
+            inner,
+            adapter=self.name,
+            blocks=tuple(join(INNER, path) for path in inner.blocks),
+            norm=join(INNER, inner.norm) if inner.norm else None,
+            inputs={str(host.main_input_name): example} if example else {},
+            notes=(f"the model inside is described by adapter {inner.adapter!r}", *inner.notes),
+        )
+
+
+ADAPTER = TimmWrapper()
