@@ -1,6 +1,25 @@
 """Learned token pruning for vision transformers that somebody else wrote."""
 
-from tokenprune import errors
+from tokenprune import errors, losses
+from tokenprune.arch import ArchSpec, ExampleInput, list_adapters, register_adapter
+from tokenprune.pruning_trace import PruningTrace, StageTrace
 from tokenprune.recipe import Recipe, list_recipes
+from tokenprune.verify import Certificate, verify
+from tokenprune.wrap import unwrap, wrap
 
-__all__ = ["Recipe", "errors", "list_recipes"]
+__all__ = [
+    "ArchSpec",
+    "Certificate",
+    "ExampleInput",
+    "PruningTrace",
+    "Recipe",
+    "StageTrace",
+    "errors",
+    "list_adapters",
+    "list_recipes",
+    "losses",
+    "register_adapter",
+    "unwrap",
+    "verify",
+    "wrap",
+]

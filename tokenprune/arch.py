@@ -10,7 +10,6 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import Literal, Protocol, runtime_checkable
 
-import torch
 from torch import nn
 
 from tokenprune.errors import AdapterError, UnknownAdapterError, UnsupportedHostError, did_you_mean
@@ -156,31 +155,3 @@ def _checked(spec: ArchSpec, host: nn.Module) -> ArchSpec:
             f"{missing or 'no blocks at all'}. Pass adapter=ArchSpec(...) with the right paths."
         )
     return spec
-
-
-def example_inputs(spec: ArchSpec, host: nn.Module, batch_size: int) -> dict[str, torch.Tensor]:
-    """Random inputs of the shapes in `spec.inputs`, on the host's device and in its dtype.
-
-    Draws from a generator of its own: the caller's random state stays as it is.
-
-    Raises:
-        UnsupportedHostError: The adapter knows no input shape.
-    """
-    if not spec.inputs:
-        raise UnsupportedHostError(
-            f"Adapter {spec.adapter!r} knows no input shape of {type(host).__name__}. Pass "
-            "example_inputs=, a tensor or a dict of the arguments its forward takes."
-        )
-    like = next((p for p in host.parameters() if p.is_floating_point()), torch.empty(0))
-    generator = torch.Generator().manual_seed(0)
-    drawn = {}
-    for name, example in spec.inputs.items():
-        shape = (batch_size, *example.shape)
-        if example.ones:
-            value = torch.ones(shape, dtype=torch.long)
-        elif example.high is not None:
-            value = torch.randint(0, example.high, shape, generator=generator)
-        else:
-            value = torch.randn(shape, generator=generator).to(like.dtype)
-        drawn[name] = value.to(like.device)
-    return drawn

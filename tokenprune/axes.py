@@ -139,7 +139,9 @@ def _probe_batch(
                     axes.batch_first.add(node)
             elif _plain(base) and value != base:
                 moved.add(node)
-    except Exception:  # whatever a host raises here says one thing: its graph holds for one batch size
+    except (
+        Exception
+    ):  # whatever a host raises here says one thing: its graph holds for one batch size
         axes.batch_bound = True
         axes.batch_first = {
             node
@@ -236,9 +238,7 @@ class _TokenProbe:
             for source in node.all_input_nodes
             for dim in self.axes.dims.get(source, {}).values()
         }
-        rank = max(
-            (env[n].ndim for n in node.all_input_nodes if n in self.axes.dims), default=0
-        )
+        rank = max((env[n].ndim for n in node.all_input_nodes if n in self.axes.dims), default=0)
         options: dict[fx.Node, list[Aligned]] = {}
         for source in node.all_input_nodes:
             value = env.get(source)
@@ -250,7 +250,7 @@ class _TokenProbe:
             trial = {n: self._gathered(env[n], choice.get(n)) for n in node.all_input_nodes}
             try:
                 value = evaluate(self.root, node, trial)
-            except Exception:  # noqa: S112 - this combination does not run; the next may
+            except Exception:
                 continue
             if self._as_expected(node, value, stage):
                 self.axes.aligned[node] = choice

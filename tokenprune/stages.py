@@ -26,6 +26,7 @@ class StageContext:
         hard: 0/1 decisions.
         keep_indices: Kept sets forced from outside, [B, K] sorted, original numbering, per stage.
         generator: Source of the noise.
+        poison: `verify` only: what dropped tokens are overwritten with, to see that nobody reads them.
     """
 
     num_keep: tuple[int, ...]
@@ -34,6 +35,7 @@ class StageContext:
     hard: bool = True
     keep_indices: tuple[Tensor, ...] | None = None
     generator: torch.Generator | None = None
+    poison: float | None = None
 
 
 def mask_stage(
@@ -43,7 +45,7 @@ def mask_stage(
     context: StageContext,
     stage: int,
     num_prefix: int,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Decide about every patch, removing none.
 
     Args:
@@ -51,7 +53,7 @@ def mask_stage(
         previous: [B, N] decision of the stage before; None at the first.
 
     Returns:
-        keep_logits [B, N, 2] and decision [B, N], never keeping what `previous` dropped.
+        keep_logits [B, N, 2], decision [B, N], never keeping what `previous` dropped, and the tokens.
     """
     patches = tokens[:, num_prefix:]
     keep_logits = predictor(patches, previous)
@@ -70,7 +72,10 @@ def mask_stage(
     else:
         still = keep_logits.masked_fill((previous < 0.5).unsqueeze(-1), float("-inf"))
         decision = _one_hot(select_topk(still, context.num_keep[stage]), previous)
-    return keep_logits, decision
+    if context.poison is not None:
+        kept = policy_of(decision, num_prefix).unsqueeze(-1) > 0.5
+        tokens = torch.where(kept, tokens, context.poison)
+    return keep_logits, decision, tokens
 
 
 def gather_stage(

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from linecache import getline
+from traceback import walk_tb
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -38,7 +39,7 @@ FACTORIES = (
 )
 # Answers about a tensor that are plain Python; never nodes.
 INQUIRIES = frozenset({"is_floating_point", "is_complex", "is_tensor", "dim", "get_device"})
-OWN_FILES = ("/torch/", "/tokenprune/tracing/", "/unittest/", "/contextlib.py", "/functools.py")
+OWN_FILES = ("/torch/", "/tokenprune/", "/unittest/", "/contextlib.py", "/functools.py")
 
 
 class Provenance(NamedTuple):
@@ -64,6 +65,10 @@ def tensor_attribute(root: nn.Module, path: str) -> Any:
     return operator.attrgetter(path)(root)
 
 
+def _of_host(file: str) -> bool:
+    return not any(part in file for part in OWN_FILES) and not file.startswith("<")
+
+
 def _named_tensors(root: nn.Module) -> Iterator[tuple[int, str]]:
     """id -> path of every tensor that some module holds, plain attributes included."""
     for path, module in root.named_modules():
@@ -82,7 +87,11 @@ class _Recorder(TorchFunctionMode):
         self.tracer = tracer
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
@@ -118,6 +127,7 @@ class ValueTracer(fx.Tracer):
         self._names = dict(_named_tensors(root))
         self._attributes: dict[str, ValueProxy] = {}
         self._modules_entered: list[str] = []
+        self._last_module = ""
 
     def record(self, forward: Callable[..., Any], example: Mapping[str, Any]) -> fx.Graph:
         """Trace `forward(**example)`.
@@ -245,22 +255,33 @@ class ValueTracer(fx.Tracer):
         if dataclasses.is_dataclass(a) and not isinstance(a, type):
             fields = {f.name: getattr(a, f.name) for f in dataclasses.fields(a)}
             given = {name: self.create_arg(v) for name, v in fields.items() if v is not None}
-            return self.create_node("call_function", type(a), (), given)
+            return self._build(type(a), (), given)
         if isinstance(a, dict) and type(a) is not dict:
-            return self.create_node("call_function", type(a), (super().create_arg(dict(a)),), {})
+            return self._build(type(a), (super().create_arg(dict(a)),), {})
         return super().create_arg(a)
+
+    def _build(self, kind: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+        """A node that makes an output object; nothing reads its value while tracing."""
+        node = self.create_node("call_function", kind, args, kwargs)
+        node.meta["val"] = None
+        return node
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         own = type(m).__module__.startswith(("torch.nn", "torch.ao.nn"))
         return own and not isinstance(m, CONTAINERS) and type(m) not in DECOMPOSED
 
     def call_module(
-        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        m: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Any:
         path = self.submodule_paths.get(m)  # type: ignore[union-attr]
         if path is None:  # made inside forward (a loss module): its own calls are recorded
             return forward(*args, **kwargs)
         self._modules_entered.append(path)
+        self._last_module = path
         try:
             if m in self._blocks:
                 args, kwargs = self._mark(self._blocks[m], args, kwargs)
@@ -292,10 +313,13 @@ class ValueTracer(fx.Tracer):
 
     def _provenance(self) -> Provenance:
         frame = sys._getframe(1)
-        while frame.f_back is not None:
-            file = frame.f_code.co_filename
-            if not any(part in file for part in OWN_FILES) and not file.startswith("<"):
-                break
+        while frame.f_back is not None and not _of_host(frame.f_code.co_filename):
             frame = frame.f_back
         module = self._modules_entered[-1] if self._modules_entered else ""
         return Provenance(module, frame.f_code.co_filename, frame.f_lineno)
+
+    def host_frame(self, error: BaseException) -> Provenance:
+        """The innermost line of the host's source that led to `error`."""
+        frames = [(f.f_code.co_filename, n) for f, n in walk_tb(error.__traceback__)]
+        file, line = next((f for f in reversed(frames) if _of_host(f[0])), frames[-1])
+        return Provenance(self._last_module, file, line)

@@ -1,0 +1,309 @@
+"""The model that `wrap` returns: the host's class, with a forward that prunes.
+
+It shares the host's parameters, buffers and submodules. Only the forward is other: it runs one of
+three paths, `mask` while training, `gather` in eval, `dense` on request.
+"""
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from tokenprune.arch import ArchSpec
+from tokenprune.errors import HostError, KeepIndicesError, NotWrappedError
+from tokenprune.ops.selection import check_keep_indices
+from tokenprune.passes.base import PREDICTORS
+from tokenprune.plan import Plan
+from tokenprune.program import PATHS, Path, Programs
+from tokenprune.pruning_trace import PruningTrace, StageTrace
+from tokenprune.recipe import Recipe
+from tokenprune.stages import StageContext
+from tokenprune.tracing.traced import trace_call
+
+__all__ = ["PrunedModel", "pruned_class", "pruning_of"]
+
+
+@dataclass
+class Overrides:
+    """What `using` forces."""
+
+    path: Path | None = None
+    keep_indices: tuple[Tensor, ...] | None = None
+    generator: torch.Generator | None = None
+
+
+@dataclass
+class Pruning:
+    """The pruning side of a wrapped model; everything that is not the host's."""
+
+    host: nn.Module
+    spec: ArchSpec
+    recipe: Recipe
+    plan: Plan
+    parameters: tuple[str, ...]
+    """Names of the arguments of the host's forward, in order."""
+    accepts_any: bool
+    """The host's forward takes **kwargs."""
+    watched: list[nn.Module]
+    """Modules whose `training` flag the host's Python code may read."""
+    programs: dict[Any, Programs] = field(default_factory=dict)
+    overrides: Overrides = field(default_factory=Overrides)
+
+
+class PrunedModel(nn.Module):
+    """Mixin in front of the host's class. Made by `wrap`, never by hand."""
+
+    _pruning: Pruning
+
+    def forward(self, *args: Any, return_trace: bool = False, **kwargs: Any) -> Any:
+        """Run the host, pruned.
+
+        Args:
+            return_trace: Also return a `PruningTrace`.
+
+        Returns:
+            What the host returns; with `return_trace`, a pair of that and the trace.
+        """
+        pruning = self._pruning
+        path = pruning.overrides.path or ("mask" if self.training else "gather")
+        forced = pruning.overrides.keep_indices is not None
+        keeps_all = path == "gather" and not forced and min(pruning.plan.keep_ratios) == 1.0
+        if (path == "dense" or keeps_all) and not return_trace:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        arguments = self._arguments(args, kwargs)
+        programs = self._programs(arguments)
+        program = programs.get(self, path)
+        context = self._context(path, programs, arguments)
+        tensors = {n: v for n, v in arguments.items() if isinstance(v, Tensor)}
+        output, records, tokens = program.run(self, context, **tensors)
+        if not return_trace:
+            return output
+        return output, PruningTrace(_stage_traces(path, records, programs), tokens)
+
+    @contextmanager
+    def using(
+        self,
+        path: Path | None = None,
+        keep_indices: Sequence[Tensor] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[Self]:
+        """Force how the model runs, inside a `with` block.
+
+        Args:
+            path: `"dense"`, `"mask"` or `"gather"`, whatever `training` says.
+            keep_indices: The kept set of each stage: one [B, K] tensor of original patch numbers per
+                stage, each image's later set inside its earlier one. In any order.
+            generator: Source of the Gumbel noise, on the model's device.
+
+        Raises:
+            ValueError: There is no such path.
+            KeepIndicesError: The sets are out of range, repeated, not nested, or of a wrong shape.
+        """
+        if path is not None and path not in PATHS:
+            raise ValueError(f"There is no path {path!r}. Choose one of {', '.join(PATHS)}.")
+        was = self._pruning.overrides
+        forced = None
+        if keep_indices is not None:
+            forced = tuple(
+                k.sort(dim=-1).values for k in _checked_sets(self._pruning, keep_indices)
+            )
+        self._pruning.overrides = Overrides(
+            path or was.path, forced or was.keep_indices, generator or was.generator
+        )
+        try:
+            yield self
+        finally:
+            self._pruning.overrides = was
+
+    def set_keep_ratio(self, keep_ratio: float | Sequence[float]) -> None:
+        """Change how many tokens are kept; nothing is traced again.
+
+        Args:
+            keep_ratio: r for r, r^2, r^3, ... over the stages, or one ratio per stage, each of the
+                original patch tokens.
+
+        Raises:
+            PlanError: A ratio is out of (0, 1], they grow, or their number is wrong.
+        """
+        self._pruning.plan = self._pruning.plan.with_keep_ratio(keep_ratio)
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load weights; a checkpoint of the host alone leaves the predictors as they are."""
+        own = f"{PREDICTORS}."
+        if not any(key.startswith(own) for key in state_dict):
+            predictors = getattr(self, PREDICTORS).state_dict(prefix=own)
+            state_dict = {**state_dict, **predictors}
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        shared = isinstance(value, nn.Module) and name != PREDICTORS
+        if shared and "_pruning" in self.__dict__:
+            setattr(self._pruning.host, name, value)  # a new head is the host's head too
+
+    def _get_name(self) -> str:
+        return f"TokenPruned[{super()._get_name()}]"
+
+    def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The call's arguments by name, without those that are None."""
+        names = self._pruning.parameters
+        known = kwargs.keys() <= set(names) or self._pruning.accepts_any
+        if len(args) > len(names) or not known or set(names[: len(args)]) & kwargs.keys():
+            given = [*names[: len(args)], *(["..."] if len(args) > len(names) else []), *kwargs]
+            raise HostError(
+                f"The host's forward takes ({', '.join(names)}), but was called with ({', '.join(given)})."
+            )
+        named = {**dict(zip(names, args, strict=False)), **kwargs}
+        return {name: value for name, value in named.items() if value is not None}
+
+    def _programs(self, arguments: Mapping[str, Any]) -> Programs:
+        """The programs for a call of this signature; traced if there are none yet."""
+        pruning = self._pruning
+        key, batch_size = self._signature(arguments)
+        found = pruning.programs.get(key)
+        if found is not None and found.axes.batch_bound and found.batch_size != batch_size:
+            key = (key, batch_size)
+            found = pruning.programs.get(key)
+        if found is None:
+            found = self._trace(arguments)
+            pruning.programs[key] = found
+        return found
+
+    def _signature(self, arguments: Mapping[str, Any]) -> tuple[Any, int]:
+        """Everything a decision of the host's Python code may depend on, and the batch size."""
+        tensors = [value for value in arguments.values() if isinstance(value, Tensor)]
+        if not tensors:
+            raise HostError("A wrapped model must be called with at least one tensor.")
+        batch_size = tensors[0].shape[0] if tensors[0].ndim else 1
+        device = tensors[0].device.type
+        autocast = torch.is_autocast_enabled(device)
+        modes = tuple([module.training for module in self._pruning.watched])
+        key = [
+            self.training,
+            modes,
+            autocast,
+            torch.get_autocast_dtype(device) if autocast else None,
+        ]
+        for name, value in arguments.items():
+            if isinstance(value, Tensor):
+                shape = tuple(value.shape)
+                batched = bool(shape) and shape[0] == batch_size
+                value = (batched, shape[1:] if batched else shape, value.dtype, value.device)
+            elif not isinstance(value, bool | int | float | str):
+                raise HostError(
+                    f"Argument {name!r} is a {type(value).__name__}; a wrapped model takes tensors, "
+                    "numbers, strings and flags."
+                )
+            key.append((name, value))
+        return tuple(key), int(batch_size)
+
+    @torch.compiler.disable
+    def _trace(self, arguments: Mapping[str, Any]) -> Programs:
+        pruning = self._pruning
+        host_forward = super().forward
+        traced = trace_call(
+            self,
+            host_forward,
+            arguments,
+            pruning.spec.blocks,
+            pruning.plan.blocks,
+            pruning.plan.num_prefix_tokens,
+        )
+        final = pruning.spec.norm or pruning.spec.blocks[-1]
+        return Programs.analyse(self, traced, pruning.plan, final)
+
+    def _context(
+        self, path: Path, programs: Programs, arguments: Mapping[str, Any]
+    ) -> StageContext:
+        pruning = self._pruning
+        overrides, sampling = pruning.overrides, pruning.recipe.sampling
+        num_patches = programs.traced.num_patches
+        if overrides.keep_indices is not None:
+            batch_size = next(v for v in arguments.values() if isinstance(v, Tensor)).shape[0]
+            for kept in overrides.keep_indices:
+                check_keep_indices(kept, batch_size=batch_size, num_patches=num_patches)
+        return StageContext(
+            num_keep=pruning.plan.counts(num_patches),
+            sample=path == "mask" and self.training,
+            temperature=sampling.temperature,
+            hard=sampling.hard,
+            keep_indices=overrides.keep_indices,
+            generator=overrides.generator,
+        )
+
+
+def _checked_sets(pruning: Pruning, sets: Sequence[Tensor]) -> Sequence[Tensor]:
+    if len(sets) != len(pruning.plan.blocks):
+        raise KeepIndicesError(
+            f"Got keep_indices for {len(sets)} stages; the plan has {len(pruning.plan.blocks)}, before "
+            f"blocks {list(pruning.plan.blocks)}. Give one [B, K] tensor per stage."
+        )
+    for stage, (before, after) in enumerate(zip(sets, sets[1:], strict=False), start=1):
+        for image, (wide, narrow) in enumerate(zip(before.tolist(), after.tolist(), strict=False)):
+            lost = sorted(set(narrow) - set(wide))
+            if lost:
+                raise KeepIndicesError(
+                    f"keep_indices of stage {stage} keep patches {lost[:5]} of image {image}, which "
+                    f"stage {stage - 1} dropped. Each stage's set must lie in that of the stage before."
+                )
+    return sets
+
+
+def _stage_traces(
+    path: Path, records: Sequence[tuple[Tensor, Tensor]], programs: Programs
+) -> list[StageTrace]:
+    if path == "mask":
+        return [
+            StageTrace(logits, decision, None, decision.detach().sum(dim=1).mean())
+            for logits, decision in records
+        ]
+    stages, before = [], None
+    for logits, kept in records:
+        if before is not None:  # removed tokens have no logits of their own any more
+            gone = torch.tensor([float("-inf"), 0.0], device=logits.device, dtype=logits.dtype)
+            everyone = gone.expand(logits.shape[0], programs.traced.num_patches, 2)
+            logits = everyone.scatter(1, before.unsqueeze(-1).expand(-1, -1, 2), logits)
+        decision = logits.new_zeros(logits.shape[:2]).scatter(1, kept, 1.0)
+        stages.append(StageTrace(logits, decision, kept, kept.shape[1]))
+        before = kept
+    return stages
+
+
+@cache
+def pruned_class(host_class: type[nn.Module]) -> type[PrunedModel]:
+    """The class of wrapped models of `host_class`: its name, its methods, our forward."""
+    signature = inspect.signature(host_class.forward)
+    extra = inspect.Parameter("return_trace", inspect.Parameter.KEYWORD_ONLY, default=False)
+    parameters = list(signature.parameters.values())
+    at = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
+
+    def forward(self: PrunedModel, *args: Any, **kwargs: Any) -> Any:
+        return PrunedModel.forward(self, *args, **kwargs)
+
+    forward.__doc__ = host_class.forward.__doc__
+    forward.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[*parameters[:at], extra, *parameters[at:]]
+    )
+    names = {"__module__": host_class.__module__, "__doc__": host_class.__doc__, "forward": forward}
+    return type(host_class.__name__, (PrunedModel, host_class), names)
+
+
+def pruning_of(model: nn.Module) -> Pruning:
+    """The pruning side of a wrapped model.
+
+    Raises:
+        NotWrappedError: `model` was not returned by `wrap`.
+    """
+    if not isinstance(model, PrunedModel):
+        raise NotWrappedError(
+            f"A model that tokenprune.wrap returned is needed, found {type(model).__name__}. Call "
+            "tokenprune.wrap(model, recipe) first."
+        )
+    return model._pruning

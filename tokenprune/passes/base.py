@@ -1,0 +1,150 @@
+"""The contract of a pass, and the working copy of a graph that passes edit."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import fx, nn
+
+from tokenprune.axes import Aligned, TokenAxes, TokenDim
+from tokenprune.errors import LeakError, UnsupportedHostError
+from tokenprune.plan import Plan
+from tokenprune.tracing.traced import Traced
+
+__all__ = ["PREDICTORS", "Pass", "Rewrite", "run_passes"]
+
+PREDICTORS = "token_predictors"
+
+
+class Rewrite:
+    """A copy of a traced graph under rewriting. The traced graph itself never changes.
+
+    Attributes:
+        graph: The copy.
+        context: Placeholder that carries the call's `StageContext`.
+        records: Per stage, what the emitted graph returns beside the host's output.
+    """
+
+    def __init__(self, root: nn.Module, traced: Traced, axes: TokenAxes, plan: Plan) -> None:
+        self.root, self.traced, self.axes, self.plan = root, traced, axes, plan
+        self.graph = fx.Graph()
+        self.context = self.graph.placeholder("context")
+        self._copies: dict[fx.Node, fx.Node] = {}
+        output = self.graph.graph_copy(traced.graph, self._copies)
+        self._origins = {copy: node for node, copy in self._copies.items()}
+        self.output = self.graph.output(output)
+        self.output.meta = dict(traced.graph.output_node().meta)
+        self.records: list[tuple[fx.Node, ...]] = []
+
+    def copy_of(self, node: fx.Node) -> fx.Node:
+        """The copy of a traced node."""
+        return self._copies[node]
+
+    def origin(self, node: fx.Node) -> fx.Node | None:
+        """The traced node behind `node`; None for what a pass put in."""
+        return self._origins.get(node)
+
+    def replaced(self, old: fx.Node, new: fx.Node) -> None:
+        """Let `new` stand for `old` everywhere, facts about its dims included."""
+        origin = self._origins.pop(old, None)
+        if origin is not None:
+            self._origins[new] = origin
+            self._copies[origin] = new
+
+    def nodes(self) -> list[fx.Node]:
+        """The nodes that come from the host, in order, as they are now."""
+        return [node for node in self.graph.nodes if node in self._origins]
+
+    def dims(self, node: Any) -> dict[int, TokenDim]:
+        """Token dims of a node of the copy; empty if it holds no tokens."""
+        origin = self._origins.get(node) if isinstance(node, fx.Node) else None
+        return self.axes.dims.get(origin, {}) if origin is not None else {}
+
+    def rank(self, node: fx.Node) -> int:
+        """Rank of the tensor that `node` held when it was traced."""
+        return int(self._origins[node].meta["val"].ndim)
+
+    def traced_module(self, node: fx.Node) -> nn.Module:
+        """The module that a `call_module` node calls."""
+        return self.root.get_submodule(str(node.target))
+
+    def batch_first(self, node: fx.Node) -> bool:
+        return self._origins.get(node) in self.axes.batch_first
+
+    def where(self, node: fx.Node) -> str:
+        """The node and its place in the host, for messages."""
+        return f"'{node.name}' ({node.target}) at {node.meta.get('where')}"
+
+    def marker(self, stage: int) -> fx.Node:
+        return self.copy_of(self.traced.markers[stage])
+
+    def insert(
+        self, before: fx.Node, target: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> fx.Node:
+        """Put a call of `target` before a node; it inherits that node's place in the host."""
+        with self.graph.inserting_before(before):
+            node = self.graph.call_function(target, args, kwargs)
+        node.meta["where"] = before.meta.get("where")
+        return node
+
+    def insert_after(
+        self, after: fx.Node, target: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> fx.Node:
+        """Put a call of `target` after a node."""
+        with self.graph.inserting_after(after):
+            node = self.graph.call_function(target, args, kwargs)
+        node.meta["where"] = after.meta.get("where")
+        return node
+
+    def predictor(self, before: fx.Node, stage: int) -> fx.Node:
+        """A node that holds the predictor module of `stage`."""
+        with self.graph.inserting_before(before):
+            return self.graph.get_attr(f"{PREDICTORS}.{stage}")
+
+    def alignments(self) -> list[tuple[fx.Node, fx.Node, Aligned]]:
+        """(consumer, argument, how to gather it), in the order of the graph."""
+        return [
+            (node, self.copy_of(source), aligned)
+            for node in self.nodes()
+            for source, aligned in self.axes.aligned.get(self._origins[node], {}).items()
+        ]
+
+
+class Pass(ABC):
+    """One edit of a graph.
+
+    `requires` looks at what comes in and raises before anything is changed; `apply` edits;
+    `ensures` looks at the result.
+    """
+
+    def requires(self, rewrite: Rewrite) -> None:
+        """Raise if this graph cannot be edited."""
+
+    @abstractmethod
+    def apply(self, rewrite: Rewrite) -> None:
+        """Edit the copy."""
+
+    def ensures(self, rewrite: Rewrite) -> None:
+        """Raise if the result is not what the pass promises."""
+
+
+def run_passes(rewrite: Rewrite, passes: Sequence[Pass]) -> fx.Graph:
+    """Run `passes` in order, each checked before and after.
+
+    Raises:
+        LeakError: A node mixes tokens in a way no rule can mask.
+        UnsupportedHostError: Anything else that stands in the way; the pass is named.
+    """
+    for each in passes:
+        each.requires(rewrite)
+        try:
+            each.apply(rewrite)
+            rewrite.graph.lint()
+        except LeakError:
+            raise
+        except (RuntimeError, LookupError, TypeError) as error:
+            raise UnsupportedHostError(
+                f"{type(each).__name__} failed on this host: {type(error).__name__}: {error}"
+            ) from error
+        each.ensures(rewrite)
+    return rewrite.graph

@@ -1,0 +1,68 @@
+"""The last pass: what the rewritten graph returns, and no dead node left in it."""
+
+import operator
+
+from torch import fx
+from torch.utils._pytree import keystr, tree_flatten_with_path
+
+from tokenprune.errors import UnsupportedHostError
+from tokenprune.passes.base import Pass, Rewrite
+from tokenprune.tracing.tracer import enter_block
+
+__all__ = ["Emit"]
+
+
+class Emit(Pass):
+    """Return (host output, stage records, patch tokens).
+
+    Args:
+        final: Path of the module whose output holds the final tokens.
+        keeps_tokens: The path removes no token, so the output may hold them.
+    """
+
+    def __init__(self, final: str, keeps_tokens: bool) -> None:
+        self.final, self.keeps_tokens = final, keeps_tokens
+
+    def requires(self, rewrite: Rewrite) -> None:
+        if self.keeps_tokens:
+            return
+        output = rewrite.output.args[0]
+        built = isinstance(output, fx.Node) and isinstance(output.target, type)
+        fields = dict(output.kwargs) if built else {"output": output}  # type: ignore[union-attr]
+        leaves, _ = tree_flatten_with_path(fields)
+        holding = [
+            keystr(path)
+            for path, leaf in leaves
+            if isinstance(leaf, fx.Node) and rewrite.dims(leaf)
+        ]
+        if holding:
+            raise UnsupportedHostError(
+                f"The output {', '.join(holding)} holds tokens after a stage, whose number changes "
+                "when they are pruned. Ask for an output without them (output_hidden_states=False, a "
+                "model with a head), or use model.using('dense')."
+            )
+
+    def apply(self, rewrite: Rewrite) -> None:
+        final = rewrite.copy_of(rewrite.traced.module_outputs[self.final])
+        patches = (slice(None), slice(rewrite.plan.num_prefix_tokens, None))
+        tokens = rewrite.insert_after(final, operator.getitem, final, patches)
+        rewrite.output.args = ((rewrite.output.args[0], tuple(rewrite.records), tokens),)
+        for node in list(rewrite.graph.nodes):
+            if node.target is enter_block:
+                node.replace_all_uses_with(node.args[0])
+        rewrite.graph.eliminate_dead_code(_has_effect)
+
+    def ensures(self, rewrite: Rewrite) -> None:
+        if any(node.target is enter_block for node in rewrite.graph.nodes):
+            raise RuntimeError("a block marker was left in the graph")
+
+
+def _has_effect(node: fx.Node) -> bool:
+    """Nodes that must stay even if nobody reads them: those that write into a tensor."""
+    if node.op in ("placeholder", "output"):
+        return True
+    if node.op == "call_module":
+        return bool(node.users)
+    name = getattr(node.target, "__name__", str(node.target))
+    writes = name.endswith("_") and not name.endswith("__")
+    return writes or node.target in (operator.setitem, operator.iadd, operator.imul, operator.isub)

@@ -1,0 +1,65 @@
+"""The mask path (training): every token stays, and nothing reads a dropped one."""
+
+import operator
+
+from torch import fx
+
+from tokenprune.passes.base import Pass, Rewrite
+from tokenprune.passes.mixers import Mixing, rule_for
+from tokenprune.stages import mask_stage, policy_of
+
+__all__ = ["MaskMixers", "MaskStages"]
+
+
+class MaskStages(Pass):
+    """Put predictor and decision where each stage stands; tokens go on as they are."""
+
+    def apply(self, rewrite: Rewrite) -> None:
+        prefix, previous = rewrite.plan.num_prefix_tokens, None
+        for stage in rewrite.traced.markers:
+            marker = rewrite.marker(stage)
+            predictor = rewrite.predictor(marker, stage)
+            result = rewrite.insert(
+                marker,
+                mask_stage,
+                predictor,
+                marker.args[0],
+                previous,
+                rewrite.context,
+                stage,
+                prefix,
+            )
+            logits, decision, tokens = (
+                rewrite.insert(marker, operator.getitem, result, i) for i in range(3)
+            )
+            marker.replace_all_uses_with(tokens)
+            rewrite.replaced(marker, tokens)
+            rewrite.graph.erase_node(marker)
+            rewrite.records.append((logits, decision))
+            previous = decision
+
+
+class MaskMixers(Pass):
+    """Replace every node that mixes tokens by its masked version (`mixers`)."""
+
+    def apply(self, rewrite: Rewrite) -> None:
+        mixing = Mixing(rewrite, Policies(rewrite))
+        for node in rewrite.nodes():
+            rule = rule_for(rewrite, node)
+            if rule is not None:
+                rule(mixing, node)
+
+
+class Policies:
+    """The policy of each (stage, prefix count), made once, right behind the stage's decision."""
+
+    def __init__(self, rewrite: Rewrite) -> None:
+        self._rewrite = rewrite
+        self._made: dict[tuple[int, int], fx.Node] = {}
+
+    def __call__(self, stage: int, prefix: int) -> fx.Node:
+        key = (stage, prefix)
+        if key not in self._made:
+            decision = self._rewrite.records[stage][1]
+            self._made[key] = self._rewrite.insert_after(decision, policy_of, decision, prefix)
+        return self._made[key]

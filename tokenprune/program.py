@@ -1,0 +1,98 @@
+"""Rewritten graphs as Python functions, kept under the signature they hold for."""
+
+import itertools
+import linecache
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import fx, nn
+
+from tokenprune.axes import TokenAxes, find_token_axes
+from tokenprune.passes.base import Rewrite, run_passes
+from tokenprune.passes.emit import Emit
+from tokenprune.passes.gather import GatherAligned, GatherStages, KeepTablesWhole
+from tokenprune.passes.mask import MaskMixers, MaskStages
+from tokenprune.plan import Plan
+from tokenprune.tracing.traced import Traced
+
+__all__ = ["PATHS", "Path", "Program", "Programs"]
+
+Path = Literal["dense", "mask", "gather"]
+PATHS: tuple[Path, ...] = ("dense", "mask", "gather")
+
+_numbers = itertools.count()
+
+
+class Program:
+    """One path as a function of (model, context, inputs).
+
+    It looks modules and parameters up in the model it is given, by path: a head that was replaced
+    after the trace is the one that runs, and copies of a model share their programs.
+    """
+
+    def __init__(self, rewrite: Rewrite) -> None:
+        self.rewrite = rewrite
+        code = rewrite.graph.python_code(root_module="self")
+        file = f"<tokenprune program {next(_numbers)}>"
+        linecache.cache[file] = (len(code.src), None, code.src.splitlines(keepends=True), file)
+        names: dict[str, Any] = dict(code.globals)
+        exec(compile(code.src, file, "exec"), names)
+        self.run: Callable[..., tuple[Any, tuple[tuple[Any, ...], ...], torch.Tensor]] = names[
+            "forward"
+        ]
+        self.source = code.src
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Program":
+        return self
+
+
+@dataclass
+class Programs:
+    """The paths of one traced signature; each is rewritten when first asked for."""
+
+    traced: Traced
+    axes: TokenAxes
+    plan: Plan
+    final: str
+    batch_size: int
+    _made: dict[Path, Program] = field(default_factory=dict)
+
+    @classmethod
+    def analyse(cls, root: nn.Module, traced: Traced, plan: Plan, final: str) -> "Programs":
+        """Probe a trace and keep what the passes need."""
+        axes = find_token_axes(
+            root, traced.graph, traced.fake_mode, traced.burnt, plan.blocks, plan.num_prefix_tokens
+        )
+        first = next(n for n in traced.graph.nodes if n.op == "placeholder")
+        return cls(traced, axes, plan, final, batch_size=int(first.meta["val"].shape[0]))
+
+    def get(self, root: nn.Module, path: Path) -> Program:
+        """The program of `path`.
+
+        Raises:
+            UnsupportedHostError: No rewrite serves this host; the node is named.
+        """
+        if path not in self._made:
+            rewrite = Rewrite(root, self.traced, self.axes, self.plan)
+            run_passes(rewrite, self._passes(path))
+            self._made[path] = Program(rewrite)
+        return self._made[path]
+
+    def _passes(self, path: Path) -> list[Any]:
+        emit = Emit(self.final, keeps_tokens=path == "dense")
+        edits: Mapping[Path, list[Any]] = {
+            "dense": [],
+            "mask": [MaskStages(), MaskMixers()],
+            "gather": [KeepTablesWhole(), GatherStages(), GatherAligned()],
+        }
+        return [*edits[path], emit]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Programs":
+        return self
+
+
+def graph_inputs(graph: fx.Graph) -> list[str]:
+    """Names of the host's arguments that a graph takes."""
+    return [str(n.target) for n in graph.nodes if n.op == "placeholder" and n.target != "context"]

@@ -1,0 +1,119 @@
+"""One traced call of a host: its graph, and what else a rewrite needs to know about it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from tokenprune.axes import stage_markers
+from tokenprune.errors import HostError, TokenPruneError, TraceError
+from tokenprune.tracing.tracer import ValueTracer
+
+__all__ = ["Traced", "trace_call"]
+
+
+@dataclass(frozen=True)
+class Traced:
+    """The graph of one call signature.
+
+    Attributes:
+        graph: As the host wrote it, with a marker at the entry of each block.
+        fake_mode: The mode that the values in `node.meta["val"]` belong to.
+        burnt: Nodes whose value Python decided by.
+        markers: Stage -> marker of the tokens that enter its block.
+        entries: Block -> marker, for all blocks.
+        module_outputs: Module path -> node of its first output.
+        modes: Module path -> `training` of each module that was traced through.
+        num_patches: N.
+        num_channels: D.
+    """
+
+    graph: fx.Graph
+    fake_mode: FakeTensorMode
+    burnt: tuple[fx.Node, ...]
+    markers: Mapping[int, fx.Node]
+    entries: Mapping[int, fx.Node]
+    module_outputs: Mapping[str, fx.Node]
+    modes: Mapping[str, bool]
+    num_patches: int
+    num_channels: int
+
+
+def trace_call(
+    root: nn.Module,
+    forward: Callable[..., Any],
+    arguments: Mapping[str, Any],
+    blocks: Sequence[str],
+    stages: Sequence[int],
+    num_prefix: int,
+) -> Traced:
+    """Trace `forward(**arguments)`.
+
+    Args:
+        root: Holds the modules; left as it was.
+        arguments: Tensors become inputs, everything else is burnt in.
+        blocks: Paths of the blocks.
+        stages: The block before which each stage prunes.
+        num_prefix: P.
+
+    Raises:
+        HostError: The host itself refuses these arguments.
+        TraceError: Its code cannot be traced; the line of its source is named.
+    """
+    tracer = ValueTracer(root, blocks)
+    try:
+        graph = tracer.record(forward, arguments)
+    except TokenPruneError:
+        raise
+    except Exception as error:
+        raise _explained(error, tracer, root, arguments) from error
+    markers = stage_markers(graph, stages)
+    missing = [stages[s] for s in range(len(stages)) if s not in markers]
+    if missing:
+        raise TraceError(
+            f"Blocks {missing} ({', '.join(blocks[b] for b in missing)}) take no tensor in the "
+            f"forward of {type(root).__name__}, so nothing can be pruned before them."
+        )
+    entered = stage_markers(graph, range(len(blocks)))
+    tokens = markers[0].meta["val"]
+    return Traced(
+        graph=graph,
+        fake_mode=tracer.fake_mode,
+        burnt=tuple(tracer.burnt),
+        markers=markers,
+        entries=entered,
+        module_outputs=tracer.module_outputs,
+        modes={"": root.training, **tracer.traced_modules},
+        num_patches=tokens.shape[1] - num_prefix if tokens.ndim == 3 else tokens[0, ..., 0].numel(),
+        num_channels=int(tokens.shape[-1]),
+    )
+
+
+def _explained(
+    error: Exception, tracer: ValueTracer, root: nn.Module, arguments: Mapping[str, Any]
+) -> TokenPruneError:
+    shapes = {
+        name: tuple(value.shape) if isinstance(value, torch.Tensor) else value
+        for name, value in arguments.items()
+    }
+    frame = tracer.host_frame(error)
+    said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    if _refused_by_host(error):
+        return HostError(
+            f"{type(root).__name__} refused the input {shapes} at {frame}. It said: {said}. Give it "
+            "an input that it takes by itself."
+        )
+    return TraceError(
+        f"The forward of {type(root).__name__} cannot be traced for the input {shapes}: stopped at "
+        f"{frame}. Reason: {said}."
+    )
+
+
+def _refused_by_host(error: Exception) -> bool:
+    """A host's own check (`raise ValueError`, `assert`), rather than a limit of tracing."""
+    return isinstance(error, AssertionError | ValueError) and not isinstance(
+        error, NotImplementedError
+    )

@@ -1,0 +1,308 @@
+"""Prove on one model that its three paths agree: the theorems of docs/theorems.md, run for real."""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
+
+from tokenprune.errors import VerificationError
+from tokenprune.inputs import ExampleInputs, named_inputs
+from tokenprune.model import PrunedModel, pruning_of
+from tokenprune.ops.selection import gather_aligned
+from tokenprune.passes.base import PREDICTORS
+from tokenprune.program import Program, Programs
+from tokenprune.stages import StageContext
+from tokenprune.tracing.interpret import run
+
+__all__ = ["Certificate", "Check", "kept_modes", "verify"]
+
+# Largest difference, relative to the output's scale, that rounding alone may cause.
+EXACT = 1e-9
+TOLERANCE = {torch.float64: EXACT, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One theorem on one model.
+
+    Attributes:
+        name: Which.
+        error: The measured difference, relative to the output's scale.
+        bound: The largest that passes.
+    """
+
+    name: str
+    error: float
+    bound: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.bound  # NaN fails
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What `verify` found.
+
+    Attributes:
+        host: Class of the host.
+        adapter: Adapter that described it.
+        mode: `remove` or `bypass`.
+        num_patches: N.
+        num_prefix_tokens: P.
+        num_keep: K of each stage.
+        checks: One entry per theorem that was run.
+    """
+
+    host: str
+    adapter: str
+    mode: str
+    num_patches: int
+    num_prefix_tokens: int
+    num_keep: tuple[int, ...]
+    checks: tuple[Check, ...]
+
+    @property
+    def mask_vs_gather(self) -> float:
+        """The largest relative difference between mask and gather path."""
+        return max(c.error for c in self.checks if c.name.startswith("mask = gather"))
+
+    def __str__(self) -> str:
+        kept = " -> ".join(map(str, (self.num_patches, *self.num_keep)))
+        lines = [f"{self.host} ({self.adapter}, {self.mode}): {kept} patch tokens"]
+        lines += [f"  {c.name:<44} {c.error:.1e} (bound {c.bound:.0e})" for c in self.checks]
+        return "\n".join(lines)
+
+
+def verify(
+    model: nn.Module, example_inputs: ExampleInputs | None = None, *, gradients: bool = True
+) -> Certificate:
+    """Check the theorems on a wrapped model, in eval mode, and put everything back as it was.
+
+    Args:
+        model: What `wrap` returned.
+        example_inputs: As for `wrap`.
+        gradients: Also run the mask path backward; needs the memory of a training step.
+
+    Raises:
+        NotWrappedError: `model` is not wrapped.
+        VerificationError: A theorem does not hold; the first node where the paths part is named.
+    """
+    pruning = pruning_of(model)
+    inputs = named_inputs(model, example_inputs)
+    with kept_modes(model):
+        model.eval()
+        proof = _Proof(model, inputs)  # type: ignore[arg-type]
+        with torch.no_grad():
+            checks = [*proof.identity(), *proof.paths(), *proof.contents(), *proof.images()]
+        if gradients:
+            checks += proof.gradients()
+    return Certificate(
+        host=type(model).__name__,
+        adapter=pruning.spec.adapter,
+        mode=pruning.plan.mode,
+        num_patches=proof.num_patches,
+        num_prefix_tokens=pruning.plan.num_prefix_tokens,
+        num_keep=pruning.plan.counts(proof.num_patches),
+        checks=tuple(checks),
+    )
+
+
+@contextmanager
+def kept_modes(model: nn.Module) -> Iterator[None]:
+    """Give every module its own training flag back afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+class _Proof:
+    """The checks of one model on one input."""
+
+    def __init__(self, model: PrunedModel, inputs: Mapping[str, Any]) -> None:
+        self.model, self.inputs = model, inputs
+        self.programs: Programs = model._programs(inputs)
+        self.num_patches = self.programs.traced.num_patches
+        self.tensors = {n: v for n, v in inputs.items() if isinstance(v, Tensor)}
+        self.batch_size = self.programs.batch_size
+        self.sets = self._random_sets()
+        self.context = StageContext(num_keep=(), sample=False, keep_indices=self.sets)
+        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+        self.bound = TOLERANCE.get(dtype, TOLERANCE[torch.float32])
+
+    def _random_sets(self) -> tuple[Tensor, ...]:
+        """Nested kept sets that leave out about a third each time, but always something."""
+        generator = torch.Generator().manual_seed(0)
+        device = next(iter(self.tensors.values())).device
+        kept = torch.arange(self.num_patches).expand(self.batch_size, -1)
+        sets = []
+        for _ in self.programs.plan.blocks:
+            count = max(1, min(kept.shape[1] - 1, round(kept.shape[1] * 0.65)))
+            order = torch.rand(kept.shape, generator=generator).argsort(dim=1)[:, :count]
+            kept = kept.gather(1, order.sort(dim=1).values)
+            sets.append(kept.to(device))
+        return tuple(sets)
+
+    def _run(self, path: Any, context: StageContext | None = None) -> list[Tensor]:
+        program = self.programs.get(self.model, path)
+        output, _, _ = program.run(self.model, context or self.context, **self.tensors)
+        return _tensors(output)
+
+    def identity(self) -> Iterator[Check]:
+        """Theorem 1: with every token kept, the pruned graph is the host, bit for bit."""
+        whole = StageContext((self.num_patches,) * len(self.sets), sample=False)
+        dense = _tensors(super(PrunedModel, self.model).forward(**self.inputs))  # type: ignore[misc]
+        pruned = self._run("gather", whole)
+        check = Check("keep_ratio 1 is the host", _difference(pruned, dense), 0.0)
+        if not check.passed:
+            self._refuse(check, "the gather path with every token kept is not the host")
+        yield check
+
+    def paths(self) -> Iterator[Check]:
+        """Theorem 2: the mask path on kept rows is the gather path."""
+        name = "mask = gather on random kept sets"
+        check = Check(name, _difference(self._run("mask"), self._run("gather")), self.bound)
+        if not check.passed and self.bound > EXACT:
+            # rounding that the host itself blows up, or a real difference? double precision tells
+            exact = _Proof(copy.deepcopy(self.model).double(), _double(self.inputs))
+            error = _difference(exact._run("mask"), exact._run("gather"))
+            check = Check(f"{name}, in float64 (float32: {check.error:.1e})", error, EXACT)
+            if not check.passed:
+                exact._refuse(check, f"mask and gather path part {exact._first_difference()}")
+        if not check.passed:
+            self._refuse(check, f"mask and gather path part {self._first_difference()}")
+        yield check
+
+    def contents(self) -> Iterator[Check]:
+        """Theorem 3: what dropped tokens hold does not matter."""
+        plain = self._run("mask")
+        for poison in (float("nan"), float("inf")):
+            poisoned = self._run("mask", replace(self.context, poison=poison))
+            check = Check(
+                f"dropped tokens may hold {poison}", _difference(poisoned, plain), self.bound
+            )
+            if not check.passed:
+                self._refuse(check, "the contents of dropped tokens reach the output")
+            yield check
+
+    def images(self) -> Iterator[Check]:
+        """Theorem 4: an image does not depend on the others of its batch."""
+        if self.programs.axes.batch_bound or self.batch_size < 2:
+            return
+        one = {
+            n: v[:1] if v.shape[:1] == (self.batch_size,) else v for n, v in self.tensors.items()
+        }
+        alone = replace(self.context, keep_indices=tuple(kept[:1] for kept in self.sets))
+        program = self.programs.get(self.model, "gather")
+        output, _, _ = program.run(self.model, alone, **one)
+        together = [
+            t[:1] if t.ndim and t.shape[0] == self.batch_size else None for t in self._run("gather")
+        ]
+        pairs = [(a, b) for a, b in zip(_tensors(output), together, strict=True) if b is not None]
+        check = Check(
+            "an image alone = in a batch",
+            _difference([a for a, _ in pairs], [b for _, b in pairs]),
+            self.bound,
+        )
+        if not check.passed:
+            self._refuse(check, "an image's output depends on the other images of its batch")
+        yield check
+
+    def gradients(self) -> Iterator[Check]:
+        """Theorems 6 and 7: every predictor parameter gets a finite gradient."""
+        predictors = getattr(self.model, PREDICTORS)
+        parameters = [p for p in predictors.parameters() if p.requires_grad]
+        context = StageContext((), sample=True, generator=_generator(parameters[0].device))
+        program = self.programs.get(self.model, "mask")
+        output, records, _ = program.run(self.model, context, **self.tensors)
+        loss = sum(t.float().square().mean() for t in _tensors(output) if t.requires_grad)
+        loss = loss + sum(decision.mean() for _, decision in records)
+        found = torch.autograd.grad(loss, parameters, allow_unused=True)
+        missing = sum(g is None or not bool(torch.isfinite(g).all()) for g in found)
+        check = Check("predictor parameters without a finite gradient", float(missing), 0.0)
+        if not check.passed:
+            self._refuse(check, "the predictors cannot be trained")
+        yield check
+
+    def _refuse(self, check: Check, what: str) -> None:
+        raise VerificationError(
+            f"{type(self.model).__name__} cannot be pruned safely: {what}. Check '{check.name}': "
+            f"difference {check.error:.2e} relative to the output's scale, allowed {check.bound:.0e}. "
+            "Leave this host dense, or prune it behind that node."
+        )
+
+    def _first_difference(self) -> str:
+        """Run both paths in step and name the first node whose kept rows differ."""
+        mask, gather = (self.programs.get(self.model, p) for p in ("mask", "gather"))
+        theirs = self._values(gather)
+        ahead: dict[fx.Node, Any] = {}
+        for origin, ours in self._values(mask):
+            while origin not in ahead:
+                step = next(theirs, None)
+                if step is None:
+                    break
+                ahead[step[0]] = step[1]
+            other = ahead.pop(origin, None)
+            if isinstance(ours, Tensor) and isinstance(other, Tensor):
+                kept = self._kept_rows(origin, ours)
+                if kept is not None and kept.shape == other.shape:
+                    if not _difference([kept], [other]) <= self.bound:
+                        where = origin.meta["where"]
+                        return f"first at node '{origin.name}' ({origin.target}) of {where}"
+        return "at the output"
+
+    def _values(self, program: Program) -> Iterator[tuple[fx.Node, Any]]:
+        inputs = {"context": self.context, **self.tensors}
+        for node, value in run(self.model, program.rewrite.graph, inputs):
+            origin = program.rewrite.origin(node)
+            if origin is not None:
+                yield origin, value
+
+    def _kept_rows(self, origin: fx.Node, value: Tensor) -> Tensor | None:
+        dims = self.programs.axes.dims.get(origin, {})
+        if not dims:
+            return None if origin in self.programs.axes.folded else value
+        if origin not in self.programs.axes.batch_first or 0 in dims:
+            return None
+        kept = self.sets[max(dim.stage for dim in dims.values())]
+        prefix = tuple(dim.prefix for dim in dims.values())
+        return gather_aligned(value, kept, tuple(dims), prefix, value.ndim)
+
+
+def _double(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in inputs.items()
+    }
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def _difference(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
+    """Largest difference relative to the scale of `theirs`; inf if shapes differ, NaN never equal."""
+    worst = 0.0
+    if len(ours) != len(theirs):
+        return float("inf")
+    for a, b in zip(ours, theirs, strict=True):
+        if a.shape != b.shape:
+            return float("inf")
+        if torch.equal(a, b) or not b.numel():
+            continue
+        scale = b.double().abs().max().clamp_min(1e-6)
+        error = float(((a.double() - b.double()).abs().max() / scale).item())
+        worst = max(worst, error) if error == error else float("inf")
+    return worst
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    return torch.Generator(device).manual_seed(0)

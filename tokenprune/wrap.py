@@ -1,0 +1,152 @@
+"""`wrap` and `unwrap`: the product's one verb and its inverse."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+from tokenprune.arch import ArchSpec, describe
+from tokenprune.errors import (
+    AlreadyWrappedError,
+    NonFiniteWeightsError,
+    PlanError,
+    UnsupportedHostError,
+)
+from tokenprune.inputs import ExampleInputs, named_inputs
+from tokenprune.model import PrunedModel, Pruning, pruned_class, pruning_of
+from tokenprune.passes.base import PREDICTORS
+from tokenprune.plan import bind
+from tokenprune.predictor import TokenPredictor
+from tokenprune.recipe import RecipeSource, load_recipe
+from tokenprune.verify import kept_modes
+from tokenprune.verify import verify as verify_model
+
+__all__ = ["unwrap", "wrap"]
+
+
+def wrap(
+    model: nn.Module,
+    recipe: RecipeSource,
+    *,
+    example_inputs: ExampleInputs | None = None,
+    adapter: str | ArchSpec | None = None,
+    verify: bool = True,
+) -> Any:
+    """Make a vision transformer prune its tokens.
+
+    The result has the host's class, call signature, output type and methods, and shares its
+    parameters. In training every token stays and dropped ones are hidden from the others; in eval
+    they are removed. The host object itself still runs dense.
+
+    Args:
+        model: The host: any timm or transformers model, or another `nn.Module` with a stack of
+            transformer blocks.
+        recipe: A shipped recipe's name, a path, a mapping or a `Recipe`.
+        example_inputs: A tensor, several, or the arguments by name; drawn at random in the shape the
+            host was built for if None.
+        adapter: An adapter's name, or an `ArchSpec`; found by itself if None.
+        verify: Prove on this very model that the paths agree.
+
+    Raises:
+        RecipeError: The recipe cannot be read (`UnknownRecipeError`: there is none of that name).
+        PlanError: It does not fit this host.
+        AlreadyWrappedError: `model` is wrapped already.
+        UnsupportedHostError: The host cannot be pruned; the node or module is named.
+        NonFiniteWeightsError: Its weights hold NaN or inf.
+        VerificationError: The paths disagree; the first node where they part is named.
+
+    Example:
+        >>> model = tokenprune.wrap(host, "dynamicvit-deit-small-k0.7")
+    """
+    if isinstance(model, PrunedModel):
+        raise AlreadyWrappedError(
+            f"This {type(model).__name__} is wrapped already. Use tokenprune.unwrap(model) first, or "
+            "model.set_keep_ratio(...) to prune it otherwise."
+        )
+    if not isinstance(model, nn.Module):
+        raise UnsupportedHostError(f"wrap needs an nn.Module, found {type(model).__name__}.")
+    _check_free(model)
+    recipe = load_recipe(recipe)
+    spec = describe(model, adapter)
+    plan = bind(recipe, spec)
+    _check_finite(model)
+
+    wrapped = _shell(model)
+    accepted = inspect.signature(type(model).forward).parameters.values()
+    named = [p for p in accepted if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    wrapped.__dict__["_pruning"] = Pruning(
+        host=model,
+        spec=spec,
+        recipe=recipe,
+        plan=plan,
+        parameters=tuple(p.name for p in named)[1:],
+        accepts_any=any(p.kind is p.VAR_KEYWORD for p in accepted),
+        watched=[m for m in wrapped.modules() if not type(m).__module__.startswith("torch.nn")],
+    )
+    example = named_inputs(wrapped, example_inputs)
+    with kept_modes(wrapped):
+        wrapped.eval()
+        traced = wrapped._programs(example).traced
+    if traced.num_patches < 2:
+        raise PlanError(
+            f"There are {traced.num_patches} patch tokens behind {plan.num_prefix_tokens} prefix "
+            f"tokens at block {plan.blocks[0]}; nothing can be pruned. Check num_prefix_tokens."
+        )
+    wrapped.__dict__["_modules"][PREDICTORS] = _predictors(wrapped, recipe, traced.num_channels)
+    if verify:
+        verify_model(wrapped, example, gradients=False)
+    return wrapped
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The host of a wrapped model; with its weights as they are now, and no pruning.
+
+    Raises:
+        NotWrappedError: `model` was not returned by `wrap`.
+    """
+    return pruning_of(model).host
+
+
+def _shell(host: nn.Module) -> PrunedModel:
+    """An object of the wrapped class around the host's own parameters, buffers and submodules."""
+    cls = pruned_class(type(host))
+    wrapped = cls.__new__(cls)
+    wrapped.__dict__.update(host.__dict__)
+    wrapped.__dict__["_modules"] = dict(host._modules)
+    for name, value in host.__dict__.items():
+        if name.endswith("_hooks") or "_hooks_with_" in name or "_hooks_always_" in name:
+            wrapped.__dict__[name] = value.copy()
+    return wrapped
+
+
+def _check_free(host: nn.Module) -> None:
+    if "forward" in host.__dict__:
+        raise UnsupportedHostError(
+            f"The forward of this {type(host).__name__} was replaced on the object (accelerate and "
+            "some profilers do so). Wrap the model before it is prepared."
+        )
+    if hasattr(host, PREDICTORS) or hasattr(host, "_pruning"):
+        raise UnsupportedHostError(
+            f"{type(host).__name__} has an attribute {PREDICTORS!r} or '_pruning' of its own, the "
+            "names tokenprune needs."
+        )
+
+
+def _check_finite(host: nn.Module) -> None:
+    for name, tensor in host.named_parameters():
+        if tensor.is_floating_point() and not tensor.is_meta and not torch.isfinite(tensor.sum()):
+            bad = int((~torch.isfinite(tensor)).sum())
+            if bad:
+                raise NonFiniteWeightsError(
+                    f"Parameter '{name}' of {type(host).__name__} holds {bad} values that are NaN or "
+                    "inf. Load a sound checkpoint before wrapping."
+                )
+
+
+def _predictors(host: nn.Module, recipe: Any, num_channels: int) -> nn.ModuleList:
+    like = next(p for p in host.parameters() if p.is_floating_point())
+    return nn.ModuleList(
+        TokenPredictor(num_channels, device=like.device, dtype=like.dtype)
+        for _ in recipe.resolved_stages
+    )
