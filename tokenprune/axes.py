@@ -86,6 +86,8 @@ def find_token_axes(
     burnt: Sequence[fx.Node],
     blocks: Sequence[int],
     num_prefix: int,
+    *,
+    tokens_leave: bool = True,
 ) -> TokenAxes:
     """Probe `graph`, whose nodes carry the value of their trace in `meta["val"]`.
 
@@ -93,6 +95,7 @@ def find_token_axes(
         burnt: Nodes whose value Python decided by while tracing.
         blocks: The block before which each stage prunes.
         num_prefix: P, the prefix tokens that enter each of those blocks.
+        tokens_leave: False in bypass mode, where every tensor keeps its size.
 
     Raises:
         UnsupportedHostError: A node cannot run with fewer tokens; its place in the host is named.
@@ -100,7 +103,8 @@ def find_token_axes(
     axes = TokenAxes()
     with torch.no_grad(), fake_mode, _quiet():
         _probe_batch(root, graph, burnt, axes)
-        _TokenProbe(root, graph, stage_markers(graph, blocks), num_prefix, axes).probe()
+        if tokens_leave:
+            _TokenProbe(root, graph, stage_markers(graph, blocks), num_prefix, axes).probe()
     return axes
 
 

@@ -18,6 +18,7 @@ from tokenprune.arch import ArchSpec
 from tokenprune.errors import HostError, KeepIndicesError, NotWrappedError
 from tokenprune.ops.selection import check_keep_indices
 from tokenprune.passes.base import PREDICTORS
+from tokenprune.passes.bypass import BYPASSES
 from tokenprune.plan import Plan
 from tokenprune.program import PATHS, Path, Programs
 from tokenprune.pruning_trace import PruningTrace, StageTrace
@@ -25,7 +26,9 @@ from tokenprune.recipe import Recipe
 from tokenprune.stages import StageContext
 from tokenprune.tracing.traced import trace_call
 
-__all__ = ["PrunedModel", "pruned_class", "pruning_of"]
+ADDED = (PREDICTORS, BYPASSES)
+
+__all__ = ["ADDED", "PrunedModel", "pruned_class", "pruning_of"]
 
 
 @dataclass
@@ -136,15 +139,14 @@ class PrunedModel(nn.Module):
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
         """Load weights; a checkpoint of the host alone leaves the predictors as they are."""
-        own = f"{PREDICTORS}."
-        if not any(key.startswith(own) for key in state_dict):
-            predictors = getattr(self, PREDICTORS).state_dict(prefix=own)
-            state_dict = {**state_dict, **predictors}
+        own = {key: v for key, v in self.state_dict().items() if key.startswith(ADDED)}
+        if not any(key.startswith(ADDED) for key in state_dict):
+            state_dict = {**state_dict, **own}
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        shared = isinstance(value, nn.Module) and name != PREDICTORS
+        shared = isinstance(value, nn.Module) and not name.startswith(ADDED)
         if shared and "_pruning" in self.__dict__:
             setattr(self._pruning.host, name, value)  # a new head is the host's head too
 
@@ -245,6 +247,8 @@ def _checked_sets(pruning: Pruning, sets: Sequence[Tensor]) -> Sequence[Tensor]:
             f"Got keep_indices for {len(sets)} stages; the plan has {len(pruning.plan.blocks)}, before "
             f"blocks {list(pruning.plan.blocks)}. Give one [B, K] tensor per stage."
         )
+    if pruning.plan.mode == "bypass":
+        return sets
     for stage, (before, after) in enumerate(zip(sets, sets[1:], strict=False), start=1):
         for image, (wide, narrow) in enumerate(zip(before.tolist(), after.tolist(), strict=False)):
             lost = sorted(set(narrow) - set(wide))
@@ -266,7 +270,7 @@ def _stage_traces(
         ]
     stages, before = [], None
     for logits, kept in records:
-        if before is not None:  # removed tokens have no logits of their own any more
+        if before is not None and programs.plan.mode == "remove":  # removed tokens have no logits of their own any more
             gone = torch.tensor([float("-inf"), 0.0], device=logits.device, dtype=logits.dtype)
             everyone = gone.expand(logits.shape[0], programs.traced.num_patches, 2)
             logits = everyone.scatter(1, before.unsqueeze(-1).expand(-1, -1, 2), logits)

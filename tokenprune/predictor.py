@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tokenprune.ops.pooling import hide_dropped, masked_mean
 
-__all__ = ["TokenPredictor"]
+__all__ = ["TokenPredictor", "light_branch"]
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU}
 
@@ -94,3 +94,23 @@ class TokenPredictor(nn.Module):
         logits = self.out_proj(torch.cat([local, context.expand_as(shared)], dim=-1))
         wide = torch.promote_types(logits.dtype, torch.float32)
         return F.log_softmax(logits, dim=-1, dtype=wide)
+
+
+def light_branch(
+    dim: int,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Sequential:
+    """What a dropped token goes through instead of the MLP in bypass mode: norm and one projection.
+
+    DynamicViT, T-PAMI version, section 3.5. Starts near zero, so that a dropped token at first just
+    keeps its value.
+    """
+    branch = nn.Sequential(
+        nn.LayerNorm(dim, device=device, dtype=dtype),
+        nn.Linear(dim, dim, device=device, dtype=dtype),
+    )
+    nn.init.trunc_normal_(branch[1].weight, std=0.02)
+    nn.init.zeros_(branch[1].bias)
+    return branch

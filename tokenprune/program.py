@@ -10,7 +10,8 @@ import torch
 from torch import fx, nn
 
 from tokenprune.axes import TokenAxes, find_token_axes
-from tokenprune.passes.base import Rewrite, run_passes
+from tokenprune.passes.base import Pass, Rewrite, run_passes
+from tokenprune.passes.bypass import BypassGather, BypassMask
 from tokenprune.passes.emit import Emit
 from tokenprune.passes.gather import GatherAligned, GatherStages, KeepTablesWhole
 from tokenprune.passes.mask import MaskMixers, MaskStages
@@ -63,7 +64,13 @@ class Programs:
     def analyse(cls, root: nn.Module, traced: Traced, plan: Plan, final: str) -> "Programs":
         """Probe a trace and keep what the passes need."""
         axes = find_token_axes(
-            root, traced.graph, traced.fake_mode, traced.burnt, plan.blocks, plan.num_prefix_tokens
+            root,
+            traced.graph,
+            traced.fake_mode,
+            traced.burnt,
+            plan.blocks,
+            plan.num_prefix_tokens,
+            tokens_leave=plan.mode == "remove",
         )
         first = next(n for n in traced.graph.nodes if n.op == "placeholder")
         return cls(traced, axes, plan, final, batch_size=int(first.meta["val"].shape[0]))
@@ -80,14 +87,16 @@ class Programs:
             self._made[path] = Program(rewrite)
         return self._made[path]
 
-    def _passes(self, path: Path) -> list[Any]:
-        emit = Emit(self.final, keeps_tokens=path == "dense")
-        edits: Mapping[Path, list[Any]] = {
+    def _passes(self, path: Path) -> list[Pass]:
+        bypass = self.plan.mode == "bypass"
+        edits: Mapping[Path, list[Pass]] = {
             "dense": [],
-            "mask": [MaskStages(), MaskMixers()],
-            "gather": [KeepTablesWhole(), GatherStages(), GatherAligned()],
+            "mask": [BypassMask()] if bypass else [MaskStages(), MaskMixers()],
+            "gather": [BypassGather()]
+            if bypass
+            else [KeepTablesWhole(), GatherStages(), GatherAligned()],
         }
-        return [*edits[path], emit]
+        return [*edits[path], Emit(self.final, keeps_tokens=bypass or path == "dense")]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Programs":
         return self

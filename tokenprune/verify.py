@@ -12,9 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 from tokenprune.errors import VerificationError
 from tokenprune.inputs import ExampleInputs, named_inputs
-from tokenprune.model import PrunedModel, pruning_of
+from tokenprune.model import ADDED, PrunedModel, pruning_of
 from tokenprune.ops.selection import gather_aligned
-from tokenprune.passes.base import PREDICTORS
 from tokenprune.program import Program, Programs
 from tokenprune.stages import StageContext
 from tokenprune.tracing.interpret import run
@@ -218,8 +217,8 @@ class _Proof:
 
     def gradients(self) -> Iterator[Check]:
         """Theorems 6 and 7: every predictor parameter gets a finite gradient."""
-        predictors = getattr(self.model, PREDICTORS)
-        parameters = [p for p in predictors.parameters() if p.requires_grad]
+        added = [p for name, p in self.model.named_parameters() if name.startswith(ADDED)]
+        parameters = [p for p in added if p.requires_grad]
         context = StageContext((), sample=True, generator=_generator(parameters[0].device))
         program = self.programs.get(self.model, "mask")
         output, records, _ = program.run(self.model, context, **self.tensors)

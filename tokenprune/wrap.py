@@ -16,8 +16,9 @@ from tokenprune.errors import (
 from tokenprune.inputs import ExampleInputs, named_inputs
 from tokenprune.model import PrunedModel, Pruning, pruned_class, pruning_of
 from tokenprune.passes.base import PREDICTORS
+from tokenprune.passes.bypass import BYPASSES, bypassed_blocks
 from tokenprune.plan import bind
-from tokenprune.predictor import TokenPredictor
+from tokenprune.predictor import TokenPredictor, light_branch
 from tokenprune.recipe import RecipeSource, load_recipe
 from tokenprune.verify import kept_modes
 from tokenprune.verify import verify as verify_model
@@ -93,7 +94,15 @@ def wrap(
             f"There are {traced.num_patches} patch tokens behind {plan.num_prefix_tokens} prefix "
             f"tokens at block {plan.blocks[0]}; nothing can be pruned. Check num_prefix_tokens."
         )
-    wrapped.__dict__["_modules"][PREDICTORS] = _predictors(wrapped, recipe, traced.num_channels)
+    modules = wrapped.__dict__["_modules"]
+    modules[PREDICTORS] = nn.ModuleList(
+        TokenPredictor(traced.num_channels, **_like(model)) for _ in plan.blocks
+    )
+    if plan.mode == "bypass":
+        modules[BYPASSES] = nn.ModuleDict(
+            {str(block): light_branch(traced.num_channels, **_like(model))
+             for block in bypassed_blocks(traced)}
+        )  # fmt: skip
     if verify:
         verify_model(wrapped, example, gradients=False)
     return wrapped
@@ -126,10 +135,11 @@ def _check_free(host: nn.Module) -> None:
             f"The forward of this {type(host).__name__} was replaced on the object (accelerate and "
             "some profilers do so). Wrap the model before it is prepared."
         )
-    if hasattr(host, PREDICTORS) or hasattr(host, "_pruning"):
+    taken = [name for name in (PREDICTORS, BYPASSES, "_pruning") if hasattr(host, name)]
+    if taken:
         raise UnsupportedHostError(
-            f"{type(host).__name__} has an attribute {PREDICTORS!r} or '_pruning' of its own, the "
-            "names tokenprune needs."
+            f"{type(host).__name__} has an attribute {taken[0]!r} of its own, a name that tokenprune "
+            "needs. Rename it in the host."
         )
 
 
@@ -144,9 +154,6 @@ def _check_finite(host: nn.Module) -> None:
                 )
 
 
-def _predictors(host: nn.Module, recipe: Any, num_channels: int) -> nn.ModuleList:
+def _like(host: nn.Module) -> dict[str, Any]:
     like = next(p for p in host.parameters() if p.is_floating_point())
-    return nn.ModuleList(
-        TokenPredictor(num_channels, device=like.device, dtype=like.dtype)
-        for _ in recipe.resolved_stages
-    )
+    return {"device": like.device, "dtype": like.dtype}

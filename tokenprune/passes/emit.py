@@ -6,6 +6,7 @@ from torch import fx
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from tokenprune.errors import UnsupportedHostError
+from tokenprune.ops.bypass import flat_tokens
 from tokenprune.passes.base import Pass, Rewrite
 from tokenprune.tracing.tracer import enter_block
 
@@ -44,8 +45,11 @@ class Emit(Pass):
 
     def apply(self, rewrite: Rewrite) -> None:
         final = rewrite.copy_of(rewrite.traced.module_outputs[self.final])
-        patches = (slice(None), slice(rewrite.plan.num_prefix_tokens, None))
-        tokens = rewrite.insert_after(final, operator.getitem, final, patches)
+        if rewrite.plan.mode == "bypass":
+            tokens = rewrite.insert_after(final, flat_tokens, final)
+        else:
+            patches = (slice(None), slice(rewrite.plan.num_prefix_tokens, None))
+            tokens = rewrite.insert_after(final, operator.getitem, final, patches)
         rewrite.output.args = ((rewrite.output.args[0], tuple(rewrite.records), tokens),)
         for node in list(rewrite.graph.nodes):
             if node.target is enter_block:

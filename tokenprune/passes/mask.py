@@ -45,7 +45,7 @@ class MaskMixers(Pass):
     def apply(self, rewrite: Rewrite) -> None:
         mixing = Mixing(rewrite, Policies(rewrite))
         for node in rewrite.nodes():
-            rule = rule_for(rewrite, node)
+            rule = rule_for(rewrite.root, node)
             if rule is not None:
                 rule(mixing, node)
 

@@ -26,7 +26,7 @@ from tokenprune.ops.pooling import (
 from tokenprune.ops.softmax import masked_softmax
 from tokenprune.passes.base import Rewrite
 
-__all__ = ["Mixing", "rule_for"]
+__all__ = ["Mixing", "mixes", "rule_for"]
 
 Rule = Callable[["Mixing", fx.Node], None]
 
@@ -219,9 +219,14 @@ RULES: dict[Any, Rule] = {
 }
 
 
-def rule_for(rewrite: Rewrite, node: fx.Node) -> Rule | None:
+def rule_for(root: nn.Module, node: fx.Node) -> Rule | None:
     """The rule for a node's operator, if it has one."""
     if node.op == "call_module":
-        kinds = type(rewrite.traced_module(node)).__mro__
+        kinds = type(root.get_submodule(str(node.target))).__mro__
         return next((RULES[kind] for kind in kinds if kind in RULES), None)
     return RULES.get(node.target) if node.op in ("call_function", "call_method") else None
+
+
+def mixes(root: nn.Module, node: fx.Node) -> bool:
+    """Whether a node is an attention, a softmax, a contraction, a pooling or a batch statistic."""
+    return rule_for(root, node) not in (None, _keeps_zeros)

@@ -79,6 +79,26 @@ def _named_tensors(root: nn.Module) -> Iterator[tuple[int, str]]:
                 yield id(value), prefix + name
 
 
+@contextmanager
+def _attributes_kept(root: nn.Module) -> Iterator[None]:
+    """Give every module its attributes back: a host may write to itself in forward (a cache, a window
+    size), and a value of a trace must not stay there."""
+    before = [
+        (held, dict(held))
+        for module in root.modules()
+        for held in (vars(module), module._buffers, module._parameters, module._modules)
+    ]
+    try:
+        yield
+    finally:
+        for held, values in before:
+            if any(held.get(name, held) is not value for name, value in values.items()) or (
+                len(held) != len(values)
+            ):
+                held.clear()
+                held.update(values)
+
+
 class _Recorder(TorchFunctionMode):
     """Turns each torch call that the host makes outside a leaf into a node."""
 
@@ -141,7 +161,7 @@ class ValueTracer(fx.Tracer):
             if isinstance(value, torch.Tensor):
                 value = self.create_proxy("placeholder", name, (), {}, value=value)
             arguments[name] = value
-        with self._patched():
+        with self._patched(), _attributes_kept(self.root):
             output = forward(**arguments)
             self.create_node("output", "output", (self.create_arg(output),), {})
         return self.graph
