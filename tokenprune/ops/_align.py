@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
-__all__ = ["along", "diagonal", "dropped_along", "is_kept", "not_batch"]
+__all__ = ["along", "diagonal", "dropped_along", "finite_if_dropped", "is_kept", "not_batch"]
 
 
 def is_kept(policy: Float[Tensor, "B L"]) -> Bool[Tensor, "B L"]:
@@ -49,3 +49,11 @@ def diagonal(
     shape = [1] * ndim
     shape[dim] = shape[query_dim] = length
     return torch.eye(length, dtype=torch.bool, device=device).reshape(shape)
+
+
+def finite_if_dropped(
+    grad_policy: Float[Tensor, "B Lk"], policy: Float[Tensor, "B Lk"]
+) -> Float[Tensor, "B Lk"]:
+    """0 for dropped tokens whose contents made their gradient inf or NaN; those teach nothing."""
+    broken = torch.logical_not(grad_policy.abs() < float("inf"))
+    return grad_policy.masked_fill(broken & torch.logical_not(is_kept(policy)), 0).to(policy.dtype)

@@ -1,28 +1,23 @@
 """Scaled dot-product attention to the kept tokens, with a gradient to the decision."""
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from tokenprune.errors import LeakError
-from tokenprune.ops._align import diagonal, dropped_along
+from tokenprune.ops._fused import MaskedAttention
 from tokenprune.ops.pooling import hide_dropped
-from tokenprune.ops.softmax import finite_if_dropped, masked_softmax
+from tokenprune.ops.softmax import masked_softmax
 
 __all__ = ["hide_dropped", "masked_attention", "masked_softmax"]
-
-# Logits of keys within this bound are finite for any query a working host makes.
-_LARGEST_KEY = 1e18
 
 
 def masked_attention(
     query: Float[Tensor, "Bq *Hq Lq d"],
     key: Float[Tensor, "Bk *Hk Lk d"],
     value: Float[Tensor, "Bv *Hv Lk dv"],
-    policy: Float[Tensor, "B Lk"] | None,
+    policy: Float[Tensor, "B Lp"] | None,
     *,
     attn_mask: Shaped[Tensor, "..."] | None = None,
     dropout_p: float = 0.0,
@@ -92,13 +87,11 @@ def masked_attention(
         x.expand(*lead, *x.shape[-2:]).reshape(lead[0], -1, *x.shape[-2:])
         for x in (query, key, value)
     )
-    k = _tame_keys(k, policy)
-    v = hide_dropped(v, policy, 2)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if dropout_p > 0:
         out = _spelled_out(q, k, v, policy, mask, dropout_p, scale, own_key)
     else:
-        out = _MaskedAttention.apply(q, k, v, policy, mask, scale, own_key)
+        out = MaskedAttention.apply(q, k, v, policy, mask, scale, own_key)
     return out.reshape(*lead, *out.shape[-2:])
 
 
@@ -142,23 +135,6 @@ def _hide(mask: Tensor, visible: Bool[Tensor, "..."]) -> Tensor:
     return torch.where(visible, mask, float("-inf"))
 
 
-def _tame_keys(key: Float[Tensor, "B H Lk d"], policy: Tensor) -> Float[Tensor, "B H Lk d"]:
-    """Zero the keys of dropped tokens whose logits could come out inf or NaN.
-
-    A kernel hides a key by adding -inf to its logit, which needs a logit below inf.
-    """
-    bounded = (key.amax(-1) < _LARGEST_KEY) & (key.amin(-1) > -_LARGEST_KEY)
-    return key.masked_fill((~bounded & dropped_along(policy, 3, 2)).unsqueeze(-1), 0)
-
-
-def _visible(policy: Tensor, num_queries: int, own: bool) -> Bool[Tensor, "B 1 Lq_or_1 Lk"]:
-    """What the policy lets each query see."""
-    visible = ~dropped_along(policy, 4, 3)
-    if own:
-        visible = visible | diagonal(num_queries, 4, 3, 2, policy.device)
-    return visible
-
-
 def _spelled_out(
     query: Tensor,
     key: Tensor,
@@ -170,97 +146,11 @@ def _spelled_out(
     own: bool,
 ) -> Tensor:
     """Attention with dropout on the probabilities."""
-    scores = (query * scale) @ key.mT
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf")) if _is_bool(mask) else scores + mask
+    scores = (query * scale) @ hide_dropped(key, policy, 2).mT
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    elif mask is not None:
+        scores = scores + mask
     wide = torch.promote_types(scores.dtype, torch.float32)
     probabilities = masked_softmax(scores, policy, -1, query_dim=-2 if own else None, dtype=wide)
-    return F.dropout(probabilities, dropout_p).to(value.dtype) @ value
-
-
-def _is_bool(mask: Tensor) -> bool:
-    return mask.dtype == torch.bool
-
-
-def _kernel(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    policy: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    own: bool,
-) -> Tensor:
-    """The fused kernel under the policy's and the host's mask together."""
-    visible = _visible(policy, query.shape[2], own)
-    if mask is None:
-        seen = combined = visible
-    elif _is_bool(mask):
-        seen = combined = visible & mask
-    else:
-        combined = torch.where(visible, mask.to(query.dtype), float("-inf"))
-        seen = visible & (mask > float("-inf"))
-    combined = combined.expand(-1, -1, query.shape[2], -1)
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=combined, scale=scale)
-    if own and mask is None:
-        return out
-    return out.masked_fill(~seen.any(-1, keepdim=True), 0)
-
-
-class _MaskedAttention(torch.autograd.Function):
-    """See `masked_attention`. Differentiable once."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        policy: Tensor,
-        mask: Tensor | None,
-        scale: float,
-        own: bool,
-    ) -> Tensor:
-        with torch.autocast(query.device.type, enabled=False):
-            out = _kernel(query, key, value, policy, mask, scale, own)
-        ctx.scale, ctx.own = scale, own
-        ctx.save_for_backward(query, key, value, policy, mask, out)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, policy, mask, out = ctx.saved_tensors
-        needs_mask = ctx.needs_input_grad[4]
-        hidden = ~_visible(policy, query.shape[2], ctx.own)
-        grad_query, grad_key, grad_value = (torch.empty_like(x) for x in (query, key, value))
-        grad_policy = torch.zeros_like(policy)
-        wide = torch.promote_types(query.dtype, torch.float32)
-        grad_mask = torch.zeros_like(mask, dtype=wide) if needs_mask else None
-        lowest = torch.finfo(wide).min
-        with torch.autocast(query.device.type, enabled=False):
-            for i in range(query.shape[0]):
-                q, k, v, o, g = (x[i].to(wide) for x in (query, key, value, out, grads[0]))
-                q = q * ctx.scale
-                scores = q @ k.mT
-                if mask is not None:
-                    m = mask[i if mask.shape[0] > 1 else 0]
-                    scores = scores.masked_fill(~m, float("-inf")) if _is_bool(m) else scores + m
-                visible = scores.masked_fill(hidden[i], float("-inf"))
-                lse = visible.logsumexp(-1, keepdim=True).clamp_min(lowest)
-                weights = (scores - lse).clamp_max(0).exp()
-                grad_value[i] = weights.masked_fill(hidden[i], 0).mT @ g
-                flow = weights * (g @ v.mT - (g * o).sum(-1, keepdim=True))
-                others = flow
-                if ctx.own:
-                    others = flow.masked_fill(diagonal(q.shape[1], 3, 2, 1, q.device), 0)
-                grad_policy[i] = others.sum((0, 1))
-                flow = flow.masked_fill(hidden[i], 0)
-                grad_query[i] = flow @ k * ctx.scale
-                grad_key[i] = flow.mT @ q
-                if grad_mask is not None:
-                    j = i if grad_mask.shape[0] > 1 else 0
-                    grad_mask[j] += flow.sum_to_size(grad_mask[j].shape)
-        if grad_mask is not None:
-            grad_mask = grad_mask.to(mask.dtype)
-        grad_policy = finite_if_dropped(grad_policy, policy)
-        return grad_query, grad_key, grad_value, grad_policy, grad_mask, None, None
+    return F.dropout(probabilities, dropout_p).to(value.dtype) @ hide_dropped(value, policy, 2)

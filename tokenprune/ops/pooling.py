@@ -37,10 +37,8 @@ def hide_dropped(
     """
     if policy is None:
         return x
-    dim = not_batch(dim, x.ndim)
-    # abs() < inf is False for NaN as well, and cheaper than isfinite() on every backend.
-    harmless = x.abs() < float("inf")
-    return x.masked_fill(torch.logical_not(harmless) & dropped_along(policy, x.ndim, dim), 0)
+    harmless = torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)
+    return torch.where(dropped_along(policy, x.ndim, not_batch(dim, x.ndim)), harmless, x)
 
 
 def masked_contraction_operand(

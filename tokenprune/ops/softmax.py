@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tokenprune.ops._align import diagonal, dropped_along, is_kept, not_batch
+from tokenprune.ops._align import diagonal, dropped_along, finite_if_dropped, not_batch
 
 __all__ = ["masked_softmax"]
 
@@ -133,11 +133,3 @@ def return_weight(
     """
     lse = torch.logsumexp(visible, dim, keepdim=True).clamp_min(torch.finfo(scores.dtype).min)
     return torch.nan_to_num(torch.exp((scores - lse).clamp_max(0)), nan=0.0)
-
-
-def finite_if_dropped(
-    grad_policy: Float[Tensor, "B Lk"], policy: Float[Tensor, "B Lk"]
-) -> Float[Tensor, "B Lk"]:
-    """0 for dropped tokens whose contents made their gradient inf or NaN; those teach nothing."""
-    broken = torch.logical_not(grad_policy.abs() < float("inf"))
-    return grad_policy.masked_fill(broken & torch.logical_not(is_kept(policy)), 0).to(policy.dtype)

@@ -1,0 +1,256 @@
+"""The fused attention kernel under a policy, and its backward pass in slices.
+
+Everything here is [B, H, L, d]; `attention.py` brings the operands into that form.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Shaped
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from tokenprune.ops._align import dropped_along, finite_if_dropped, is_kept
+
+__all__ = ["MaskedAttention"]
+
+# Query, key, value, policy, mask, output, health of key, health of value.
+Saved = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor]
+
+# A dropped token beyond this holds garbage: with less, logits and products of fp32 stay finite.
+_LARGEST = 1e18
+# Entries of a slice of logits. On CPU a slice should stay in the cache; elsewhere, and where a
+# compiler would unroll the loop, it only has to be small beside the activations.
+_SLICE_CPU = 1 << 18
+_SLICE = 1 << 26
+# exp() of this is finite in fp32, and no log-sum-exp exceeds its row's maximum by as much.
+_FAR = 80.0
+
+
+def _health(x: Float[Tensor, "B H L d"], policy: Float[Tensor, "B L"]) -> Float[Tensor, "B 1 L 1"]:
+    """What `_tame` multiplies tokens with: 1, but 0 for dropped ones that hold garbage.
+
+    Garbage is inf, NaN or numbers near the end of the range: a kernel hides a key by adding -inf to
+    its logit and weighs its value with 0, and both make NaN of what is not finite. A kept token
+    that holds inf or NaN gets NaN.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    # One norm for all heads of a token; without a cast where none is needed.
+    norm = torch.linalg.vector_norm(
+        x, dim=(1, 3), keepdim=True, dtype=None if x.dtype == wide else wide
+    )
+    sane = torch.where(dropped_along(policy, 4, 2), (norm < _LARGEST).to(wide), norm * 0 + 1)
+    return sane.to(x.dtype)
+
+
+def _tame(
+    x: Float[Tensor, "b h L d"], health: Float[Tensor, "b 1 L 1"]
+) -> Float[Tensor, "b h L d"]:
+    """Zero the dropped tokens that hold garbage and leave the others as they are.
+
+    In arithmetic, not in boolean masks: on CPU those cost several times as much.
+    """
+    return torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0).mul_(health)
+
+
+def _hiding(policy: Float[Tensor, "B Lk"], dtype: torch.dtype) -> Float[Tensor, "B 1 1 Lk"]:
+    """0 at kept keys and -inf at dropped ones: what to add to logits."""
+    return torch.where(is_kept(policy), 0.0, -math.inf).to(dtype)[:, None, None]
+
+
+def _additive(mask: Shaped[Tensor, "b h q k"] | None, dtype: torch.dtype) -> Tensor | None:
+    """The host's mask as what to add to logits."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.where(mask, 0.0, -math.inf).to(dtype)
+
+
+def _slices(batch: int, heads: int, square: int, entries: int) -> Iterator[tuple[slice, slice]]:
+    """Images and heads that together have at most `entries` logits, but one head at least.
+
+    Args:
+        batch: images in all.
+        heads: heads in all.
+        square: logits of a head.
+        entries: logits of a slice.
+    """
+    images = min(max(entries // (heads * square), 1), batch)
+    few = min(max(entries // square, 1), heads)
+    for image in range(0, batch, images):
+        for head in range(0, heads, few):
+            yield slice(image, min(image + images, batch)), slice(head, min(head + few, heads))
+
+
+def _part(mask: Shaped[Tensor, "b h q k"], images: slice, heads: slice) -> Tensor:
+    """A slice of a mask, some of whose dims may be 1 and broadcast."""
+    everything = slice(None)
+    return mask[
+        images if mask.shape[0] > 1 else everything, heads if mask.shape[1] > 1 else everything
+    ]
+
+
+def _kernel(
+    query: Float[Tensor, "B H Lq d"],
+    key: Float[Tensor, "B H Lk d"],
+    value: Float[Tensor, "B H Lk dv"],
+    policy: Float[Tensor, "B Lk"],
+    mask: Shaped[Tensor, "b h q k"] | None,
+    scale: float,
+    own_key: bool,
+) -> Float[Tensor, "B H Lq dv"]:
+    """`scaled_dot_product_attention` under the policy's and the host's mask together.
+
+    `key` and `value` are tame. The joint mask has no head dim unless the host's has one; if it is
+    large, some images are taken at a time.
+    """
+    host = _additive(mask, query.dtype)
+    per_image = query.shape[2] * key.shape[2] * (1 if mask is None else mask.shape[1])
+    parts = []
+    for images, _ in _slices(query.shape[0], 1, per_image, _SLICE):
+        hiding = _hiding(policy[images], query.dtype)
+        joint = hiding.expand(-1, 1, query.shape[2], -1).contiguous()
+        if own_key:
+            joint.diagonal(dim1=2, dim2=3).zero_()
+        if host is not None:
+            joint = joint + _part(host, images, slice(None)).to(query.dtype)
+        out = F.scaled_dot_product_attention(
+            query[images], key[images], value[images], attn_mask=joint, scale=scale
+        )
+        if host is not None or not own_key:
+            # A row that sees nothing: backends differ.
+            out = out.masked_fill(joint.amax(-1, keepdim=True) == -math.inf, 0)
+        parts.append(out)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+class MaskedAttention(torch.autograd.Function):
+    """`masked_attention` for operands of one head dim; differentiable once."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        policy: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        own_key: bool,
+    ) -> Tensor:
+        with torch.autocast(query.device.type, enabled=False):
+            health = _health(key, policy), _health(value, policy)
+            tame = _tame(key, health[0]), _tame(value, health[1])
+            out = _kernel(query, *tame, policy, mask, scale, own_key)
+        ctx.scale, ctx.own_key = scale, own_key
+        # Not the tame copies: the originals are mostly views of what somebody keeps anyway.
+        ctx.save_for_backward(query, key, value, policy, mask, out, *health)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.autocast(grad.device.type, enabled=False):
+            grads = _backward(
+                ctx.saved_tensors, grad, ctx.scale, ctx.own_key, ctx.needs_input_grad[4]
+            )
+        return *grads, None, None
+
+
+def _backward(
+    saved: Saved, grad: Tensor, scale: float, own_key: bool, needs_mask: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of query, key, value, policy and mask."""
+    query, key, value, policy, mask, out, key_health, value_health = saved
+    batch, heads, num_queries, num_keys = *query.shape[:3], key.shape[2]
+    wide = torch.promote_types(query.dtype, torch.float32)
+    # Products take the operands' precision where hardware has it; sums and softmax are wide.
+    narrow = query.dtype if query.is_cuda else wide
+    grad_query, grad_key, grad_value = (torch.empty_like(x) for x in (query, key, value))
+    grad_policy = policy.new_zeros(policy.shape, dtype=wide)
+    grad_mask = torch.zeros_like(mask, dtype=wide) if mask is not None and needs_mask else None
+    host = _additive(mask, wide)
+    hiding = _hiding(policy, wide)
+    showing = is_kept(policy).to(wide)[:, None, None]
+
+    small = query.device.type == "cpu" and not torch.compiler.is_compiling()
+    entries = _SLICE_CPU if small else _SLICE
+    rooms: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+    for here in _slices(batch, heads, num_queries * num_keys, entries):
+        images = here[0]
+        q, o, g = (x[here].to(narrow) for x in (query, out, grad))
+        k = _tame(key[here], key_health[images]).to(narrow)
+        v = _tame(value[here], value_health[images]).to(narrow)
+        # Two rooms for logits, used again by every slice: new ones cost as much as filling them.
+        size = (q.shape[0], q.shape[1])
+        if size not in rooms:
+            square = (*size, num_queries, num_keys)
+            rooms[size] = (q.new_empty(square, dtype=wide), q.new_empty(square, dtype=wide))
+        weights, other = rooms[size]
+
+        q = q * scale
+        _multiply(q, k.mT, weights)
+        if host is not None:
+            weights += _part(host, *here)
+        # Relative to the largest visible logit; a hidden one may lead by any amount.
+        _visible(torch.add, weights, hiding[images], other, own_key)
+        top = other.amax(-1, keepdim=True).clamp_min_(torch.finfo(wide).min)
+        weights.sub_(top).clamp_(max=_FAR).exp_()
+        _visible(torch.mul, weights, showing[images], other, own_key)
+        total = other.sum(-1, keepdim=True)
+        total = total + (total == 0)  # a row that sees nothing
+        # The 1 / total of the softmax moves into the gradient, which is smaller.
+        drift = (g.to(wide) * o).sum(-1, keepdim=True) / total
+        g = (g / total).to(narrow)
+        _multiply(other.to(narrow).mT, g, grad_value[here])
+        _multiply(g, v.mT, other)
+        other.sub_(drift).mul_(torch.minimum(weights, total, out=weights))
+        grad_policy[images] += _column_sums(other, own_key)
+        _visible(torch.mul, other, showing[images], weights, own_key)
+        if grad_mask is not None:
+            part = _part(grad_mask, *here)
+            part += weights.sum_to_size(part.shape)
+        flow = weights.to(narrow)
+        _multiply(flow, k, grad_query[here])
+        grad_query[here] *= scale
+        _multiply(flow.mT, q, grad_key[here])
+
+    if grad_mask is not None and mask is not None:
+        grad_mask = grad_mask.to(mask.dtype)
+    return grad_query, grad_key, grad_value, finite_if_dropped(grad_policy, policy), grad_mask
+
+
+def _multiply(
+    left: Float[Tensor, "b h m k"],
+    right: Float[Tensor, "b h k n"],
+    out: Float[Tensor, "b h m n"],
+) -> None:
+    """Batched matrix product into `out`, which may be of a wider or narrower type."""
+    if left.dtype == out.dtype:
+        torch.matmul(left, right, out=out)
+    elif left.dtype.itemsize > out.dtype.itemsize:
+        out.copy_(left @ right)
+    else:
+        flat = left.flatten(0, 1), right.flatten(0, 1)
+        torch.bmm(*flat, out_dtype=out.dtype, out=out.flatten(0, 1))
+
+
+def _visible(
+    operation: Callable[..., Tensor],
+    x: Float[Tensor, "b h q k"],
+    row: Float[Tensor, "b 1 1 k"],
+    out: Float[Tensor, "b h q k"],
+    own_key: bool,
+) -> None:
+    """`operation(x, row)` into `out`, but `x` itself where a query meets its own key."""
+    operation(x, row, out=out)
+    if own_key:
+        out.diagonal(dim1=2, dim2=3).copy_(x.diagonal(dim1=2, dim2=3))
+
+
+def _column_sums(flow: Float[Tensor, "b h q k"], own_key: bool) -> Float[Tensor, "b k"]:
+    """Sum over heads and queries, without each key's own query if `own_key`."""
+    sums = flow.sum((1, 2))
+    return sums - flow.diagonal(dim1=2, dim2=3).sum(1) if own_key else sums
