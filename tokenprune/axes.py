@@ -1,10 +1,11 @@
 """Find which dims of which tensors count tokens, by running the graph with other numbers of them.
 
-No operator is known here by name. The graph runs twice more on fake tensors: once with another batch
-size, once with another number of tokens after every stage (a distinct prime more each, so that each
-size says which stage it follows). A dim whose size moved by exactly that number counts tokens. A node
-that fails on the second run combines tokens with a tensor that was made for all of them (a RoPE table,
-a relative-position bias, an attention mask): that tensor is gathered too, and the run goes on.
+No operator is known here by name. The graph runs twice more on fake tensors: once with another
+batch size, once with another number of tokens after every stage (a distinct prime more each, so
+that each size says which stage it follows). A dim whose size moved by exactly that number counts
+tokens. A node that fails on the second run combines tokens with a tensor that was made for all of
+them (a RoPE table, a relative-position bias, an attention mask): that tensor is gathered too, and
+the run goes on.
 """
 
 import logging
@@ -221,15 +222,15 @@ class _TokenProbe:
         if base.ndim != 3:
             raise UnsupportedHostError(
                 f"Stage {stage} needs tokens [B, L, D] at block {node.args[1]}, found a tensor of "
-                f"shape {tuple(base.shape)} at {node.meta['where']}. A host that keeps a grid needs a "
-                "recipe with `mode: bypass`."
+                f"shape {tuple(base.shape)} at {node.meta['where']}. A host that keeps a grid "
+                "needs a recipe with `mode: bypass`."
             )
         patches = base.shape[1] - self.prefix
         if self.full and patches != self.full:
             raise UnsupportedHostError(
                 f"Stage {stage} (block {node.args[1]}) sees {patches} patch tokens, stage 0 saw "
-                f"{self.full}: the host pools tokens in between. Put all stages into one stretch of "
-                f"blocks with equal length. Found at {node.meta['where']}."
+                f"{self.full}: the host pools tokens in between. Put all stages into one stretch "
+                f"of blocks with equal length. Found at {node.meta['where']}."
             )
         self.full, self.follows[node] = patches, stage
         return base.new_empty(base.shape[0], base.shape[1] + EXTRA[stage], base.shape[2])

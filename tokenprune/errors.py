@@ -1,7 +1,7 @@
 """Every error this library raises on purpose.
 
-Each class also derives from the built-in a caller would expect, so `except ValueError` keeps working.
-A message says what was asked, what was found and what to do.
+Each class also derives from the built-in a caller would expect, so `except ValueError` keeps
+working. A message says what was asked, what was found and what to do.
 """
 
 from collections.abc import Iterable, Sequence

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import pairwise
 from typing import Any, Self
 
 import torch
@@ -77,7 +78,7 @@ class PrunedModel(nn.Module):
         forced = pruning.overrides.keep_indices is not None
         keeps_all = path == "gather" and not forced and min(pruning.plan.keep_ratios) == 1.0
         if (path == "dense" or keeps_all) and not return_trace:
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+            return super().forward(*args, **kwargs)
         arguments = self._arguments(args, kwargs)
         programs = self._programs(arguments)
         program = programs.get(self, path)
@@ -99,8 +100,8 @@ class PrunedModel(nn.Module):
 
         Args:
             path: `"dense"`, `"mask"` or `"gather"`, whatever `training` says.
-            keep_indices: The kept set of each stage: one [B, K] tensor of original patch numbers per
-                stage, each image's later set inside its earlier one. In any order.
+            keep_indices: The kept set of each stage: one [B, K] tensor of original patch numbers
+                per stage, each image's later set inside its earlier one. In any order.
             generator: Source of the Gumbel noise, on the model's device.
 
         Raises:
@@ -151,7 +152,7 @@ class PrunedModel(nn.Module):
             setattr(self._pruning.host, name, value)  # a new head is the host's head too
 
     def _get_name(self) -> str:
-        return f"TokenPruned[{super()._get_name()}]"
+        return f"TokenPruned[{type(self).__name__}]"
 
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The call's arguments by name, without those that are None."""
@@ -160,7 +161,8 @@ class PrunedModel(nn.Module):
         if len(args) > len(names) or not known or set(names[: len(args)]) & kwargs.keys():
             given = [*names[: len(args)], *(["..."] if len(args) > len(names) else []), *kwargs]
             raise HostError(
-                f"The host's forward takes ({', '.join(names)}), but was called with ({', '.join(given)})."
+                f"The host's forward takes ({', '.join(names)}), but was called with "
+                f"({', '.join(given)})."
             )
         named = {**dict(zip(names, args, strict=False)), **kwargs}
         return {name: value for name, value in named.items() if value is not None}
@@ -200,13 +202,13 @@ class PrunedModel(nn.Module):
                 value = (batched, shape[1:] if batched else shape, value.dtype, value.device)
             elif not isinstance(value, bool | int | float | str):
                 raise HostError(
-                    f"Argument {name!r} is a {type(value).__name__}; a wrapped model takes tensors, "
-                    "numbers, strings and flags."
+                    f"Argument {name!r} is a {type(value).__name__}; a wrapped model takes "
+                    "tensors, numbers, strings and flags."
                 )
             key.append((name, value))
-        return tuple(key), int(batch_size)
+        return tuple(key), batch_size
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _trace(self, arguments: Mapping[str, Any]) -> Programs:
         pruning = self._pruning
         host_forward = super().forward
@@ -244,18 +246,19 @@ class PrunedModel(nn.Module):
 def _checked_sets(pruning: Pruning, sets: Sequence[Tensor]) -> Sequence[Tensor]:
     if len(sets) != len(pruning.plan.blocks):
         raise KeepIndicesError(
-            f"Got keep_indices for {len(sets)} stages; the plan has {len(pruning.plan.blocks)}, before "
-            f"blocks {list(pruning.plan.blocks)}. Give one [B, K] tensor per stage."
+            f"Got keep_indices for {len(sets)} stages; the plan has {len(pruning.plan.blocks)}, "
+            f"before blocks {list(pruning.plan.blocks)}. Give one [B, K] tensor per stage."
         )
     if pruning.plan.mode == "bypass":
         return sets
-    for stage, (before, after) in enumerate(zip(sets, sets[1:], strict=False), start=1):
+    for stage, (before, after) in enumerate(pairwise(sets), start=1):
         for image, (wide, narrow) in enumerate(zip(before.tolist(), after.tolist(), strict=False)):
             lost = sorted(set(narrow) - set(wide))
             if lost:
                 raise KeepIndicesError(
-                    f"keep_indices of stage {stage} keep patches {lost[:5]} of image {image}, which "
-                    f"stage {stage - 1} dropped. Each stage's set must lie in that of the stage before."
+                    f"keep_indices of stage {stage} keep patches {lost[:5]} of image {image}, "
+                    f"which stage {stage - 1} dropped. Each stage's set must lie in that of the "
+                    "stage before."
                 )
     return sets
 
@@ -270,7 +273,9 @@ def _stage_traces(
         ]
     stages, before = [], None
     for logits, kept in records:
-        if before is not None and programs.plan.mode == "remove":  # removed tokens have no logits of their own any more
+        if (
+            before is not None and programs.plan.mode == "remove"
+        ):  # removed tokens have no logits of their own any more
             gone = torch.tensor([float("-inf"), 0.0], device=logits.device, dtype=logits.dtype)
             everyone = gone.expand(logits.shape[0], programs.traced.num_patches, 2)
             logits = everyone.scatter(1, before.unsqueeze(-1).expand(-1, -1, 2), logits)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal
 
 from tokenprune.arch import ArchSpec
@@ -56,7 +57,7 @@ class Plan:
             )
         if not all(0.0 < ratio <= 1.0 for ratio in ratios):
             raise PlanError(f"{asked}: every ratio must lie in (0, 1].")
-        if any(later > earlier for earlier, later in zip(ratios, ratios[1:], strict=False)):
+        if any(later > earlier for earlier, later in pairwise(ratios)):
             raise PlanError(
                 f"{asked}: ratios must not grow from stage to stage, since a dropped token stays "
                 "dropped."

@@ -107,10 +107,7 @@ def light_branch(
     DynamicViT, T-PAMI version, section 3.5. Starts near zero, so that a dropped token at first just
     keeps its value.
     """
-    branch = nn.Sequential(
-        nn.LayerNorm(dim, device=device, dtype=dtype),
-        nn.Linear(dim, dim, device=device, dtype=dtype),
-    )
-    nn.init.trunc_normal_(branch[1].weight, std=0.02)
-    nn.init.zeros_(branch[1].bias)
-    return branch
+    project = nn.Linear(dim, dim, device=device, dtype=dtype)
+    nn.init.trunc_normal_(project.weight, std=0.02)
+    nn.init.zeros_(project.bias)
+    return nn.Sequential(nn.LayerNorm(dim, device=device, dtype=dtype), project)

@@ -12,12 +12,12 @@ class StageTrace:
     """One stage of one call.
 
     Attributes:
-        keep_logits: [B, N, 2] log-probabilities of keep and drop. On the gather path, tokens that an
-            earlier stage removed hold -inf for keep and 0 for drop.
+        keep_logits: [B, N, 2] log-probabilities of keep and drop. On the gather path, tokens that
+            an earlier stage removed hold -inf for keep and 0 for drop.
         decision: [B, N] 0/1 over the original patches; carries the straight-through gradient on the
             mask path.
-        keep_indices: [B, K] sorted, in original patch numbering; None on the mask path, where images
-            differ in how many tokens they keep.
+        keep_indices: [B, K] sorted, in original patch numbering; None on the mask path, where
+            images differ in how many tokens they keep.
         num_tokens: Patch tokens per image after the stage: K, or their mean over the batch on the
             mask path.
     """

@@ -26,7 +26,8 @@ class StageContext:
         hard: 0/1 decisions.
         keep_indices: Kept sets forced from outside, [B, K] sorted, original numbering, per stage.
         generator: Source of the noise.
-        poison: `verify` only: what dropped tokens are overwritten with, to see that nobody reads them.
+        poison: `verify` only: what dropped tokens are overwritten with, to see that nobody reads
+            them.
     """
 
     num_keep: tuple[int, ...]
@@ -53,7 +54,7 @@ def mask_stage(
         previous: [B, N] decision of the stage before; None at the first.
 
     Returns:
-        keep_logits [B, N, 2], decision [B, N], never keeping what `previous` dropped, and the tokens.
+        keep_logits [B, N, 2], decision [B, N] (never keeping what `previous` dropped), the tokens.
     """
     patches = tokens[:, num_prefix:]
     keep_logits = predictor(patches, previous)

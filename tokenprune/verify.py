@@ -158,7 +158,7 @@ class _Proof:
     def identity(self) -> Iterator[Check]:
         """Theorem 1: with every token kept, the pruned graph is the host, bit for bit."""
         whole = StageContext((self.num_patches,) * len(self.sets), sample=False)
-        dense = _tensors(super(PrunedModel, self.model).forward(**self.inputs))  # type: ignore[misc]
+        dense = _tensors(super(PrunedModel, self.model).forward(**self.inputs))
         pruned = self._run("gather", whole)
         check = Check("keep_ratio 1 is the host", _difference(pruned, dense), 0.0)
         if not check.passed:
@@ -234,8 +234,8 @@ class _Proof:
     def _refuse(self, check: Check, what: str) -> None:
         raise VerificationError(
             f"{type(self.model).__name__} cannot be pruned safely: {what}. Check '{check.name}': "
-            f"difference {check.error:.2e} relative to the output's scale, allowed {check.bound:.0e}. "
-            "Leave this host dense, or prune it behind that node."
+            f"difference {check.error:.2e} relative to the output's scale, allowed "
+            f"{check.bound:.0e}. Leave this host dense, or prune it behind that node."
         )
 
     def _first_difference(self) -> str:
@@ -252,10 +252,11 @@ class _Proof:
             other = ahead.pop(origin, None)
             if isinstance(ours, Tensor) and isinstance(other, Tensor):
                 kept = self._kept_rows(origin, ours)
-                if kept is not None and kept.shape == other.shape:
-                    if not _difference([kept], [other]) <= self.bound:
-                        where = origin.meta["where"]
-                        return f"first at node '{origin.name}' ({origin.target}) of {where}"
+                if kept is None or kept.shape != other.shape:
+                    continue
+                if not _difference([kept], [other]) <= self.bound:
+                    where = origin.meta["where"]
+                    return f"first at node '{origin.name}' ({origin.target}) of {where}"
         return "at the output"
 
     def _values(self, program: Program) -> Iterator[tuple[fx.Node, Any]]:
@@ -288,7 +289,7 @@ def _tensors(output: Any) -> list[Tensor]:
 
 
 def _difference(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
-    """Largest difference relative to the scale of `theirs`; inf if shapes differ, NaN never equal."""
+    """Largest difference relative to the scale of `theirs`; inf if shapes or NaNs differ."""
     worst = 0.0
     if len(ours) != len(theirs):
         return float("inf")

@@ -44,8 +44,8 @@ def wrap(
         model: The host: any timm or transformers model, or another `nn.Module` with a stack of
             transformer blocks.
         recipe: A shipped recipe's name, a path, a mapping or a `Recipe`.
-        example_inputs: A tensor, several, or the arguments by name; drawn at random in the shape the
-            host was built for if None.
+        example_inputs: A tensor, several, or the arguments by name; drawn at random in the shape
+            the host was built for if None.
         adapter: An adapter's name, or an `ArchSpec`; found by itself if None.
         verify: Prove on this very model that the paths agree.
 
@@ -62,8 +62,8 @@ def wrap(
     """
     if isinstance(model, PrunedModel):
         raise AlreadyWrappedError(
-            f"This {type(model).__name__} is wrapped already. Use tokenprune.unwrap(model) first, or "
-            "model.set_keep_ratio(...) to prune it otherwise."
+            f"This {type(model).__name__} is wrapped already. Use tokenprune.unwrap(model) first, "
+            "or model.set_keep_ratio(...) to prune it otherwise."
         )
     if not isinstance(model, nn.Module):
         raise UnsupportedHostError(f"wrap needs an nn.Module, found {type(model).__name__}.")
@@ -119,7 +119,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def _shell(host: nn.Module) -> PrunedModel:
     """An object of the wrapped class around the host's own parameters, buffers and submodules."""
-    cls = pruned_class(type(host))
+    cls = pruned_class(type(host))  # type: ignore[arg-type]
     wrapped = cls.__new__(cls)
     wrapped.__dict__.update(host.__dict__)
     wrapped.__dict__["_modules"] = dict(host._modules)
@@ -138,8 +138,8 @@ def _check_free(host: nn.Module) -> None:
     taken = [name for name in (PREDICTORS, BYPASSES, "_pruning") if hasattr(host, name)]
     if taken:
         raise UnsupportedHostError(
-            f"{type(host).__name__} has an attribute {taken[0]!r} of its own, a name that tokenprune "
-            "needs. Rename it in the host."
+            f"{type(host).__name__} has an attribute {taken[0]!r} of its own, a name that "
+            "tokenprune needs. Rename it in the host."
         )
 
 
@@ -149,8 +149,8 @@ def _check_finite(host: nn.Module) -> None:
             bad = int((~torch.isfinite(tensor)).sum())
             if bad:
                 raise NonFiniteWeightsError(
-                    f"Parameter '{name}' of {type(host).__name__} holds {bad} values that are NaN or "
-                    "inf. Load a sound checkpoint before wrapping."
+                    f"Parameter '{name}' of {type(host).__name__} holds {bad} values that are NaN "
+                    "or inf. Load a sound checkpoint before wrapping."
                 )
 
 

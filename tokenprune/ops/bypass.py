@@ -1,4 +1,4 @@
-"""Bypass mode: the grid stays; a kept token goes through the MLP, a dropped one through a light branch.
+"""Bypass mode: the grid stays; kept tokens go through the MLP, dropped ones through a light branch.
 
 DynamicViT, section 3.5 (the hierarchical models of the T-PAMI version).
 """

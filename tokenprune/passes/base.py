@@ -60,7 +60,7 @@ class Rewrite:
         origin = self._origins.get(node) if isinstance(node, fx.Node) else None
         return self.axes.dims.get(origin, {}) if origin is not None else {}
 
-    def rank(self, node: fx.Node) -> int:
+    def rank(self, node: Any) -> int:
         """Rank of the tensor that `node` held when it was traced."""
         return int(self._origins[node].meta["val"].ndim)
 
@@ -68,7 +68,7 @@ class Rewrite:
         """The module that a `call_module` node calls."""
         return self.root.get_submodule(str(node.target))
 
-    def batch_first(self, node: fx.Node) -> bool:
+    def batch_first(self, node: Any) -> bool:
         return self._origins.get(node) in self.axes.batch_first
 
     def where(self, node: fx.Node) -> str:
@@ -117,14 +117,14 @@ class Pass(ABC):
     `ensures` looks at the result.
     """
 
-    def requires(self, rewrite: Rewrite) -> None:
+    def requires(self, rewrite: Rewrite) -> None:  # noqa: B027 - most passes need nothing
         """Raise if this graph cannot be edited."""
 
     @abstractmethod
     def apply(self, rewrite: Rewrite) -> None:
         """Edit the copy."""
 
-    def ensures(self, rewrite: Rewrite) -> None:
+    def ensures(self, rewrite: Rewrite) -> None:  # noqa: B027 - lint has seen the graph
         """Raise if the result is not what the pass promises."""
 
 

@@ -7,7 +7,7 @@ branch reads `x` alone, holds a linear layer and mixes nothing. So any hierarchi
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +41,7 @@ def bypassed_blocks(traced: Traced) -> tuple[int, ...]:
     first = traced.markers[0]
     shape, blocks = first.meta["val"].shape, []
     for block, entry in traced.entries.items():
-        if block >= first.args[1]:
+        if block >= cast(int, first.args[1]):
             if entry.meta["val"].shape != shape:
                 break
             blocks.append(block)

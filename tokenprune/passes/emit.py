@@ -29,7 +29,7 @@ class Emit(Pass):
             return
         output = rewrite.output.args[0]
         built = isinstance(output, fx.Node) and isinstance(output.target, type)
-        fields = dict(output.kwargs) if built else {"output": output}  # type: ignore[union-attr]
+        fields = dict(output.kwargs) if built else {"output": output}
         leaves, _ = tree_flatten_with_path(fields)
         holding = [
             keystr(path)
@@ -39,8 +39,8 @@ class Emit(Pass):
         if holding:
             raise UnsupportedHostError(
                 f"The output {', '.join(holding)} holds tokens after a stage, whose number changes "
-                "when they are pruned. Ask for an output without them (output_hidden_states=False, a "
-                "model with a head), or use model.using('dense')."
+                "when they are pruned. Ask for an output without them (output_hidden_states=False, "
+                "a model with a head), or use model.using('dense')."
             )
 
     def apply(self, rewrite: Rewrite) -> None:

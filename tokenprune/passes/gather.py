@@ -1,4 +1,4 @@
-"""The gather path (eval): dropped tokens leave, and so do their rows of whatever is aligned to them."""
+"""The gather path (eval): dropped tokens leave, and with them their rows of what is aligned."""
 
 import operator
 from typing import Any
@@ -16,7 +16,7 @@ __all__ = ["GatherAligned", "GatherStages", "KeepTablesWhole"]
 class KeepTablesWhole(Pass):
     """A tensor that takes only its size from the tokens is made for all of them.
 
-    Its sizes are written in as they were traced; the signature that a trace is kept under fixes them.
+    Its sizes are written in as they were traced; the signature a trace is kept under fixes them.
     """
 
     def apply(self, rewrite: Rewrite) -> None:

@@ -58,9 +58,9 @@ class Mixing:
     def check_batch_first(self, node: fx.Node, source: fx.Node) -> None:
         if not self.rewrite.batch_first(source):
             raise LeakError(
-                f"{self.rewrite.where(node)} mixes tokens of a tensor whose first dim is not the batch "
-                f"(shape {tuple(source.meta['val'].shape)}), so no per-image policy can be applied. "
-                "Only a batch-first layout can be masked."
+                f"{self.rewrite.where(node)} mixes tokens of a tensor whose first dim is not the "
+                f"batch (shape {tuple(source.meta['val'].shape)}), so no per-image policy can be "
+                "applied. Only a batch-first layout can be masked."
             )
 
 
@@ -91,9 +91,9 @@ def _attention(mixing: Mixing, node: fx.Node) -> None:
 
 
 def _softmax(mixing: Mixing, node: fx.Node) -> None:
-    rewrite, scores = mixing.rewrite, node.args[0]
+    rewrite, scores = mixing.rewrite, _argument(node, 0, "input")
     if node.op == "call_module":
-        axis, dtype = rewrite.traced_module(node).dim, None
+        axis, dtype = getattr(rewrite.traced_module(node), "dim"), None  # noqa: B009 - nn.Softmax
     else:
         axis, dtype = _argument(node, 1, "dim"), node.kwargs.get("dtype")
     dims = rewrite.dims(scores)
@@ -145,7 +145,7 @@ def _contraction(mixing: Mixing, node: fx.Node) -> None:
 
 def _reduction(masked: Callable[..., Any]) -> Rule:
     def rule(mixing: Mixing, node: fx.Node) -> None:
-        rewrite, source = mixing.rewrite, node.args[0]
+        rewrite, source = mixing.rewrite, _argument(node, 0, "input")
         dims = rewrite.dims(source)
         if not dims:
             return
@@ -179,7 +179,7 @@ def masked_max(
 
 def _average_pool(mixing: Mixing, node: fx.Node) -> None:
     """`nn.AdaptiveAvgPool1d(1)` on [B, D, N]: a mean over tokens."""
-    rewrite, source = mixing.rewrite, node.args[0]
+    rewrite, source = mixing.rewrite, _argument(node, 0, "input")
     axis = rewrite.rank(source) - 1
     dim = rewrite.dims(source).get(axis)
     if dim is None:
@@ -194,13 +194,13 @@ def _average_pool(mixing: Mixing, node: fx.Node) -> None:
 
 
 def _batch_norm(mixing: Mixing, node: fx.Node) -> None:
-    rewrite, source = mixing.rewrite, node.args[0]
+    rewrite, source = mixing.rewrite, _argument(node, 0, "input")
     if isinstance(source, fx.Node) and rewrite.traced_module(node).training:
         origin = rewrite.origin(source)
         if rewrite.dims(source) or origin in rewrite.axes.folded:
             raise LeakError(
-                f"{rewrite.where(node)} takes batch statistics over dropped tokens too. Put it in eval "
-                "mode (freeze its statistics) to train this host."
+                f"{rewrite.where(node)} takes batch statistics over dropped tokens too. Put it in "
+                "eval mode (freeze its statistics) to train this host."
             )
 
 

@@ -1,4 +1,4 @@
-"""torch's own modules that mix tokens, written in plain operations so that their mixing can be masked."""
+"""torch's own modules that mix tokens, in plain operations so that their mixing can be masked."""
 
 from collections.abc import Callable
 from typing import Any
@@ -39,7 +39,7 @@ def multihead_attention(
     biases = (None,) * 3 if module.in_proj_bias is None else module.in_proj_bias.chunk(3)
     heads, width = module.num_heads, module.head_dim
     q, k, v = (
-        F.linear(t, w, b).unflatten(-1, (heads, width)).transpose(1, 2)
+        F.linear(t, w, b).reshape(*t.shape[:2], heads, width).transpose(1, 2)
         for t, w, b in zip((query, key, value), weights, biases, strict=True)
     )
     dropout = module.dropout if module.training else 0.0

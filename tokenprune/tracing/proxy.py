@@ -1,8 +1,9 @@
 """A torch.fx proxy that carries the value its node had on an example input.
 
-Python's questions (`if`, `len`, `int`, unpacking) are answered from that value, so a host's control
-flow needs no rewriting. Sizes stay symbolic in the graph. Each answer that Python turned into a plain
-number is reported to the tracer (`burn`), because the graph only holds for inputs that give the same.
+Python's questions (`if`, `len`, `int`, unpacking) are answered from that value, so a host's
+control flow needs no rewriting. Sizes stay symbolic in the graph. Each answer that Python turned
+into a plain number is reported to the tracer (`burn`), because the graph only holds for inputs that
+give the same.
 """
 
 import operator
@@ -31,7 +32,7 @@ class ValueProxy(fx.Proxy):
     def val(self) -> Any:
         return self.node.meta["val"]
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> type:  # `isinstance(x, torch.Tensor)` in a host's code must hold
         return type(self.node.meta["val"])
 
@@ -72,7 +73,7 @@ class ValueProxy(fx.Proxy):
 
     def __iter__(self) -> Iterator[Any]:
         if isinstance(self.val, torch.Tensor | tuple | list):
-            return iter([self[i] for i in range(len(self))])
+            return iter([operator.getitem(self, i) for i in range(len(self))])
         if isinstance(self.val, dict):
             return iter(self.val)
         raise TypeError(f"{type(self.val).__name__} object is not iterable")

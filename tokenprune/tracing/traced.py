@@ -103,8 +103,8 @@ def _explained(
     said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     if _refused_by_host(error):
         return HostError(
-            f"{type(root).__name__} refused the input {shapes} at {frame}. It said: {said}. Give it "
-            "an input that it takes by itself."
+            f"{type(root).__name__} refused the input {shapes} at {frame}. It said: {said}. Give "
+            "it an input that it takes by itself."
         )
     return TraceError(
         f"The forward of {type(root).__name__} cannot be traced for the input {shapes}: stopped at "

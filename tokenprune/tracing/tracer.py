@@ -1,9 +1,9 @@
 """Trace a host's forward into a torch.fx graph, without running it for real.
 
-`torch.fx.symbolic_trace` stops at the first `if`. Here proxies carry the value they had on an example
-input (`proxy.ValueProxy`), computed under fake tensors: no memory and no arithmetic. Every tensor
-operation outside a leaf is caught by a torch function mode, so tensors that a host makes from plain
-numbers (`torch.arange(n)`) become nodes as well, not constants.
+`torch.fx.symbolic_trace` stops at the first `if`. Here proxies carry the value they had on an
+example input (`proxy.ValueProxy`), computed under fake tensors: no memory and no arithmetic. Every
+tensor operation outside a leaf is caught by a torch function mode, so tensors that a host makes
+from plain numbers (`torch.arange(n)`) become nodes as well, not constants.
 """
 
 import dataclasses
@@ -81,12 +81,12 @@ def _named_tensors(root: nn.Module) -> Iterator[tuple[int, str]]:
 
 @contextmanager
 def _attributes_kept(root: nn.Module) -> Iterator[None]:
-    """Give every module its attributes back: a host may write to itself in forward (a cache, a window
-    size), and a value of a trace must not stay there."""
+    """Give every module its attributes back, hooks included: a host may write to itself in forward
+    (a cache, a window size, a capturing hook), and a value of a trace must not stay there."""
     before = [
         (held, dict(held))
         for module in root.modules()
-        for held in (vars(module), module._buffers, module._parameters, module._modules)
+        for held in (vars(module), *(v for v in vars(module).values() if isinstance(v, dict)))
     ]
     try:
         yield
@@ -180,8 +180,9 @@ class ValueTracer(fx.Tracer):
 
         def getattribute(module: nn.Module, name: str) -> Any:
             value = MODULE_GETATTR(module, name)
-            tensor = isinstance(value, torch.Tensor) and not self.executing
-            return self._attribute(value) if tensor else value
+            if isinstance(value, torch.Tensor) and not self.executing:
+                return self._attribute(value)
+            return value
 
         with ExitStack() as stack:
             stack.enter_context(mock.patch.object(nn.Module, "__call__", call))
@@ -218,7 +219,7 @@ class ValueTracer(fx.Tracer):
     def proxy(self, node: fx.Node) -> ValueProxy:
         return ValueProxy(node, self)
 
-    def create_proxy(  # type: ignore[override]
+    def create_proxy(
         self,
         kind: str,
         target: Any,
@@ -244,7 +245,7 @@ class ValueTracer(fx.Tracer):
                 value = tensor_attribute(self.root, target)
                 tensor = isinstance(value, torch.Tensor)
                 return self.fake_mode.from_tensor(value) if tensor else value
-            args, kwargs = map_aggregate(args, concrete), map_aggregate(kwargs, concrete)  # type: ignore[assignment]
+            args, kwargs = map_aggregate(args, concrete), map_aggregate(kwargs, concrete)
             with self.fake_mode:
                 if kind == "call_function":
                     return target(*args, **kwargs)
