@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from tokenprune.ops.bypass import poisonous
 from tokenprune.ops.gumbel import sample_decision
 from tokenprune.ops.selection import gather_tokens, select_topk
 
@@ -26,7 +27,7 @@ class StageContext:
         hard: 0/1 decisions.
         keep_indices: Kept sets forced from outside, [B, K] sorted, original numbering, per stage.
         generator: Source of the noise.
-        poison: `verify` only: what dropped tokens are overwritten with, to see that nobody reads
+        poison: `verify` only: overwrite dropped tokens with NaN and inf, to see that nobody reads
             them.
     """
 
@@ -36,7 +37,7 @@ class StageContext:
     hard: bool = True
     keep_indices: tuple[Tensor, ...] | None = None
     generator: torch.Generator | None = None
-    poison: float | None = None
+    poison: bool = False
 
 
 def mask_stage(
@@ -73,9 +74,9 @@ def mask_stage(
     else:
         still = keep_logits.masked_fill((previous < 0.5).unsqueeze(-1), float("-inf"))
         decision = _one_hot(select_topk(still, context.num_keep[stage]), previous)
-    if context.poison is not None:
+    if context.poison:
         kept = policy_of(decision, num_prefix).unsqueeze(-1) > 0.5
-        tokens = torch.where(kept, tokens, context.poison)
+        tokens = torch.where(kept, tokens, poisonous(tokens))
     return keep_logits, decision, tokens
 
 

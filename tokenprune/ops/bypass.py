@@ -9,12 +9,18 @@ from torch import Tensor, nn
 
 from tokenprune.ops._align import is_kept
 
-__all__ = ["choose_branch", "flat_tokens", "merge_branches", "take_tokens"]
+__all__ = ["choose_branch", "flat_tokens", "merge_branches", "poisonous", "take_tokens"]
 
 
 def flat_tokens(x: Shaped[Tensor, "B ..."]) -> Shaped[Tensor, "B N D"]:
     """[B, N, D] tokens of a grid [B, H, W, D], row by row; [B, N, D] stays as it is."""
     return x.flatten(1, -2)
+
+
+def poisonous(x: Float[Tensor, "*shape D"]) -> Float[Tensor, "D"]:
+    """NaN and inf in turn, one row as wide as `x`: what `verify` puts where nobody may look."""
+    odd = torch.arange(x.shape[-1], device=x.device) % 2 == 1
+    return torch.where(odd, x.new_tensor(float("inf")), x.new_tensor(float("nan")))
 
 
 def take_tokens(
@@ -58,7 +64,7 @@ def choose_branch(
     branch: Float[Tensor, "B ..."],
     decision: Float[Tensor, "B N"],
     bypass: nn.Module,
-    poison: float | None = None,
+    poison: bool = False,
 ) -> Float[Tensor, "B ..."]:
     """The mask path's version: both branches for every token, one of them chosen.
 
@@ -66,13 +72,14 @@ def choose_branch(
     reaches the output, whatever it holds.
 
     Args:
-        poison: What to overwrite the branch that is not chosen with (`verify`).
+        poison: Overwrite the branch that is not chosen with NaN and inf (`verify`).
     """
     light = bypass(flat_tokens(x)).reshape(branch.shape).to(branch.dtype)
     weight = decision.to(branch.dtype).reshape(*branch.shape[:-1], 1)
     chosen = is_kept(decision).reshape(weight.shape)
-    if poison is not None:
-        branch, light = torch.where(chosen, branch, poison), torch.where(chosen, poison, light)
+    if poison:
+        bad = poisonous(branch)
+        branch, light = torch.where(chosen, branch, bad), torch.where(chosen, bad, light)
     branch = torch.where(chosen | branch.isfinite(), branch, 0.0)
     light = torch.where(chosen & ~light.isfinite(), 0.0, light)
     return branch * weight + light * (1.0 - weight)
