@@ -1,10 +1,23 @@
 """A policy laid along one dim of a tensor: what every other operator starts with."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
-__all__ = ["along", "diagonal", "dropped_along", "finite_if_dropped", "is_kept", "not_batch"]
+from tokenprune.errors import LeakError
+
+__all__ = [
+    "along",
+    "autocast_dtype",
+    "diagonal",
+    "dropped_along",
+    "finite_if_dropped",
+    "is_kept",
+    "no_autocast",
+    "token_dim",
+]
 
 
 def is_kept(policy: Float[Tensor, "B L"]) -> Bool[Tensor, "B L"]:
@@ -15,17 +28,22 @@ def is_kept(policy: Float[Tensor, "B L"]) -> Bool[Tensor, "B L"]:
     return policy > 0.5
 
 
-def not_batch(dim: int, ndim: int) -> int:
-    """`dim` counted from the left; the batch (dim 0) cannot be a token dim.
+def token_dim(x: Shaped[Tensor, "..."], policy: Float[Tensor, "B L"], dim: int) -> int:
+    """`dim` counted from the left, after a look at whether it can hold the policy's tokens.
 
     Raises:
-        IndexError: `dim` is out of range or is the batch.
+        LeakError: it is the batch (dim 0), out of range, or of another size than the policy.
     """
-    found = dim + ndim if dim < 0 else dim
-    if not 0 < found < ndim:
-        raise IndexError(
-            f"asked for tokens along dim {dim} of a tensor of rank {ndim}, whose dim 0 is the "
-            f"batch; pass a dim from 1 to {ndim - 1} (or from {1 - ndim} to -1)"
+    found = dim + x.ndim if dim < 0 else dim
+    if not 0 < found < x.ndim:
+        raise LeakError(
+            f"asked for tokens along dim {dim} of a tensor of rank {x.ndim}, whose dim 0 is the "
+            f"batch; pass a dim from 1 to {x.ndim - 1} (or from {1 - x.ndim} to -1)"
+        )
+    if (x.shape[0], x.shape[found]) != tuple(policy.shape):
+        raise LeakError(
+            f"the policy must have the shape [{x.shape[0]}, {x.shape[found]}] (images, tokens "
+            f"along dim {dim}), found {list(policy.shape)}; these are not the policy's tokens"
         )
     return found
 
@@ -57,3 +75,17 @@ def finite_if_dropped(
     """0 for dropped tokens whose contents made their gradient inf or NaN; those teach nothing."""
     broken = torch.logical_not(grad_policy.abs() < float("inf"))
     return grad_policy.masked_fill(broken & torch.logical_not(is_kept(policy)), 0).to(policy.dtype)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The low precision that autocast runs products in on this device; None where it is off."""
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return None
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Run what follows in the types it is given, on devices that know autocast at all."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()

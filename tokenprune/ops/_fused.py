@@ -13,7 +13,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tokenprune.ops._align import dropped_along, finite_if_dropped, is_kept
+from tokenprune.ops._align import dropped_along, finite_if_dropped, is_kept, no_autocast
 
 __all__ = ["MaskedAttention"]
 
@@ -26,6 +26,8 @@ _LARGEST = 1e18
 # compiler would unroll the loop, it only has to be small beside the activations.
 _SLICE_CPU = 1 << 18
 _SLICE = 1 << 26
+# Products of low-precision factors with all bits of the sum: torch 2.8 and later, CUDA.
+_BMM_WIDENS = hasattr(torch.ops.aten.bmm, "dtype_out") and torch.version.hip is None
 # exp() of this is finite in fp32, and no log-sum-exp exceeds its row's maximum by as much.
 _FAR = 80.0
 
@@ -140,7 +142,7 @@ class MaskedAttention(torch.autograd.Function):
         scale: float,
         own_key: bool,
     ) -> Tensor:
-        with torch.autocast(query.device.type, enabled=False):
+        with no_autocast(query.device):
             health = _health(key, policy), _health(value, policy)
             tame = _tame(key, health[0]), _tame(value, health[1])
             out = _kernel(query, *tame, policy, mask, scale, own_key)
@@ -152,7 +154,7 @@ class MaskedAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        with torch.autocast(grad.device.type, enabled=False):
+        with no_autocast(grad.device):
             grads = _backward(
                 ctx.saved_tensors, grad, ctx.scale, ctx.own_key, ctx.needs_input_grad[4]
             )
@@ -166,8 +168,7 @@ def _backward(
     query, key, value, policy, mask, out, key_health, value_health = saved
     batch, heads, num_queries, num_keys = *query.shape[:3], key.shape[2]
     wide = torch.promote_types(query.dtype, torch.float32)
-    # Products take the operands' precision where hardware has it; sums and softmax are wide.
-    narrow = query.dtype if query.is_cuda else wide
+    narrow = _factor_dtype(query)
     grad_query, grad_key, grad_value = (torch.empty_like(x) for x in (query, key, value))
     grad_policy = policy.new_zeros(policy.shape, dtype=wide)
     grad_mask = torch.zeros_like(mask, dtype=wide) if mask is not None and needs_mask else None
@@ -201,7 +202,12 @@ def _backward(
         _visible(torch.mul, weights, showing[images], other, own_key)
         total = other.sum(-1, keepdim=True)
         total = total + (total == 0)  # a row that sees nothing
-        # The 1 / total of the softmax moves into the gradient, which is smaller.
+        # The 1 / total of the softmax moves into the gradient, which is smaller; in fp16 it would
+        # not be safe there.
+        if narrow != wide:
+            weights /= total
+            other /= total
+            total = torch.ones_like(total)
         drift = (g.to(wide) * o).sum(-1, keepdim=True) / total
         g = (g / total).to(narrow)
         _multiply(other.to(narrow).mT, g, grad_value[here])
@@ -222,6 +228,14 @@ def _backward(
     return grad_query, grad_key, grad_value, finite_if_dropped(grad_policy, policy), grad_mask
 
 
+def _factor_dtype(query: Float[Tensor, "B H Lq d"]) -> torch.dtype:
+    """The type of what is multiplied; sums and softmax are in fp32 or better in any case.
+
+    The operands' own where hardware is made for it, fp32 or better where that would only be slower.
+    """
+    return query.dtype if query.is_cuda else torch.promote_types(query.dtype, torch.float32)
+
+
 def _multiply(
     left: Float[Tensor, "b h m k"],
     right: Float[Tensor, "b h k n"],
@@ -232,9 +246,11 @@ def _multiply(
         torch.matmul(left, right, out=out)
     elif left.dtype.itemsize > out.dtype.itemsize:
         out.copy_(left @ right)
-    else:
+    elif left.is_cuda and _BMM_WIDENS:
         flat = left.flatten(0, 1), right.flatten(0, 1)
         torch.bmm(*flat, out_dtype=out.dtype, out=out.flatten(0, 1))
+    else:
+        torch.matmul(left.to(out.dtype), right.to(out.dtype), out=out)
 
 
 def _visible(

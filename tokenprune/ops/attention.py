@@ -6,6 +6,7 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from tokenprune.errors import LeakError
+from tokenprune.ops._align import autocast_dtype
 from tokenprune.ops._fused import MaskedAttention
 from tokenprune.ops.pooling import hide_dropped
 from tokenprune.ops.softmax import masked_softmax
@@ -97,10 +98,9 @@ def masked_attention(
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast as autocast would: scaled_dot_product_attention runs in its low precision."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device) or tensors[0].dtype == torch.float64:
+    dtype = autocast_dtype(tensors[0].device)
+    if dtype is None or tensors[0].dtype == torch.float64:
         return tensors
-    dtype = torch.get_autocast_dtype(device)
     return tuple(tensor.to(dtype) for tensor in tensors)
 
 

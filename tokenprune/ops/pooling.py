@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tokenprune.ops._align import along, dropped_along, is_kept, not_batch
+from tokenprune.ops._align import along, dropped_along, is_kept, token_dim
 
 __all__ = [
     "hide_dropped",
@@ -33,12 +33,12 @@ def hide_dropped(
         dim: the dim of `x` that counts tokens.
 
     Raises:
-        IndexError: `dim` is the batch or out of range.
+        LeakError: `dim` does not hold the policy's tokens.
     """
     if policy is None:
         return x
     harmless = torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)
-    return torch.where(dropped_along(policy, x.ndim, not_batch(dim, x.ndim)), harmless, x)
+    return torch.where(dropped_along(policy, x.ndim, token_dim(x, policy, dim)), harmless, x)
 
 
 def masked_contraction_operand(
@@ -55,11 +55,11 @@ def masked_contraction_operand(
         A tensor of the shape and dtype of `x`.
 
     Raises:
-        IndexError: `dim` is the batch or out of range.
+        LeakError: `dim` does not hold the policy's tokens.
     """
     if policy is None:
         return x
-    dim = not_batch(dim, x.ndim)
+    dim = token_dim(x, policy, dim)
     return hide_dropped(x, policy, dim) * along(policy.to(x.dtype), x.ndim, dim)
 
 
@@ -78,7 +78,7 @@ def masked_sum(
         keepdim: leave a dim of size 1.
 
     Raises:
-        IndexError: `dim` is the batch or out of range.
+        LeakError: `dim` does not hold the policy's tokens.
     """
     if policy is None:
         return x.sum(dim, keepdim=keepdim)
@@ -104,11 +104,11 @@ def masked_mean(
         keepdim: leave a dim of size 1.
 
     Raises:
-        IndexError: `dim` is the batch or out of range.
+        LeakError: `dim` does not hold the policy's tokens.
     """
     if policy is None:
         return x.mean(dim, keepdim=keepdim)
-    dim = not_batch(dim, x.ndim)
+    dim = token_dim(x, policy, dim)
     wide = torch.promote_types(x.dtype, torch.float32)
     total = masked_contraction_operand(x, policy, dim).sum(dim, keepdim=True, dtype=wide)
     count = along(policy.to(wide).sum(1, keepdim=True), x.ndim, dim).clamp_min(1)
@@ -134,11 +134,11 @@ def masked_amax(
         keepdim: leave a dim of size 1.
 
     Raises:
-        IndexError: `dim` is the batch or out of range.
+        LeakError: `dim` does not hold the policy's tokens.
     """
     if policy is None:
         return x.amax(dim, keepdim=keepdim)
-    dim = not_batch(dim, x.ndim)
+    dim = token_dim(x, policy, dim)
     dropped = dropped_along(policy, x.ndim, dim)
     # Where nothing is kept the zeros below win: fill with them rather than mend -inf afterwards.
     nothing = torch.logical_not(is_kept(policy).any(1, keepdim=True))

@@ -6,7 +6,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tokenprune.ops._align import diagonal, dropped_along, finite_if_dropped, not_batch
+from tokenprune.errors import LeakError
+from tokenprune.ops._align import (
+    autocast_dtype,
+    diagonal,
+    dropped_along,
+    finite_if_dropped,
+    token_dim,
+)
 
 __all__ = ["masked_softmax"]
 
@@ -44,27 +51,26 @@ def masked_softmax(
         dtype: cast the scores to this first, as in `torch.softmax`.
 
     Returns:
-        Probabilities of the shape of `scores`, in `dtype`, else in fp32 under autocast, else in the
-        dtype of `scores`.
+        Probabilities of the shape of `scores`, in the dtype that `torch.softmax` would give.
 
     Raises:
-        IndexError: `dim` or `query_dim` is the batch or out of range.
-        ValueError: `query_dim` does not have as many entries as there are keys.
+        LeakError: `dim` does not hold the policy's tokens, or `query_dim` not as many.
     """
     if policy is None:
         return torch.softmax(scores, dim, dtype=dtype)
-    dim = not_batch(dim, scores.ndim)
+    dim = token_dim(scores, policy, dim)
     if query_dim is not None:
-        query_dim = not_batch(query_dim, scores.ndim)
-        if scores.shape[query_dim] != scores.shape[dim]:
-            raise ValueError(
+        query_dim = query_dim % scores.ndim
+        if query_dim in (0, dim) or scores.shape[query_dim] != scores.shape[dim]:
+            raise LeakError(
                 f"query_dim={query_dim} says that query i is token i, found scores of shape "
                 f"{tuple(scores.shape)} with keys along dim {dim}; pass query_dim=None"
             )
     if dtype is None:
-        # Softmax is one of the operations that autocast runs in fp32.
-        autocast = torch.is_autocast_enabled(scores.device.type)
-        dtype = torch.promote_types(scores.dtype, torch.float32) if autocast else scores.dtype
+        dtype = scores.dtype
+        if autocast_dtype(scores.device) is not None:
+            # Backends differ in whether autocast runs softmax in fp32: ask this one.
+            dtype = torch.softmax(scores.new_zeros(1), 0).dtype
     probabilities: Tensor = _MaskedSoftmax.apply(scores, policy, dim, query_dim, dtype)
     return probabilities
 
@@ -119,7 +125,8 @@ class _MaskedSoftmax(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             others = flow if query_dim is None else flow.masked_fill(own, 0)
             summed = [d for d in range(1, weights.ndim) if d != dim]
-            grad_policy = finite_if_dropped(others.sum(summed), policy)
+            # sum() over no dims at all would be the sum over all of them
+            grad_policy = finite_if_dropped(others.sum(summed) if summed else others, policy)
         return grad_scores, grad_policy, None, None, None
 
 
