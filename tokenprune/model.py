@@ -25,7 +25,7 @@ from tokenprune.program import PATHS, Path, Programs
 from tokenprune.pruning_trace import PruningTrace, StageTrace
 from tokenprune.recipe import Recipe
 from tokenprune.stages import StageContext
-from tokenprune.tracing.traced import trace_call
+from tokenprune.tracing.traced import no_autocast_cache, trace_call
 
 ADDED = (PREDICTORS, BYPASSES)
 
@@ -212,16 +212,17 @@ class PrunedModel(nn.Module):
     def _trace(self, arguments: Mapping[str, Any]) -> Programs:
         pruning = self._pruning
         host_forward = super().forward
-        traced = trace_call(
-            self,
-            host_forward,
-            arguments,
-            pruning.spec.blocks,
-            pruning.plan.blocks,
-            pruning.plan.num_prefix_tokens,
-        )
         final = pruning.spec.norm or pruning.spec.blocks[-1]
-        return Programs.analyse(self, traced, pruning.plan, final)
+        with no_autocast_cache():
+            traced = trace_call(
+                self,
+                host_forward,
+                arguments,
+                pruning.spec.blocks,
+                pruning.plan.blocks,
+                pruning.plan.num_prefix_tokens,
+            )
+            return Programs.analyse(self, traced, pruning.plan, final)
 
     def _context(
         self, path: Path, programs: Programs, arguments: Mapping[str, Any]

@@ -1,6 +1,7 @@
 """One traced call of a host: its graph, and what else a rewrite needs to know about it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from tokenprune.axes import stage_markers
 from tokenprune.errors import HostError, TokenPruneError, TraceError
 from tokenprune.tracing.tracer import ValueTracer
 
-__all__ = ["Traced", "trace_call"]
+__all__ = ["Traced", "no_autocast_cache", "trace_call"]
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,17 @@ def trace_call(
         num_patches=tokens.shape[1] - num_prefix if tokens.ndim == 3 else tokens[0, ..., 0].numel(),
         num_channels=int(tokens.shape[-1]),
     )
+
+
+@contextmanager
+def no_autocast_cache() -> Iterator[None]:
+    """Autocast keeps the weights it has cast; those cast under fake tensors must not be kept."""
+    was = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(was)
 
 
 def _explained(
