@@ -53,6 +53,8 @@ class Pruning:
     """Names of the arguments of the host's forward, in order."""
     accepts_any: bool
     """The host's forward takes **kwargs."""
+    restore: bool | None
+    """Whether outputs that hold tokens come back in place; None refuses such outputs."""
     watched: list[nn.Module]
     """Modules whose `training` flag the host's Python code may read."""
     programs: dict[Any, Programs] = field(default_factory=dict)
@@ -222,7 +224,7 @@ class PrunedModel(nn.Module):
                 pruning.plan.blocks,
                 pruning.plan.num_prefix_tokens,
             )
-            return Programs.analyse(self, traced, pruning.plan, final)
+            return Programs.analyse(self, traced, pruning.plan, final, pruning.restore)
 
     def _context(
         self, path: Path, programs: Programs, arguments: Mapping[str, Any]

@@ -15,6 +15,7 @@ from tokenprune.passes.bypass import BypassGather, BypassMask
 from tokenprune.passes.emit import Emit
 from tokenprune.passes.gather import GatherAligned, GatherStages, KeepTablesWhole
 from tokenprune.passes.mask import MaskMixers, MaskStages
+from tokenprune.passes.restore import RestoreOutputs, put_back, put_back_masked
 from tokenprune.plan import Plan
 from tokenprune.tracing.traced import Traced
 
@@ -57,11 +58,14 @@ class Programs:
     axes: TokenAxes
     plan: Plan
     final: str
+    restore: bool | None
     batch_size: int
     _made: dict[Path, Program] = field(default_factory=dict)
 
     @classmethod
-    def analyse(cls, root: nn.Module, traced: Traced, plan: Plan, final: str) -> "Programs":
+    def analyse(
+        cls, root: nn.Module, traced: Traced, plan: Plan, final: str, restore: bool | None
+    ) -> "Programs":
         """Probe a trace and keep what the passes need."""
         axes = find_token_axes(
             root,
@@ -73,7 +77,7 @@ class Programs:
             tokens_leave=plan.mode == "remove",
         )
         first = next(n for n in traced.graph.nodes if n.op == "placeholder")
-        return cls(traced, axes, plan, final, batch_size=int(first.meta["val"].shape[0]))
+        return cls(traced, axes, plan, final, restore, batch_size=int(first.meta["val"].shape[0]))
 
     def get(self, root: nn.Module, path: Path) -> Program:
         """The program of `path`.
@@ -96,7 +100,11 @@ class Programs:
             if bypass
             else [KeepTablesWhole(), GatherStages(), GatherAligned()],
         }
-        return [*edits[path], Emit(self.final, keeps_tokens=bypass or path == "dense")]
+        allowed = bypass or path == "dense" or self.restore is not None
+        if self.restore and not bypass and path != "dense":
+            put = put_back if path == "gather" else put_back_masked
+            return [*edits[path], RestoreOutputs(put), Emit(self.final, allowed)]
+        return [*edits[path], Emit(self.final, allowed)]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Programs":
         return self

@@ -157,9 +157,23 @@ class _Proof:
             return self.outputs[path]
         program = self.programs.get(self.model, path)
         output, _, _ = program.run(self.model, context or self.context, **self.tensors)
+        tensors = _tensors(output)
+        if path == "mask" and self.programs.restore is False:
+            tensors = self._without_dropped(tensors)
         if context is None:
-            self.outputs[path] = _tensors(output)
-        return _tensors(output)
+            self.outputs[path] = tensors
+        return tensors
+
+    def _without_dropped(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The rows of a mask path's output that the gather path returns."""
+        leaves = tree_leaves(self.programs.traced.graph.output_node().args[0])
+        site = leaves[0] if len(leaves) == 1 else None
+        if isinstance(site, fx.Node) and isinstance(site.target, type):
+            leaves = tree_leaves((site.args, dict(site.kwargs)))
+        nodes = [leaf for leaf in leaves if isinstance(leaf, fx.Node)]
+        pairs = zip(nodes, tensors, strict=True)
+        kept = (self._kept_rows(node, value) for node, value in pairs)
+        return [t if k is None else k for k, t in zip(kept, tensors, strict=True)]
 
     def identity(self) -> Iterator[Check]:
         """Theorem 1: with every token kept, the pruned graph is the host, bit for bit."""

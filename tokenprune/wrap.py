@@ -32,6 +32,7 @@ def wrap(
     *,
     example_inputs: ExampleInputs | None = None,
     adapter: str | ArchSpec | None = None,
+    restore: bool | None = None,
     verify: bool = True,
 ) -> Any:
     """Make a vision transformer prune its tokens.
@@ -47,6 +48,9 @@ def wrap(
         example_inputs: A tensor, several, or the arguments by name; drawn at random in the shape
             the host was built for if None.
         adapter: An adapter's name, or an `ArchSpec`; found by itself if None.
+        restore: For outputs that hold tokens (`last_hidden_state`, `hidden_states`): True gives
+            every token back in place, dropped ones with the value they had when they were dropped;
+            False leaves only kept tokens in eval. None refuses such an output by name.
         verify: Prove on this very model that the paths agree.
 
     Raises:
@@ -83,6 +87,7 @@ def wrap(
         plan=plan,
         parameters=tuple(p.name for p in named)[1:],
         accepts_any=any(p.kind is p.VAR_KEYWORD for p in accepted),
+        restore=restore,
         watched=[m for m in wrapped.modules() if not type(m).__module__.startswith("torch.nn")],
     )
     example = named_inputs(wrapped, example_inputs)

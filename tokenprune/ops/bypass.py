@@ -17,7 +17,7 @@ def flat_tokens(x: Shaped[Tensor, "B ..."]) -> Shaped[Tensor, "B N D"]:
     return x.flatten(1, -2)
 
 
-def poisonous(x: Float[Tensor, "*shape D"]) -> Float[Tensor, "D"]:
+def poisonous(x: Float[Tensor, "... D"]) -> Float[Tensor, " D"]:
     """NaN and inf in turn, one row as wide as `x`: what `verify` puts where nobody may look."""
     odd = torch.arange(x.shape[-1], device=x.device) % 2 == 1
     return torch.where(odd, x.new_tensor(float("inf")), x.new_tensor(float("nan")))

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import fx, nn
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from tokenprune.axes import Aligned, TokenAxes, TokenDim
 from tokenprune.errors import LeakError, UnsupportedHostError
@@ -23,6 +24,7 @@ class Rewrite:
         graph: The copy.
         context: Placeholder that carries the call's `StageContext`.
         records: Per stage, what the emitted graph returns beside the host's output.
+        entering: Per stage, the tokens as they come in.
     """
 
     def __init__(self, root: nn.Module, traced: Traced, axes: TokenAxes, plan: Plan) -> None:
@@ -35,6 +37,7 @@ class Rewrite:
         self.output = self.graph.output(output)
         self.output.meta = dict(traced.graph.output_node().meta)
         self.records: list[tuple[fx.Node, ...]] = []
+        self.entering: list[fx.Node] = []
 
     def copy_of(self, node: fx.Node) -> fx.Node:
         """The copy of a traced node."""
@@ -95,6 +98,25 @@ class Rewrite:
             node = self.graph.call_function(target, args, kwargs)
         node.meta["where"] = after.meta.get("where")
         return node
+
+    def output_site(self) -> fx.Node:
+        """The node whose arguments are the host's output: the output object's maker, if there is
+        one, else the graph's output."""
+        returned = self.output.args[0]
+        if isinstance(returned, fx.Node) and isinstance(returned.target, type):
+            return returned
+        return self.output
+
+    def token_outputs(self) -> list[tuple[str, fx.Node]]:
+        """(field, node) of each output that holds tokens after a stage."""
+        site = self.output_site()
+        fields = dict(site.kwargs) or {"output": site.args[0]}
+        leaves, _ = tree_flatten_with_path(fields)
+        return [
+            (f"{path[0].key}{keystr(path[1:])}", leaf)  # type: ignore[attr-defined]
+            for path, leaf in leaves
+            if isinstance(leaf, fx.Node) and self.dims(leaf)
+        ]
 
     def predictor(self, before: fx.Node, stage: int) -> fx.Node:
         """A node that holds the predictor module of `stage`."""

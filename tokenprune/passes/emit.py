@@ -3,7 +3,6 @@
 import operator
 
 from torch import fx
-from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from tokenprune.errors import UnsupportedHostError
 from tokenprune.ops.bypass import flat_tokens
@@ -18,29 +17,23 @@ class Emit(Pass):
 
     Args:
         final: Path of the module whose output holds the final tokens.
-        keeps_tokens: The path removes no token, so the output may hold them.
+        tokens_allowed: The output may hold tokens: none leave, or the caller said what to do.
     """
 
-    def __init__(self, final: str, keeps_tokens: bool) -> None:
-        self.final, self.keeps_tokens = final, keeps_tokens
+    def __init__(self, final: str, tokens_allowed: bool) -> None:
+        self.final, self.tokens_allowed = final, tokens_allowed
 
     def requires(self, rewrite: Rewrite) -> None:
-        if self.keeps_tokens:
+        if self.tokens_allowed:
             return
-        output = rewrite.output.args[0]
-        built = isinstance(output, fx.Node) and isinstance(output.target, type)
-        fields = dict(output.kwargs) if built else {"output": output}
-        leaves, _ = tree_flatten_with_path(fields)
-        holding = [
-            keystr(path)
-            for path, leaf in leaves
-            if isinstance(leaf, fx.Node) and rewrite.dims(leaf)
-        ]
+        holding = [field for field, _ in rewrite.token_outputs()]
         if holding:
             raise UnsupportedHostError(
                 f"The output {', '.join(holding)} holds tokens after a stage, whose number changes "
-                "when they are pruned. Ask for an output without them (output_hidden_states=False, "
-                "a model with a head), or use model.using('dense')."
+                "when they are pruned. Say what you want: wrap(..., restore=True) gives every "
+                "token back in place, dropped ones with their last value; restore=False leaves "
+                "only the kept ones. Or ask for an output without tokens (output_hidden_states=False, a "
+                "model with a head), or use model.using('dense')."
             )
 
     def apply(self, rewrite: Rewrite) -> None:

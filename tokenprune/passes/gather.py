@@ -50,6 +50,7 @@ class GatherStages(Pass):
         prefix, kept = rewrite.plan.num_prefix_tokens, None
         for stage in rewrite.traced.markers:
             marker = rewrite.marker(stage)
+            rewrite.entering.append(marker.all_input_nodes[0])
             predictor = rewrite.predictor(marker, stage)
             result = rewrite.insert(
                 marker,

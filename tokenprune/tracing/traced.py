@@ -24,6 +24,7 @@ class Traced:
         graph: As the host wrote it, with a marker at the entry of each block.
         fake_mode: The mode that the values in `node.meta["val"]` belong to.
         burnt: Nodes whose value Python decided by.
+        blocks: Paths of the blocks.
         markers: Stage -> marker of the tokens that enter its block.
         entries: Block -> marker, for all blocks.
         module_outputs: Module path -> node of its first output.
@@ -35,6 +36,7 @@ class Traced:
     graph: fx.Graph
     fake_mode: FakeTensorMode
     burnt: tuple[fx.Node, ...]
+    blocks: tuple[str, ...]
     markers: Mapping[int, fx.Node]
     entries: Mapping[int, fx.Node]
     module_outputs: Mapping[str, fx.Node]
@@ -84,6 +86,7 @@ def trace_call(
         graph=graph,
         fake_mode=tracer.fake_mode,
         burnt=tuple(tracer.burnt),
+        blocks=tuple(blocks),
         markers=markers,
         entries=entered,
         module_outputs=tracer.module_outputs,
