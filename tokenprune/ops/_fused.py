@@ -79,7 +79,11 @@ def _slices(batch: int, heads: int, square: int, entries: int) -> Iterator[tuple
         square: logits of a head.
         entries: logits of a slice.
     """
-    images = min(max(entries // (heads * square), 1), batch)
+    if batch * heads * square <= entries:
+        # No loop at all: a compiler would write it out for this batch size.
+        yield slice(None), slice(None)
+        return
+    images = max(entries // (heads * square), 1)
     few = min(max(entries // square, 1), heads)
     for image in range(0, batch, images):
         for head in range(0, heads, few):
@@ -178,18 +182,16 @@ def _backward(
 
     small = query.device.type == "cpu" and not torch.compiler.is_compiling()
     entries = _SLICE_CPU if small else _SLICE
-    rooms: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+    weights = other = query.new_empty(0)
     for here in _slices(batch, heads, num_queries * num_keys, entries):
         images = here[0]
         q, o, g = (x[here].to(narrow) for x in (query, out, grad))
         k = _tame(key[here], key_health[images]).to(narrow)
         v = _tame(value[here], value_health[images]).to(narrow)
         # Two rooms for logits, used again by every slice: new ones cost as much as filling them.
-        size = (q.shape[0], q.shape[1])
-        if size not in rooms:
-            square = (*size, num_queries, num_keys)
-            rooms[size] = (q.new_empty(square, dtype=wide), q.new_empty(square, dtype=wide))
-        weights, other = rooms[size]
+        room = (q.shape[0], q.shape[1], num_queries, num_keys)
+        if weights.shape != room:
+            weights, other = q.new_empty(room, dtype=wide), q.new_empty(room, dtype=wide)
 
         q = q * scale
         _multiply(q, k.mT, weights)

@@ -93,7 +93,7 @@ def masked_mean(
     dim: int,
     keepdim: bool = False,
 ) -> Float[Tensor, "B ..."]:
-    """Mean over the kept tokens: `sum_j D_j x_j / max(sum_j D_j, 1)`.
+    """Mean over the kept tokens: `sum_j D_j x_j / sum_j D_j`.
 
     The policy gets the gradient of both the sum and the count.
 
@@ -111,7 +111,8 @@ def masked_mean(
     dim = token_dim(x, policy, dim)
     wide = torch.promote_types(x.dtype, torch.float32)
     total = masked_contraction_operand(x, policy, dim).sum(dim, keepdim=True, dtype=wide)
-    count = along(policy.to(wide).sum(1, keepdim=True), x.ndim, dim).clamp_min(1)
+    count = along(policy.to(wide).sum(1, keepdim=True), x.ndim, dim)
+    count = count + (count == 0)  # not clamp(): that stops the gradient of a count of 1
     mean = (total / count).to(x.dtype)
     return mean if keepdim else mean.squeeze(dim)
 
