@@ -63,6 +63,8 @@ class TokenAxes:
     """Consumer -> argument -> how that argument must be gathered."""
     sizes: set[fx.Node] = field(default_factory=set)
     """Numbers that change with the number of tokens."""
+    table_sizes: dict[fx.Node, dict[int, TokenDim]] = field(default_factory=dict)
+    """Shapes of aligned tables that are read as numbers: those dims follow the tokens."""
     tables: set[fx.Node] = field(default_factory=set)
     """Tensors that take only their size from the tokens: made at full length, then gathered."""
     batch_bound: bool = False
@@ -170,6 +172,19 @@ def _probe_batch(
         queue.extend(scalars)
 
 
+def _numbers_behind(node: fx.Node) -> Iterator[fx.Node]:
+    """The plain numbers that went into a node, the nearest first; tensors are not looked behind."""
+    queue, seen = [node], {node}
+    while queue:
+        for used in queue.pop(0).all_input_nodes:
+            several = isinstance(used.meta["val"], tuple | list)
+            if used not in seen and (several or _plain(used.meta["val"])):
+                seen.add(used)
+                queue.append(used)
+                if _plain(used.meta["val"]):
+                    yield used
+
+
 def _plain(value: Any) -> bool:
     return not any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(value))
 
@@ -188,19 +203,38 @@ class _TokenProbe:
         self.root, self.graph, self.prefix, self.axes = root, graph, num_prefix, axes
         self.markers = {node: stage for stage, node in markers.items()}
         self.follows: dict[fx.Node, int] = {}  # the latest stage whose tokens a node's data holds
+        self.passed: dict[fx.Node, int] = {}  # the latest stage entered before each node
+        self.latest = -1
         self.full = 0  # N, patches before the first stage
 
     def probe(self) -> None:
+        """Run, and run again whenever a size turned out to follow the tokens after all."""
+        while not self._runs_through():
+            self.follows.clear()
+            for found in (self.axes.dims, self.axes.aligned, self.axes.folded):
+                found.clear()
+
+    def _runs_through(self) -> bool:
+        self.latest = -1
         inputs = {n.target: n.meta["val"] for n in self.graph.nodes if n.op == "placeholder"}
         for node, value in run(self.root, self.graph, inputs, self._step):
-            if node.op != "output" and isinstance(value, torch.Tensor):
-                self._classify(node, value)
+            tensor = node.op != "output" and isinstance(value, torch.Tensor)
+            if tensor and not self._classify(node, value):
+                return False
+        return True
 
     def _step(self, node: fx.Node, env: Environment) -> Any:
         base = node.meta["val"]
+        self.passed[node] = self.latest
         stage = self.markers.get(node)
         if stage is not None:
             return self._enter(node, stage, base)
+        if node in self.axes.table_sizes:
+            self.axes.sizes.add(node)
+            dims = self.axes.table_sizes[node]
+            return torch.Size(
+                n + (EXTRA[dims[d].stage] if d in dims else 0) for d, n in enumerate(base)
+            )
         sources = [self.follows[n] for n in node.all_input_nodes if n in self.follows]
         if sources and not _plain(base):
             self.follows[node] = max(sources)
@@ -232,7 +266,7 @@ class _TokenProbe:
                 f"{self.full}: the host pools tokens in between. Put all stages into one stretch "
                 f"of blocks with equal length. Found at {node.meta['where']}."
             )
-        self.full, self.follows[node] = patches, stage
+        self.full, self.latest, self.follows[node] = patches, stage, stage
         return base.new_empty(base.shape[0], base.shape[1] + EXTRA[stage], base.shape[2])
 
     def _align(self, node: fx.Node, env: Environment, error: Exception) -> Any:
@@ -288,9 +322,30 @@ class _TokenProbe:
         moves = {new - old for new, old in zip(value.shape, base.shape, strict=True)}
         return moves <= {0, EXTRA[stage]}
 
-    def _classify(self, node: fx.Node, value: torch.Tensor) -> None:
+    def _resize(self, node: fx.Node) -> bool:
+        """Let the sizes of tables behind `node`'s numbers follow the tokens; False if none can.
+
+        A host that splits its tokens by the length of a RoPE table means the length that the table
+        has once it is gathered.
+        """
+        lengths = {self.full + p: p for p in range(self.prefix + 1)}
+        found = False
+        for number in _numbers_behind(node):
+            shape = number.meta["val"]
+            table = number.all_input_nodes[0] if number.all_input_nodes else None
+            stage = self.passed.get(number, -1)
+            of_table = isinstance(shape, torch.Size) and table not in self.follows
+            if of_table and stage >= 0 and number not in self.axes.table_sizes:
+                dims = {d: TokenDim(stage, lengths[n]) for d, n in enumerate(shape) if n in lengths}
+                if dims:
+                    self.axes.table_sizes[number] = dims
+                    found = True
+        return found
+
+    def _classify(self, node: fx.Node, value: torch.Tensor) -> bool:
+        """Note the token dims of a node; False if the run must be made again."""
         if node not in self.follows:
-            return
+            return True
         base = node.meta["val"]
         if base.ndim != value.ndim:
             raise UnsupportedHostError(
@@ -300,12 +355,21 @@ class _TokenProbe:
         dims = {}
         for d, (old, new) in enumerate(zip(base.shape, value.shape, strict=True)):
             stages = [s for s, extra in enumerate(EXTRA) if new - old == extra]
+            if stages and old < self.full:
+                # a tensor shorter than the patches cannot hold them all: a wrong size went in
+                if self._resize(node):
+                    return False
+                raise UnsupportedHostError(
+                    f"{node.format_node()} holds only {old} of {self.full} patch tokens, at "
+                    f"{node.meta['where']}. Tokens that leave must stay one sequence."
+                )
             if stages:
                 dims[d] = TokenDim(stages[0], old - self.full)
             elif new != old:
                 self.axes.folded.add(node)
         if dims:
             self.axes.dims[node] = dims
+        return True
 
 
 def _choices(options: Mapping[fx.Node, Sequence[Aligned]]) -> Iterator[dict[fx.Node, Aligned]]:

@@ -28,6 +28,7 @@ from tokenprune.stages import StageContext
 from tokenprune.tracing.traced import no_autocast_cache, trace_call
 
 ADDED = (PREDICTORS, BYPASSES)
+OWN = (*ADDED, "_pruning", "forward")
 
 __all__ = ["ADDED", "PrunedModel", "pruned_class", "pruning_of"]
 
@@ -80,10 +81,10 @@ class PrunedModel(nn.Module):
         forced = pruning.overrides.keep_indices is not None
         keeps_all = path == "gather" and not forced and min(pruning.plan.keep_ratios) == 1.0
         if (path == "dense" or keeps_all) and not return_trace:
-            return super().forward(*args, **kwargs)
+            return pruning.host.forward(*args, **kwargs)
         arguments = self._arguments(args, kwargs)
         programs = self._programs(arguments)
-        program = programs.get(self, path)
+        program = programs.get(pruning.host, path)
         context = self._context(path, programs, arguments)
         tensors = {n: v for n, v in arguments.items() if isinstance(v, Tensor)}
         output, records, tokens = program.run(self, context, **tensors)
@@ -149,9 +150,8 @@ class PrunedModel(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        shared = isinstance(value, nn.Module) and not name.startswith(ADDED)
-        if shared and "_pruning" in self.__dict__:
-            setattr(self._pruning.host, name, value)  # a new head is the host's head too
+        if "_pruning" in self.__dict__ and not name.startswith(OWN):
+            setattr(self._pruning.host, name, value)  # a new head, or a mode, is the host's too
 
     def _get_name(self) -> str:
         return f"TokenPruned[{type(self).__name__}]"
@@ -191,12 +191,7 @@ class PrunedModel(nn.Module):
         device = tensors[0].device.type
         autocast = torch.is_autocast_enabled(device)
         modes = tuple([module.training for module in self._pruning.watched])
-        key = [
-            self.training,
-            modes,
-            autocast,
-            torch.get_autocast_dtype(device) if autocast else None,
-        ]
+        key = [modes, autocast, torch.get_autocast_dtype(device) if autocast else None]
         for name, value in arguments.items():
             if isinstance(value, Tensor):
                 shape = tuple(value.shape)
@@ -213,18 +208,17 @@ class PrunedModel(nn.Module):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _trace(self, arguments: Mapping[str, Any]) -> Programs:
         pruning = self._pruning
-        host_forward = super().forward
         final = pruning.spec.norm or pruning.spec.blocks[-1]
         with no_autocast_cache():
             traced = trace_call(
-                self,
-                host_forward,
+                pruning.host,
+                pruning.host.forward,
                 arguments,
                 pruning.spec.blocks,
                 pruning.plan.blocks,
                 pruning.plan.num_prefix_tokens,
             )
-            return Programs.analyse(self, traced, pruning.plan, final, pruning.restore)
+            return Programs.analyse(pruning.host, traced, pruning.plan, final, pruning.restore)
 
     def _context(
         self, path: Path, programs: Programs, arguments: Mapping[str, Any]

@@ -13,7 +13,12 @@ from tokenprune.axes import TokenAxes, find_token_axes
 from tokenprune.passes.base import Pass, Rewrite, run_passes
 from tokenprune.passes.bypass import BypassGather, BypassMask
 from tokenprune.passes.emit import Emit
-from tokenprune.passes.gather import GatherAligned, GatherStages, KeepTablesWhole
+from tokenprune.passes.gather import (
+    GatherAligned,
+    GatherStages,
+    KeepTablesWhole,
+    ResizeTables,
+)
 from tokenprune.passes.mask import MaskMixers, MaskStages
 from tokenprune.passes.restore import RestoreOutputs, put_back, put_back_masked
 from tokenprune.plan import Plan
@@ -98,7 +103,7 @@ class Programs:
             "mask": [BypassMask()] if bypass else [MaskStages(), MaskMixers()],
             "gather": [BypassGather()]
             if bypass
-            else [KeepTablesWhole(), GatherStages(), GatherAligned()],
+            else [KeepTablesWhole(), GatherStages(), ResizeTables(), GatherAligned()],
         }
         allowed = bypass or path == "dense" or self.restore is not None
         if self.restore and not bypass and path != "dense":

@@ -127,7 +127,7 @@ class _Proof:
     """The checks of one model on one input."""
 
     def __init__(self, model: PrunedModel, inputs: Mapping[str, Any]) -> None:
-        self.model, self.inputs = model, inputs
+        self.model, self.inputs, self.host = model, inputs, pruning_of(model).host
         self.programs: Programs = model._programs(inputs)
         self.num_patches = self.programs.traced.num_patches
         self.tensors = {n: v for n, v in inputs.items() if isinstance(v, Tensor)}
@@ -155,7 +155,7 @@ class _Proof:
         """The output of a path; on the random kept sets, and then kept, if no context is given."""
         if context is None and path in self.outputs:
             return self.outputs[path]
-        program = self.programs.get(self.model, path)
+        program = self.programs.get(self.host, path)
         output, _, _ = program.run(self.model, context or self.context, **self.tensors)
         tensors = _tensors(output)
         if path == "mask" and self.programs.restore is False:
@@ -178,7 +178,7 @@ class _Proof:
     def identity(self) -> Iterator[Check]:
         """Theorem 1: with every token kept, the pruned graph is the host, bit for bit."""
         whole = StageContext((self.num_patches,) * len(self.sets), sample=False)
-        dense = _tensors(super(PrunedModel, self.model).forward(**self.inputs))
+        dense = _tensors(pruning_of(self.model).host.forward(**self.inputs))
         pruned = self._run("gather", whole)
         check = Check("keep_ratio 1 is the host", _difference(pruned, dense), 0.0)
         if not check.passed:
@@ -217,7 +217,7 @@ class _Proof:
             n: v[:1] if v.shape[:1] == (self.batch_size,) else v for n, v in self.tensors.items()
         }
         alone = replace(self.context, keep_indices=tuple(kept[:1] for kept in self.sets))
-        program = self.programs.get(self.model, "gather")
+        program = self.programs.get(self.host, "gather")
         output, _, _ = program.run(self.model, alone, **one)
         together = [
             t[:1] if t.ndim and t.shape[0] == self.batch_size else None for t in self._run("gather")
@@ -237,7 +237,7 @@ class _Proof:
         added = [p for name, p in self.model.named_parameters() if name.startswith(ADDED)]
         parameters = [p for p in added if p.requires_grad]
         context = StageContext((), sample=True, generator=_generator(parameters[0].device))
-        program = self.programs.get(self.model, "mask")
+        program = self.programs.get(self.host, "mask")
         output, records, _ = program.run(self.model, context, **self.tensors)
         loss = sum(t.float().square().mean() for t in _tensors(output) if t.requires_grad)
         loss = loss + sum(decision.mean() for _, decision in records)
@@ -257,7 +257,7 @@ class _Proof:
 
     def _first_difference(self) -> str:
         """Run both paths in step and name the first node whose kept rows differ."""
-        mask, gather = (self.programs.get(self.model, p) for p in ("mask", "gather"))
+        mask, gather = (self.programs.get(self.host, p) for p in ("mask", "gather"))
         theirs = self._values(gather)
         ahead: dict[fx.Node, Any] = {}
         for origin, ours in self._values(mask):

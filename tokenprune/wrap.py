@@ -88,7 +88,7 @@ def wrap(
         parameters=tuple(p.name for p in named)[1:],
         accepts_any=any(p.kind is p.VAR_KEYWORD for p in accepted),
         restore=restore,
-        watched=[m for m in wrapped.modules() if not type(m).__module__.startswith("torch.nn")],
+        watched=[m for m in model.modules() if not type(m).__module__.startswith("torch.nn")],
     )
     example = named_inputs(wrapped, example_inputs)
     with kept_modes(wrapped):

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import fx, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path
@@ -103,9 +103,8 @@ class Rewrite:
         """The node whose arguments are the host's output: the output object's maker, if there is
         one, else the graph's output."""
         returned = self.output.args[0]
-        if isinstance(returned, fx.Node) and isinstance(returned.target, type):
-            return returned
-        return self.output
+        made = isinstance(returned, fx.Node) and isinstance(returned.target, type)
+        return cast(fx.Node, returned) if made else self.output
 
     def token_outputs(self) -> list[tuple[str, fx.Node]]:
         """(field, node) of each output that holds tokens after a stage."""

@@ -32,8 +32,8 @@ class Emit(Pass):
                 f"The output {', '.join(holding)} holds tokens after a stage, whose number changes "
                 "when they are pruned. Say what you want: wrap(..., restore=True) gives every "
                 "token back in place, dropped ones with their last value; restore=False leaves "
-                "only the kept ones. Or ask for an output without tokens (output_hidden_states=False, a "
-                "model with a head), or use model.using('dense')."
+                "only the kept ones. Or ask for an output without tokens (a model with a head, "
+                "output_hidden_states=False), or use model.using('dense')."
             )
 
     def apply(self, rewrite: Rewrite) -> None:

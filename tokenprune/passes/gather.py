@@ -10,7 +10,7 @@ from tokenprune.ops.selection import gather_aligned
 from tokenprune.passes.base import Pass, Rewrite
 from tokenprune.stages import gather_stage
 
-__all__ = ["GatherAligned", "GatherStages", "KeepTablesWhole"]
+__all__ = ["GatherAligned", "GatherStages", "KeepTablesWhole", "ResizeTables", "length_after"]
 
 
 class KeepTablesWhole(Pass):
@@ -69,6 +69,26 @@ class GatherStages(Pass):
             rewrite.replaced(marker, tokens)
             rewrite.graph.erase_node(marker)
             rewrite.records.append((logits, kept))
+
+
+def length_after(shape: Size, kept: Any, dims: tuple[tuple[int, int], ...]) -> tuple[int, ...]:
+    """The shape of a table once it is gathered: prefix + K along each (dim, prefix) of `dims`."""
+    along = {dim: prefix + kept.shape[1] for dim, prefix in dims}
+    return tuple(along.get(dim, n) for dim, n in enumerate(shape))
+
+
+class ResizeTables(Pass):
+    """Where a host reads the length of an aligned table, it means that of the gathered one."""
+
+    def apply(self, rewrite: Rewrite) -> None:
+        for size, dims in rewrite.axes.table_sizes.items():
+            node = rewrite.copy_of(size)
+            kept = rewrite.records[max(dim.stage for dim in dims.values())][1]
+            along = tuple((d, dim.prefix) for d, dim in dims.items())
+            readers = list(node.users)
+            new = rewrite.insert_after(node, length_after, node, kept, along)
+            for reader in readers:
+                reader.replace_input_with(node, new)
 
 
 class GatherAligned(Pass):
