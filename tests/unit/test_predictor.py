@@ -1,0 +1,140 @@
+"""The keep / drop predictor."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tokenprune.predictor import TokenPredictor
+
+B, N = 2, 6
+
+
+@pytest.mark.parametrize("dim", [1, 2, 3, 5, 16])
+@pytest.mark.parametrize("with_decision", [True, False])
+def test_log_probabilities_for_any_width(dim: int, with_decision: bool) -> None:
+    decision = torch.ones(B, N) if with_decision else None
+    keep_logits = TokenPredictor(dim)(torch.randn(B, N, dim), decision)
+    assert keep_logits.shape == (B, N, 2)
+    torch.testing.assert_close(keep_logits.exp().sum(-1), torch.ones(B, N))
+
+
+def test_parameters_lie_where_the_published_checkpoints_have_them() -> None:
+    shapes = {name: tuple(p.shape) for name, p in TokenPredictor(16).state_dict().items()}
+    assert shapes == {
+        "in_proj.0.weight": (16,),
+        "in_proj.0.bias": (16,),
+        "in_proj.1.weight": (16, 16),
+        "in_proj.1.bias": (16,),
+        "out_proj.0.weight": (8, 16),
+        "out_proj.0.bias": (8,),
+        "out_proj.2.weight": (4, 8),
+        "out_proj.2.bias": (4,),
+        "out_proj.4.weight": (2, 4),
+        "out_proj.4.bias": (2,),
+    }
+
+
+def test_initial_weights() -> None:
+    predictor = TokenPredictor(256)
+    for name, parameter in predictor.named_parameters():
+        if name == "in_proj.0.weight":
+            assert (parameter == 1).all()
+        elif name.endswith("bias"):
+            assert (parameter == 0).all()
+        else:
+            assert 0.01 < parameter.std() < 0.03
+
+
+def test_half_of_the_channels_are_shared_by_all_tokens() -> None:
+    predictor = TokenPredictor(6)
+    tokens, decision = torch.randn(1, N, 6), torch.ones(1, N)
+    decision[0, 2:] = 0
+    features = predictor.in_proj(tokens)
+    both = [features[..., :3], features[:, :2, 3:].mean(1, keepdim=True).expand(1, N, 3)]
+    wanted = predictor.out_proj(torch.cat(both, dim=-1)).log_softmax(-1)
+    torch.testing.assert_close(predictor(tokens, decision), wanted)
+
+
+def test_all_kept_is_no_decision() -> None:
+    predictor, tokens = TokenPredictor(6), torch.randn(B, N, 6)
+    torch.testing.assert_close(predictor(tokens, torch.ones(B, N)), predictor(tokens))
+
+
+@given(st.permutations(range(N)))
+def test_it_does_not_know_the_order_of_tokens(order: list[int]) -> None:
+    torch.manual_seed(0)
+    predictor = TokenPredictor(6, init_std=0.5)
+    tokens, decision = torch.randn(B, N, 6), (torch.rand(B, N) < 0.6).float()
+    torch.testing.assert_close(
+        predictor(tokens[:, order], decision[:, order]), predictor(tokens, decision)[:, order]
+    )
+
+
+def spoilt_tokens(
+    garbage: float,
+) -> tuple[TokenPredictor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A predictor, tokens, the same with garbage in dropped ones, and the decision."""
+    torch.manual_seed(0)
+    tokens = torch.randn(B, N, 6)
+    decision = torch.tensor([[1.0, 0, 1, 1, 0, 1], [0, 0, 1, 0, 0, 0]], requires_grad=True)
+    spoilt = tokens.masked_fill((decision < 0.5)[..., None], garbage)
+    return TokenPredictor(6, init_std=0.5), tokens, spoilt, decision
+
+
+@given(st.sampled_from([math.inf, -math.inf, math.nan, 1e30]))
+def test_contents_of_dropped_tokens_do_not_matter(garbage: float) -> None:
+    predictor, tokens, spoilt, decision = spoilt_tokens(garbage)
+    kept = decision > 0.5
+    torch.testing.assert_close(predictor(spoilt, decision)[kept], predictor(tokens, decision)[kept])
+
+
+@given(st.sampled_from([math.inf, -math.inf, math.nan]))
+def test_gradients_are_finite_whatever_dropped_tokens_hold(garbage: float) -> None:
+    predictor, _, spoilt, decision = spoilt_tokens(garbage)
+    predictor(spoilt, decision).square().sum().backward()
+    for parameter in (*predictor.parameters(), decision):
+        assert parameter.grad is not None
+        assert parameter.grad.isfinite().all()
+
+
+def test_kept_tokens_agree_with_the_gather_path() -> None:
+    predictor, tokens = TokenPredictor(6, init_std=0.5), torch.randn(B, N, 6)
+    keep_indices = torch.tensor([[0, 3, 4], [1, 2, 5]])
+    rows = torch.arange(B)[:, None]
+    decision = torch.zeros(B, N)
+    decision[rows, keep_indices] = 1
+    gathered = predictor(tokens[rows, keep_indices])
+    torch.testing.assert_close(predictor(tokens, decision)[rows, keep_indices], gathered)
+
+
+def test_nothing_kept_and_the_gradient_of_the_mean() -> None:
+    predictor = TokenPredictor(6, init_std=0.5)
+    decision = torch.zeros(B, N, requires_grad=True)
+    keep_logits = predictor(torch.randn(B, N, 6), decision)
+    assert keep_logits.isfinite().all()
+    keep_logits[..., 0].sum().backward()
+    assert decision.grad is not None
+    assert decision.grad.isfinite().all()
+    assert decision.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_log_softmax_is_wide_in_low_precision(dtype: torch.dtype) -> None:
+    tokens, decision = torch.randn(B, N, 8), torch.ones(B, N)
+    with torch.autocast("cpu", dtype=dtype):
+        assert TokenPredictor(8)(tokens, decision).dtype == torch.float32
+    predictor = TokenPredictor(8, dtype=dtype)
+    keep_logits = predictor(tokens.to(dtype), decision)
+    assert keep_logits.dtype == torch.float32
+    torch.testing.assert_close(keep_logits.exp().sum(-1), torch.ones(B, N))
+
+
+def test_the_activation_and_a_new_start() -> None:
+    predictor = TokenPredictor(8, activation="relu")
+    assert sum(isinstance(module, torch.nn.ReLU) for module in predictor.modules()) == 3
+    before = predictor.in_proj[1].weight.clone()
+    predictor.reset_parameters()
+    assert not torch.equal(before, predictor.in_proj[1].weight)
