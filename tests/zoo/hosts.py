@@ -28,7 +28,7 @@ CLASSES = 7
 # into the pixels of dropped patches; the other recipe has dense blocks first.
 RECIPE: dict[str, Any] = {"version": 1, "schedule": {"blocks": [0, 3], "keep_ratio": 0.6}}
 THREE = {"version": 1, "schedule": {"blocks": [1, 2, 4], "keep_ratio": 0.6}}
-BYPASS = {"version": 1, "schedule": {"blocks": [1, 3], "keep_ratio": 0.6}, "mode": "bypass"}
+BYPASS = {"version": 1, "schedule": {"blocks": [2, 4], "keep_ratio": 0.6}, "mode": "bypass"}
 
 
 def images(batch: int, size: int, argument: str) -> dict[str, Tensor]:
@@ -37,7 +37,7 @@ def images(batch: int, size: int, argument: str) -> dict[str, Tensor]:
     return {argument: torch.randn(batch, 3, size, size, generator=generator)}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Row:
     """One host.
 
@@ -51,9 +51,10 @@ class Row:
         argument: Name of its image argument.
         recipe: A recipe that fits it.
         mode: The mode that serves it.
-        pending_bypass: The engine cannot prune it yet, since it needs `mode: bypass`.
         refused: What the engine says (a regular expression) if it cannot prune it.
-        one_patch_one_token: No patch token depends on pixels outside its patch.
+        patch: Side in pixels of the square that one token stands for where the stages are.
+        one_patch_one_token: No patch token depends on pixels outside its square.
+        exact_in_double: It computes in double precision if its weights are double.
         draw: Makes an example input, where it is more than images.
     """
 
@@ -66,8 +67,9 @@ class Row:
     argument: str = "x"
     recipe: dict[str, Any] = field(default_factory=lambda: RECIPE)
     mode: str = "remove"
-    pending_bypass: bool = False
     refused: str = ""
+    patch: int = 8
+    exact_in_double: bool = True
     one_patch_one_token: bool = True
     draw: Callable[[int, int, str], dict[str, Tensor]] = images
 
@@ -84,6 +86,15 @@ class Row:
             if factor is not None:
                 toughen(host, factor)
         return host.eval()
+
+    @property
+    def stages(self) -> int:
+        """Stages of the recipe."""
+        return len(self.recipe["schedule"]["blocks"])
+
+    def num_patches(self, size: int | None = None) -> int:
+        """N where the stages are, for images of `size`."""
+        return ((size or self.sizes[0]) // self.patch) ** 2
 
     def inputs(self, batch: int = 2, size: int | None = None) -> dict[str, Tensor]:
         """The host's arguments for `batch` images."""
@@ -155,14 +166,14 @@ def plain_vit(**options: Any) -> nn.Module:
 
 def hybrid() -> nn.Module:
     """A ViT on a stem of convolutions, as MobileCLIP has it."""
-    stem = ConvStem(channels=(8, 16, 32), kernel_size=(3, 2, 2), stride=(2, 2, 2))
+    stem = ConvStem(channels=(8, 16, 32), kernel_size=(2, 2, 2), stride=(2, 2, 2), padding=0)
     return plain_vit(patch_size=1, embed_layer=partial(HybridEmbed, backbone=stem, proj=False))
 
 
 def windowed(model: str, **options: Any) -> nn.Module:
-    """A Swin of timm's registry, made small: 256 tokens, then 64."""
+    """A Swin of timm's registry, made small: two blocks on 256 tokens, four on 64."""
     small = {"img_size": 32, "patch_size": 2, "embed_dim": 16, "window_size": 4}
-    small |= {"depths": (2, 2), "num_heads": (2, 4)}
+    small |= {"depths": (2, 4), "num_heads": (2, 4)}
     return timm.create_model(model, num_classes=CLASSES, **{**small, **options})
 
 
@@ -182,10 +193,27 @@ def hf_towers(model: str, **options: Any) -> nn.Module:
     return cls(config)
 
 
+def hf_dinov3() -> nn.Module:
+    """DINOv3 with a head, as users add one: transformers has no classifier of its own for it."""
+    from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTPreTrainedModel
+
+    class DINOv3Classifier(DINOv3ViTPreTrainedModel):
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.dinov3 = transformers.DINOv3ViTModel(config)
+            self.classifier = nn.Linear(config.hidden_size, CLASSES)
+            self.post_init()
+
+        def forward(self, pixel_values: Tensor) -> Tensor:
+            return self.classifier(self.dinov3(pixel_values).pooler_output)
+
+    return DINOv3Classifier(transformers.DINOv3ViTConfig(**HF, num_register_tokens=4))
+
+
 def hf_windowed(model: str) -> nn.Module:
     """A Swin of transformers, made small."""
     small = {"image_size": 32, "patch_size": 2, "embed_dim": 16, "window_size": 4}
-    small |= {"depths": [2, 2], "num_heads": [2, 4], "num_labels": CLASSES}
+    small |= {"depths": [2, 4], "num_heads": [2, 4], "num_labels": CLASSES}
     cls = getattr(transformers, model)
     return cls(cls.config_class(**small))
 
@@ -244,10 +272,11 @@ def _swin(name: str, family: str, make: Callable[..., nn.Module], **rest: Any) -
         family,
         0,
         make,
-        num_blocks=4,
+        num_blocks=6,
         mode="bypass",
         recipe=BYPASS,
-        pending_bypass=True,
+        patch=4,
+        one_patch_one_token=False,
         argument="pixel_values" if make is hf_windowed else "x",
         **rest,
     )
@@ -288,7 +317,7 @@ ZOO: tuple[Row, ...] = (
     _vit("parallel_scaling", 1, block_fn=vit.ParallelScalingBlock),
     _vit("parallel_things", 1, block_fn=vit.ParallelThingsBlock),
     _vit("differential", 1, block_fn=vit.DiffParallelScalingBlock),
-    _row("hybrid_stem", "timm/vision_transformer", 1, hybrid, one_patch_one_token=False),
+    _row("hybrid_stem", "timm/vision_transformer", 1, hybrid),
     # timm: eva
     _timm("eva", "eva", 1, "eva_giant_patch14_224"),
     _timm("eva02", "eva", 1, "eva02_tiny_patch14_224", recipe=THREE),
@@ -336,7 +365,9 @@ ZOO: tuple[Row, ...] = (
     ),
     # transformers
     _hf("vit", 1, "ViTForImageClassification", recipe=THREE),
-    _hf("vit_eager", 1, "ViTForImageClassification", "vit", attention="eager"),
+    _hf(
+        "vit_eager", 1, "ViTForImageClassification", "vit", attention="eager", exact_in_double=False
+    ),
     _hf("deit_hf", 2, "DeiTForImageClassification", "deit"),
     _hf("deit_teacher", 2, "DeiTForImageClassificationWithTeacher", "deit"),
     _hf("beit_hf", 1, "BeitForImageClassification", "beit", use_relative_position_bias=True),
@@ -356,11 +387,19 @@ ZOO: tuple[Row, ...] = (
     ),
     _hf("dinov2_hf", 1, "Dinov2ForImageClassification", "dinov2", sizes=TWO_SIZES),
     _hf("dinov2_with_registers", 5, "Dinov2WithRegistersForImageClassification"),
-    _hf("dinov3_vit", 5, "DINOv3ViTModel", num_register_tokens=4, sizes=TWO_SIZES),
+    _row(
+        "dinov3_vit",
+        "transformers/dinov3_vit",
+        5,
+        hf_dinov3,
+        argument="pixel_values",
+        sizes=TWO_SIZES,
+    ),
+    _hf("dinov3_tower", 1, "DINOv3ViTModel", "dinov3_vit", refused="last_hidden_state"),
     _hf("clip_hf", 1, "CLIPForImageClassification", "clip", maker=hf_towers),
-    _hf("clip_hf_tower", 1, "CLIPVisionModelWithProjection", "clip", projection_dim=16),
+    _hf("clip_tower", 1, "CLIPVisionModelWithProjection", "clip", refused="last_hidden_state"),
     _hf("siglip", 0, "SiglipForImageClassification", maker=hf_towers),
-    _hf("siglip_tower", 0, "SiglipVisionModel", "siglip"),
+    _hf("siglip_tower", 0, "SiglipVisionModel", "siglip", refused="last_hidden_state"),
     _hf(
         "siglip2",
         0,

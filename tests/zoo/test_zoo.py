@@ -1,0 +1,358 @@
+"""Every behaviour, once, over every host of the zoo."""
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+import tokenprune
+from tests.zoo.hosts import ZOO, Row, toughen
+from tokenprune.counting import num_keep
+from tokenprune.errors import UnsupportedHostError
+
+BOUND = 1e-4  # of the output's scale, in fp32
+BOUND_64 = 1e-9
+FACTORS = (1.0, 50.0)
+
+RUN = [row for row in ZOO if not row.refused]
+REFUSED = [row for row in ZOO if row.refused]
+STAGE_FIRST = [
+    row for row in RUN if row.one_patch_one_token and row.recipe["schedule"]["blocks"][0] == 0
+]
+RESIZED = [row for row in RUN if len(row.sizes) > 1]
+
+
+def over(rows: Sequence[Row]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("row", [pytest.param(row, id=row.name) for row in rows])
+
+
+class Case(NamedTuple):
+    """A wrapped host, and what the host said before it was wrapped."""
+
+    host: nn.Module
+    model: Any
+    dense: list[Tensor]
+    keys: list[str]
+
+
+@lru_cache(maxsize=2)
+def case_of(row: Row) -> Case:
+    host = row.build(FACTORS[0])
+    keys = list(host.state_dict())
+    dense = outputs(host, row.inputs())
+    return Case(host, tokenprune.wrap(host, row.recipe, example_inputs=row.inputs()), dense, keys)
+
+
+@contextmanager
+def weights(model: nn.Module, factor: float | None = None) -> Iterator[None]:
+    """Toughen a model's weights, and give every weight and mode back afterwards."""
+    saved = {name: value.clone() for name, value in model.state_dict().items()}
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        if factor is not None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(1)
+                toughen(model, factor)
+        yield
+    finally:
+        with torch.no_grad():
+            for name, value in model.state_dict().items():
+                value.copy_(saved[name])
+        model.zero_grad()
+        for module, training in modes:
+            module.training = training
+
+
+def outputs(model: nn.Module, inputs: dict[str, Tensor]) -> list[Tensor]:
+    with torch.no_grad():
+        return tensors(model(**inputs))
+
+
+def tensors(output: Any) -> list[Tensor]:
+    output = dict(output) if isinstance(output, dict) else output
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def difference(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
+    """Largest difference relative to the scale of `theirs`; NaN where either holds one."""
+    assert [t.shape for t in ours] == [t.shape for t in theirs]
+    return max(
+        ((a - b).abs().max() / b.abs().max()).item() for a, b in zip(ours, theirs, strict=True)
+    )
+
+
+def same_bits(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def nested_sets(stages: int, patches: int, batch: int, seed: int) -> list[Tensor]:
+    """Kept sets of random sizes, each inside the one before, from one patch to all."""
+    generator = torch.Generator().manual_seed(seed)
+    kept = torch.arange(patches).expand(batch, -1)
+    sets = []
+    for _ in range(stages):
+        count = int(torch.randint(1, kept.shape[1] + 1, (), generator=generator))
+        order = torch.rand(kept.shape, generator=generator).argsort(dim=1)[:, :count]
+        kept = kept.gather(1, order)
+        sets.append(kept)
+    return sets
+
+
+@over(RUN)
+def test_the_certificate_holds(row: Row) -> None:
+    case = case_of(row)
+    for factor in FACTORS:
+        with weights(case.model, factor):
+            certificate = tokenprune.verify(case.model, row.inputs())
+            assert certificate.checks
+            assert all(check.passed for check in certificate.checks), str(certificate)
+            assert certificate.mask_vs_gather < BOUND
+    assert certificate.adapter == row.family
+    assert certificate.num_prefix_tokens == row.num_prefix
+    assert certificate.num_patches == row.num_patches()
+
+
+@over(RUN)
+def test_keeping_every_token_is_the_host_bit_for_bit(row: Row) -> None:
+    case = case_of(row)
+    model = case.model
+    try:
+        model.set_keep_ratio(1.0)
+        for factor in FACTORS:
+            with weights(model, factor), torch.no_grad():
+                dense = outputs(case.host, row.inputs(3))
+                # with a trace the pruned graph runs, without it the host's own forward
+                traced, trace = model(**row.inputs(3), return_trace=True)
+                assert same_bits(tensors(traced), dense)
+                assert same_bits(outputs(model, row.inputs(3)), dense)
+            assert {stage.num_tokens for stage in trace.stages} == {row.num_patches()}
+    finally:
+        model.set_keep_ratio(row.recipe["schedule"]["keep_ratio"])
+
+
+@over(RUN)
+def test_unwrap_gives_the_host_back_bit_for_bit(row: Row) -> None:
+    case = case_of(row)
+    pruned = outputs(case.model, row.inputs())
+    assert not same_bits(pruned, case.dense)
+    host = tokenprune.unwrap(case.model)
+    assert host is case.host
+    assert same_bits(outputs(host, row.inputs()), case.dense)
+    with case.model.using("dense"):
+        assert same_bits(outputs(case.model, row.inputs()), case.dense)
+
+
+@over(RUN)
+def test_mask_path_is_gather_path(row: Row) -> None:
+    """For any kept sets. Where sharp attention blows fp32's rounding up, fp64 must tell."""
+    model = case_of(row).model
+
+    def error(model: Any, inputs: dict[str, Tensor], sets: list[Tensor]) -> float:
+        with model.using("gather", keep_indices=sets):
+            gather = outputs(model, inputs)
+        with model.using("mask", keep_indices=sets):
+            return difference(outputs(model, inputs), gather)
+
+    @settings(max_examples=6)
+    @given(seed=st.integers(0, 2**32 - 1), batch=st.sampled_from([1, 2, 3]))
+    def agree(seed: int, batch: int) -> None:
+        sets = nested_sets(row.stages, row.num_patches(), batch, seed)
+        inputs = row.inputs(batch)
+        if error(model, inputs, sets) < BOUND:
+            return
+        exact = copy.deepcopy(model).double()
+        inputs = {name: value.double() for name, value in inputs.items()}
+        assert error(exact, inputs, sets) < (BOUND_64 if row.exact_in_double else BOUND)
+
+    for factor in FACTORS:
+        with weights(model, factor):
+            agree()
+
+
+@over(STAGE_FIRST)
+def test_pixels_of_dropped_patches_do_not_matter(row: Row) -> None:
+    model = case_of(row).model
+    sets = nested_sets(row.stages, row.num_patches(), 2, seed=5)
+    inputs = row.inputs()
+    (name, pixels), side = next(iter(inputs.items())), row.sizes[0] // row.patch
+    dropped = torch.ones(2, side * side, dtype=torch.bool).scatter(1, sets[0], False)
+    assert dropped.any()
+    assert not dropped.all()
+    grid = dropped.view(2, 1, side, side)
+    grid = grid.repeat_interleave(row.patch, 2).repeat_interleave(row.patch, 3).expand_as(pixels)
+    for factor in FACTORS:
+        with weights(model, factor):
+            for path in ("mask", "gather"):
+                with model.using(path, keep_indices=sets):
+                    plain = outputs(model, inputs)
+                    for filling in (float("nan"), float("inf"), 1e3):
+                        other = {**inputs, name: pixels.masked_fill(grid, filling)}
+                        assert difference(outputs(model, other), plain) < BOUND
+
+
+@over(RUN)
+def test_an_image_does_not_depend_on_its_neighbours(row: Row) -> None:
+    model = case_of(row).model
+    inputs = row.inputs(3)
+    together = outputs(model, inputs)
+    for image in range(3):
+        alone = outputs(model, {name: value[image : image + 1] for name, value in inputs.items()})
+        assert difference(alone, [t[image : image + 1] for t in together]) < BOUND
+
+
+@over(RESIZED)
+def test_another_image_size(row: Row) -> None:
+    case = case_of(row)
+    for size in row.sizes[1:]:
+        inputs = row.inputs(2, size)
+        with weights(case.model, FACTORS[1]):
+            certificate = tokenprune.verify(case.model, inputs)
+        assert certificate.num_patches == row.num_patches(size)
+        assert certificate.mask_vs_gather < BOUND
+        with case.model.using("dense"):
+            assert same_bits(outputs(case.model, inputs), outputs(case.host, inputs))
+
+
+@over(RUN)
+def test_a_training_step_reaches_every_predictor_parameter(row: Row) -> None:
+    model = case_of(row).model
+    with weights(model):
+        model.train()
+        generator = torch.Generator().manual_seed(0)
+        with model.using(generator=generator):
+            output, trace = model(**row.inputs(3), return_trace=True)
+        share = torch.stack([stage.decision.mean() for stage in trace.stages])
+        loss = sum(t.square().mean() for t in tensors(output)) + (share - 0.3).square().sum()
+        loss.backward()
+        predictors = list(model.token_predictors.named_parameters())
+        assert {name.partition(".")[0] for name, _ in predictors} == {
+            str(stage) for stage in range(row.stages)
+        }
+        for name, parameter in predictors:
+            assert parameter.grad is not None, name
+            assert parameter.grad.isfinite().all(), name
+        backbone = [p.grad for p in case_of(row).host.parameters() if p.grad is not None]
+        assert backbone
+        assert all(grad.isfinite().all() for grad in backbone)
+
+
+@over(RUN)
+def test_the_state_holds_the_host_and_the_predictors(row: Row) -> None:
+    case = case_of(row)
+    model = case.model
+    state = model.state_dict()
+    own = [key for key in state if key not in case.keys]
+    assert [key for key in state if key in case.keys] == case.keys
+    assert own
+    assert all(key.startswith(("token_predictors.", "token_bypasses.")) for key in own)
+    with weights(model):
+        other = row.build(FACTORS[0], seed=7)
+        model.load_state_dict(other.state_dict())  # a checkpoint of the host alone
+        assert same_bits(outputs(case.host, row.inputs()), outputs(other, row.inputs()))
+        with model.using("dense"):
+            assert same_bits(outputs(model, row.inputs()), outputs(other, row.inputs()))
+        pruned = outputs(model, row.inputs())
+        whole = {key: value.clone() for key, value in model.state_dict().items()}
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+        model.load_state_dict(whole)
+        assert same_bits(outputs(model, row.inputs()), pruned)
+
+
+@over(RUN)
+def test_the_trace_of_eval(row: Row) -> None:
+    model = case_of(row).model
+    total = row.num_patches()
+    with torch.no_grad():
+        output, trace = model(**row.inputs(3), return_trace=True)
+    assert same_bits(tensors(output), outputs(model, row.inputs(3)))
+    assert len(trace.stages) == row.stages
+    before = torch.ones(3, total, dtype=torch.bool)
+    for number, stage in enumerate(trace.stages, start=1):
+        count = num_keep(total, row.recipe["schedule"]["keep_ratio"] ** number)
+        assert stage.num_tokens == count
+        assert stage.keep_logits.shape == (3, total, 2)
+        assert stage.keep_indices.shape == (3, count)
+        assert (stage.keep_indices.diff(dim=1) > 0).all()
+        kept = torch.zeros_like(before).scatter(1, stage.keep_indices, True)
+        assert torch.equal(stage.decision > 0, kept)
+        assert not (kept & ~before).any()
+        assert torch.equal(stage.keep_logits[..., 0] == float("-inf"), ~before)
+        if row.mode == "remove":  # bypassed tokens may come back
+            before = kept
+    left = count if row.mode == "remove" else total
+    assert trace.patch_tokens.shape[:2] == (3, left)
+
+
+@over(RUN)
+def test_the_trace_of_training(row: Row) -> None:
+    model = case_of(row).model
+    total = row.num_patches()
+    with weights(model), torch.no_grad():
+        model.train()
+        for module in model.modules():  # the noise of the decisions only
+            if (
+                isinstance(module, nn.modules.dropout._DropoutNd)
+                or "DropPath" in type(module).__name__
+            ):
+                module.eval()
+        traces = []
+        for _ in range(2):
+            with model.using(generator=torch.Generator().manual_seed(3)):
+                traces.append(model(**row.inputs(3), return_trace=True)[1])
+    before = torch.ones(3, total)
+    for stage, again in zip(traces[0].stages, traces[1].stages, strict=True):
+        assert stage.keep_indices is None
+        assert stage.keep_logits.shape == (3, total, 2)
+        assert torch.equal(stage.decision, again.decision)
+        assert set(stage.decision.unique().tolist()) <= {0.0, 1.0}
+        assert (stage.decision <= before).all()
+        if row.mode == "remove":  # bypassed tokens may come back
+            before = stage.decision
+    assert traces[0].patch_tokens.shape[:2] == (3, total)
+
+
+@over(REFUSED)
+def test_what_cannot_be_pruned_is_refused_and_left_alone(row: Row) -> None:
+    host = row.build(FACTORS[0])
+    host.train()
+    modes = [module.training for module in host.modules()]
+    with pytest.raises(UnsupportedHostError, match=row.refused):
+        tokenprune.wrap(host, row.recipe, example_inputs=row.inputs())
+    assert modes == [module.training for module in host.modules()]
+    fresh = row.build(FACTORS[0])
+    assert same_bits(outputs(host.eval(), row.inputs()), outputs(fresh, row.inputs()))
+
+
+def test_no_row_is_left_out(request: pytest.FixtureRequest) -> None:
+    assert len(RUN) + len(REFUSED) == len(ZOO)
+    assert {row.name for row in REFUSED} == {
+        "clip_tower",
+        "dinov3_tower",
+        "siglip2",
+        "siglip_tower",
+    }
+    if request.config.option.keyword or any("::" in arg for arg in request.config.args):
+        return  # someone asked for a few tests by name
+    about = [
+        (item.originalname, item.callspec.params["row"].name)
+        for item in request.session.items
+        if item.path == request.path and isinstance(item, pytest.Function) and "[" in item.name
+    ]
+    behaviours = {test for test, _ in about} - {
+        test_pixels_of_dropped_patches_do_not_matter.__name__,
+        test_another_image_size.__name__,
+        test_what_cannot_be_pruned_is_refused_and_left_alone.__name__,
+    }
+    assert len(behaviours) == 9
+    for test in behaviours:
+        assert sorted(row for name, row in about if name == test) == sorted(r.name for r in RUN)
