@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from tokenprune.axes import TokenAxes, find_token_axes
+from tokenprune.errors import PlanError, UnsupportedHostError
 from tokenprune.passes.base import Pass, Rewrite, run_passes
 from tokenprune.passes.bypass import BypassGather, BypassMask
 from tokenprune.passes.emit import Emit
@@ -71,7 +72,18 @@ class Programs:
     def analyse(
         cls, root: nn.Module, traced: Traced, plan: Plan, final: str, restore: bool | None
     ) -> "Programs":
-        """Probe a trace and keep what the passes need."""
+        """Probe a trace and keep what the passes need.
+
+        Raises:
+            PlanError: The stages see tokens of different numbers or widths.
+            UnsupportedHostError: A node cannot run with fewer tokens, or `final` does not run.
+        """
+        _check_one_stretch(traced, plan)
+        if final not in traced.module_outputs:
+            raise UnsupportedHostError(
+                f"Module '{final}', whose output should be the final tokens, returns no tensor in "
+                "the host's forward. Pass adapter=ArchSpec(..., norm=...) with the right path."
+            )
         axes = find_token_axes(
             root,
             traced.graph,
@@ -115,6 +127,14 @@ class Programs:
         return self
 
 
-def graph_inputs(graph: fx.Graph) -> list[str]:
-    """Names of the host's arguments that a graph takes."""
-    return [str(n.target) for n in graph.nodes if n.op == "placeholder" and n.target != "context"]
+def _check_one_stretch(traced: Traced, plan: Plan) -> None:
+    shapes = [tuple(marker.meta["val"].shape[1:]) for marker in traced.markers.values()]
+    other = next((s for s, shape in enumerate(shapes) if shape != shapes[0]), None)
+    if other is not None:
+        entries = traced.entries.items()
+        alike = [b for b, n in entries if tuple(n.meta["val"].shape[1:]) == shapes[0]]
+        raise PlanError(
+            f"Stage {other} (block {plan.blocks[other]}) sees tokens of shape {shapes[other]}, "
+            f"stage 0 (block {plan.blocks[0]}) of {shapes[0]}: the host changes its grid in "
+            f"between. Put all stages into one stretch, such as blocks {alike[0]} to {alike[-1]}."
+        )

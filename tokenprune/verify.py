@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -155,14 +155,32 @@ class _Proof:
         """The output of a path; on the random kept sets, and then kept, if no context is given."""
         if context is None and path in self.outputs:
             return self.outputs[path]
-        program = self.programs.get(self.host, path)
-        output, _, _ = program.run(self.model, context or self.context, **self.tensors)
-        tensors = _tensors(output)
+        tensors = self._output(path, context or self.context, self.tensors)
         if path == "mask" and self.programs.restore is False:
             tensors = self._without_dropped(tensors)
         if context is None:
             self.outputs[path] = tensors
         return tensors
+
+    def _output(
+        self, path: Path, context: StageContext, tensors: Mapping[str, Tensor]
+    ) -> list[Tensor]:
+        program = self.programs.get(self.host, path)
+        try:
+            output, _, _ = program.run(self.model, context, **tensors)
+        except RuntimeError as error:
+            at = None
+            with suppress(RuntimeError):
+                for node, _ in run(
+                    self.model, program.rewrite.graph, {"context": context, **tensors}
+                ):
+                    at = node.next
+            raise VerificationError(
+                f"{type(self.model).__name__} cannot be pruned: its {path} path fails at "
+                f"{program.rewrite.where(at) if at else 'its first node'}: {error}. Leave this host "
+                "dense, or prune it behind that node."
+            ) from error
+        return _tensors(output)
 
     def _without_dropped(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The rows of a mask path's output that the gather path returns."""
@@ -217,12 +235,11 @@ class _Proof:
             n: v[:1] if v.shape[:1] == (self.batch_size,) else v for n, v in self.tensors.items()
         }
         alone = replace(self.context, keep_indices=tuple(kept[:1] for kept in self.sets))
-        program = self.programs.get(self.host, "gather")
-        output, _, _ = program.run(self.model, alone, **one)
+        output = self._output("gather", alone, one)
         together = [
             t[:1] if t.ndim and t.shape[0] == self.batch_size else None for t in self._run("gather")
         ]
-        pairs = [(a, b) for a, b in zip(_tensors(output), together, strict=True) if b is not None]
+        pairs = [(a, b) for a, b in zip(output, together, strict=True) if b is not None]
         check = Check(
             "an image alone = in a batch",
             _difference([a for a, _ in pairs], [b for _, b in pairs]),
