@@ -1,4 +1,4 @@
-"""Run a copy of a host on fake tensors up to its end, and watch what enters its blocks."""
+"""Run a copy of a host without weights (on the meta device) and watch what enters its blocks."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from tokenprune.arch import ExampleInput
@@ -34,35 +33,51 @@ class Watched:
 def watch(
     host: nn.Module, blocks: Sequence[str], inputs: Mapping[str, ExampleInput]
 ) -> Watched | str:
-    """Run `host` in eval mode without memory or arithmetic; the host itself is not touched.
+    """Run a copy of `host` in eval mode without memory or arithmetic.
 
     Returns:
         What was seen, or in words why the host does not run so.
     """
     seen = Watched()
-    fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
     try:
-        with fake_mode, FakeCopyMode(fake_mode):
-            # a copy, since hosts keep tables they have made: theirs must not become fake ones
-            host = copy.deepcopy(host).eval()
+        host = _weightless(host).eval()
         for path, module in host.named_modules():
             if path in blocks:
                 module.register_forward_pre_hook(_note_entry(seen, path), with_kwargs=True)
             elif isinstance(module, nn.Conv2d):
                 module.register_forward_hook(_note_grid(seen))
-        device = next((p.device for p in host.parameters()), torch.device("cpu"))
-        with fake_mode, torch.no_grad(), device:
+        with torch.no_grad():
             host(**{name: _draw(example) for name, example in inputs.items()})
     except Exception as error:  # any host: whatever it raises is an answer
         return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     return seen
 
 
+def _weightless(host: nn.Module) -> nn.Module:
+    """A copy whose tensors are all on the meta device.
+
+    Hosts keep tables they have made, on themselves or in a cache of their library. In a copy, and
+    under another device than the user's, those of this run are never taken for real ones.
+    """
+    memo: dict[int, Any] = {}
+    for module in host.modules():
+        for tensor in (
+            *module._parameters.values(),
+            *module._buffers.values(),
+            *vars(module).values(),
+        ):
+            if isinstance(tensor, torch.Tensor):
+                twin = torch.empty_like(tensor, device="meta")
+                is_parameter = isinstance(tensor, nn.Parameter)
+                memo[id(tensor)] = nn.Parameter(twin, False) if is_parameter else twin
+    return copy.deepcopy(host, memo)
+
+
 def _draw(example: ExampleInput) -> torch.Tensor:
     shape = (BATCH, *example.shape)
     if example.ones or example.high is not None:
-        return torch.ones(shape, dtype=torch.long)
-    return torch.randn(shape)
+        return torch.ones(shape, dtype=torch.long, device="meta")
+    return torch.randn(shape, device="meta")
 
 
 def _note_entry(seen: Watched, path: str) -> Any:

@@ -1,4 +1,4 @@
-"""Adapter of last resort: looks at the host's modules, then runs a copy of it on fake tensors."""
+"""Adapter of last resort: looks at the host's modules, then runs a copy without weights."""
 
 import re
 from collections import Counter
@@ -66,7 +66,7 @@ class Generic:
         inputs = _inputs(host, blocks[0])
         seen = watch(host, blocks, inputs) if inputs else "no input shape is known"
         if isinstance(seen, str):
-            notes.append(f"not run on fake tensors, so widths alone decide the mode: {seen}")
+            notes.append(f"not run without weights, so widths alone decide the mode: {seen}")
             widths = {_width(host.get_submodule(path)) for path in blocks}
             columnar = len(widths) == 1
             notes.append(f"widths of the blocks: {sorted(widths)}")
@@ -131,7 +131,7 @@ def _in_words(seen: Watched) -> str:
     for shape, group in groupby(enumerate(seen.entered), key=lambda item: item[1][1]):
         numbers = [number for number, _ in group]
         parts.append(f"{numbers[0]} to {numbers[-1]} take [B, {', '.join(map(str, shape[1:]))}]")
-    return f"run on fake tensors: blocks {'; '.join(parts)}"
+    return f"run without weights: blocks {'; '.join(parts)}"
 
 
 def _prefix(

@@ -193,7 +193,7 @@ def test_generic_describes_a_host_in_nobodys_manner() -> None:
     assert spec.inputs["pictures"].shape == (1, 16, 16)
     assert spec.notes == (
         "3 blocks of class Layer, from stages.0.0",
-        "run on fake tensors: blocks 0 to 2 take [B, 19, 8]",
+        "run without weights: blocks 0 to 2 take [B, 19, 8]",
         "3 prefix tokens: 19 tokens less a grid of 4 x 4",
     )
 
@@ -246,6 +246,27 @@ def test_generic_describes_a_text_encoder() -> None:
     assert spec.inputs["attention_mask"].ones
 
 
+def test_generic_leaves_the_caches_of_a_library_alone() -> None:
+    class Inside(nn.Module):
+        """DINOv3 in a class of the user's; its coordinates come from a cache of transformers."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            sizes = {**HF, "image_size": 40}  # a size that no other test puts into that cache
+            config = transformers.DINOv3ViTConfig(**sizes, num_register_tokens=2)
+            self.image_size, self.tower = 40, transformers.DINOv3ViTModel(config)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.tower(images).pooler_output
+
+    host = Inside().eval()
+    spec = describe(host)
+    assert (spec.adapter, spec.num_prefix_tokens) == ("generic", 3)
+    output = host(torch.zeros(1, 3, 40, 40))
+    assert type(output) is Tensor
+    assert output.isfinite().all()
+
+
 def test_generic_leaves_the_host_as_it_was() -> None:
     host = timm.create_model("levit_128s").eval()  # keeps tables it made in eval
     host.stages[0].train()
@@ -253,7 +274,7 @@ def test_generic_leaves_the_host_as_it_was() -> None:
     torch.manual_seed(0)
     state = torch.get_rng_state()
     spec = describe(host, "generic")
-    assert any(note.startswith("run on fake tensors") for note in spec.notes)
+    assert any(note.startswith("run without weights") for note in spec.notes)
     assert torch.equal(state, torch.get_rng_state())
     assert modes == [module.training for module in host.modules()]
     assert not any(module._forward_pre_hooks for module in host.modules())
