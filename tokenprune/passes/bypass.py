@@ -64,7 +64,7 @@ def find_region(root: nn.Module, traced: Traced, block: int) -> Region:
         for source, branch in (total.args[:2], total.args[1::-1]):
             if isinstance(source, fx.Node) and isinstance(branch, fx.Node):
                 inside = _reading_only(source, branch, set(nodes[:first]))
-                if inside and _is_mlp(root, inside, source):
+                if inside and _is_mlp(root, inside) and _holds_all(source, entry):
                     return Region(source, branch, total, frozenset(inside))
     raise UnsupportedHostError(
         f"Block {block} has no residual branch that acts on each token alone (an MLP), so tokens "
@@ -88,15 +88,19 @@ def _reading_only(source: fx.Node, branch: fx.Node, outside: set[fx.Node]) -> se
     return inside if reached else None
 
 
-def _is_mlp(root: nn.Module, inside: set[fx.Node], source: fx.Node) -> bool:
+def _holds_all(source: fx.Node, entry: fx.Node) -> bool:
+    """Whether `source` holds the tokens that enter the block, as a sequence or a grid."""
+    shapes = [node.meta["val"].shape for node in (source, entry)]
+    return all(len(s) in (3, 4) for s in shapes) and len({s[1:-1].numel() for s in shapes}) == 1
+
+
+def _is_mlp(root: nn.Module, inside: set[fx.Node]) -> bool:
     def linear(node: fx.Node) -> bool:
         if node.op == "call_module":
             return isinstance(root.get_submodule(str(node.target)), nn.Linear)
         return node.target is F.linear
 
-    rank = source.meta["val"].ndim
-    mixing = any(mixes(root, node) for node in inside)
-    return rank in (3, 4) and any(map(linear, inside)) and not mixing
+    return any(map(linear, inside)) and not any(mixes(root, node) for node in inside)
 
 
 class _Bypass(Pass):
