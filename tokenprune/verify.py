@@ -169,11 +169,9 @@ class _Proof:
         try:
             output, _, _ = program.run(self.model, context, **tensors)
         except RuntimeError as error:
-            at = None
+            at, inputs = None, {"context": context, **tensors}
             with suppress(RuntimeError):
-                for node, _ in run(
-                    self.model, program.rewrite.graph, {"context": context, **tensors}
-                ):
+                for node, _ in run(self.model, program.rewrite.graph, inputs):
                     at = node.next
             raise VerificationError(
                 f"{type(self.model).__name__} cannot be pruned: its {path} path fails at "
