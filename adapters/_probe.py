@@ -24,16 +24,23 @@ class Watched:
         entered: Blocks in the order they ran, with the shape of their first tensor, [B, ...].
         grid: Height and width of the last convolution's output before the first block; None if
             there was none.
+        normed: Shape of what the final norm took; None if it did not run.
     """
 
     entered: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
     grid: tuple[int, int] | None = None
+    normed: tuple[int, ...] | None = None
 
 
 def watch(
-    host: nn.Module, blocks: Sequence[str], inputs: Mapping[str, ExampleInput]
+    host: nn.Module, blocks: Sequence[str], norm: str | None, inputs: Mapping[str, ExampleInput]
 ) -> Watched | str:
     """Run a copy of `host` in eval mode without memory or arithmetic.
+
+    Args:
+        blocks: Paths of the blocks to watch.
+        norm: Path of the norm to watch.
+        inputs: What the host takes.
 
     Returns:
         What was seen, or in words why the host does not run so.
@@ -46,6 +53,8 @@ def watch(
                 module.register_forward_pre_hook(_note_entry(seen, path), with_kwargs=True)
             elif isinstance(module, nn.Conv2d):
                 module.register_forward_hook(_note_grid(seen))
+        if norm is not None:
+            host.get_submodule(norm).register_forward_hook(_note_norm(seen))
         with torch.no_grad():
             host(**{name: _draw(example) for name, example in inputs.items()})
     except Exception as error:  # any host: whatever it raises is an answer
@@ -93,5 +102,12 @@ def _note_grid(seen: Watched) -> Any:
     def hook(module: nn.Module, args: Any, output: torch.Tensor) -> None:
         if not seen.entered and output.ndim == 4:
             seen.grid = (output.shape[-2], output.shape[-1])
+
+    return hook
+
+
+def _note_norm(seen: Watched) -> Any:
+    def hook(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+        seen.normed = tuple(output.shape)
 
     return hook

@@ -64,7 +64,8 @@ class Generic:
             for other in stacks[1:]
         ]
         inputs = _inputs(host, blocks[0])
-        seen = watch(host, blocks, inputs) if inputs else "no input shape is known"
+        norm = _norm(host, blocks[-1])
+        seen = watch(host, blocks, norm, inputs) if inputs else "no input shape is known"
         if isinstance(seen, str):
             notes.append(f"not run without weights, so widths alone decide the mode: {seen}")
             widths = {_width(host.get_submodule(path)) for path in blocks}
@@ -73,13 +74,16 @@ class Generic:
         else:
             blocks = _ran(host, seen, blocks)
             columnar = _columnar(seen)
+            if norm is not None and seen.normed != seen.entered[-1][1]:
+                notes.append(f"{norm} does not see every token")
+                norm = None
             notes.append(_in_words(seen))
         prefix, how = _prefix(host, blocks[0], inputs, seen)
         return ArchSpec(
             adapter=self.name,
             blocks=blocks,
             num_prefix_tokens=prefix,
-            norm=_norm(host, blocks[-1]),
+            norm=norm,
             mode="remove" if columnar else "bypass",
             inputs=inputs,
             notes=(*notes, f"{prefix} prefix tokens: {how}"),

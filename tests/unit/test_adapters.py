@@ -135,6 +135,7 @@ def test_the_generic_adapter_finds_the_same_facts(row: Row) -> None:
     mine = describe(host)
     found = describe(host, "generic")
     assert found.blocks == mine.blocks
+    assert found.norm == mine.norm
     assert found.mode == mine.mode
     assert found.num_prefix_tokens == mine.num_prefix_tokens
     assert found.notes
