@@ -28,7 +28,7 @@ from tokenprune.tracing.tracer import enter_block
 __all__ = ["Aligned", "TokenAxes", "TokenDim", "find_token_axes", "stage_markers"]
 
 # Extra tokens per stage in the second run: primes, so that no multiple or sum looks like another.
-EXTRA = (211, 223, 227, 229, 233, 239, 241, 251, 257, 263, 269, 271, 277, 281, 283, 293, 307, 311)
+EXTRA = tuple(n for n in range(211, 1000) if all(n % d for d in range(2, 32)))
 EXTRA_BATCH = 3
 
 

@@ -50,21 +50,20 @@ class ValueProxy(fx.Proxy):
             return found
         return self.tracer.create_proxy("call_function", getattr, (self, name), {})
 
-    def _burn(self, value: Any) -> Any:
-        self.tracer.burn(self.node)  # type: ignore[attr-defined]
-        return value
+    def _burn(self, convert: Callable[[Any], Any]) -> Any:
+        return self.tracer.burn(self.node, convert)  # type: ignore[attr-defined]
 
     def __bool__(self) -> bool:
-        return bool(self._burn(bool(self.val)))
+        return bool(self._burn(bool))
 
     def __int__(self) -> int:
-        return int(self._burn(int(self.val)))
+        return int(self._burn(int))
 
     def __index__(self) -> int:
-        return int(self._burn(operator.index(self.val)))
+        return int(self._burn(operator.index))
 
     def __float__(self) -> float:
-        return float(self._burn(float(self.val)))
+        return float(self._burn(float))
 
     def __len__(self) -> int:
         if isinstance(self.val, torch.Tensor):
@@ -97,7 +96,7 @@ class ValueProxy(fx.Proxy):
         return f"ValueProxy({self.node.name})"
 
     def __round__(self, digits: int | None = None) -> Any:
-        return self._burn(round(self.val, digits))
+        return self._burn(lambda value: round(value, digits))
 
 
 class _Method:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from tokenprune.axes import stage_markers
 from tokenprune.errors import HostError, TokenPruneError, TraceError
@@ -115,7 +115,10 @@ def _explained(
         for name, value in arguments.items()
     }
     frame = tracer.host_frame(error)
-    said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    if isinstance(error, DataDependentOutputException):
+        said = "Python asks for a value of a tensor, which differs from call to call"
+    else:
+        said = f"{type(error).__name__}: {error}".rstrip(" .:")
     if _refused_by_host(error):
         return HostError(
             f"{type(root).__name__} refused the input {shapes} at {frame}. It said: {said}. Give "

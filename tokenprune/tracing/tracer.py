@@ -83,20 +83,37 @@ def _named_tensors(root: nn.Module) -> Iterator[tuple[int, str]]:
 def _attributes_kept(root: nn.Module) -> Iterator[None]:
     """Give every module its attributes back, hooks included: a host may write to itself in forward
     (a cache, a window size, a capturing hook), and a value of a trace must not stay there."""
-    before = [
-        (held, dict(held))
+    held = [
+        kept
         for module in root.modules()
-        for held in (vars(module), *(v for v in vars(module).values() if isinstance(v, dict)))
+        for kept in (vars(module), *vars(module).values())
+        if isinstance(kept, dict | list)
+    ]
+    before: list[tuple[Any, Any]] = [
+        (kept, list(kept) if isinstance(kept, list) else dict(kept)) for kept in held
     ]
     try:
         yield
     finally:
-        for held, values in before:
-            if any(held.get(name, held) is not value for name, value in values.items()) or (
-                len(held) != len(values)
-            ):
-                held.clear()
-                held.update(values)
+        for kept, values in before:
+            if isinstance(kept, list):
+                kept[:] = values
+            elif not _same(kept, values):
+                kept.clear()
+                kept.update(values)
+
+
+def _same(ours: dict[Any, Any], theirs: dict[Any, Any]) -> bool:
+    """Whether two dicts hold the same objects; what they hold is not compared."""
+    return len(ours) == len(theirs) and all(ours.get(k, ours) is v for k, v in theirs.items())
+
+
+def _given(built: Any) -> Iterator[tuple[str, Any]]:
+    """What an instance of a dataclass was made of; what is None by default is left out."""
+    for field in dataclasses.fields(built):
+        value = getattr(built, field.name)
+        if field.init and not (value is None and field.default is None):
+            yield field.name, value
 
 
 class _Recorder(TorchFunctionMode):
@@ -147,7 +164,7 @@ class ValueTracer(fx.Tracer):
         self._names = dict(_named_tensors(root))
         self._attributes: dict[str, ValueProxy] = {}
         self._modules_entered: list[str] = []
-        self._last_module = ""
+        self._failed_in = ""
 
     def record(self, forward: Callable[..., Any], example: Mapping[str, Any]) -> fx.Graph:
         """Trace `forward(**example)`.
@@ -211,10 +228,16 @@ class ValueTracer(fx.Tracer):
             self._attributes[name] = self.create_proxy("get_attr", name, (), {})
         return self._attributes[name]
 
-    def burn(self, node: fx.Node) -> None:
-        """Note that Python took a decision from `node`'s value."""
-        if not self.executing:
-            self.burnt.append(node)
+    def burn(self, node: fx.Node, convert: Callable[[Any], Any]) -> Any:
+        """What `convert` (bool, int, float, ...) makes of `node`'s value: Python decides by it."""
+        if self.executing:
+            return convert(node.meta["val"])
+        self.burnt.append(node)
+        self.executing = True
+        try:
+            return convert(node.meta["val"])
+        finally:
+            self.executing = False
 
     def proxy(self, node: fx.Node) -> ValueProxy:
         return ValueProxy(node, self)
@@ -274,9 +297,9 @@ class ValueTracer(fx.Tracer):
                 )
             return proxy.node
         if dataclasses.is_dataclass(a) and not isinstance(a, type):
-            fields = {f.name: getattr(a, f.name) for f in dataclasses.fields(a)}
-            given = {name: self.create_arg(v) for name, v in fields.items() if v is not None}
-            return self._build(type(a), (), given)
+            return self._build(type(a), (), {k: self.create_arg(v) for k, v in _given(a)})
+        if isinstance(a, tuple) and hasattr(a, "_fields"):
+            return self._build(type(a), tuple(map(self.create_arg, a)), {})
         if isinstance(a, dict) and type(a) is not dict:
             return self._build(type(a), (super().create_arg(dict(a)),), {})
         return super().create_arg(a)
@@ -302,7 +325,6 @@ class ValueTracer(fx.Tracer):
         if path is None:  # made inside forward (a loss module): its own calls are recorded
             return forward(*args, **kwargs)
         self._modules_entered.append(path)
-        self._last_module = path
         try:
             if m in self._blocks:
                 args, kwargs = self._mark(self._blocks[m], args, kwargs)
@@ -311,6 +333,10 @@ class ValueTracer(fx.Tracer):
             else:
                 self.traced_modules[path] = m.training
                 output = forward(*args, **kwargs)
+            self._failed_in = ""
+        except Exception:
+            self._failed_in = self._failed_in or path
+            raise
         finally:
             self._modules_entered.pop()
         first = output[0] if type(output) in (tuple, list) and output else output
@@ -343,4 +369,4 @@ class ValueTracer(fx.Tracer):
         """The innermost line of the host's source that led to `error`."""
         frames = [(f.f_code.co_filename, n) for f, n in walk_tb(error.__traceback__)]
         file, line = next((f for f in reversed(frames) if _of_host(f[0])), frames[-1])
-        return Provenance(self._last_module, file, line)
+        return Provenance(self._failed_in, file, line)
