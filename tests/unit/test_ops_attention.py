@@ -147,6 +147,22 @@ def test_a_row_the_host_hides_wholly_is_zero_as_in_the_dense_kernel() -> None:
     assert policy.grad.isfinite().all()
 
 
+def test_a_kernel_that_makes_nan_of_such_a_row_does_not_show(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def plain(q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor, scale: float) -> Tensor:
+        return (q @ k.mT * scale + attn_mask).softmax(-1) @ v
+
+    q, k, v = operands(H)
+    mask = torch.rand(L, L) < 0.3
+    mask[2] = False
+    wanted = masked_attention(q, k, v, a_policy(), attn_mask=mask)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", plain)
+    assert plain(q, k, v, attn_mask=torch.full((L, L), -torch.inf), scale=1.0).isnan().all()
+    found = masked_attention(q, k, v, a_policy(), attn_mask=mask)
+    torch.testing.assert_close(found, wanted)
+
+
 def test_the_lowest_number_as_a_mask_hides_like_minus_infinity() -> None:
     q, k, v = operands(H, dtype=torch.float32)
     hide = torch.zeros(B, 1, 1, L)
