@@ -217,6 +217,8 @@ def test_dropout_drops_and_does_not_leak() -> None:
     out = masked_attention(q, k, v, policy, dropout_p=0.5)
     kept = (policy > 0.5)[:, None, :, None].expand_as(out)
     assert out[kept].isfinite().all()
+    grads = torch.autograd.grad(out[kept].sum(), (q, k, v, policy))
+    assert all(grad.isfinite().all() for grad in grads)
     assert not torch.allclose(out[kept], masked_attention(q, k, v, policy)[kept])
 
 

@@ -20,6 +20,13 @@ def test_the_noise_is_new_for_each_token_and_image() -> None:
     assert 0 < decision.mean() < 1
 
 
+@pytest.mark.parametrize("hard", [True, False])
+def test_what_is_dropped_stays_dropped(hard: bool) -> None:
+    previous = torch.tensor([[1.0, 0.0, 0.5]])
+    keep_logits = torch.tensor([1e4, -1e4]).expand(1, 3, 2)
+    assert torch.equal(sample_decision(keep_logits, previous, hard=hard), previous)
+
+
 def test_earlier_stages_get_a_gradient_through_later_ones() -> None:
     previous = torch.ones(1, 8, requires_grad=True)
     decision = sample_decision(torch.zeros(1, 8, 2), previous)

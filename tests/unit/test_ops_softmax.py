@@ -41,6 +41,17 @@ def test_nothing_visible_is_nothing() -> None:
     torch.testing.assert_close(to_policy[1], upstream[1].sum(0))
 
 
+def test_a_dropped_key_that_scores_nan_or_minus_infinity_learns_nothing() -> None:
+    scores = torch.randn(2, 4, 3)
+    scores[0, :, 1] = torch.nan
+    scores[1, :, 2] = -torch.inf
+    policy = POLICY.clone().requires_grad_()
+    out = masked_softmax(scores, policy)
+    (grad,) = torch.autograd.grad(out, policy, torch.randn(2, 4, 3))
+    assert grad[0, 1] == grad[1, 2] == 0
+    assert (grad != 0).sum() == 4
+
+
 def test_each_query_sees_itself() -> None:
     out = masked_softmax(torch.randn(2, 5, 3, 3), POLICY, -1, query_dim=-2)
     torch.testing.assert_close(out[1], torch.eye(3).expand(5, 3, 3))

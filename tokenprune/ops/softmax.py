@@ -136,7 +136,7 @@ def return_weight(
     """`exp(min(s_ij - lse_i, 0))`: the weight a hidden key would have if it came back.
 
     `visible` is `scores` with -inf at hidden keys. A row that sees nothing gives every key that it
-    could see the weight 1. NaN scores weigh 0.
+    could see the weight 1. What is NaN, as -inf in such a row is, weighs 0.
     """
-    lse = torch.logsumexp(visible, dim, keepdim=True).clamp_min(torch.finfo(scores.dtype).min)
+    lse = torch.logsumexp(visible, dim, keepdim=True)
     return torch.nan_to_num(torch.exp((scores - lse).clamp_max(0)), nan=0.0)
