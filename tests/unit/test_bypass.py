@@ -1,0 +1,154 @@
+"""Bypass mode: the branch operators, and the MLP region found in a host's graph."""
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import tokenprune
+from tokenprune.errors import PlanError, UnsupportedHostError
+from tokenprune.ops.bypass import choose_branch, merge_branches, take_tokens
+from tokenprune.passes.bypass import BYPASSES, bypassed_blocks, find_region
+from tokenprune.predictor import light_branch
+
+SWIN = {"img_size": 64, "patch_size": 4, "embed_dim": 16, "depths": (1, 3, 1), "window_size": 4}
+RECIPE = {
+    "version": 1,
+    "mode": "bypass",
+    "stages": [{"block": 2, "keep_ratio": 0.7}, {"block": 3, "keep_ratio": 0.5}],
+}
+
+
+@pytest.fixture(scope="module")
+def host() -> nn.Module:
+    torch.manual_seed(0)
+    swin = timm.models.swin_transformer.SwinTransformer
+    return swin(**SWIN, num_heads=(2, 2, 2), num_classes=5).eval()
+
+
+@pytest.fixture(scope="module")
+def model(host: nn.Module) -> nn.Module:
+    return tokenprune.wrap(host, RECIPE).eval()
+
+
+def test_merging_gives_each_token_the_branch_it_took() -> None:
+    x = torch.arange(12.0).reshape(1, 2, 3, 2)
+    kept = torch.tensor([[1, 4]])
+    branch = take_tokens(x, kept) * 100
+    merged = merge_branches(x, branch, kept, nn.Identity()).reshape(6, 2)
+    expected = x.reshape(6, 2).clone()
+    expected[[1, 4]] *= 100
+    assert torch.equal(merged, expected)
+
+
+def test_merging_all_tokens_is_the_branch_itself() -> None:
+    x = torch.randn(2, 3, 4)
+    everyone = torch.arange(3).expand(2, -1)
+    assert take_tokens(x, everyone) is x
+    assert torch.equal(merge_branches(x, x * 2, everyone, nn.Identity()), x * 2)
+
+
+def test_choosing_is_merging_and_its_gradient_is_the_difference_of_the_branches() -> None:
+    torch.manual_seed(0)
+    x, branch, bypass = torch.randn(2, 6, 4), torch.randn(2, 6, 4), light_branch(4)
+    kept = torch.tensor([[0, 2, 5], [1, 2, 3]])
+    decision = torch.zeros(2, 6).scatter(1, kept, 1.0).requires_grad_()
+    chosen = choose_branch(x, branch, decision, bypass)
+    rows = branch.gather(1, kept.unsqueeze(-1).expand(-1, -1, 4))
+    torch.testing.assert_close(chosen, merge_branches(x, rows, kept, bypass))
+    grad = torch.randn(2, 6, 4)
+    (found,) = torch.autograd.grad(chosen, decision, grad)
+    torch.testing.assert_close(found, (grad * (branch - bypass(x))).sum(-1))
+
+
+def test_a_branch_that_is_not_taken_may_hold_anything() -> None:
+    x, bypass = torch.randn(1, 4, 4), light_branch(4)
+    decision = torch.tensor([[1.0, 0.0, 1.0, 0.0]])
+    plain = choose_branch(x, x * 2, decision, bypass)
+    assert torch.equal(choose_branch(x, x * 2, decision, bypass, poison=True), plain)
+
+
+def test_the_region_is_the_mlp_of_each_block(model: nn.Module, host: nn.Module) -> None:
+    traced = model._programs({"x": torch.randn(2, 3, 64, 64)}).traced
+    assert bypassed_blocks(traced) == (2, 3)  # block 4 sees a smaller grid
+    region = find_region(host, traced, 2)
+    inside = {str(node.target) for node in region.inside if node.op == "call_module"}
+    assert {"layers.1.blocks.1.mlp.fc1", "layers.1.blocks.1.mlp.fc2"} <= inside
+    assert not any(".attn." in path for path in inside)
+
+
+def test_state_holds_predictors_and_light_branches_beside_the_host(
+    model: nn.Module, host: nn.Module
+) -> None:
+    added = set(model.state_dict()) - set(host.state_dict())
+    assert {key.split(".")[0] for key in added} == {"token_predictors", BYPASSES}
+    assert {key.split(".")[1] for key in added if key.startswith(BYPASSES)} == {"2", "3"}
+
+
+def test_tokens_may_come_back(model: nn.Module) -> None:
+    sets = [torch.tensor([[0, 1, 2]] * 2), torch.tensor([[7, 8, 9]] * 2)]
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad(), model.using("mask", keep_indices=sets):
+        mask = model(x)
+    with torch.no_grad(), model.using("gather", keep_indices=sets):
+        torch.testing.assert_close(model(x), mask)
+
+
+def test_training_reaches_predictors_and_light_branches(model: nn.Module) -> None:
+    model.train()
+    try:
+        out, trace = model(torch.randn(2, 3, 64, 64), return_trace=True)
+        (out.square().mean() + sum(s.decision.mean() for s in trace.stages)).backward()
+        for name, parameter in model.named_parameters():
+            if name.startswith(("token_", BYPASSES)):
+                assert parameter.grad is not None, name
+                assert parameter.grad.isfinite().all(), name
+    finally:
+        model.eval()
+        model.zero_grad()
+
+
+def test_a_grid_host_names_the_mode_it_needs(host: nn.Module) -> None:
+    recipe = {"version": 1, "schedule": {"blocks": [2], "keep_ratio": 0.7}}
+    with pytest.raises(PlanError, match=r"`mode: remove`.*needs `mode: bypass`.*keeps a grid"):
+        tokenprune.wrap(host, recipe)
+
+
+def test_a_columnar_host_names_the_mode_it_needs() -> None:
+    vit = timm.models.vision_transformer.VisionTransformer
+    columnar = vit(img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2)
+    with pytest.raises(PlanError, match=r"`mode: bypass`.*needs `mode: remove`"):
+        tokenprune.wrap(columnar, RECIPE)
+
+
+def test_stages_on_different_grids_are_refused_with_a_stretch_that_works(host: nn.Module) -> None:
+    recipe = {"version": 1, "mode": "bypass", "schedule": {"blocks": [0, 2], "keep_ratio": 0.7}}
+    with pytest.raises(PlanError, match=r"Stage 1 \(block 2\).*changes its grid.*blocks 0 to 0"):
+        tokenprune.wrap(host, recipe)
+
+
+def test_a_block_without_an_mlp_is_refused_by_name() -> None:
+    class Mixer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv1d(8, 8, 3, padding=1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.conv(x.transpose(1, 2)).transpose(1, 2)
+
+    class Host(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([Mixer(), Mixer()])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for block in self.blocks:
+                x = block(x)
+            return x.mean(1)
+
+    spec = tokenprune.ArchSpec(
+        adapter="here", blocks=("blocks.0", "blocks.1"), num_prefix_tokens=0, mode="bypass"
+    )
+    recipe = {"version": 1, "mode": "bypass", "schedule": {"blocks": [1], "keep_ratio": 0.5}}
+    with pytest.raises(UnsupportedHostError, match="Block 1 has no residual branch that acts on"):
+        tokenprune.wrap(Host(), recipe, example_inputs=torch.randn(2, 6, 8), adapter=spec)

@@ -1,0 +1,84 @@
+"""Outputs that hold tokens: refused, given back in place, or left short."""
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import ViTConfig, ViTModel
+
+import tokenprune
+from tokenprune.errors import UnsupportedHostError
+from tokenprune.passes.restore import put_back, put_back_masked
+
+RECIPE = {"version": 1, "schedule": {"blocks": [1, 2, 3], "keep_ratio": 0.7}}
+SETS = [[0, 1, 3, 5, 6, 7], [1, 3, 6, 7], [3, 6]]
+
+
+@pytest.fixture(scope="module")
+def host() -> ViTModel:
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        intermediate_size=48,
+        image_size=(16, 32),
+        patch_size=8,
+    )
+    return ViTModel(config).eval()
+
+
+@pytest.fixture(scope="module")
+def pixels() -> Tensor:
+    return torch.randn(3, 3, 16, 32, generator=torch.Generator().manual_seed(1))
+
+
+def kept_sets(batch: int) -> list[Tensor]:
+    return [torch.tensor(kept).expand(batch, -1) for kept in SETS]
+
+
+def test_a_token_output_is_refused_by_name_until_the_caller_says_what_it_wants(
+    host: ViTModel,
+) -> None:
+    with pytest.raises(UnsupportedHostError, match=r"last_hidden_state.*restore=True.*restore=F"):
+        tokenprune.wrap(host, RECIPE)
+
+
+def test_restored_tokens_hold_the_value_they_were_dropped_with(
+    host: ViTModel, pixels: Tensor
+) -> None:
+    model = tokenprune.wrap(host, RECIPE, restore=True).eval()
+    # what enters the last stage's block, every token of it
+    with model.using("gather", keep_indices=kept_sets(3)), torch.no_grad():
+        out = model(pixels, output_hidden_states=True)
+        entering = host(pixels, output_hidden_states=True).hidden_states[1]
+    assert [state.shape for state in out.hidden_states] == [(3, 9, 32)] * 5
+    assert out.last_hidden_state.shape == (3, 9, 32)
+    dropped = [1 + patch for patch in range(8) if patch not in SETS[0]]
+    assert torch.equal(out.hidden_states[4][:, dropped], entering[:, dropped])
+    final = host.layernorm(out.hidden_states[4])
+    torch.testing.assert_close(out.last_hidden_state, final)
+
+
+@pytest.mark.parametrize("restore", [True, False])
+def test_paths_agree_on_token_outputs(host: ViTModel, pixels: Tensor, restore: bool) -> None:
+    model = tokenprune.wrap(host, RECIPE, restore=restore).eval()
+    inputs = {"pixel_values": pixels, "output_hidden_states": True}
+    assert tokenprune.verify(model, inputs).mask_vs_gather < 1e-4
+    with model.using("mask", keep_indices=kept_sets(3)), torch.no_grad():
+        mask = model(**inputs)
+    with model.using("gather", keep_indices=kept_sets(3)), torch.no_grad():
+        gather = model(**inputs)
+    rows = torch.arange(9) if restore else torch.tensor([0, *(1 + p for p in SETS[-1])])
+    assert gather.last_hidden_state.shape[1] == len(rows)
+    torch.testing.assert_close(mask.last_hidden_state[:, rows], gather.last_hidden_state)
+
+
+def test_putting_back_writes_kept_rows_and_the_prefix_only() -> None:
+    full = torch.zeros(2, 6, 1)
+    kept = torch.tensor([[0, 3], [1, 2]])
+    tokens = torch.tensor([[7.0, 1.0, 2.0], [8.0, 3.0, 4.0]]).unsqueeze(-1)
+    restored = put_back(full, tokens, kept, 1).squeeze(-1)
+    assert restored.tolist() == [[7, 1, 0, 0, 2, 0], [8, 0, 3, 4, 0, 0]]
+    decision = torch.zeros(2, 5).scatter(1, kept, 1.0)
+    masked = put_back_masked(full, full + 9, decision, 1).squeeze(-1)
+    assert masked.tolist() == [[9, 9, 0, 0, 9, 0], [9, 0, 9, 9, 0, 0]]
