@@ -221,8 +221,7 @@ def _backward(
             part = _part(grad_mask, *here)
             part += weights.sum_to_size(part.shape)
         flow = weights.to(narrow)
-        _multiply(flow, k, grad_query[here])
-        grad_query[here] *= scale
+        _multiply(flow, k * scale, grad_query[here])
         _multiply(flow.mT, q, grad_key[here])
 
     if grad_mask is not None and mask is not None:
