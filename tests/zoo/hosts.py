@@ -26,9 +26,9 @@ __all__ = ["ZOO", "Row", "images", "toughen"]
 CLASSES = 7
 # Stages that leave 0.6, 0.36, ... of the patches. One right at the start lets a test put anything
 # into the pixels of dropped patches; the other recipe has dense blocks first.
-RECIPE: dict[str, Any] = {"version": 1, "schedule": {"blocks": [0, 3], "keep_ratio": 0.6}}
-THREE = {"version": 1, "schedule": {"blocks": [1, 2, 4], "keep_ratio": 0.6}}
-BYPASS = {"version": 1, "schedule": {"blocks": [2, 4], "keep_ratio": 0.6}, "mode": "bypass"}
+RECIPE: dict[str, Any] = {"version": 1, "schedule": {"blocks": [0, 2], "keep_ratio": 0.6}}
+THREE = {"version": 1, "schedule": {"blocks": [1, 2, 3], "keep_ratio": 0.6}}
+BYPASS = {"version": 1, "schedule": {"blocks": [1, 2], "keep_ratio": 0.6}, "mode": "bypass"}
 
 
 def images(batch: int, size: int, argument: str) -> dict[str, Tensor]:
@@ -62,7 +62,7 @@ class Row:
     family: str
     make: Callable[[], nn.Module]
     num_prefix: int
-    num_blocks: int = 5
+    num_blocks: int = 4
     sizes: tuple[int, ...] = (32,)
     argument: str = "x"
     recipe: dict[str, Any] = field(default_factory=lambda: RECIPE)
@@ -146,9 +146,9 @@ def _toughen(kind: str, own: str, name: str, parameter: nn.Parameter, factor: fl
 
 
 # Sizes of every columnar host, in the words of each library.
-TIMM = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 5, "num_heads": 2}
+TIMM = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
 HF = {"image_size": 32, "patch_size": 8, "hidden_size": 32, "intermediate_size": 64}
-HF |= {"num_hidden_layers": 5, "num_attention_heads": 2}
+HF |= {"num_hidden_layers": 4, "num_attention_heads": 2}
 TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 50}
 TEXT |= {"num_attention_heads": 2, "max_position_embeddings": 8, "bos_token_id": 48}
 TEXT |= {"eos_token_id": 49}
@@ -171,9 +171,9 @@ def hybrid() -> nn.Module:
 
 
 def windowed(model: str, **options: Any) -> nn.Module:
-    """A Swin of timm's registry, made small: two blocks on 256 tokens, four on 64."""
+    """A Swin of timm's registry, made small: one block on 256 tokens, three on 64."""
     small = {"img_size": 32, "patch_size": 2, "embed_dim": 16, "window_size": 4}
-    small |= {"depths": (2, 4), "num_heads": (2, 4)}
+    small |= {"depths": (1, 3), "num_heads": (2, 4)}
     return timm.create_model(model, num_classes=CLASSES, **{**small, **options})
 
 
@@ -213,7 +213,7 @@ def hf_dinov3() -> nn.Module:
 def hf_windowed(model: str) -> nn.Module:
     """A Swin of transformers, made small."""
     small = {"image_size": 32, "patch_size": 2, "embed_dim": 16, "window_size": 4}
-    small |= {"depths": [2, 4], "num_heads": [2, 4], "num_labels": CLASSES}
+    small |= {"depths": [1, 3], "num_heads": [2, 4], "num_labels": CLASSES}
     cls = getattr(transformers, model)
     return cls(cls.config_class(**small))
 
@@ -231,7 +231,7 @@ def torchvision_vit() -> nn.Module:
     return torchvision.models.VisionTransformer(
         image_size=32,
         patch_size=8,
-        num_layers=5,
+        num_layers=4,
         num_heads=2,
         hidden_dim=32,
         mlp_dim=64,
@@ -272,7 +272,6 @@ def _swin(name: str, family: str, make: Callable[..., nn.Module], **rest: Any) -
         family,
         0,
         make,
-        num_blocks=6,
         mode="bypass",
         recipe=BYPASS,
         patch=4,
