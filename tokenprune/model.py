@@ -142,11 +142,22 @@ class PrunedModel(nn.Module):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """Load weights; a checkpoint of the host alone leaves the predictors as they are."""
-        own = {key: v for key, v in self.state_dict().items() if key.startswith(ADDED)}
-        if not any(key.startswith(ADDED) for key in state_dict):
-            state_dict = {**state_dict, **own}
-        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        """Load weights; a checkpoint of the host alone leaves the predictors as they are.
+
+        The host's part is loaded by the host, which may have its own way with keys.
+        """
+        own = {key: value for key, value in state_dict.items() if key.startswith(ADDED)}
+        rest = {key: value for key, value in state_dict.items() if key not in own}
+        found = self._pruning.host.load_state_dict(rest, strict=strict, assign=assign)
+        for name in ADDED if own else ():
+            part = {k.removeprefix(f"{name}."): v for k, v in own.items() if k.startswith(name)}
+            if name in self._modules:
+                result = getattr(self, name).load_state_dict(part, strict=strict, assign=assign)
+                found.missing_keys.extend(f"{name}.{key}" for key in result.missing_keys)
+                found.unexpected_keys.extend(f"{name}.{key}" for key in result.unexpected_keys)
+            else:
+                found.unexpected_keys.extend(f"{name}.{key}" for key in part)
+        return found
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)

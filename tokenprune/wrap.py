@@ -101,7 +101,8 @@ def wrap(
         )
     modules = wrapped.__dict__["_modules"]
     modules[PREDICTORS] = nn.ModuleList(
-        TokenPredictor(traced.num_channels, **_like(model)) for _ in plan.blocks
+        TokenPredictor(traced.num_channels, activation=recipe.predictor.activation, **_like(model))
+        for _ in plan.blocks
     )
     if plan.mode == "bypass":
         modules[BYPASSES] = nn.ModuleDict(

@@ -1,8 +1,10 @@
 """All tests of this folder are marked `zoo`, and run host by host: each host is wrapped once."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 HERE = Path(__file__).parent
 
@@ -26,3 +28,13 @@ def _row(item: pytest.Item) -> str:
         else {}
     )
     return params["row"].name if "row" in params else ""
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_mha_fastpath() -> Iterator[None]:
+    """torch's fused kernel for `nn.MultiheadAttention` in eval rounds otherwise than the modules it
+    stands for; the graph is compared with the modules, bit for bit."""
+    was = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    yield
+    torch.backends.mha.set_fastpath_enabled(was)

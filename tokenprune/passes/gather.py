@@ -3,7 +3,7 @@
 import operator
 from typing import Any
 
-from torch import Size, fx
+from torch import Size, Tensor, fx
 from torch.fx.node import map_arg
 
 from tokenprune.ops.selection import gather_aligned
@@ -91,6 +91,15 @@ class ResizeTables(Pass):
                 reader.replace_input_with(node, new)
 
 
+def gather_table(
+    table: Tensor, kept: Tensor, dims: tuple[int, ...], prefix: tuple[int, ...], rank: int
+) -> Tensor:
+    """`gather_aligned`; the table itself if every token is kept, so that nothing changes at all."""
+    if all(table.shape[d] == p + kept.shape[1] for d, p in zip(dims, prefix, strict=True)):
+        return table
+    return gather_aligned(table, kept, dims, prefix, rank)
+
+
 class GatherAligned(Pass):
     """Gather RoPE tables, position biases and masks along their token dims, once per stage each."""
 
@@ -104,7 +113,7 @@ class GatherAligned(Pass):
             key = (values(source), kept, dims, prefix, aligned.rank)
             if key not in done:
                 done[key] = rewrite.insert(
-                    consumer, gather_aligned, source, kept, dims, prefix, aligned.rank
+                    consumer, gather_table, source, kept, dims, prefix, aligned.rank
                 )
             consumer.replace_input_with(source, done[key])
 

@@ -16,6 +16,7 @@ from traceback import walk_tb
 from typing import Any, NamedTuple
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -287,6 +288,8 @@ class ValueTracer(fx.Tracer):
     def create_arg(self, a: Any) -> Any:
         if type(a) is ValueProxy:
             return a.node
+        if isinstance(a, np.generic):  # its repr would need numpy in the graph's code
+            return a.item()
         if isinstance(a, nn.Module):
             return self.create_node("get_attr", self.path_of_module(a), (), {})
         if isinstance(a, torch.Tensor):
