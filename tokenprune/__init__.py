@@ -2,6 +2,8 @@
 
 from tokenprune import errors, losses
 from tokenprune.arch import ArchSpec, ExampleInput, list_adapters, register_adapter
+from tokenprune.checkpoint import load, save
+from tokenprune.profile import Profile, profile
 from tokenprune.pruning_trace import PruningTrace, StageTrace
 from tokenprune.recipe import Recipe, list_recipes
 from tokenprune.verify import Certificate, verify
@@ -11,14 +13,18 @@ __all__ = [
     "ArchSpec",
     "Certificate",
     "ExampleInput",
+    "Profile",
     "PruningTrace",
     "Recipe",
     "StageTrace",
     "errors",
     "list_adapters",
     "list_recipes",
+    "load",
     "losses",
+    "profile",
     "register_adapter",
+    "save",
     "unwrap",
     "verify",
     "wrap",

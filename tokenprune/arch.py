@@ -6,7 +6,6 @@ register theirs through the entry-point group `tokenprune.adapters`.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from importlib.metadata import entry_points
 from typing import Literal, Protocol, runtime_checkable
 
@@ -84,6 +83,7 @@ class Adapter(Protocol):
 
 
 _registry: dict[str, Adapter] = {}
+_loaded = False
 
 
 def register_adapter(adapter: Adapter, *, replace: bool = False) -> None:
@@ -92,6 +92,7 @@ def register_adapter(adapter: Adapter, *, replace: bool = False) -> None:
     Raises:
         AdapterError: The name is taken (and `replace` is False), or it is no adapter.
     """
+    _load_all()
     if not isinstance(adapter, Adapter):
         raise AdapterError(
             f"{adapter!r} is no adapter: it needs a `name` and the methods matches(host) and "
@@ -106,8 +107,12 @@ def register_adapter(adapter: Adapter, *, replace: bool = False) -> None:
     _registry[adapter.name] = adapter
 
 
-@cache
 def _load_all() -> None:
+    """Register the shipped and the third-party adapters, once, before any other."""
+    global _loaded
+    if _loaded:
+        return
+    _loaded = True
     import tokenprune.adapters
 
     tokenprune.adapters.register_all()
