@@ -1,1 +1,64 @@
-"""Training on `transformers.Trainer`."""
+"""Training on `transformers.Trainer`: hosts, images, the pruning trainer, dense pre-training.
+
+Everything here needs the extra `train`; each name is imported when it is first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from tokenprune.errors import MissingDependencyError
+
+if TYPE_CHECKING:
+    from tokenprune.train.data import DataBundle, load_data
+    from tokenprune.train.evaluation import evaluate
+    from tokenprune.train.fitting import FitResult, fit
+    from tokenprune.train.folders import DataError
+    from tokenprune.train.hosts import build_host, input_settings
+    from tokenprune.train.pretraining import pretrain
+    from tokenprune.train.trainer import PruningTrainer
+
+__all__ = [
+    "DataBundle",
+    "DataError",
+    "FitResult",
+    "PruningTrainer",
+    "build_host",
+    "evaluate",
+    "fit",
+    "input_settings",
+    "load_data",
+    "pretrain",
+]
+
+_HOMES = {
+    "DataBundle": "data",
+    "DataError": "folders",
+    "FitResult": "fitting",
+    "PruningTrainer": "trainer",
+    "build_host": "hosts",
+    "evaluate": "evaluation",
+    "fit": "fitting",
+    "input_settings": "hosts",
+    "load_data": "data",
+    "pretrain": "pretraining",
+}
+_OF_THE_EXTRA = {"PIL", "accelerate", "sklearn", "timm", "torchvision", "transformers"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in _OF_THE_EXTRA:
+            raise
+        raise MissingDependencyError(
+            f"tokenprune.train.{name} needs {missing}, which is not installed. "
+            "Run: pip install 'tokenprune-torch[train]'"
+        ) from error
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,102 @@
+"""The recipe's `train` section as arguments of `transformers.Trainer`."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import TrainingArguments
+
+from tokenprune.errors import PlanError
+from tokenprune.recipe import Recipe
+from tokenprune.recipe_schema import TrainSection
+from tokenprune.train.order import steps_per_epoch
+from tokenprune.train.run_folder import KEPT_CHECKPOINTS
+
+__all__ = ["Progress", "SaveEvery", "training_arguments", "with_overrides"]
+
+SaveEvery = Literal["epoch", "never"] | int
+Progress = Callable[[int, int, dict[str, float]], None]
+
+
+def with_overrides(recipe: Recipe, **overrides: Any) -> Recipe:
+    """The recipe with other values in its `train` section; None leaves a value as it is.
+
+    Raises:
+        RecipeError: A value is not allowed there.
+    """
+    given = {key: value for key, value in overrides.items() if value is not None}
+    if not given:
+        return recipe
+    mapping = recipe.model_dump(mode="json", exclude_none=True)
+    mapping["train"] |= given
+    return Recipe.parse(mapping, "the recipe with your changes")
+
+
+def training_arguments(
+    wishes: TrainSection,
+    output_dir: Path,
+    *,
+    num_images: int,
+    accumulation_steps: int = 1,
+    save_every: SaveEvery = "epoch",
+    evaluates: bool = True,
+    show_bar: bool = False,
+    num_workers: int = 0,
+) -> TrainingArguments:
+    """Arguments for a run; the optimiser, its schedule and the data order are the trainer's own.
+
+    Args:
+        wishes: the recipe's section, with epochs and batch size of this run.
+        output_dir: where checkpoints go.
+        num_images: to train on.
+        accumulation_steps: backward passes to one optimiser step.
+        save_every: "epoch", "never", or a number of optimiser steps.
+        evaluates: after each epoch.
+        show_bar: a progress bar on standard error.
+        num_workers: processes that read images.
+
+    Raises:
+        PlanError: fp16 without an accelerator, or a batch that cannot be dealt out.
+    """
+    use_cpu = not torch.accelerator.is_available()
+    if wishes.mixed_precision == "fp16" and use_cpu:
+        raise PlanError(
+            "train.mixed_precision is 'fp16', which needs an accelerator, found none. Say "
+            "'bf16' or 'no'."
+        )
+    options: dict[str, Any] = {}
+    if isinstance(save_every, int):
+        options["save_steps"] = save_every
+    saves = {"epoch": "epoch", "never": "no"}.get(str(save_every), "steps")
+    arguments = TrainingArguments(
+        output_dir=str(output_dir),
+        num_train_epochs=wishes.epochs,
+        gradient_accumulation_steps=accumulation_steps,
+        learning_rate=wishes.learning_rate,
+        weight_decay=wishes.weight_decay,
+        max_grad_norm=wishes.clip_grad or 0.0,
+        bf16=wishes.mixed_precision == "bf16",
+        fp16=wishes.mixed_precision == "fp16",
+        seed=wishes.seed % 2**32,  # what numpy takes
+        use_cpu=use_cpu,
+        save_strategy=saves,
+        save_total_limit=KEPT_CHECKPOINTS,
+        eval_strategy="epoch" if evaluates else "no",
+        logging_strategy="steps",
+        logging_steps=min(50, steps_per_epoch(num_images, wishes.batch_size)),
+        logging_nan_inf_filter=False,
+        report_to="none",
+        disable_tqdm=not show_bar,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        dataloader_num_workers=num_workers,
+        dataloader_pin_memory=not use_cpu,
+        ddp_find_unused_parameters=False,
+        **options,
+    )
+    # one process, one device: replicas in threads would share noise and trace
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    parts = accumulation_steps * arguments.world_size
+    arguments.per_device_train_batch_size = max(wishes.batch_size // parts, 1)
+    return arguments

@@ -1,0 +1,107 @@
+"""Accuracy, by a plain loop: on the path that will be deployed unless another is asked for."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from tokenprune.errors import NotWrappedError
+from tokenprune.model import PrunedModel
+from tokenprune.program import Path
+from tokenprune.train.data import DataBundle
+from tokenprune.train.folders import DataError
+from tokenprune.train.hosts import class_logits
+from tokenprune.verify import kept_modes
+
+__all__ = ["Score", "evaluate", "score"]
+
+
+@dataclass
+class Score:
+    """Sums over images, so that those of several processes can be added.
+
+    Attributes:
+        correct: images whose largest logit is the right one.
+        loss: sum of the cross entropy.
+        images: how many.
+    """
+
+    correct: float = 0.0
+    loss: float = 0.0
+    images: float = 0.0
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the images that are right, in [0, 1]."""
+        return self.correct / self.images
+
+
+def evaluate(
+    model: nn.Module, data: DataBundle, path: Path = "gather", batch_size: int = 256
+) -> float:
+    """Accuracy on `data.eval`, in [0, 1].
+
+    The model is run in eval mode, on the device it is on, and left in the mode it was in.
+
+    Args:
+        model: wrapped; or a host, which runs dense whatever `path` says only if it says "dense".
+        data: what `load_data` returned.
+        path: "gather" removes tokens, "mask" hides them, "dense" keeps them.
+        batch_size: images per forward; does not change the result.
+
+    Raises:
+        NotWrappedError: a host was to run pruned.
+        DataError: there is no image to evaluate on.
+        PlanError: the classes of data and host differ in number.
+    """
+    images = data.eval
+    everything = range(len(images))  # type: ignore[arg-type]
+    return score(model, images, everything, data.num_classes, path, batch_size).accuracy
+
+
+def score(
+    model: nn.Module,
+    images: Dataset[Any],
+    chosen: Sequence[int],
+    num_classes: int,
+    path: Path | None,
+    batch_size: int,
+    num_workers: int = 0,
+) -> Score:
+    """Sums over the chosen images; see `evaluate`."""
+    if not chosen:
+        raise DataError("There is no image to evaluate on. Give data with an evaluation part.")
+    device = next(model.parameters()).device
+    # a generator of its own: a loader without one draws from the global one, which training needs
+    loader: DataLoader[Any] = DataLoader(
+        Subset(images, chosen),
+        batch_size=batch_size,
+        num_workers=num_workers,
+        generator=torch.Generator(),
+    )
+    total = Score()
+    with kept_modes(model), torch.no_grad(), _on(model, path):
+        model.eval()
+        for batch in loader:
+            labels = batch["labels"].to(device)
+            logits = class_logits(model(batch["pixel_values"].to(device)), num_classes).float()
+            total.correct += int((logits.argmax(1) == labels).sum())
+            total.loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+            total.images += len(labels)
+    return total
+
+
+def _on(model: nn.Module, path: Path | None) -> AbstractContextManager[Any]:
+    if isinstance(model, PrunedModel):
+        return model.using(path=path)
+    if path not in (None, "dense"):
+        raise NotWrappedError(
+            f"{type(model).__name__} is not wrapped, so it has no {path!r} path. Evaluate it with "
+            'path="dense", or what tokenprune.wrap(model, recipe) returns.'
+        )
+    return nullcontext()

@@ -1,0 +1,137 @@
+"""One call that trains: a fresh run, or the rest of one that was cut off."""
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import nn
+from transformers import TrainerCallback
+
+from tokenprune.model import pruning_of
+from tokenprune.recipe import RecipeSource, load_recipe
+from tokenprune.train.arguments import Progress, SaveEvery, training_arguments, with_overrides
+from tokenprune.train.data import DataBundle
+from tokenprune.train.image_trainer import ImageTrainer
+from tokenprune.train.run_folder import RunFolder
+from tokenprune.train.trainer import PruningTrainer
+from tokenprune.verify import kept_modes
+
+__all__ = ["FitResult", "fit", "run_trainer"]
+
+TEACHER = "teacher.safetensors"
+
+
+@dataclass
+class FitResult:
+    """What a run came to.
+
+    Attributes:
+        metrics: `accuracy` in [0, 1] and `loss` on the held-out images; `steps`, `epochs`, and
+            `seconds` of this call.
+        history: all that was logged, a resumed run's first part included: each entry has `step` and
+            `epoch`, and either `loss` and its parts, or `eval_accuracy` and `eval_loss`.
+    """
+
+    metrics: dict[str, float]
+    history: list[dict[str, float]] = field(repr=False)
+
+
+def fit(
+    recipe: RecipeSource | None,
+    model: nn.Module,
+    data: DataBundle,
+    output_dir: str | os.PathLike[str],
+    *,
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    accumulation_steps: int = 1,
+    resume: bool = True,
+    progress: bool | Progress = True,
+    teacher: nn.Module | None = None,
+    save_every: SaveEvery = "epoch",
+    num_workers: int = 0,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> FitResult:
+    """Train a wrapped model in place by a recipe's `loss` and `train` sections.
+
+    Under `torchrun` every process calls this with the same arguments.
+
+    Args:
+        recipe: As for `wrap`; the one that the model was wrapped with if None.
+        model: What `wrap` returned.
+        data: What `load_data` returned, or a `DataBundle` of your own.
+        output_dir: Checkpoints go here, in `checkpoint-<step>`; the newest two are kept.
+        epochs: Instead of the recipe's.
+        batch_size: Instead of the recipe's; images of an optimiser step over all processes.
+        accumulation_steps: Backward passes to one optimiser step.
+        resume: Go on from the newest whole checkpoint in `output_dir`, if there is one. False
+            deletes the checkpoints that are there.
+        progress: A bar on standard error, or a function that is called after each step with its
+            number, the number of all steps, and the latest logs.
+        teacher: A host or a wrapped model, run dense; a frozen copy of the model if None. A resumed
+            run has the teacher it was started with.
+        save_every: "epoch", "never", or a number of optimiser steps.
+        num_workers: Processes that read images.
+        callbacks: Further callbacks of `transformers.Trainer`.
+
+    Raises:
+        NotWrappedError: `model` is not wrapped.
+        RecipeError: The recipe cannot be read, or `epochs` or `batch_size` is no count.
+        PlanError: Recipe, model, data and number of processes do not fit together.
+        DataError: An image cannot be read.
+        CheckpointError: `output_dir` holds another run.
+    """
+    pruning = pruning_of(model)
+    recipe = pruning.recipe if recipe is None else load_recipe(recipe)
+    recipe = with_overrides(recipe, epochs=epochs, batch_size=batch_size)
+    num_images = len(data.train)  # type: ignore[arg-type]
+    arguments = training_arguments(
+        recipe.train,
+        Path(output_dir),
+        num_images=num_images,
+        accumulation_steps=accumulation_steps,
+        save_every=save_every,
+        show_bar=progress is True,
+        num_workers=num_workers,
+    )
+    trainer = PruningTrainer(
+        model,
+        arguments,
+        data,
+        recipe=recipe,
+        teacher=teacher,
+        progress=progress if callable(progress) else None,
+        callbacks=list(callbacks),
+    )
+    run = RunFolder(Path(output_dir), arguments.distributed_state)
+    description = {
+        "recipe": recipe.model_dump(mode="json", exclude={"description", "host", "name", "source"}),
+        "keep_ratios": pruning.plan.keep_ratios,
+        "host": type(pruning.host).__name__,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "images": num_images,
+        "classes": data.num_classes,
+        "processes": arguments.world_size,
+        "accumulation_steps": accumulation_steps,
+    }
+    checkpoint = run.begin(description, resume)
+    if trainer.teacher is not None and save_every != "never":
+        run.share_weights(trainer.teacher, TEACHER, resumed=checkpoint is not None)
+    return run_trainer(trainer, checkpoint)
+
+
+def run_trainer(trainer: ImageTrainer, checkpoint: Path | None = None) -> FitResult:
+    """Run or resume, evaluate what came out, and leave every module in the mode it was in."""
+    started = time.perf_counter()
+    with kept_modes(trainer.model):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        scores = trainer.final_scores()
+    metrics = {
+        **scores,
+        "steps": trainer.state.global_step,
+        "epochs": trainer.wishes.epochs,
+        "seconds": time.perf_counter() - started,
+    }
+    return FitResult(metrics, list(trainer.state.log_history))

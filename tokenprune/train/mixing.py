@@ -1,0 +1,62 @@
+"""Mixup, CutMix and label smoothing: what happens to a batch before the model sees it."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tokenprune.recipe_schema import TrainSection
+
+__all__ = ["Mixing", "criterion"]
+
+
+class Mixing:
+    """Mixes the images of a batch pairwise, first with last; nothing if not asked for.
+
+    Draws from numpy's global generator, whose state every checkpoint holds.
+    """
+
+    def __init__(self, wishes: TrainSection, num_classes: int) -> None:
+        self.num_classes, self.smoothing = num_classes, wishes.label_smoothing
+        self.mix = None
+        if wishes.mixup or wishes.cutmix:
+            from timm.data import Mixup
+
+            self.mix = Mixup(
+                mixup_alpha=wishes.mixup,
+                cutmix_alpha=wishes.cutmix,
+                label_smoothing=wishes.label_smoothing,
+                num_classes=num_classes,
+            )
+
+    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mix a batch.
+
+        Args:
+            images: [B, C, height, width].
+            labels: [B] class indices.
+
+        Returns:
+            Images, and targets: class probabilities [B, classes] if mixed, else `labels`. The last
+            image of an odd batch has no partner and stays as it is.
+        """
+        if self.mix is None:
+            return images, labels
+        pairs = len(images) // 2 * 2
+        smooth = self.smoothing
+        targets = F.one_hot(labels, self.num_classes) * (1 - smooth) + smooth / self.num_classes
+        if pairs:
+            # Mixup writes into the images it is given
+            mixed, mixed_targets = self.mix(images[:pairs].clone(), labels[:pairs])
+            images = torch.cat([mixed, images[pairs:]])
+            targets = torch.cat([mixed_targets.to(targets), targets[pairs:]])
+        return images, targets
+
+
+def criterion(wishes: TrainSection) -> Callable[[Tensor, Tensor], Tensor]:
+    """Cross entropy; smoothed here where mixing has not smoothed the targets already."""
+    if wishes.mixup or wishes.cutmix or not wishes.label_smoothing:
+        return F.cross_entropy
+    return partial(F.cross_entropy, label_smoothing=wishes.label_smoothing)

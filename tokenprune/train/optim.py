@@ -1,0 +1,131 @@
+"""Parameter groups and their rates: new parameters learn, the host follows slowly, some stand.
+
+The parts of DynamicViT's training that its paper leaves open; see the `train` section of a recipe.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from tokenprune.passes.base import PREDICTORS
+from tokenprune.recipe_schema import TrainSection
+
+__all__ = ["Schedule", "frozen_names", "make_optimizer", "make_scheduler", "parameter_groups"]
+
+LONGEST_SPAN = 0.25
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Factors on the peak rate, by optimiser step.
+
+    Attributes:
+        total: optimiser steps of the run.
+        warmup: first steps, over which the factor grows linearly.
+        frozen: first steps in which the host does not move.
+        floor: the factor at the end of the cosine.
+    """
+
+    total: int
+    warmup: int
+    frozen: int
+    floor: float
+
+    @classmethod
+    def of(cls, wishes: TrainSection, total: int) -> "Schedule":
+        """The schedule of a recipe over a run of `total` steps.
+
+        Warm-up and frozen epochs never take more than a quarter of the run each, however short.
+        """
+
+        def span(epochs: int) -> int:
+            return round(total * min(epochs / wishes.epochs, LONGEST_SPAN))
+
+        return cls(
+            total=total,
+            warmup=span(wishes.warmup_epochs),
+            frozen=span(wishes.frozen_epochs),
+            floor=min(wishes.min_learning_rate / wishes.learning_rate, 1.0),
+        )
+
+    def new(self, step: int) -> float:
+        """Factor of parameters that the host did not have."""
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        done = (step - self.warmup) / max(self.total - self.warmup, 1)
+        return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+
+    def host(self, step: int) -> float:
+        """Factor of the host's own parameters."""
+        return 0.0 if step < self.frozen else self.new(step)
+
+
+def frozen_names(model: nn.Module, parts: Iterable[str]) -> set[str]:
+    """Names of the host's parameters that hold one of `parts`; warns of a part that none holds."""
+    host = [name for name, _ in model.named_parameters() if not _is_new(name)]
+    found: set[str] = set()
+    for part in parts:
+        matching = {name for name in host if part in name}
+        if not matching:
+            warnings.warn(
+                f"train.frozen_parameters holds {part!r}, which is part of no parameter's name in "
+                f"this {type(model).__name__}; nothing is frozen by it.",
+                stacklevel=3,
+            )
+        found |= matching
+    return found
+
+
+def parameter_groups(model: nn.Module, wishes: TrainSection) -> list[dict[str, Any]]:
+    """Up to four groups: new or the host's, with and without weight decay.
+
+    Biases, other parameters of one dimension, and what the host's `no_weight_decay()` names are not
+    decayed. Parameters that need no gradient are left out.
+
+    Args:
+        model: wrapped, or a dense host: then all parameters are the host's.
+        wishes: rates and decay.
+    """
+    named = getattr(model, "no_weight_decay", None)
+    exempt = set(named()) if callable(named) else set()
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decays = parameter.ndim > 1 and not name.endswith(".bias") and name not in exempt
+            groups.setdefault((_is_new(name), decays), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "name": f"{'predictors' if new else 'host'}{'' if decays else ' without decay'}",
+            "lr": wishes.learning_rate * (1.0 if new else wishes.backbone_lr_scale),
+            "weight_decay": wishes.weight_decay if decays else 0.0,
+        }
+        for (new, decays), parameters in sorted(groups.items(), reverse=True)
+    ]
+
+
+def make_optimizer(model: nn.Module, wishes: TrainSection) -> torch.optim.Optimizer:
+    """AdamW over the groups of `parameter_groups`."""
+    device = next(model.parameters()).device.type
+    # the fused step is many times faster on small models, and exists for these two devices
+    fused = device in ("cpu", "cuda")
+    return torch.optim.AdamW(parameter_groups(model, wishes), lr=wishes.learning_rate, fused=fused)
+
+
+def make_scheduler(optimizer: torch.optim.Optimizer, schedule: Schedule) -> LambdaLR:
+    """The schedule of each of the optimizer's groups."""
+    factors: list[Callable[[int], float]] = [
+        schedule.new if group["name"].startswith("predictors") else schedule.host
+        for group in optimizer.param_groups
+    ]
+    return LambdaLR(optimizer, factors)
+
+
+def _is_new(name: str) -> bool:
+    return name.startswith(f"{PREDICTORS}.")

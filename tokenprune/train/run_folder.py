@@ -1,0 +1,129 @@
+"""The folder of a training run: what the run is, and which of its checkpoints are whole.
+
+A process can be killed while it writes. A checkpoint counts only once the mark in it, written last,
+is there; the one before is kept until then.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_model, save_model
+from torch import nn
+
+from tokenprune.errors import CheckpointError
+
+__all__ = ["KEPT_CHECKPOINTS", "RunFolder", "mark_whole", "unmark"]
+
+KEPT_CHECKPOINTS = 2
+_MARK = "whole"
+_RUN = "run.json"
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def unmark(checkpoint: Path) -> None:
+    """What is in the folder is about to change."""
+    (checkpoint / _MARK).unlink(missing_ok=True)
+
+
+def mark_whole(checkpoint: Path) -> None:
+    """Everything is written."""
+    (checkpoint / _MARK).touch()
+
+
+class RunFolder:
+    """Where the processes of a run keep what a resumed one needs."""
+
+    def __init__(self, path: Path, processes: Any) -> None:
+        """Look at a folder, which need not exist.
+
+        Args:
+            path: the folder.
+            processes: accelerate's `PartialState`, or anything with its `is_main_process` and
+                `wait_for_everyone()`.
+        """
+        self.path, self.processes = path, processes
+
+    def begin(self, description: Mapping[str, Any], resume: bool) -> Path | None:
+        """The checkpoint to go on from; None for a fresh start, which deletes those that are there.
+
+        Args:
+            description: whatever decides about the weights; a resumed run must share it.
+            resume: go on if there is a whole checkpoint.
+
+        Raises:
+            CheckpointError: the folder holds a run of another description; says what differs.
+        """
+        newest = self.newest() if resume else None
+        if newest is not None:
+            self._check(description)
+        self.processes.wait_for_everyone()  # everybody has looked before anything changes
+        if newest is None and self.processes.is_main_process:
+            self._clear(description)
+        self.processes.wait_for_everyone()
+        return newest
+
+    def newest(self) -> Path | None:
+        """The newest whole checkpoint; None if there is none."""
+        whole = [path for path in self._checkpoints() if (path / _MARK).exists()]
+        return whole[-1] if whole else None
+
+    def share_weights(self, model: nn.Module, name: str, resumed: bool) -> None:
+        """Write weights that a resumed run needs and no checkpoint holds; or read them."""
+        file = self.path / name
+        if resumed:
+            load_model(model, file)
+        elif self.processes.is_main_process:
+            save_model(model, str(file))
+
+    def _clear(self, description: Mapping[str, Any]) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        (self.path / _RUN).unlink(missing_ok=True)
+        for checkpoint in self._checkpoints():
+            shutil.rmtree(checkpoint)
+        text = json.dumps(description, indent=1, sort_keys=True)
+        (self.path / _RUN).write_text(text + "\n", encoding="utf-8")
+
+    def _check(self, description: Mapping[str, Any]) -> None:
+        try:
+            found = json.loads((self.path / _RUN).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{str(self.path)!r} holds checkpoints, but {_RUN} does not say of which run: "
+                f"{error}. Choose another folder, or resume=False to start anew."
+            ) from error
+        there, now = _flat(found), _flat(json.loads(json.dumps(description)))
+        differing = [
+            f"{key}: {there.get(key)!r} there, {now.get(key)!r} now"
+            for key in sorted(there.keys() | now.keys())
+            if there.get(key) != now.get(key)
+        ]
+        if differing:
+            raise CheckpointError(
+                "\n  - ".join(
+                    [f"{str(self.path)!r} holds another run, which cannot be resumed:", *differing]
+                )
+                + "\nChoose another folder, or resume=False to start anew."
+            )
+
+    def _checkpoints(self) -> list[Path]:
+        """Oldest first, by the step in their names."""
+        if not self.path.is_dir():
+            return []
+        found = ((_NAME.fullmatch(path.name), path) for path in self.path.iterdir())
+        steps = [(int(match[1]), path) for match, path in found if match and path.is_dir()]
+        return [path for _, path in sorted(steps)]
+
+
+def _flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` to `{"a.b": 1}`."""
+    flat: dict[str, Any] = {}
+    for key, value in mapping.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

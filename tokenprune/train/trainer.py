@@ -1,0 +1,168 @@
+"""Train predictors, and the host to live with fewer tokens, with the dense host as teacher."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainingArguments
+
+from tokenprune.errors import PlanError
+from tokenprune.losses import PruningLoss
+from tokenprune.model import PrunedModel, pruning_of
+from tokenprune.program import Path as ModelPath
+from tokenprune.pruning_trace import PruningTrace
+from tokenprune.recipe import Recipe
+from tokenprune.train.arguments import Progress
+from tokenprune.train.data import DataBundle
+from tokenprune.train.hosts import class_logits
+from tokenprune.train.image_trainer import ImageTrainer
+from tokenprune.wrap import wrap
+
+__all__ = ["PruningTrainer", "frozen_copy"]
+
+
+class PruningTrainer(ImageTrainer):
+    """`transformers.Trainer` for a wrapped model.
+
+    The student runs the mask path with Gumbel noise, the teacher the dense path of a frozen copy of
+    the host. Logged beside `loss`: each part by the name of its weight in the recipe, unweighted,
+    and `kept_share_<stage>`. Evaluation takes the gather path.
+
+    The noise comes from a generator of this rank's own; its state is in every checkpoint.
+    """
+
+    eval_path: ModelPath = "gather"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        data: DataBundle,
+        *,
+        recipe: Recipe | None = None,
+        teacher: nn.Module | None = None,
+        progress: Progress | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        """Prepare a run.
+
+        Args:
+            model: what `wrap` returned; trained in place.
+            args: what `training_arguments` returned.
+            data: images.
+            recipe: whose `loss` and `train` sections count; the model's own if None.
+            teacher: a host, or a wrapped model, that runs dense; a frozen copy of `model` if None.
+            progress: called after each step with its number, the number of all, the latest logs.
+            callbacks: further ones.
+
+        Raises:
+            NotWrappedError: `model` is not wrapped.
+            PlanError: it was wrapped with other stages than the recipe's.
+        """
+        pruning = pruning_of(model)
+        recipe = recipe or pruning.recipe
+        stages = tuple(stage.block for stage in recipe.resolved_stages)
+        if stages != pruning.plan.blocks:
+            raise PlanError(
+                f"The recipe prunes before blocks {list(stages)}, the model was wrapped to prune "
+                f"before {list(pruning.plan.blocks)}. Wrap the host with the recipe that trains it."
+            )
+        super().__init__(model, args, data, recipe.train, progress=progress, callbacks=callbacks)
+        self.loss = PruningLoss(
+            keep_ratios=pruning.plan.keep_ratios,
+            criterion=self.criterion,
+            **recipe.loss.model_dump(),
+        )
+        self.teacher: PrunedModel | None = None
+        if self.loss.distill_logits or self.loss.distill_tokens:
+            self.teacher = frozen_copy(model, teacher).to(args.device)
+        self.noise = torch.Generator(args.device)
+        seed = np.random.SeedSequence((self.wishes.seed, args.process_index, len("noise")))
+        self.noise.manual_seed(int(seed.generate_state(1, np.uint64)[0]) % 2**63)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The weighted parts of `PruningLoss` on a batch."""
+        images, target = self.mixing(inputs["pixel_values"], inputs["labels"])
+        student: PrunedModel = self.accelerator.unwrap_model(model)
+        with student.using(path="mask", generator=self.noise):
+            output, trace = model(images, return_trace=True)
+        logits = class_logits(output, self.data.num_classes)
+        decisions = [stage.decision for stage in trace.stages]
+        loss, parts = self.loss(
+            logits,
+            target,
+            decisions,
+            **self._distillation(student, images, trace),
+        )
+        shares = {f"kept_share_{s}": d.detach().mean() for s, d in enumerate(decisions)}
+        self._note({**parts, **shares})
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+    def _distillation(
+        self, student: PrunedModel, images: Tensor, trace: PruningTrace
+    ) -> dict[str, Tensor]:
+        if self.teacher is None:
+            return {}
+        with torch.no_grad(), self.accelerator.autocast(), self.teacher.using(path="dense"):
+            if not self.loss.distill_tokens:
+                output = self.teacher(images)
+                return {"teacher_logits": class_logits(output, self.data.num_classes)}
+            output, dense = self.teacher(images, return_trace=True)
+            teacher_tokens = self._tokens(self.teacher, dense)
+        with self.accelerator.autocast():
+            student_tokens = self._tokens(student, trace)
+        return {
+            "teacher_logits": class_logits(output, self.data.num_classes),
+            "student_tokens": student_tokens,
+            "teacher_tokens": teacher_tokens,
+        }
+
+    def _tokens(self, model: nn.Module, trace: PruningTrace) -> Tensor:
+        """What the token term compares: final patch tokens, or their logits for `kl`."""
+        if self.loss.token_distance == "mse":
+            return trace.patch_tokens
+        head = getattr(model, "aux_head", None)
+        if not isinstance(head, nn.Module):
+            raise PlanError(
+                "loss.token_distance is 'kl', which compares the class logits of tokens, but "
+                f"{type(model).__name__} has no dense head (`aux_head`, as LV-ViT has). Say 'mse'."
+            )
+        logits: Tensor = head(trace.patch_tokens)
+        return logits
+
+    # ---- checkpoints
+
+    def _noise_file(self, checkpoint: str) -> Path:
+        return Path(checkpoint) / f"noise_{self.args.process_index}.safetensors"
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        save_file({"noise": self.noise.get_state()}, self._noise_file(output_dir))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        if checkpoint is not None:
+            self.noise.set_state(load_file(self._noise_file(checkpoint))["noise"])
+
+
+def frozen_copy(model: nn.Module, teacher: nn.Module | None = None) -> PrunedModel:
+    """A copy that nothing trains, in eval mode: of `teacher`, or of `model` if that is None.
+
+    Args:
+        model: What `wrap` returned.
+        teacher: A host, or a wrapped model.
+    """
+    frozen = copy.deepcopy(model if teacher is None else teacher)
+    if not isinstance(frozen, PrunedModel):
+        frozen = wrap(frozen, pruning_of(model).recipe, verify=False)
+    return frozen.eval().requires_grad_(False)
