@@ -265,13 +265,12 @@ def loss_parts(
     ]
     chosen = torch.ones(tokens.shape[:2], dtype=torch.bool) if everyone else decisions[-1] > 0.5
     ours, theirs = tokens[chosen], teacher_tokens.detach()[chosen]
+    distance = ((ours - theirs) ** 2).mean() if kind == "mse" else _divergence(ours, theirs)
     return {
         "classification": -logits.log_softmax(-1)[range(len(labels)), labels].mean(),
         "ratio": sum(gaps) / len(gaps),
         "distill_logits": _divergence(logits, teacher_logits.detach()),
-        "distill_tokens": ((ours - theirs) ** 2).mean()
-        if kind == "mse"
-        else _divergence(ours, theirs),
+        "distill_tokens": distance if chosen.any() else tokens.new_zeros(()),
     }
 
 
