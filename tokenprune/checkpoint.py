@@ -29,7 +29,7 @@ from tokenprune.model import ADDED, PrunedModel, Pruning, pruning_of
 from tokenprune.recipe import Recipe
 from tokenprune.wrap import wrap
 
-__all__ = ["load", "save"]
+__all__ = ["load", "save", "saved_recipe"]
 
 FORMAT = 1
 WEIGHTS, RECIPE, FACTS = "model.safetensors", "recipe.yaml", "tokenprune.json"
@@ -133,6 +133,16 @@ def load(directory: str | os.PathLike[str], host: nn.Module, **options: Any) -> 
         _check_fit(source, facts, added, own, "what its recipe adds to the host")
         model.load_state_dict(tensors)
     return model
+
+
+def saved_recipe(directory: str | os.PathLike[str]) -> Recipe:
+    """The recipe of a checkpoint; its `host` section, if any, says which host to build.
+
+    Raises:
+        CheckpointError: It is no such directory, or the recipe is damaged.
+    """
+    _read_facts(Path(directory))
+    return _read_recipe(Path(directory))
 
 
 def _one_name_each(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:

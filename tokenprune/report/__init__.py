@@ -1,1 +1,1 @@
-"""Pictures and reports."""
+"""Pictures, reports and the timing they show."""

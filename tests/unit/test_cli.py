@@ -1,0 +1,227 @@
+"""The command line: what it prints, its exit codes, and its messages."""
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import tokenprune
+from tokenprune.cli import main
+from tokenprune.cli.app import app
+from tokenprune.cli.hosts import parse_options, recipe_for, split_name
+from tokenprune.errors import HostError, PlanError
+
+SMALL_VIT = ["depth=4", "embed_dim=32", "num_heads=2", "img_size=32", "patch_size=8"]
+SMALL_HF = ["num_hidden_layers=4", "hidden_size=32", "intermediate_size=64", "image_size=32"]
+SMALL_HF += ["num_attention_heads=2", "patch_size=8"]
+SMALL_SWIN = ["img_size=32", "patch_size=2", "embed_dim=16", "window_size=4", "depths=[2, 4]"]
+SMALL_SWIN += ["num_heads=[2, 4]"]
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(app, list(arguments))
+
+
+def inspect(model: str, *options: str, rest: tuple[str, ...] = ()) -> Any:
+    return run("inspect", model, *(part for o in options for part in ("-o", o)), *rest)
+
+
+def words(text: str) -> list[list[str]]:
+    """The words of each line: column widths do not matter."""
+    return [line.split() for line in text.splitlines()]
+
+
+def test_every_command_has_help() -> None:
+    listed = run("--help")
+    commands = ("demo", "train", "eval", "inspect", "recipes", "adapters", "visualize", "convert")
+    for command in commands:
+        assert command in listed.stdout
+        shown = run(command, "--help")
+        assert shown.exit_code == 0
+        assert f"Usage: tokenprune {command}" in shown.stdout
+
+
+def test_recipes_are_listed() -> None:
+    result = run("recipes")
+    names = tokenprune.list_recipes()
+    assert result.exit_code == 0
+    assert f"{len(names)} recipes" in result.stdout
+    listed = {line[0] for line in words(result.stdout) if line}
+    assert set(names) <= listed
+    line = next(line for line in words(result.stdout) if "dynamicvit-swin-tiny-k0.7" in line)
+    assert line[1:] == [
+        *("timm:swin_tiny_patch4_window7_224", "bypass", "5,", "6,", "7", "0.7,", "0.5,", "0.3")
+    ]
+
+
+def test_a_recipe_is_shown_as_it_is_written() -> None:
+    result = run("recipes", "show", "dynamicvit-deit-small-k0.7")
+    assert result.exit_code == 0
+    assert "# Source:  Rao et al." in result.stdout
+    assert "schedule: {blocks: [3, 6, 9], keep_ratio: 0.7}" in result.stdout
+
+
+def test_a_recipe_file_is_shown_in_full(tmp_path: Any) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("version: 1\nschedule: {blocks: [1], keep_ratio: 0.5}\n")
+    result = run("recipes", "show", str(file))
+    assert "backbone_lr_scale: 0.01" in result.stdout
+
+
+def test_an_unknown_recipe_names_the_nearest() -> None:
+    result = run("recipes", "show", "dynamicvit-deit-smal-k0.7")
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: No recipe is named 'dynamicvit-deit-smal-k0.7'.")
+    assert "'dynamicvit-deit-small-k0.7'" in result.stderr
+
+
+def test_debug_shows_where_an_error_comes_from() -> None:
+    result = run("--debug", "recipes", "show", "nothing")
+    assert isinstance(result.exception, tokenprune.errors.UnknownRecipeError)
+
+
+def test_adapters_are_listed() -> None:
+    result = run("adapters")
+    assert result.exit_code == 0
+    assert {line[0] for line in words(result.stdout) if line} >= set(tokenprune.list_adapters())
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "adapter", "norm"),
+    [
+        ("vit_tiny_patch16_224", SMALL_VIT, "timm/vision_transformer", "norm"),
+        ("transformers:ViTForImageClassification", SMALL_HF, "transformers/vit", "vit.layernorm"),
+        ("transformers:vit", SMALL_HF, "transformers/vit", "vit.layernorm"),
+    ],
+)
+def test_inspect(model: str, options: list[str], adapter: str, norm: str) -> None:
+    result = inspect(model, *options)
+    assert result.exit_code == 0, result.output
+    lines = words(result.stdout)
+    assert ["adapter", adapter] in lines
+    assert ["final", "norm", norm] in lines
+    assert ["prefix", "tokens", "1"] in lines
+    prefix = "vit.layers" if "transformers" in model else "blocks"
+    assert ["0", "1", f"({prefix}.1)", "16", "->", "11", "68.8", "%"] in lines
+    costs = {line[0]: line for line in lines if line and line[0].startswith(prefix)}
+    assert [costs[f"{prefix}.{n}"][1] for n in range(4)] == ["16", "11", "7", "5"]
+    assert ["mask", "=", "gather", "on", "random", "kept", "sets"] in [line[:7] for line in lines]
+
+
+def test_inspect_a_windowed_host() -> None:
+    result = inspect("swin_tiny_patch4_window7_224", *SMALL_SWIN, rest=("--no-proof",))
+    assert result.exit_code == 0, result.output
+    lines = words(result.stdout)
+    assert ["mode", "bypass"] in lines
+    assert ["2", "5", "(layers.1.blocks.3)", "32", "->", "19", "29.7", "%"] in lines
+    assert "Certificate" not in result.stdout
+
+
+def test_inspect_with_a_recipe_and_an_adapter(tmp_path: Any) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("version: 1\nname: mine\nstages: [{block: 2, keep_ratio: 0.5}]\n")
+    rest = ("--recipe", str(file), "--adapter", "generic", "--no-proof")
+    result = inspect("timm:vit_tiny_patch16_224", *SMALL_VIT, rest=rest)
+    assert result.exit_code == 0, result.output
+    assert "Stages of mine" in result.stdout
+    assert "4 blocks of class Block, from blocks.0" in result.stdout  # the adapter's notes
+    assert ["0", "2", "(blocks.2)", "16", "->", "8", "50.0", "%"] in words(result.stdout)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["resnet18"], "found no stack of transformer blocks in ResNet"),
+        (["vit_tny_patch16_224"], r"timm has no model named 'vit_tny_patch16_224'. Did you mean"),
+        (["ViTForImageClassification"], "write transformers:ViTForImageClassification"),
+        (["transformers:ViTForImageClasification"], "Did you mean 'ViTForImageClassification'"),
+        (["keras:vit"], "Models come from timm or transformers, found 'keras'"),
+        (["vit_tiny_patch16_224", "-o", "depth"], "An option is written KEY=VALUE"),
+        (["vit_tiny_patch16_224", "-o", "depth=["], "The value of option 'depth=[' cannot be read"),
+        (["vit_tiny_patch16_224", "-o", "dept=3"], "timm cannot build 'vit_tiny_patch16_224' with"),
+        (["transformers:vit", "-o", "hidden_size=big"], "transformers cannot build 'vit' with"),
+        (["transformers:vit", "-o", "hiden_size=8"], "has no option 'hiden_size'. Did you mean"),
+        (["vit_tiny_patch16_224", "--recipe", "nothing"], "No recipe is named 'nothing'"),
+        (["vit_tiny_patch16_224", "--adapter", "timm/vit"], "No adapter is named 'timm/vit'"),
+    ],
+)
+def test_what_inspect_refuses(arguments: list[str], message: str) -> None:
+    result = run("inspect", *arguments)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+
+
+def test_a_recipe_of_the_other_mode_is_refused() -> None:
+    rest = ("--recipe", "dynamicvit-swin-tiny-k0.7")
+    result = inspect("vit_tiny_patch16_224", *SMALL_VIT, "depth=12", rest=rest)
+    assert result.exit_code == 2
+    assert "`mode: remove`" in result.stderr
+
+
+def test_names_of_models() -> None:
+    assert split_name("deit_small_patch16_224") == ("timm", "deit_small_patch16_224")
+    assert split_name("transformers:vit") == ("transformers", "vit")
+    assert split_name("hf-hub:timm/vit_tiny") == ("timm", "hf-hub:timm/vit_tiny")
+    with pytest.raises(HostError, match=r"found 'torchvision' in 'torchvision:vit_b_16'"):
+        split_name("torchvision:vit_b_16")
+
+
+def test_options_are_yaml() -> None:
+    given = ["depths=[2, 2]", "drop=0.1", "name=a=b", "flag=false"]
+    assert parse_options(given) == {"depths": [2, 2], "drop": 0.1, "name": "a=b", "flag": False}
+
+
+def spec(mode: Any, *blocks: str) -> tokenprune.ArchSpec:
+    return tokenprune.ArchSpec(adapter="x", blocks=blocks, num_prefix_tokens=1, mode=mode)
+
+
+def stages(recipe: tokenprune.Recipe) -> list[tuple[int, float]]:
+    return [(stage.block, stage.keep_ratio) for stage in recipe.resolved_stages]
+
+
+def test_the_recipe_that_inspect_takes_by_itself() -> None:
+    twelve = spec("remove", *(f"blocks.{n}" for n in range(12)))
+    shipped = recipe_for("timm:deit_small_patch16_224", twelve)
+    assert shipped.name == "dynamicvit-deit-small-k0.7"
+    assert recipe_for("deit_tiny_patch16_224", twelve).name == "dynamicvit-deit-tiny-k0.7"
+    assert stages(recipe_for("other", twelve)) == [(3, 0.7), (6, 0.49), (9, 0.343)]
+    short = spec("remove", *(f"blocks.{n}" for n in range(3)))  # the shipped one does not fit
+    assert stages(recipe_for("deit_small_patch16_224", short)) == [(1, 0.7), (2, 0.49)]
+    levels = [*(f"a.{n}" for n in range(2)), *(f"b.{n}" for n in range(6)), "c.0"]
+    assert stages(recipe_for("other", spec("bypass", *levels))) == [(3, 0.7), (5, 0.5), (6, 0.3)]
+    with pytest.raises(PlanError, match="at least two blocks"):
+        recipe_for("other", spec("remove", "blocks.0"))
+
+
+def test_without_the_packages_of_the_command_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "typer", None)
+    for name in [name for name in sys.modules if name.startswith("tokenprune.cli.")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert "pip install 'tokenprune-torch[cli]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("library", ["timm", "transformers"])
+def test_without_a_model_library(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, library, None)
+    monkeypatch.delitem(sys.modules, "tokenprune.models", raising=False)
+    result = run("inspect", f"{library}:vit")
+    assert result.exit_code == 2
+    assert f"pip install 'tokenprune-torch[{library}]'" in result.stderr
+
+
+def test_the_installed_command_ends_with_its_exit_code() -> None:
+    code = "import sys; sys.argv = ['tokenprune', 'recipes', 'show', 'x']; "
+    code += "from tokenprune.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: No recipe is named 'x'.")
+    assert done.stdout == ""

@@ -1,0 +1,59 @@
+"""The commands, and what becomes of an error."""
+
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from tokenprune.cli.adapters import adapters
+from tokenprune.cli.console import show_error
+from tokenprune.cli.convert import register as register_convert
+from tokenprune.cli.demo import demo
+from tokenprune.cli.evaluate import evaluate
+from tokenprune.cli.inspect import inspect
+from tokenprune.cli.recipes import recipes
+from tokenprune.cli.train import train
+from tokenprune.cli.visualize import visualize
+from tokenprune.errors import TokenPruneError
+
+__all__ = ["app"]
+
+
+class _Group(TyperGroup):
+    """Ends with exit code 2 and a message where tokenprune refuses something."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except TokenPruneError as error:
+            if ctx.params.get("debug"):
+                raise
+            show_error(error)
+            raise typer.Exit(2) from None
+
+
+app = typer.Typer(
+    name="tokenprune",
+    cls=_Group,
+    help="Learned token pruning for vision transformers that somebody else wrote.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
+) -> None:
+    """Options of all commands."""
+
+
+app.command()(demo)
+app.command()(train)
+app.command(name="eval")(evaluate)
+app.command()(inspect)
+app.add_typer(recipes, name="recipes")
+app.command()(adapters)
+app.command()(visualize)
+register_convert(app)

@@ -1,0 +1,87 @@
+"""How the command line talks: tables, progress bars, one clean line for an error."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from tokenprune.report.table import Table
+
+__all__ = ["bar", "say", "show", "show_error", "working"]
+
+# A pipe has no width of its own, and tables must not be cut there.
+PIPE_WIDTH = 140
+
+Step = Callable[[int, int, Mapping[str, Any]], None]
+
+
+def _console(stderr: bool = False) -> Console:
+    stream = sys.stderr if stderr else sys.stdout
+    known = stream.isatty() or "COLUMNS" in os.environ
+    return Console(stderr=stderr, width=None if known else PIPE_WIDTH, highlight=False)
+
+
+def say(*lines: str) -> None:
+    """Print lines as they are."""
+    for line in lines:
+        _console().print(Text(line), soft_wrap=True)
+
+
+def show(table: Table) -> None:
+    """Print a table."""
+    drawn = RichTable(
+        title=Text(table.title, style="bold"), title_justify="left", box=box.SIMPLE_HEAD
+    )
+    for number, column in enumerate(table.columns):
+        drawn.add_column(Text(column), justify="right" if number else "left", overflow="fold")
+    for row in table.rows:
+        drawn.add_row(*map(Text, row))
+    _console().print(drawn)
+    if table.note:
+        say(*table.note.splitlines(), "")
+
+
+def show_error(error: Exception) -> None:
+    """Print what went wrong, without a traceback."""
+    text = Text.assemble(("error: ", "bold red"), str(error))
+    _console(stderr=True).print(text, soft_wrap=True)
+
+
+@contextmanager
+def bar(title: str, unit: str = "steps") -> Iterator[Step]:
+    """A progress bar on standard error; yields a function of (done, all, latest figures).
+
+    Under `torchrun` only the first process draws.
+    """
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[unit]}"),
+        TextColumn("{task.fields[figures]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    others = os.environ.get("RANK", "0") != "0"
+    with Progress(*columns, console=_console(stderr=True), disable=others) as progress:
+        task = progress.add_task(title, total=1, unit=unit, figures="")
+
+        def step(done: int, total: int, figures: Mapping[str, Any]) -> None:
+            loss = figures.get("loss")
+            shown = f"loss {loss:.3f}" if isinstance(loss, int | float) else ""
+            progress.update(task, completed=done, total=total, figures=shown)
+
+        yield step
+
+
+@contextmanager
+def working(what: str) -> Iterator[None]:
+    """A spinner on standard error while something runs that has no steps."""
+    with _console(stderr=True).status(Text(what)):
+        yield

@@ -1,0 +1,142 @@
+"""`tokenprune demo`: train a small ViT on digits, prune it, measure what that gained and cost."""
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from tokenprune.checkpoint import save
+from tokenprune.cli.console import bar, say, show, working
+from tokenprune.cli.demo_report import Figures, accuracy_table, settings_table, speed_table, write
+from tokenprune.cli.inspect import certificate_table, cost_table, stage_table
+from tokenprune.cli.visualize import draw
+from tokenprune.errors import MissingDependencyError
+from tokenprune.profile import profile
+from tokenprune.recipe import load_recipe
+from tokenprune.report.measure import interleaved
+from tokenprune.verify import verify
+from tokenprune.wrap import unwrap, wrap
+
+__all__ = ["demo"]
+
+RECIPE = "demo-digits-k0.7"
+BATCHES = (1, 64)
+
+
+def demo(
+    output: Annotated[Path, typer.Option(help="Where everything is written.")] = Path("runs/demo"),
+    dense_epochs: Annotated[int, typer.Option(min=1, help="Of the dense host.")] = 16,
+    epochs: Annotated[int | None, typer.Option(help="Of the fine-tuning; the recipe's.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Of the timing.")] = 9,
+    recipe: Annotated[str, typer.Option(help="Name or file; must name a host.")] = RECIPE,
+) -> None:
+    """Train a small ViT on scikit-learn's digits, prune it, and report what was measured."""
+    try:
+        from tokenprune.cli.runs import prepare, write_input
+        from tokenprune.train import evaluate, fit, pretrain
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(
+            f"The demo needs {error.name}, which is not installed. "
+            "Run: pip install 'tokenprune-torch[train]'"
+        ) from error
+    started = time.perf_counter()
+    chosen = load_recipe(recipe)
+    run = prepare(chosen, None, pretrained=False)
+    say(
+        f"{len(run.data.train)} digits to train on, {len(run.data.eval)} held out; "  # type: ignore[arg-type]
+        f"{type(run.model).__name__} with "
+        f"{sum(p.numel() for p in run.model.parameters()) / 1e6:.2f} M parameters."
+    )
+    with bar("dense host") as step:
+        pretrain(run.model, run.data, dense_epochs, progress=step, seed=chosen.train.seed)
+    dense_accuracy = evaluate(run.model, run.data, path="dense")
+    dense_done = time.perf_counter()
+
+    model = wrap(run.model, chosen)
+    with bar("pruned model") as step:
+        fit(
+            None,
+            model,
+            run.data,
+            output / "training",
+            epochs=epochs,
+            resume=False,
+            progress=step,
+            save_every="never",
+        )
+    tuned_done = time.perf_counter()
+    with working("evaluating"):
+        accuracy = evaluate(model, run.data, path="gather")
+        unpruned = evaluate(model, run.data, path="dense")
+        certificate = verify(model.eval())
+        counted = profile(model)
+    with bar("timing", unit="rounds") as step:
+        timings = _time(model, run.data.eval, rounds, step)
+    figures = Figures(
+        images=len(run.data.eval),  # type: ignore[arg-type]
+        dense_accuracy=dense_accuracy,
+        pruned_accuracy=accuracy,
+        unpruned_accuracy=unpruned,
+        gmacs=counted.gmacs,
+        dense_gmacs=counted.dense_gmacs,
+        num_patches=counted.num_patches,
+        num_keep=certificate.num_keep,
+        timings=timings,
+        rounds=rounds,
+        threads=torch.get_num_threads(),
+        device=str(next(model.parameters()).device),
+        seconds={
+            "dense host": dense_done - started,
+            "pruned model": tuned_done - dense_done,
+            "evaluation and timing": time.perf_counter() - tuned_done,
+        },
+    )
+    tables = [
+        accuracy_table(figures),
+        speed_table(figures),
+        stage_table(chosen, counted, certificate.num_keep),
+    ]
+    details = [cost_table(counted), certificate_table(certificate), settings_table(figures)]
+    for table in (*tables, details[-1]):
+        show(table)
+
+    checkpoint = save(model, output / "checkpoint")
+    write_input(checkpoint, None, run)
+    picture = output / "pruning.png"
+    draw(model, run.data, count=10).save(picture, format="PNG")
+    report = write(output / "report.html", figures, counted, [*tables, *details], picture)
+    facts = output / "figures.json"
+    facts.write_text(json.dumps(figures.as_dict(), indent=2) + "\n", encoding="utf-8")
+    say(
+        f"checkpoint   {checkpoint}",
+        f"picture      {picture}",
+        f"report       {report}",
+        f"figures      {facts}",
+    )
+
+
+def _time(model: Any, images: Any, rounds: int, step: Any) -> dict[int, dict[str, Any]]:
+    """Dense host against pruned model for each batch size, in turns."""
+    host = unwrap(model).eval()
+    device = next(host.parameters()).device
+    found = {}
+    for position, batch in enumerate(BATCHES):
+        x = torch.stack([images[i % len(images)]["pixel_values"] for i in range(batch)]).to(device)
+
+        def forward(module: Any, x: torch.Tensor = x) -> Any:
+            return lambda: module(x)
+
+        def after(done: int, before: int = position * rounds) -> None:
+            step(before + done + 1, rounds * len(BATCHES), {})
+
+        with torch.no_grad():
+            found[batch] = interleaved(
+                {"dense": forward(host), "pruned": forward(model)},
+                rounds=rounds,
+                device=device,
+                after_round=after,
+            )
+    return found

@@ -1,0 +1,42 @@
+"""`tokenprune eval`: accuracy and cost of a trained model."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tokenprune.cli.console import show, working
+from tokenprune.errors import HostError
+from tokenprune.program import PATHS
+
+__all__ = ["evaluate"]
+
+
+def evaluate(
+    checkpoint: Annotated[Path, typer.Argument(help="What `tokenprune train` wrote.")],
+    data: Annotated[
+        str | None, typer.Option(help="Folder of images; those it was trained with by default.")
+    ] = None,
+    path: Annotated[
+        list[str] | None, typer.Option(help="gather, mask or dense; may be repeated.")
+    ] = None,
+    keep_ratio: Annotated[
+        str, typer.Option(help="Prune by another ratio: 0.7, or one for each stage: 0.7,0.5.")
+    ] = "",
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per forward.")] = 256,
+) -> None:
+    """Evaluate a checkpoint on held-out images."""
+    from tokenprune.cli.runs import keep_ratios, reopen
+    from tokenprune.cli.scores import score_table
+
+    chosen = [known for known in PATHS if known in (path or ("gather", "dense"))]
+    unknown = sorted(set(path or ()) - set(PATHS))
+    if unknown:
+        raise HostError(f"There is no path {unknown[0]!r}. Choose among {', '.join(PATHS)}.")
+    with working("loading"):
+        run = reopen(checkpoint, data)
+        if keep_ratio:
+            run.model.set_keep_ratio(keep_ratios(keep_ratio))  # type: ignore[operator]
+    with working("evaluating"):
+        table = score_table(run.model, run.data, chosen, batch_size)
+    show(table)

@@ -1,0 +1,184 @@
+"""Models named on the command line: `NAME`, `timm:NAME`, `transformers:CLASS` or `:TYPE`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+from torch import nn
+
+from tokenprune.arch import ArchSpec
+from tokenprune.errors import (
+    HostError,
+    MissingDependencyError,
+    PlanError,
+    UnsupportedHostError,
+    did_you_mean,
+)
+from tokenprune.recipe import Recipe, list_recipes, load_recipe
+from tokenprune.recipe_schema import HostSection
+
+__all__ = ["build", "host_section", "parse_options", "recipe_for", "split_name"]
+
+DEFAULT_RATIO = 0.7
+# DynamicViT's for Swin: rho, rho - 0.2, rho - 0.4.
+BYPASS_STEP = 0.2
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Library and model of a name; timm if none is named.
+
+    Raises:
+        HostError: There is no such library.
+    """
+    library, colon, model = name.partition(":")
+    if not colon or "/" in library:  # "hf-hub:..." is timm's own way to name a remote model
+        return "timm", name
+    if library in ("hf-hub", "hf_hub", "local-dir"):
+        return "timm", name
+    if library not in ("timm", "transformers"):
+        raise HostError(
+            f"Models come from timm or transformers, found {library!r} in {name!r}. Write "
+            "timm:deit_small_patch16_224 or transformers:ViTForImageClassification."
+        )
+    return library, model
+
+
+def parse_options(texts: Sequence[str]) -> dict[str, Any]:
+    """`["depth=4", "img_size=[32, 32]"]` as a dict; values are YAML.
+
+    Raises:
+        HostError: One has no `=`, or its value is not YAML.
+    """
+    options = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key.isidentifier():
+            raise HostError(f"An option is written KEY=VALUE, such as img_size=32; found {text!r}.")
+        try:
+            options[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise HostError(f"The value of option {text!r} cannot be read: {error}") from error
+    return options
+
+
+def host_section(name: str, options: Sequence[str]) -> HostSection:
+    """The `host` section of a recipe for a model named on the command line.
+
+    Raises:
+        HostError: The name or an option cannot be read.
+    """
+    library, model = split_name(name)
+    mapping = {"library": library, "model": model, "kwargs": parse_options(options)}
+    return HostSection.model_validate(mapping)
+
+
+def build(name: str, options: Sequence[str] = ()) -> nn.Module:
+    """Build a host without pretrained weights, in eval mode.
+
+    Args:
+        name: As for `split_name`; for transformers a class or a model type.
+        options: KEY=VALUE for timm's `create_model` or the configuration.
+
+    Raises:
+        UnsupportedHostError: The library knows no such model; names the nearest.
+        HostError: It cannot be built with these options.
+        MissingDependencyError: The library is not installed.
+    """
+    library, model = split_name(name)
+    keywords = parse_options(options)
+    make = _timm if library == "timm" else _transformers
+    try:
+        return make(model, keywords).eval()
+    except ModuleNotFoundError as error:
+        if error.name != library:
+            raise
+        raise MissingDependencyError(
+            f"{name!r} needs {library}, which is not installed. "
+            f"Run: pip install 'tokenprune-torch[{library}]'"
+        ) from error
+
+
+def _timm(model: str, keywords: dict[str, Any]) -> nn.Module:
+    import timm
+
+    import tokenprune.models  # noqa: F401  registers lvvit_* with timm
+
+    remote = ":" in model or "/" in model
+    if not remote and not timm.is_model(model):
+        hint = did_you_mean(model, timm.list_models())
+        if model.endswith(("Model", "Classification")):
+            hint = f"For transformers write transformers:{model}."
+        raise UnsupportedHostError(f"timm has no model named {model!r}. {hint}")
+    try:
+        built: nn.Module = timm.create_model(model, pretrained=False, **keywords)
+    except Exception as error:  # a library may refuse options in any way
+        raise _cannot("timm", model, keywords, error) from error
+    return built
+
+
+def _transformers(model: str, keywords: dict[str, Any]) -> nn.Module:
+    import transformers
+
+    if model in transformers.CONFIG_MAPPING:
+        config_class: Any = transformers.CONFIG_MAPPING[model]
+        make: Any = transformers.AutoModelForImageClassification.from_config
+    else:
+        make = getattr(transformers, model, None)
+        config_class = getattr(make, "config_class", None)
+    if not isinstance(config_class, type):
+        classes = [name for name in dir(transformers) if name.endswith("ForImageClassification")]
+        raise UnsupportedHostError(
+            f"transformers has no model class or type named {model!r}. "
+            f"{did_you_mean(model, classes)}"
+        )
+    known: Any = config_class()  # takes any keyword, and keeps those it does not know as they are
+    for key in keywords:
+        if not hasattr(known, key):
+            raise HostError(
+                f"{config_class.__name__} has no option {key!r}. {did_you_mean(key, vars(known))}"
+            )
+    try:
+        built: nn.Module = make(config_class(**keywords))
+    except Exception as error:  # a library may refuse options in any way
+        raise _cannot("transformers", model, keywords, error) from error
+    return built
+
+
+def _cannot(library: str, model: str, keywords: dict[str, Any], error: Exception) -> HostError:
+    return HostError(
+        f"{library} cannot build {model!r} with the options {keywords}: "
+        f"{type(error).__name__}: {error}"
+    )
+
+
+def recipe_for(name: str, spec: ArchSpec) -> Recipe:
+    """The recipe that a model is looked at with when none is named.
+
+    The shipped one for that model, or stages at a quarter, a half and three quarters of the blocks
+    (of the longest stack of one width, in bypass mode), keeping 0.7 of what there was.
+
+    Raises:
+        PlanError: There are too few blocks.
+    """
+    model = split_name(name)[1]
+    for shipped in map(load_recipe, list_recipes()):
+        stages = shipped.resolved_stages
+        fits = shipped.mode == spec.mode and stages[-1].block < len(spec.blocks)
+        plain = shipped.host and shipped.host.model == model and not shipped.host.kwargs
+        if plain and fits and stages[0].keep_ratio == DEFAULT_RATIO:
+            return shipped
+    stacks: dict[str, list[int]] = {}
+    for number, path in enumerate(spec.blocks):
+        group = path.rpartition(".")[0] if spec.mode == "bypass" else ""
+        stacks.setdefault(group, []).append(number)
+    stack = max(stacks.values(), key=len)
+    if len(stack) < 2:
+        raise PlanError(f"A host needs at least two blocks to be pruned, found {len(spec.blocks)}.")
+    chosen = sorted({stack[max(1, len(stack) * part // 4)] for part in (1, 2, 3)})
+    bypass = spec.mode == "bypass"
+    ratios = [
+        DEFAULT_RATIO - BYPASS_STEP * stage if bypass else DEFAULT_RATIO ** (stage + 1)
+        for stage in range(len(chosen))
+    ]
+    points = [{"block": b, "keep_ratio": round(r, 3)} for b, r in zip(chosen, ratios, strict=True)]
+    return Recipe.parse({"version": 1, "mode": spec.mode, "stages": points})

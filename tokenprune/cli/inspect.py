@@ -1,0 +1,129 @@
+"""`tokenprune inspect`: what would be pruned in a model, and whether that is safe."""
+
+from typing import Annotated
+
+import typer
+from torch import nn
+
+from tokenprune.arch import ArchSpec, describe
+from tokenprune.cli.console import say, show, working
+from tokenprune.cli.hosts import build, recipe_for
+from tokenprune.model import pruning_of
+from tokenprune.profile import Profile, profile
+from tokenprune.recipe import Recipe, load_recipe
+from tokenprune.report.table import Table
+from tokenprune.verify import Certificate, verify
+from tokenprune.wrap import wrap
+
+__all__ = ["certificate_table", "cost_table", "inspect", "stage_table"]
+
+
+def inspect(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="timm name, timm:NAME, transformers:CLASS or transformers:TYPE. No weights are "
+            "loaded."
+        ),
+    ],
+    recipe: Annotated[
+        str, typer.Option("--recipe", "-r", help="Name or file; one that fits if none is given.")
+    ] = "",
+    adapter: Annotated[str, typer.Option(help="Name of an adapter; found if none is given.")] = "",
+    option: Annotated[
+        list[str] | None,
+        typer.Option("--option", "-o", help="KEY=VALUE for building the model; may be repeated."),
+    ] = None,
+    proof: Annotated[bool, typer.Option(help="Run the model to prove that it prunes.")] = True,
+) -> None:
+    """Show what an adapter finds in a model, what pruning saves, and the certificate."""
+    chosen = load_recipe(recipe) if recipe else None
+    with working(f"building {model}"):
+        host = build(model, option or ())
+    spec = describe(host, adapter or None)
+    chosen = chosen or recipe_for(model, spec)
+    _say_found(host, spec)
+    with working("tracing"):
+        wrapped = wrap(host, chosen, adapter=spec, verify=False)
+        counted = profile(wrapped)
+    show(stage_table(chosen, counted, pruning_of(wrapped).plan.counts(counted.num_patches)))
+    show(cost_table(counted))
+    if proof:
+        with working("proving"):
+            certificate = verify(wrapped)
+        show(certificate_table(certificate))
+
+
+def _say_found(host: nn.Module, spec: ArchSpec) -> None:
+    parameters = sum(p.numel() for p in host.parameters())
+    first, last = spec.blocks[0], spec.blocks[-1]
+    kind = type(host.get_submodule(first)).__name__
+    taken = ", ".join(f"{name} {list(e.shape)}" for name, e in spec.inputs.items()) or "unknown"
+    rows = [
+        ("host", f"{type(host).__name__}, {parameters / 1e6:.1f} M parameters"),
+        ("adapter", spec.adapter),
+        ("mode", spec.mode),
+        ("blocks", f"{len(spec.blocks)} of class {kind}, {first} to {last}"),
+        ("prefix tokens", str(spec.num_prefix_tokens)),
+        ("final norm", spec.norm or "none"),
+        ("input, per image", taken),
+        *(("note", note) for note in spec.notes),
+    ]
+    width = max(len(name) for name, _ in rows)
+    say("", *(f"{name:<{width}}  {value}" for name, value in rows), "")
+
+
+def stage_table(recipe: Recipe, counted: Profile, kept: tuple[int, ...]) -> Table:
+    """Where tokens are dropped, and how many stay."""
+    before = (counted.num_patches, *kept)
+    rows = tuple(
+        (
+            str(number),
+            f"{block} ({counted.blocks[block]})",
+            f"{before[number]} -> {kept[number]}",
+            f"{100 * kept[number] / counted.num_patches:.1f} %",
+        )
+        for number, block in enumerate(counted.stages)
+    )
+    title = f"Stages of {recipe.name or 'a recipe made for this host'}"
+    return Table(title, ("stage", "before block", "patch tokens", "of all"), rows)
+
+
+def cost_table(counted: Profile) -> Table:
+    """Tokens and multiply-accumulates of each block."""
+    dense = dict(enumerate(counted.dense_macs_per_block))
+    rows = []
+    for block, path in enumerate(counted.blocks):
+        macs = counted.macs_per_block[block]
+        if block in counted.stages:
+            stage = counted.stages.index(block)
+            cost = counted.predictor_macs[stage] / 1e9
+            rows.append((f"predictor {stage}", "", f"{cost:.4f}", "", ""))
+        saved = f"{100 * (macs / dense[block] - 1):+.1f} %" if dense[block] else ""
+        tokens = str(counted.tokens_per_block[block])
+        rows.append((path, tokens, f"{macs / 1e9:.4f}", f"{dense[block] / 1e9:.4f}", saved))
+    other = f"{counted.other_macs / 1e9:.4f}"
+    rows.append(("embedding, head", "", other, other, ""))
+    rows.append(
+        (
+            "all",
+            "",
+            f"{counted.gmacs:.4f}",
+            f"{counted.dense_gmacs:.4f}",
+            f"{100 * (counted.ratio - 1):+.1f} %",
+        )
+    )
+    note = (
+        f"GMACs of one image, attention included; {counted.num_prefix_tokens} prefix tokens more."
+    )
+    columns = ("block", "patch tokens", "GMACs", "dense", "change")
+    return Table("Cost", columns, tuple(rows), note)
+
+
+def certificate_table(certificate: Certificate) -> Table:
+    """What `verify` measured."""
+    rows = tuple(
+        (check.name, f"{check.error:.1e}", f"{check.bound:.0e}", "yes" if check.passed else "NO")
+        for check in certificate.checks
+    )
+    return Table("Certificate", ("theorem", "difference", "allowed", "holds"), rows)

@@ -1,0 +1,208 @@
+"""What the commands that train and evaluate share: a recipe's host and images, and a saved run."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from tokenprune.checkpoint import load, saved_recipe
+from tokenprune.errors import CheckpointError, PlanError
+from tokenprune.recipe import Recipe
+from tokenprune.recipe_schema import HostSection
+from tokenprune.train import DataBundle, DataError, build_host, input_settings, load_data
+
+__all__ = [
+    "Run",
+    "host_of",
+    "is_main_process",
+    "keep_ratios",
+    "load_host_weights",
+    "prepare",
+    "reopen",
+    "write_input",
+]
+
+INPUT = "input.json"
+
+
+class _Input(BaseModel):
+    """How images must look for a trained model; written beside its checkpoint."""
+
+    data: str | None
+    settings: dict[str, Any]
+    class_names: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A host, or a wrapped model, and images that fit it.
+
+    Attributes:
+        model: The host before training, the wrapped model of a checkpoint.
+        data: Images to train and to evaluate on.
+        settings: How they are prepared, as `input_settings` tells it.
+    """
+
+    model: nn.Module
+    data: DataBundle
+    settings: dict[str, Any]
+
+
+def is_main_process() -> bool:
+    """Under `torchrun`, whether this process is the one that writes and speaks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def host_of(recipe: Recipe) -> HostSection:
+    """The recipe's `host` section.
+
+    Raises:
+        PlanError: It has none.
+    """
+    if recipe.host is None:
+        named = f"Recipe {recipe.name!r}" if recipe.name else "The recipe"
+        raise PlanError(
+            f"{named} names no host to build. Give one with --model, such as "
+            "--model deit_small_patch16_224, or add a `host` section."
+        )
+    return recipe.host
+
+
+def prepare(
+    recipe: Recipe, data: str | None, *, pretrained: bool, image_size: int | None = None
+) -> Run:
+    """Build a recipe's dense host and read the images it is trained on.
+
+    Args:
+        recipe: Has a `host` section.
+        data: Folder of images; None or "digits" for scikit-learn's digits.
+        pretrained: Start from the published weights.
+        image_size: Instead of the recipe's.
+
+    Raises:
+        PlanError: The recipe names no host.
+        HostError: The host cannot be built.
+        DataError: The images cannot be read.
+    """
+    section = host_of(recipe)
+    torch.manual_seed(recipe.train.seed)
+    settings = input_settings(section, image_size or recipe.train.image_size, pretrained)
+    bundle = load_data(data, **settings, train=recipe.train, seed=recipe.train.seed)
+    host = build_host(
+        section,
+        bundle.num_classes,
+        image_size=settings["image_size"],
+        pretrained=pretrained,
+        in_chans=settings["in_chans"],
+        drop_path=recipe.train.drop_path,
+    )
+    return Run(model=host, data=bundle, settings=settings)
+
+
+def load_host_weights(host: nn.Module, file: Path) -> None:
+    """Load a dense host's weights: safetensors, or a torch file that holds tensors only.
+
+    Raises:
+        CheckpointError: The file cannot be read, or does not fit the host.
+    """
+    if not file.is_file():
+        raise CheckpointError(f"There is no file {str(file)!r} with weights of the host.")
+    try:
+        if file.suffix == ".safetensors":
+            state = load_file(file)
+        else:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+            state = state.get("model", state.get("state_dict", state))
+        host.load_state_dict(state)
+    except (SafetensorError, UnpicklingError, OSError, EOFError, AttributeError) as error:
+        raise CheckpointError(
+            f"Cannot read {str(file)!r}: {error}. Give a safetensors file, or one that torch.save "
+            "wrote and that holds tensors only."
+        ) from error
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{str(file)!r} does not fit {type(host).__name__}: {error}"
+        ) from error
+
+
+def write_input(directory: Path, data: str | None, run: Run) -> None:
+    """Note beside a checkpoint how its images were prepared, for `reopen`."""
+    names = list(run.data.class_names)
+    folder = None if data in (None, "digits") else str(Path(str(data)).resolve())
+    noted = _Input(data=folder, settings=run.settings, class_names=names)
+    (directory / INPUT).write_text(noted.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def reopen(directory: Path, data: str | None) -> Run:
+    """The wrapped model of a checkpoint, and images prepared as those it was trained on.
+
+    Args:
+        directory: What `tokenprune train` or `tokenprune.save` wrote.
+        data: Folder of images; those it was trained with if None.
+
+    Raises:
+        CheckpointError: It is no checkpoint, or does not fit the host that its recipe names.
+        DataError: The images cannot be read, or have other classes.
+    """
+    recipe = saved_recipe(directory)
+    section = host_of(recipe)
+    noted = _read_input(directory)
+    if noted is None:
+        settings = input_settings(section, recipe.train.image_size)
+    else:
+        settings, data = noted.settings, data or noted.data
+    bundle = load_data(data, **settings, train=recipe.train, seed=recipe.train.seed)
+    if noted is not None and list(bundle.class_names) != noted.class_names:
+        raise DataError(
+            f"The model in {str(directory)!r} knows the classes {_short(noted.class_names)}, the "
+            f"images of {bundle.name!r} have {_short(bundle.class_names)}. Give images of the same "
+            "classes with --data."
+        )
+    host = build_host(
+        section,
+        bundle.num_classes,
+        image_size=settings["image_size"],
+        in_chans=settings["in_chans"],
+    )
+    return Run(model=load(directory, host), data=bundle, settings=settings)
+
+
+def keep_ratios(text: str) -> float | list[float]:
+    """`"0.7"` as r for r, r^2, ...; `"0.7,0.5"` as one ratio for each stage.
+
+    Raises:
+        PlanError: It is neither.
+    """
+    try:
+        ratios = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise PlanError(
+            f"A keep ratio is a number such as 0.7, or one for each stage such as 0.7,0.5,0.3; "
+            f"found {text!r}."
+        ) from None
+    return ratios[0] if len(ratios) == 1 else ratios
+
+
+def _read_input(directory: Path) -> _Input | None:
+    file = directory / INPUT
+    if not file.exists():
+        return None
+    try:
+        return _Input.model_validate_json(file.read_text(encoding="utf-8"))
+    except (ValidationError, UnicodeDecodeError) as error:
+        raise CheckpointError(
+            f"{str(file)!r} is damaged: {error}. Delete it to prepare images as the recipe's host "
+            "takes them by itself."
+        ) from error
+
+
+def _short(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:6])}{', ...' if len(names) > 6 else ''} ({len(names)})"

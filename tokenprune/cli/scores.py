@@ -1,0 +1,51 @@
+"""Accuracy and cost of a wrapped model's paths, as a table."""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from tokenprune.profile import profile
+from tokenprune.program import Path
+from tokenprune.report.table import Table
+from tokenprune.train import DataBundle, evaluate
+
+__all__ = ["PATH_NAMES", "score_table"]
+
+PATH_NAMES: dict[Path, str] = {
+    "gather": "pruned (gather)",
+    "mask": "pruned (mask)",
+    "dense": "nothing pruned",
+}
+
+
+def score_table(
+    model: nn.Module,
+    data: DataBundle,
+    paths: Sequence[Path] = ("dense", "gather"),
+    batch_size: int = 256,
+) -> Table:
+    """Evaluate a wrapped model on the held-out images.
+
+    Args:
+        model: What `wrap` returned.
+        data: Its `eval` part is used.
+        paths: Which to run.
+        batch_size: Images per forward.
+    """
+    counted = profile(model)
+    gmacs = {
+        "gather": f"{counted.gmacs:.4g}",
+        "mask": "as dense, and more",
+        "dense": f"{counted.dense_gmacs:.4g}",
+    }
+    rows = tuple(
+        (
+            PATH_NAMES[path],
+            f"{100 * evaluate(model, data, path=path, batch_size=batch_size):.2f} %",
+            gmacs[path],
+        )
+        for path in paths
+    )
+    images = len(data.eval)  # type: ignore[arg-type]
+    title = f"{images} held-out images of {data.name}"
+    return Table(title, ("path", "accuracy", "GMACs"), rows)

@@ -1,0 +1,109 @@
+"""`tokenprune train`: wrap the host of a recipe, train it, save it."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tokenprune.checkpoint import save
+from tokenprune.cli.console import bar, say, show, working
+from tokenprune.cli.hosts import host_section
+from tokenprune.errors import HostError
+from tokenprune.recipe import load_recipe
+from tokenprune.wrap import wrap
+
+__all__ = ["train"]
+
+
+def train(
+    recipe: Annotated[str, typer.Argument(help="Name of a shipped recipe, or a file.")],
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder of images: train/ and val/, or one subfolder a class. Default: "
+            "scikit-learn's digits."
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Where checkpoints go. Default: runs/RECIPE.")
+    ] = None,
+    model: Annotated[str, typer.Option(help="Another host: timm:NAME or transformers:TYPE.")] = "",
+    option: Annotated[
+        list[str] | None,
+        typer.Option("--option", "-o", help="KEY=VALUE for building that host; may be repeated."),
+    ] = None,
+    scratch: Annotated[
+        bool, typer.Option("--scratch", help="Start from random weights, not the published ones.")
+    ] = False,
+    host_weights: Annotated[
+        Path | None, typer.Option(help="Start from these weights of the dense host.")
+    ] = None,
+    dense_epochs: Annotated[
+        int, typer.Option(min=0, help="Train the dense host from scratch first.")
+    ] = 0,
+    epochs: Annotated[int | None, typer.Option(help="Instead of the recipe's.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Instead of the recipe's.")] = None,
+    accumulation_steps: Annotated[
+        int, typer.Option(min=1, help="Backward passes to one optimiser step.")
+    ] = 1,
+    image_size: Annotated[int | None, typer.Option(help="Instead of the recipe's.")] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read images.")] = 0,
+    resume: Annotated[
+        bool, typer.Option(help="Go on from the newest checkpoint in the output folder.")
+    ] = True,
+) -> None:
+    """Train the predictors and the host of a recipe; resumes by itself after a kill.
+
+    On several processes: torchrun --nproc-per-node 2 --no-python tokenprune train RECIPE
+    """
+    from tokenprune.cli.runs import is_main_process, load_host_weights, prepare, write_input
+    from tokenprune.cli.scores import score_table
+    from tokenprune.train import fit, pretrain
+
+    chosen = load_recipe(recipe)
+    if model:
+        section = host_section(model, option or ())
+        chosen = chosen.model_copy(update={"host": section})
+    elif option:
+        raise HostError("--option is for building another host; name it with --model.")
+    folder = output or Path("runs") / (chosen.name or "train")
+    published = not (scratch or host_weights or dense_epochs)
+    with working("building host, reading images"):
+        try:
+            run = prepare(chosen, data, pretrained=published, image_size=image_size)
+        except HostError as error:
+            if not published:
+                raise
+            raise HostError(
+                f"{error}\nIf there are no published weights, start from a file (--host-weights "
+                "FILE), train the dense host first (--dense-epochs N), or take random weights "
+                "(--scratch)."
+            ) from error
+        if host_weights is not None:
+            load_host_weights(run.model, host_weights)
+    resumes = resume and any(folder.glob("checkpoint-*"))
+    if dense_epochs and not resumes:
+        with bar("dense host") as step:
+            pretrain(run.model, run.data, dense_epochs, progress=step, seed=chosen.train.seed)
+    with working("wrapping"):
+        wrapped = wrap(run.model, chosen)
+    with bar("pruned model") as step:
+        fit(
+            None,
+            wrapped,
+            run.data,
+            folder,
+            epochs=epochs,
+            batch_size=batch_size,
+            accumulation_steps=accumulation_steps,
+            resume=resume,
+            progress=step,
+            num_workers=workers,
+        )
+    if is_main_process():
+        save(wrapped, folder)
+        write_input(folder, data, run)
+        with working("evaluating"):
+            table = score_table(wrapped, run.data)
+        show(table)
+        say(f"checkpoint   {folder}", f"look at it   tokenprune visualize {folder}")
