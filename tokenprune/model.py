@@ -257,6 +257,12 @@ def _checked_sets(pruning: Pruning, sets: Sequence[Tensor]) -> Sequence[Tensor]:
             f"Got keep_indices for {len(sets)} stages; the plan has {len(pruning.plan.blocks)}, "
             f"before blocks {list(pruning.plan.blocks)}. Give one [B, K] tensor per stage."
         )
+    wrong = [kept for kept in sets if not isinstance(kept, Tensor) or kept.ndim != 2]
+    if wrong:
+        found = f"shape {tuple(wrong[0].shape)}" if isinstance(wrong[0], Tensor) else wrong[0]
+        raise KeepIndicesError(
+            f"keep_indices must be [B, K] tensors of whole numbers, one per stage; found {found!r}."
+        )
     if pruning.plan.mode == "bypass":
         return sets
     for stage, (before, after) in enumerate(pairwise(sets), start=1):

@@ -45,11 +45,16 @@ class Plan:
             PlanError: A ratio is out of (0, 1], they grow, or their number is wrong.
         """
         stages = len(self.blocks)
+        asked = f"asked for keep_ratio={keep_ratio!r}"
         if isinstance(keep_ratio, int | float):
             ratios = tuple(float(f"{float(keep_ratio) ** (s + 1):.12g}") for s in range(stages))
         else:
-            ratios = tuple(float(ratio) for ratio in keep_ratio)
-        asked = f"asked for keep_ratio={keep_ratio!r}"
+            try:
+                ratios = tuple(float(ratio) for ratio in keep_ratio)
+            except (TypeError, ValueError):
+                raise PlanError(
+                    f"{asked}: give one number r for r, r^2, ..., or one number per stage."
+                ) from None
         if len(ratios) != stages:
             raise PlanError(
                 f"{asked}: {len(ratios)} ratios, but the plan has {stages} stages, before blocks "

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tokenprune.inputs import ExampleInputs, named_inputs
 from tokenprune.model import PrunedModel, pruning_of
-from tokenprune.passes.base import PREDICTORS
+from tokenprune.passes.base import CONTEXT, PREDICTORS
 from tokenprune.passes.bypass import bypassed_blocks
 from tokenprune.plan import Plan
 from tokenprune.program import Programs
@@ -147,9 +147,7 @@ def profile(model: nn.Module, example_inputs: ExampleInputs | None = None) -> Pr
             for entry in programs.traced.entries.values()
         }
         context = StageContext(num_keep=plan.counts(programs.traced.num_patches), sample=False)
-        pruned = _Count(model, programs, entries).over(
-            rewrite.graph, {**inputs, "context": context}
-        )
+        pruned = _Count(model, programs, entries).over(rewrite.graph, {**inputs, CONTEXT: context})
     numbers = range(len(spec.blocks))
     tokens = {**pruned.tokens, **_through_mlp(programs, plan)}
     return Profile(

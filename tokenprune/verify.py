@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from tokenprune.errors import VerificationError
 from tokenprune.inputs import ExampleInputs, named_inputs
 from tokenprune.model import ADDED, PrunedModel, pruning_of
 from tokenprune.ops.selection import gather_aligned
+from tokenprune.passes.base import CONTEXT
 from tokenprune.program import Path, Program, Programs
 from tokenprune.stages import StageContext
 from tokenprune.tracing.interpret import run
@@ -169,7 +170,7 @@ class _Proof:
         try:
             output, _, _ = program.run(self.model, context, **tensors)
         except RuntimeError as error:
-            at, inputs = None, {"context": context, **tensors}
+            at, inputs = None, {CONTEXT: context, **tensors}
             with suppress(RuntimeError):
                 for node, _ in run(self.model, program.rewrite.graph, inputs):
                     at = node.next
@@ -201,6 +202,11 @@ class _Proof:
         finally:
             torch.backends.mha.set_fastpath_enabled(fast)
         pruned = self._run("gather", whole)
+        if not dense:
+            raise VerificationError(
+                f"{type(self.model).__name__} returns no tensor that could be compared. Wrap a "
+                "model whose output is a tensor, or holds some in tuples, dicts or dataclasses."
+            )
         check = Check("keep_ratio 1 is the host", _difference(pruned, dense), 0.0)
         if not check.passed:
             self._refuse(check, "the gather path with every token kept is not the host")
@@ -297,7 +303,7 @@ class _Proof:
         return "at the output"
 
     def _values(self, program: Program) -> Iterator[tuple[fx.Node, Any]]:
-        inputs = {"context": self.context, **self.tensors}
+        inputs = {CONTEXT: self.context, **self.tensors}
         for node, value in run(self.model, program.rewrite.graph, inputs):
             origin = program.rewrite.origin(node)
             if origin is not None:
@@ -322,7 +328,14 @@ def _double(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _tensors(output: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+    """The tensors of an output, those inside plain dataclasses included."""
+    found: list[Tensor] = []
+    for leaf in tree_leaves(output):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif is_dataclass(leaf) and not isinstance(leaf, type):
+            found += _tensors([getattr(leaf, field.name) for field in fields(leaf)])
+    return found
 
 
 def _difference(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:

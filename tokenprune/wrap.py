@@ -71,6 +71,12 @@ def wrap(
         )
     if not isinstance(model, nn.Module):
         raise UnsupportedHostError(f"wrap needs an nn.Module, found {type(model).__name__}.")
+    inner = next((path for path, m in model.named_modules() if isinstance(m, PrunedModel)), None)
+    if inner is not None:
+        raise AlreadyWrappedError(
+            f"Module '{inner}' of this {type(model).__name__} is wrapped already. Use "
+            "tokenprune.unwrap on it first, or wrap only the outer model."
+        )
     _check_free(model)
     recipe = load_recipe(recipe)
     spec = describe(model, adapter)
@@ -109,6 +115,9 @@ def wrap(
             {str(block): light_branch(traced.num_channels, **_like(model))
              for block in bypassed_blocks(traced)}
         )  # fmt: skip
+    for name in (PREDICTORS, BYPASSES):
+        if name in modules:
+            modules[name].train(model.training)
     if verify:
         verify_model(wrapped, example, gradients=False)
     return wrapped
@@ -150,6 +159,12 @@ def _check_free(host: nn.Module) -> None:
 
 
 def _check_finite(host: nn.Module) -> None:
+    for name, buffer in host.named_buffers():  # -inf is common there: attention masks
+        if buffer.is_floating_point() and not buffer.is_meta and bool(buffer.isnan().any()):
+            raise NonFiniteWeightsError(
+                f"Buffer '{name}' of {type(host).__name__} holds NaN. Load a sound checkpoint "
+                "before wrapping."
+            )
     for name, tensor in host.named_parameters():
         if tensor.is_floating_point() and not tensor.is_meta and not torch.isfinite(tensor.sum()):
             bad = int((~torch.isfinite(tensor)).sum())
@@ -161,5 +176,5 @@ def _check_finite(host: nn.Module) -> None:
 
 
 def _like(host: nn.Module) -> dict[str, Any]:
-    like = next(p for p in host.parameters() if p.is_floating_point())
+    like = next((p for p in host.parameters() if p.is_floating_point()), torch.empty(0))
     return {"device": like.device, "dtype": like.dtype}

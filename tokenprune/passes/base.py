@@ -12,9 +12,10 @@ from tokenprune.errors import LeakError, UnsupportedHostError
 from tokenprune.plan import Plan
 from tokenprune.tracing.traced import Traced
 
-__all__ = ["PREDICTORS", "Pass", "Rewrite", "run_passes"]
+__all__ = ["CONTEXT", "PREDICTORS", "Pass", "Rewrite", "run_passes"]
 
 PREDICTORS = "token_predictors"
+CONTEXT = "tokenprune_context"  # a name that no host gives an argument
 
 
 class Rewrite:
@@ -30,7 +31,7 @@ class Rewrite:
     def __init__(self, root: nn.Module, traced: Traced, axes: TokenAxes, plan: Plan) -> None:
         self.root, self.traced, self.axes, self.plan = root, traced, axes, plan
         self.graph = fx.Graph()
-        self.context = self.graph.placeholder("context")
+        self.context = self.graph.placeholder(CONTEXT)
         self._copies: dict[fx.Node, fx.Node] = {}
         output = self.graph.graph_copy(traced.graph, self._copies)
         self._origins = {copy: node for node, copy in self._copies.items()}
@@ -111,10 +112,13 @@ class Rewrite:
         site = self.output_site()
         fields = dict(site.kwargs) or {"output": site.args[0]}
         leaves, _ = tree_flatten_with_path(fields)
+        named = [(f"{p[0].key}{keystr(p[1:])}", leaf) for p, leaf in leaves]  # type: ignore[attr-defined]
         return [
-            (f"{path[0].key}{keystr(path[1:])}", leaf)  # type: ignore[attr-defined]
-            for path, leaf in leaves
-            if isinstance(leaf, fx.Node) and self.dims(leaf)
+            (field, node)
+            for field, leaf in named
+            if isinstance(leaf, fx.Node)
+            for node in _made_of(leaf)
+            if self.dims(node)
         ]
 
     def predictor(self, before: fx.Node, stage: int) -> fx.Node:
@@ -129,6 +133,13 @@ class Rewrite:
             for node in self.nodes()
             for source, aligned in self.axes.aligned.get(self._origins[node], {}).items()
         ]
+
+
+def _made_of(node: fx.Node) -> list[fx.Node]:
+    """A node, or what went into it if it makes an output object."""
+    if not isinstance(node.target, type):
+        return [node]
+    return [inner for used in node.all_input_nodes for inner in _made_of(used)]
 
 
 class Pass(ABC):

@@ -11,6 +11,11 @@ from tokenprune.tracing.tracer import enter_block
 
 __all__ = ["Emit"]
 
+WRITES = frozenset(
+    getattr(operator, name)
+    for name in ("setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "ior", "iand")
+)
+
 
 class Emit(Pass):
     """Return (host output, stage records, patch tokens).
@@ -62,4 +67,4 @@ def _has_effect(node: fx.Node) -> bool:
         return bool(node.users)
     name = getattr(node.target, "__name__", str(node.target))
     writes = name.endswith("_") and not name.endswith("__")
-    return writes or node.target in (operator.setitem, operator.iadd, operator.imul, operator.isub)
+    return writes or node.target in WRITES

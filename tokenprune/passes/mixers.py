@@ -7,7 +7,7 @@ node. `Mixing` does the look-ups; each rule says in a few lines what is masked.
 
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -169,12 +169,17 @@ def _reduction(masked: Callable[..., Any]) -> Rule:
     return rule
 
 
-def masked_max(
-    x: torch.Tensor, policy: torch.Tensor, dim: int, keepdim: bool = False
-) -> tuple[torch.Tensor, None]:
+class Maximum(NamedTuple):
+    """What `torch.max(x, dim)` returns, without positions."""
+
+    values: torch.Tensor
+    indices: None = None
+
+
+def masked_max(x: torch.Tensor, policy: torch.Tensor, dim: int, keepdim: bool = False) -> Maximum:
     """`torch.max(x, dim)` over kept tokens. Positions are not formed: a host that reads them fails
     by name instead of getting positions among all tokens."""
-    return masked_amax(x, policy, dim, keepdim), None
+    return Maximum(masked_amax(x, policy, dim, keepdim))
 
 
 def _average_pool(mixing: Mixing, node: fx.Node) -> None:
