@@ -28,7 +28,7 @@ BATCHES = (1, 64)
 
 def demo(
     output: Annotated[Path, typer.Option(help="Where everything is written.")] = Path("runs/demo"),
-    dense_epochs: Annotated[int, typer.Option(min=1, help="Of the dense host.")] = 16,
+    dense_epochs: Annotated[int, typer.Option(min=1, help="Of the dense host.")] = 12,
     epochs: Annotated[int | None, typer.Option(help="Of the fine-tuning; the recipe's.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Of the timing.")] = 9,
     recipe: Annotated[str, typer.Option(help="Name or file; must name a host.")] = RECIPE,
