@@ -180,6 +180,7 @@ _ALL = (
         blocks=(1, 3),
         described=False,
     ),
+    Toy("max_values", partial(odd.Pooled, lambda x: torch.max(x, dim=1).values, 0), 0),
 )
 TOYS: dict[str, Toy] = {toy.name: toy for toy in _ALL}
 
@@ -196,10 +197,6 @@ GAPS: dict[str, tuple[Toy, str]] = {
     "caches_globally": (
         Toy("caches_globally", odd.CachesGlobally, **BOTH),
         "what a cached function returned while tracing stays in its cache",
-    ),
-    "max_values": (
-        Toy("max_values", partial(odd.Pooled, lambda x: torch.max(x, dim=1).values, 0), 0),
-        "masked_max returns a plain tuple, so `.values` fails in the mask path",
     ),
     "in_place_at_entry": (
         Toy("in_place_at_entry", partial(Vit, 1, blocks.InPlaceAtEntry)),

@@ -305,4 +305,10 @@ def test_training_is_the_papers(name: str, seed: int, ratio_weight: float) -> No
         scale = gradient.norm()
         if "token_predictors" in key:
             assert scale > 0, key
+            # of the predictor's gradient as a whole: in a last bias the two classes nearly cancel,
+            # and what is left is of the size of the published eps
+            predictor = key[: key.index(".", len("token_predictors."))]
+            scale = torch.stack(
+                [g.norm() for k, g in zip(trained, theirs, strict=True) if k.startswith(predictor)]
+            ).norm()
         assert (found - gradient).norm() <= PARITY * scale + 1e-12, key

@@ -21,7 +21,7 @@ SMALL_SWIN += ["num_heads=[2, 4]"]
 
 
 def run(*arguments: str) -> Any:
-    return CliRunner().invoke(app, list(arguments))
+    return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "140"})
 
 
 def inspect(model: str, *options: str, rest: tuple[str, ...] = ()) -> Any:

@@ -41,7 +41,7 @@ HF += ["patch_size=4"]
 
 
 def run(*arguments: str | Path) -> Any:
-    return CliRunner().invoke(app, list(map(str, arguments)))
+    return CliRunner().invoke(app, list(map(str, arguments)), env={"COLUMNS": "140"})
 
 
 def options(texts: list[str]) -> list[str]:

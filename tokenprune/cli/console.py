@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 from rich import box
 from rich.console import Console
@@ -40,7 +40,9 @@ def show(table: Table) -> None:
         title=Text(table.title, style="bold"), title_justify="left", box=box.SIMPLE_HEAD
     )
     for number, column in enumerate(table.columns):
-        drawn.add_column(Text(column), justify="right" if number else "left", overflow="fold")
+        # names come first and are never cut: they are what one copies
+        justify: Literal["left", "right"] = "right" if number else "left"
+        drawn.add_column(Text(column), justify=justify, overflow="fold", no_wrap=not number)
     for row in table.rows:
         drawn.add_row(*map(Text, row))
     _console().print(drawn)
