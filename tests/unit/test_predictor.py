@@ -138,3 +138,13 @@ def test_the_activation_and_a_new_start() -> None:
     before = predictor.in_proj[1].weight.clone()
     predictor.reset_parameters()
     assert not torch.equal(before, predictor.in_proj[1].weight)
+
+
+def test_an_image_is_scored_alone() -> None:
+    torch.manual_seed(0)
+    predictor, tokens = TokenPredictor(8), torch.randn(3, 5, 8)
+    decision = (torch.rand(3, 5) > 0.4).float()
+    together = predictor(tokens, decision)
+    for image in range(3):
+        alone = predictor(tokens[image : image + 1], decision[image : image + 1])
+        torch.testing.assert_close(alone[0], together[image])
