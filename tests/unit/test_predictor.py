@@ -142,7 +142,7 @@ def test_the_activation_and_a_new_start() -> None:
 
 def test_an_image_is_scored_alone() -> None:
     torch.manual_seed(0)
-    predictor, tokens = TokenPredictor(8), torch.randn(3, 5, 8)
+    predictor, tokens = TokenPredictor(8, init_std=1.0), torch.randn(3, 5, 8)
     decision = (torch.rand(3, 5) > 0.4).float()
     together = predictor(tokens, decision)
     for image in range(3):
