@@ -1,0 +1,28 @@
+"""Toys that the engine cannot prune yet: each a strict xfail."""
+
+import pytest
+
+import tokenprune
+from tests.properties.hosts import GAPS, Toy
+from tests.properties.theorem_case import same_bits, tensors
+
+
+@pytest.mark.parametrize(
+    "gap",
+    [
+        pytest.param(toy, id=name, marks=pytest.mark.xfail(strict=True, reason=reason))
+        for name, (toy, reason) in GAPS.items()
+    ],
+)
+def test_known_gaps(gap: Toy) -> None:
+    """What a host of `TOYS` can do. A toy that passes here belongs there."""
+    host = gap.build()
+    dense = tensors(gap.build()(**gap.inputs()))
+    model = gap.wrap(host)
+    tokenprune.verify(model, gap.inputs())
+    for size in gap.sizes:
+        model.train()
+        sum(t.sum() for t in tensors(model(**gap.inputs(3, size)))).backward()  # type: ignore[union-attr]
+        model.eval()
+        model(**gap.inputs(3, size))
+    assert same_bits(host(**gap.inputs()), dense)
