@@ -24,6 +24,7 @@ from torch.fx.node import map_aggregate
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
 from tokenprune.tracing.decompose import DECOMPOSED
+from tokenprune.tracing.functions import functions_recorded
 from tokenprune.tracing.proxy import ValueProxy, concrete
 
 __all__ = ["Provenance", "ValueTracer", "enter_block", "tensor_attribute"]
@@ -31,13 +32,6 @@ __all__ = ["Provenance", "ValueTracer", "enter_block", "tensor_attribute"]
 MODULE_CALL = nn.Module.__call__
 MODULE_GETATTR = nn.Module.__getattr__
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-# Functions that make a tensor out of plain numbers. Patched while tracing: their C argument parser
-# would turn a symbolic size into an int before any mode sees the call.
-FACTORIES = (
-    *("arange", "empty", "eye", "full", "linspace", "logspace", "ones", "rand", "randint", "randn"),
-    *("randperm", "range", "scalar_tensor", "tensor", "tril_indices", "triu_indices", "zeros"),
-    *("as_tensor", "meshgrid", "from_numpy", "normal"),
-)
 # Answers about a tensor that are plain Python; never nodes.
 INQUIRIES = frozenset({"is_floating_point", "is_complex", "is_tensor", "dim", "get_device"})
 OWN_FILES = ("/torch/", "/tokenprune/", "/unittest/", "/contextlib.py", "/functools.py")
@@ -205,21 +199,10 @@ class ValueTracer(fx.Tracer):
         with ExitStack() as stack:
             stack.enter_context(mock.patch.object(nn.Module, "__call__", call))
             stack.enter_context(mock.patch.object(nn.Module, "__getattr__", getattribute))
-            for name in FACTORIES:
-                stack.enter_context(mock.patch.object(torch, name, self._factory(name)))
+            stack.enter_context(functions_recorded(self))
             stack.enter_context(torch.no_grad())
             stack.enter_context(_Recorder(self))
             yield
-
-    def _factory(self, name: str) -> Callable[..., Any]:
-        original = getattr(torch, name)
-
-        def make(*args: Any, **kwargs: Any) -> Any:
-            if self.executing:
-                return original(*args, **kwargs)
-            return self.create_proxy("call_function", original, args, kwargs)
-
-        return make
 
     def _attribute(self, tensor: torch.Tensor) -> Any:
         name = self._names.get(id(tensor))

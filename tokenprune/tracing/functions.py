@@ -1,0 +1,86 @@
+"""torch's own functions while a host is traced: those that no proxy may enter are patched.
+
+A function mode sees most calls with a proxy. It does not see those of C code that reads arguments
+first and takes a proxy for the tensor or the number that it says it is.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from types import BuiltinFunctionType
+from typing import Any, Protocol
+from unittest import mock
+
+import torch
+from torch import autograd
+
+from tokenprune.tracing.proxy import ValueProxy
+
+__all__ = ["functions_recorded"]
+
+# Functions that make a tensor out of plain numbers: their C argument parser would turn a symbolic
+# size into an int before any mode sees the call. Recorded whatever they are given.
+FACTORIES = (
+    *("arange", "empty", "eye", "full", "linspace", "logspace", "ones", "rand", "randint", "randn"),
+    *("randperm", "range", "scalar_tensor", "tensor", "tril_indices", "triu_indices", "zeros"),
+    *("as_tensor", "meshgrid", "from_numpy", "normal"),
+)
+# torch's other functions, recorded when given a proxy: where a number or a tensor is taken in one
+# place, their C argument parser believes a proxy that it is a tensor, reads it, and crashes.
+BUILT_IN = tuple(
+    name
+    for name in dir(torch._C._VariableFunctions)
+    if not name.startswith(("_", "is_", "get_"))
+    and name not in (*FACTORIES, "result_type", "can_cast", "promote_types")
+    and isinstance(getattr(torch, name, None), BuiltinFunctionType)
+)
+
+
+class Recorder(Protocol):
+    """What a tracer gives."""
+
+    executing: bool
+
+    def create_proxy(
+        self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Make a node."""
+        ...
+
+
+@contextmanager
+def functions_recorded(tracer: Recorder) -> Iterator[None]:
+    """Patch torch's functions so that calls with proxies become nodes of `tracer`."""
+    with ExitStack() as stack:
+        for name in (*FACTORIES, *BUILT_IN):
+            stack.enter_context(mock.patch.object(torch, name, _recorded(tracer, name)))
+        stack.enter_context(mock.patch.object(torch.jit.ScriptFunction, "__call__", _inside))
+        stack.enter_context(mock.patch.object(autograd.Function, "apply", _no_custom_gradient))
+        yield
+
+
+def _recorded(tracer: Recorder, name: str) -> Callable[..., Any]:
+    original, makes = getattr(torch, name), name in FACTORIES
+
+    def record(*args: Any, **kwargs: Any) -> Any:
+        if tracer.executing or not (makes or _holds_proxy(args) or _holds_proxy(kwargs)):
+            return original(*args, **kwargs)
+        return tracer.create_proxy("call_function", original, args, kwargs)
+
+    return record
+
+
+def _holds_proxy(value: Any) -> bool:
+    if type(value) in (tuple, list):
+        return any(map(_holds_proxy, value))
+    if type(value) is dict:
+        return any(map(_holds_proxy, value.values()))
+    return type(value) is ValueProxy
+
+
+def _inside(function: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run the Python source of a scripted function: proxies cannot enter its compiled code."""
+    return function._torchdynamo_inline(*args, **kwargs)
+
+
+def _no_custom_gradient(*args: Any, **kwargs: Any) -> Any:
+    raise NotImplementedError("a torch.autograd.Function, whose gradient no graph can hold")
