@@ -3,6 +3,7 @@
 from tokenprune import errors, losses
 from tokenprune.arch import ArchSpec, ExampleInput, list_adapters, register_adapter
 from tokenprune.checkpoint import load, save
+from tokenprune.convert import convert_dynamicvit, load_dynamicvit
 from tokenprune.profile import Profile, profile
 from tokenprune.pruning_trace import PruningTrace, StageTrace
 from tokenprune.recipe import Recipe, list_recipes
@@ -17,10 +18,12 @@ __all__ = [
     "PruningTrace",
     "Recipe",
     "StageTrace",
+    "convert_dynamicvit",
     "errors",
     "list_adapters",
     "list_recipes",
     "load",
+    "load_dynamicvit",
     "losses",
     "profile",
     "register_adapter",

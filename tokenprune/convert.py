@@ -101,7 +101,7 @@ def convert_dynamicvit(
         PlanError: A keep ratio that leaves a stage none.
 
     Example:
-        >>> done = tokenprune.convert.convert_dynamicvit("dynamicvit_deit-s_r0.7.pth", "deit-s-0.7")
+        >>> done = tokenprune.convert_dynamicvit("dynamicvit_deit-s_r0.7.pth", "deit-s-0.7")
         >>> model = tokenprune.load(done.path, done.build_host())
     """
     if directory is not None and Path(directory).is_file():

@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
 from tokenprune.tracing.decompose import DECOMPOSED
 from tokenprune.tracing.functions import functions_recorded
+from tokenprune.tracing.kept import attributes_kept
 from tokenprune.tracing.proxy import ValueProxy, concrete
 
 __all__ = ["Provenance", "ValueTracer", "enter_block", "tensor_attribute"]
@@ -72,35 +73,6 @@ def _named_tensors(root: nn.Module) -> Iterator[tuple[int, str]]:
         for name, value in held.items():
             if isinstance(value, torch.Tensor):
                 yield id(value), prefix + name
-
-
-@contextmanager
-def _attributes_kept(root: nn.Module) -> Iterator[None]:
-    """Give every module its attributes back, hooks included: a host may write to itself in forward
-    (a cache, a window size, a capturing hook), and a value of a trace must not stay there."""
-    held = [
-        kept
-        for module in root.modules()
-        for kept in (vars(module), *vars(module).values())
-        if isinstance(kept, dict | list)
-    ]
-    before: list[tuple[Any, Any]] = [
-        (kept, list(kept) if isinstance(kept, list) else dict(kept)) for kept in held
-    ]
-    try:
-        yield
-    finally:
-        for kept, values in before:
-            if isinstance(kept, list):
-                kept[:] = values
-            elif not _same(kept, values):
-                kept.clear()
-                kept.update(values)
-
-
-def _same(ours: dict[Any, Any], theirs: dict[Any, Any]) -> bool:
-    """Whether two dicts hold the same objects; what they hold is not compared."""
-    return len(ours) == len(theirs) and all(ours.get(k, ours) is v for k, v in theirs.items())
 
 
 def _given(built: Any) -> Iterator[tuple[str, Any]]:
@@ -173,7 +145,7 @@ class ValueTracer(fx.Tracer):
             if isinstance(value, torch.Tensor):
                 value = self.create_proxy("placeholder", name, (), {}, value=value)
             arguments[name] = value
-        with self._patched(), _attributes_kept(self.root):
+        with self._patched(), attributes_kept(self.root):
             output = forward(**arguments)
             self.create_node("output", "output", (self.create_arg(output),), {})
         return self.graph

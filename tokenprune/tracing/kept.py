@@ -1,0 +1,52 @@
+"""Give a host back what running it may change: its attributes and the values of its buffers."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["attributes_kept", "buffers_kept"]
+
+
+@contextmanager
+def attributes_kept(root: nn.Module) -> Iterator[None]:
+    """Give every module its attributes back, hooks included: a host may write to itself in forward
+    (a cache, a window size, a capturing hook), and a value of a trace must not stay there."""
+    held = [
+        kept
+        for module in root.modules()
+        for kept in (vars(module), *vars(module).values())
+        if isinstance(kept, dict | list)
+    ]
+    before: list[tuple[Any, Any]] = [
+        (kept, list(kept) if isinstance(kept, list) else dict(kept)) for kept in held
+    ]
+    try:
+        yield
+    finally:
+        for kept, values in before:
+            if isinstance(kept, list):
+                kept[:] = values
+            elif not _same(kept, values):
+                kept.clear()
+                kept.update(values)
+
+
+@contextmanager
+def buffers_kept(root: nn.Module) -> Iterator[None]:
+    """Give every buffer its values back: some hosts count their calls in one."""
+    before = [(buffer, buffer.clone()) for buffer in root.buffers() if not buffer.is_meta]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, values in before:
+                if not torch.equal(buffer, values):
+                    buffer.copy_(values)
+
+
+def _same(ours: dict[Any, Any], theirs: dict[Any, Any]) -> bool:
+    """Whether two dicts hold the same objects; what they hold is not compared."""
+    return len(ours) == len(theirs) and all(ours.get(k, ours) is v for k, v in theirs.items())
