@@ -1,9 +1,11 @@
 """How many patch tokens a stage keeps."""
 
 import math
+from collections.abc import Sequence
+from itertools import groupby
 from typing import Literal
 
-__all__ = ["Rounding", "num_keep"]
+__all__ = ["Rounding", "counts_in_words", "num_keep"]
 
 Rounding = Literal["floor", "ceil", "round"]
 
@@ -41,3 +43,16 @@ def num_keep(num_patches: int, keep_ratio: float, rounding: Rounding = "floor") 
     else:
         count = math.floor(exact + 0.5 + _FLOAT_NOISE)
     return min(max(count, 1), num_patches)
+
+
+def counts_in_words(patches: Sequence[int], kept: Sequence[int]) -> str:
+    """The way of the tokens: `196 -> 137 -> 96 -> 67`, with grids apart `784 -> 548, 196 -> 96`.
+
+    Args:
+        patches: N of each stage.
+        kept: K of each stage.
+    """
+    grids = groupby(zip(patches, kept, strict=True), key=lambda pair: pair[0])
+    return ", ".join(
+        " -> ".join(map(str, (total, *(count for _, count in pairs)))) for total, pairs in grids
+    )

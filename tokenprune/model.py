@@ -227,7 +227,6 @@ class PrunedModel(nn.Module):
                 arguments,
                 pruning.spec.blocks,
                 pruning.plan.blocks,
-                pruning.plan.num_prefix_tokens,
             )
             return Programs.analyse(pruning.host, traced, pruning.plan, final, pruning.restore)
 
@@ -236,11 +235,11 @@ class PrunedModel(nn.Module):
     ) -> StageContext:
         pruning = self._pruning
         overrides, sampling = pruning.overrides, pruning.recipe.sampling
-        num_patches = programs.traced.num_patches
+        num_patches = programs.num_patches
         if overrides.keep_indices is not None:
             batch_size = next(v for v in arguments.values() if isinstance(v, Tensor)).shape[0]
-            for kept in overrides.keep_indices:
-                check_keep_indices(kept, batch_size=batch_size, num_patches=num_patches)
+            for kept, patches in zip(overrides.keep_indices, num_patches, strict=True):
+                check_keep_indices(kept, batch_size=batch_size, num_patches=patches)
         return StageContext(
             num_keep=pruning.plan.counts(num_patches),
             sample=path == "mask" and self.training,
@@ -291,7 +290,7 @@ def _stage_traces(
             before is not None and programs.plan.mode == "remove"
         ):  # removed tokens have no logits of their own any more
             gone = torch.tensor([float("-inf"), 0.0], device=logits.device, dtype=logits.dtype)
-            everyone = gone.expand(logits.shape[0], programs.traced.num_patches, 2)
+            everyone = gone.expand(logits.shape[0], programs.num_patches[0], 2)
             logits = everyone.scatter(1, before.unsqueeze(-1).expand(-1, -1, 2), logits)
         decision = logits.new_zeros(logits.shape[:2]).scatter(1, kept, 1.0)
         stages.append(StageTrace(logits, decision, kept, kept.shape[1]))

@@ -31,9 +31,10 @@ class Plan:
     num_prefix_tokens: int
     rounding: Rounding
 
-    def counts(self, num_patches: int) -> tuple[int, ...]:
-        """K of each stage, out of N patches."""
-        return tuple(num_keep(num_patches, ratio, self.rounding) for ratio in self.keep_ratios)
+    def counts(self, num_patches: Sequence[int]) -> tuple[int, ...]:
+        """K of each stage, out of the N patches that each sees."""
+        pairs = zip(num_patches, self.keep_ratios, strict=True)
+        return tuple(num_keep(patches, ratio, self.rounding) for patches, ratio in pairs)
 
     def with_keep_ratio(self, keep_ratio: float | Sequence[float]) -> "Plan":
         """The same stages with other ratios.
@@ -86,15 +87,11 @@ def bind(recipe: Recipe, spec: ArchSpec) -> Plan:
             f"(0 to {len(spec.blocks) - 1}), found by adapter {spec.adapter!r}. Name blocks that "
             "exist."
         )
-    if recipe.mode != spec.mode:
-        reason = (
-            "it keeps a grid of tokens, from which none can be removed"
-            if spec.mode == "bypass"
-            else "its tokens can leave, which saves more than skipping the MLP"
-        )
+    if (recipe.mode, spec.mode) == ("remove", "bypass"):
         raise PlanError(
-            f"{named} has `mode: {recipe.mode}`, but this host (adapter {spec.adapter!r}) needs "
-            f"`mode: {spec.mode}`: {reason}. Change the recipe's mode or pick another recipe."
+            f"{named} has `mode: remove`, but this host (adapter {spec.adapter!r}) needs "
+            "`mode: bypass`: it keeps a grid of tokens, from which none can be removed. Change the "
+            "recipe's mode or pick another recipe."
         )
     return Plan(
         mode=recipe.mode,

@@ -16,7 +16,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from tokenprune.inputs import ExampleInputs, named_inputs
 from tokenprune.model import PrunedModel, pruning_of
 from tokenprune.passes.base import CONTEXT, PREDICTORS
-from tokenprune.passes.bypass import bypassed_blocks
 from tokenprune.plan import Plan
 from tokenprune.program import Programs
 from tokenprune.stages import StageContext
@@ -41,7 +40,8 @@ class Profile:
     Attributes:
         host: Class of the host.
         mode: `remove` or `bypass`.
-        num_patches: N.
+        num_patches: N at the first stage.
+        patches_per_stage: N of each stage; all the same where tokens leave.
         num_prefix_tokens: P; the blocks process these beside the patch tokens.
         stages: The block before which each stage stands.
         blocks: Module paths of the blocks.
@@ -57,6 +57,7 @@ class Profile:
     host: str
     mode: str
     num_patches: int
+    patches_per_stage: tuple[int, ...]
     num_prefix_tokens: int
     stages: tuple[int, ...]
     blocks: tuple[str, ...]
@@ -146,14 +147,15 @@ def profile(model: nn.Module, example_inputs: ExampleInputs | None = None) -> Pr
             entry: rewrite.copy_of(_tokens_into(entry, programs))
             for entry in programs.traced.entries.values()
         }
-        context = StageContext(num_keep=plan.counts(programs.traced.num_patches), sample=False)
+        context = StageContext(num_keep=plan.counts(programs.num_patches), sample=False)
         pruned = _Count(model, programs, entries).over(rewrite.graph, {**inputs, CONTEXT: context})
     numbers = range(len(spec.blocks))
     tokens = {**pruned.tokens, **_through_mlp(programs, plan)}
     return Profile(
         host=type(model).__name__,
         mode=plan.mode,
-        num_patches=programs.traced.num_patches,
+        num_patches=programs.num_patches[0],
+        patches_per_stage=programs.num_patches,
         num_prefix_tokens=plan.num_prefix_tokens,
         stages=plan.blocks,
         blocks=spec.blocks,
@@ -208,14 +210,8 @@ def _tokens_into(entry: fx.Node, programs: Programs) -> fx.Node:
 
 def _through_mlp(programs: Programs, plan: Plan) -> dict[int, int]:
     """Block -> kept tokens, for the blocks whose MLP dropped tokens go around (bypass mode)."""
-    traced = programs.traced
-    if plan.mode == "remove":
-        return {}
-    counts = plan.counts(traced.num_patches)
-    return {
-        block: counts[max(s for s, start in enumerate(plan.blocks) if start <= block)]
-        for block in bypassed_blocks(traced)
-    }
+    counts = plan.counts(programs.num_patches)
+    return {block: counts[region.stage] for block, region in programs.regions.items()}
 
 
 class _Count:

@@ -23,6 +23,7 @@ from tokenprune.passes.gather import (
 from tokenprune.passes.mask import MaskMixers, MaskStages
 from tokenprune.passes.restore import RestoreOutputs, put_back, put_back_masked
 from tokenprune.plan import Plan
+from tokenprune.regions import Grid, Region, find_regions, stage_grids
 from tokenprune.tracing.traced import Traced
 
 __all__ = ["PATHS", "Path", "Program", "Programs"]
@@ -63,9 +64,12 @@ class Programs:
     traced: Traced
     axes: TokenAxes
     plan: Plan
+    grids: tuple[Grid, ...]
+    """The tokens that each stage sees."""
+    regions: Mapping[int, Region]
+    """Bypass mode: block -> what dropped tokens go around there."""
     final: str
     restore: bool | None
-    batch_size: int
     _made: dict[Path, Program] = field(default_factory=dict)
 
     @classmethod
@@ -75,10 +79,14 @@ class Programs:
         """Probe a trace and keep what the passes need.
 
         Raises:
-            PlanError: The stages see tokens of different numbers or widths.
+            PlanError: A stage sees no patch tokens; or, where tokens leave, stages see other ones.
             UnsupportedHostError: A node cannot run with fewer tokens, or `final` does not run.
         """
-        _check_one_stretch(traced, plan)
+        grids = stage_grids(root, traced, plan)
+        bypass = plan.mode == "bypass"
+        if not bypass:
+            _check_one_stretch(traced, plan)
+        regions = find_regions(root, traced, plan, grids) if bypass else {}
         if final not in traced.module_outputs:
             raise UnsupportedHostError(
                 f"Module '{final}', whose output should be the final tokens, returns no tensor in "
@@ -91,10 +99,19 @@ class Programs:
             traced.burnt,
             plan.blocks,
             plan.num_prefix_tokens,
-            tokens_leave=plan.mode == "remove",
+            tokens_leave=not bypass,
         )
-        first = next(n for n in traced.graph.nodes if n.op == "placeholder")
-        return cls(traced, axes, plan, final, restore, batch_size=int(first.meta["val"].shape[0]))
+        return cls(traced, axes, plan, grids, regions, final, restore)
+
+    @property
+    def num_patches(self) -> tuple[int, ...]:
+        """N of each stage; all the same where tokens leave."""
+        return tuple(grid.num_patches for grid in self.grids)
+
+    @property
+    def batch_size(self) -> int:
+        """B of the trace."""
+        return self.traced.batch_size
 
     def get(self, root: nn.Module, path: Path) -> Program:
         """The program of `path`.
@@ -112,16 +129,19 @@ class Programs:
         bypass = self.plan.mode == "bypass"
         edits: Mapping[Path, list[Pass]] = {
             "dense": [],
-            "mask": [BypassMask()] if bypass else [MaskStages(), MaskMixers()],
-            "gather": [BypassGather()]
+            "mask": [BypassMask(self.grids, self.regions)]
+            if bypass
+            else [MaskStages(), MaskMixers()],
+            "gather": [BypassGather(self.grids, self.regions)]
             if bypass
             else [KeepTablesWhole(), GatherStages(), ResizeTables(), GatherAligned()],
         }
         allowed = bypass or path == "dense" or self.restore is not None
         if self.restore and not bypass and path != "dense":
             put = put_back if path == "gather" else put_back_masked
-            return [*edits[path], RestoreOutputs(put), Emit(self.final, allowed)]
-        return [*edits[path], Emit(self.final, allowed)]
+            edits = {**edits, path: [*edits[path], RestoreOutputs(put)]}
+        emit = Emit(self.final, self.grids[-1].layout.channels_first, allowed)
+        return [*edits[path], emit]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Programs":
         return self

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
+from tokenprune.counting import counts_in_words
 from tokenprune.errors import VerificationError
 from tokenprune.inputs import ExampleInputs, named_inputs
 from tokenprune.model import ADDED, PrunedModel, pruning_of
@@ -53,7 +54,8 @@ class Certificate:
         host: Class of the host.
         adapter: Adapter that described it.
         mode: `remove` or `bypass`.
-        num_patches: N.
+        num_patches: N at the first stage.
+        patches_per_stage: N of each stage; all the same where tokens leave.
         num_prefix_tokens: P.
         num_keep: K of each stage.
         checks: One entry per theorem that was run.
@@ -63,6 +65,7 @@ class Certificate:
     adapter: str
     mode: str
     num_patches: int
+    patches_per_stage: tuple[int, ...]
     num_prefix_tokens: int
     num_keep: tuple[int, ...]
     checks: tuple[Check, ...]
@@ -73,7 +76,7 @@ class Certificate:
         return max(c.error for c in self.checks if c.name.startswith("mask = gather"))
 
     def __str__(self) -> str:
-        kept = " -> ".join(map(str, (self.num_patches, *self.num_keep)))
+        kept = counts_in_words(self.patches_per_stage, self.num_keep)
         lines = [f"{self.host} ({self.adapter}, {self.mode}): {kept} patch tokens"]
         lines += [f"  {c.name:<44} {c.error:.1e} (bound {c.bound:.0e})" for c in self.checks]
         return "\n".join(lines)
@@ -106,7 +109,8 @@ def verify(
         host=type(model).__name__,
         adapter=pruning.spec.adapter,
         mode=pruning.plan.mode,
-        num_patches=proof.num_patches,
+        num_patches=proof.num_patches[0],
+        patches_per_stage=proof.num_patches,
         num_prefix_tokens=pruning.plan.num_prefix_tokens,
         num_keep=pruning.plan.counts(proof.num_patches),
         checks=tuple(checks),
@@ -130,7 +134,7 @@ class _Proof:
     def __init__(self, model: PrunedModel, inputs: Mapping[str, Any]) -> None:
         self.model, self.inputs, self.host = model, inputs, pruning_of(model).host
         self.programs: Programs = model._programs(inputs)
-        self.num_patches = self.programs.traced.num_patches
+        self.num_patches = self.programs.num_patches
         self.tensors = {n: v for n, v in inputs.items() if isinstance(v, Tensor)}
         self.batch_size = self.programs.batch_size
         self.sets = self._random_sets()
@@ -143,9 +147,10 @@ class _Proof:
         """Nested kept sets that leave out about a third each time, but always something."""
         generator = torch.Generator().manual_seed(0)
         device = next(iter(self.tensors.values())).device
-        kept = torch.arange(self.num_patches).expand(self.batch_size, -1)
-        sets = []
-        for _ in self.programs.plan.blocks:
+        kept, sets = torch.empty(self.batch_size, 0), list[Tensor]()
+        for patches in self.num_patches:
+            if not sets or self.programs.plan.mode == "bypass":  # where tokens leave, sets nest
+                kept = torch.arange(patches).expand(self.batch_size, -1)
             count = max(1, min(kept.shape[1] - 1, round(kept.shape[1] * 0.65)))
             order = torch.rand(kept.shape, generator=generator).argsort(dim=1)[:, :count]
             kept = kept.gather(1, order.sort(dim=1).values)
@@ -194,7 +199,7 @@ class _Proof:
 
     def identity(self) -> Iterator[Check]:
         """Theorem 1: with every token kept, the pruned graph is the host, bit for bit."""
-        whole = StageContext((self.num_patches,) * len(self.sets), sample=False)
+        whole = StageContext(self.num_patches, sample=False)
         fast = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)  # another kernel, with other rounding
         try:

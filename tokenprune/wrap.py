@@ -10,13 +10,12 @@ from tokenprune.arch import ArchSpec, describe
 from tokenprune.errors import (
     AlreadyWrappedError,
     NonFiniteWeightsError,
-    PlanError,
     UnsupportedHostError,
 )
 from tokenprune.inputs import ExampleInputs, named_inputs
 from tokenprune.model import PrunedModel, Pruning, pruned_class, pruning_of
 from tokenprune.passes.base import PREDICTORS
-from tokenprune.passes.bypass import BYPASSES, bypassed_blocks
+from tokenprune.passes.bypass import BYPASSES
 from tokenprune.plan import bind
 from tokenprune.predictor import TokenPredictor, light_branch
 from tokenprune.recipe import RecipeSource, load_recipe
@@ -99,21 +98,16 @@ def wrap(
     example = named_inputs(wrapped, example_inputs)
     with kept_modes(wrapped):
         wrapped.eval()
-        traced = wrapped._programs(example).traced
-    if traced.num_patches < 2:
-        raise PlanError(
-            f"There are {traced.num_patches} patch tokens behind {plan.num_prefix_tokens} prefix "
-            f"tokens at block {plan.blocks[0]}; nothing can be pruned. Check num_prefix_tokens."
-        )
-    modules = wrapped.__dict__["_modules"]
+        programs = wrapped._programs(example)
+    modules, widths = wrapped.__dict__["_modules"], [grid.num_channels for grid in programs.grids]
     modules[PREDICTORS] = nn.ModuleList(
-        TokenPredictor(traced.num_channels, activation=recipe.predictor.activation, **_like(model))
-        for _ in plan.blocks
+        TokenPredictor(width, activation=recipe.predictor.activation, **_like(model))
+        for width in widths
     )
     if plan.mode == "bypass":
         modules[BYPASSES] = nn.ModuleDict(
-            {str(block): light_branch(traced.num_channels, **_like(model))
-             for block in bypassed_blocks(traced)}
+            {str(block): light_branch(widths[region.stage], **_like(model))
+             for block, region in programs.regions.items()}
         )  # fmt: skip
     for name in (PREDICTORS, BYPASSES):
         if name in modules:

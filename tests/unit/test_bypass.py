@@ -7,8 +7,15 @@ from torch import nn
 
 import tokenprune
 from tokenprune.errors import PlanError, UnsupportedHostError
-from tokenprune.ops.bypass import choose_branch, merge_branches, take_tokens
-from tokenprune.passes.bypass import BYPASSES, bypassed_blocks, find_region
+from tokenprune.ops.bypass import (
+    Layout,
+    choose_branch,
+    flat_tokens,
+    kept_rows,
+    merge_branches,
+    take_tokens,
+)
+from tokenprune.passes.bypass import BYPASSES
 from tokenprune.predictor import light_branch
 
 SWIN = {"img_size": 64, "patch_size": 4, "embed_dim": 16, "depths": (1, 3, 1), "window_size": 4}
@@ -48,6 +55,42 @@ def test_merging_all_tokens_is_the_branch_itself() -> None:
     assert torch.equal(merge_branches(x, x * 2, everyone, nn.Identity()), x * 2)
 
 
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [
+        ((2, 12, 4), Layout()),
+        ((2, 3, 4, 4), Layout()),
+        ((2, 4, 3, 5), Layout(channels_first=True)),
+        ((6, 5, 4), Layout(fold=3)),
+        ((2, 2, 2, 3, 4), Layout()),
+    ],
+)
+def test_any_layout_comes_back_as_it_was(shape: tuple[int, ...], layout: Layout) -> None:
+    x = torch.randn(shape)
+    tokens = flat_tokens(x, layout)
+    rows = torch.tensor([[0, 3, 5], [1, 2, 7]])
+    taken = take_tokens(x, rows, layout)
+    assert taken.ndim == x.ndim
+    one_row = layout._replace(fold=1)
+    assert torch.equal(
+        flat_tokens(taken, one_row), tokens.gather(1, rows[..., None].expand(-1, -1, 4))
+    )
+    merged = merge_branches(x, taken * 100, rows, nn.Identity(), layout)
+    expected = tokens.clone()
+    for image, kept in enumerate(rows):
+        expected[image, kept] *= 100
+    assert merged.shape == x.shape
+    assert torch.equal(flat_tokens(merged, layout), expected)
+    policy = torch.zeros(2, tokens.shape[1]).scatter(1, rows, 1.0)
+    assert torch.equal(choose_branch(x, x * 100, policy, nn.Identity(), layout), merged)
+
+
+def test_prefix_tokens_are_rows_that_stay() -> None:
+    kept = torch.tensor([[0, 2], [1, 3]])
+    assert kept_rows(kept, 0) is kept
+    assert kept_rows(kept, 2).tolist() == [[0, 1, 2, 4], [0, 1, 3, 5]]
+
+
 def test_choosing_is_merging_and_its_gradient_is_the_difference_of_the_branches() -> None:
     torch.manual_seed(0)
     x, branch, bypass = torch.randn(2, 6, 4), torch.randn(2, 6, 4), light_branch(4)
@@ -69,9 +112,9 @@ def test_a_branch_that_is_not_taken_may_hold_anything() -> None:
 
 
 def test_the_region_is_the_mlp_of_each_block(model: nn.Module, host: nn.Module) -> None:
-    traced = model._programs({"x": torch.randn(2, 3, 64, 64)}).traced
-    assert bypassed_blocks(traced) == (2, 3)  # block 4 sees a smaller grid
-    region = find_region(host, traced, 2)
+    regions = model._programs({"x": torch.randn(2, 3, 64, 64)}).regions
+    assert {block: region.stage for block, region in regions.items()} == {2: 0, 3: 1}
+    region = regions[2]  # block 4 sees a smaller grid
     inside = {str(node.target) for node in region.inside if node.op == "call_module"}
     assert {"layers.1.blocks.1.mlp.fc1", "layers.1.blocks.1.mlp.fc2"} <= inside
     assert not any(".attn." in path for path in inside)
@@ -114,17 +157,25 @@ def test_a_grid_host_names_the_mode_it_needs(host: nn.Module) -> None:
         tokenprune.wrap(host, recipe)
 
 
-def test_a_columnar_host_names_the_mode_it_needs() -> None:
+def test_a_columnar_host_may_be_bypassed_and_its_prefix_tokens_take_the_mlp() -> None:
     vit = timm.models.vision_transformer.VisionTransformer
-    columnar = vit(img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2)
-    with pytest.raises(PlanError, match=r"`mode: bypass`.*needs `mode: remove`"):
-        tokenprune.wrap(columnar, RECIPE)
+    columnar = vit(img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2, num_classes=3)
+    model = tokenprune.wrap(columnar, RECIPE).eval()
+    _, trace = model(torch.randn(2, 3, 32, 32), return_trace=True)
+    assert [stage.num_tokens for stage in trace.stages] == [11, 8]
+    assert trace.patch_tokens.shape == (2, 16, 32)
 
 
-def test_stages_on_different_grids_are_refused_with_a_stretch_that_works(host: nn.Module) -> None:
-    recipe = {"version": 1, "mode": "bypass", "schedule": {"blocks": [0, 2], "keep_ratio": 0.7}}
-    with pytest.raises(PlanError, match=r"Stage 1 \(block 2\).*changes its grid.*blocks 0 to 0"):
-        tokenprune.wrap(host, recipe)
+def test_each_stage_sees_the_grid_it_stands_on(host: nn.Module) -> None:
+    recipe = {"version": 1, "mode": "bypass", "schedule": {"blocks": [0, 2], "keep_ratio": 0.5}}
+    model = tokenprune.wrap(host, recipe).eval()
+    programs = model._programs({"x": torch.randn(2, 3, 64, 64)})
+    assert programs.num_patches == (256, 64)
+    assert {block: region.stage for block, region in programs.regions.items()} == {0: 0, 2: 1, 3: 1}
+    _, trace = model(torch.randn(2, 3, 64, 64), return_trace=True)
+    assert [stage.num_tokens for stage in trace.stages] == [128, 16]
+    assert [p.dim for p in model.token_predictors] == [16, 32]
+    assert "256 -> 128, 64 -> 16" in str(tokenprune.verify(model))
 
 
 def test_a_block_without_an_mlp_is_refused_by_name() -> None:

@@ -289,7 +289,7 @@ def test_the_demo(recipe: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     found = json.loads((output / "figures.json").read_text())
     assert found["held_out_images"] == 360
-    assert found["patch_tokens"] == [16, 9, 5]
+    assert found["patch_tokens"] == {"before": [16, 16], "kept": [9, 5]}
     assert found["gmacs"]["pruned"] < found["gmacs"]["dense"]
     rates = found["images_per_second"]["64"]
     assert rates["speedup"] == pytest.approx(rates["pruned"] / rates["dense"])

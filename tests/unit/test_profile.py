@@ -173,6 +173,7 @@ def test_its_numbers() -> None:
         host="Host",
         mode="remove",
         num_patches=4,
+        patches_per_stage=(4,),
         num_prefix_tokens=1,
         stages=(1,),
         blocks=("a", "b"),

@@ -347,7 +347,7 @@ class Keyword(nn.Module):
 
 def trace(host: nn.Module, x: Tensor, stages: tuple[int, ...] = (0,)) -> Traced:
     blocks = ("first", "second") if isinstance(host, Blocks) else ()
-    return trace_call(host, host.forward, {"x": x}, blocks, stages if blocks else (), 1)
+    return trace_call(host, host.forward, {"x": x}, blocks, stages if blocks else ())
 
 
 def test_blocks_are_marked_whether_tokens_come_by_position_or_by_name() -> None:
@@ -355,7 +355,7 @@ def test_blocks_are_marked_whether_tokens_come_by_position_or_by_name() -> None:
     traced = trace(host, torch.randn(2, 5, WIDTH), (0, 1))
     assert [traced.markers[s].args[1] for s in (0, 1)] == [0, 1]
     assert all(node.target is enter_block for node in traced.markers.values())
-    assert (traced.num_patches, traced.num_channels) == (4, WIDTH)
+    assert traced.batch_size == 2
     assert traced.module_outputs["first"].target == "first"
     assert sorted(traced.modes) == ["", "second"]
 

@@ -82,7 +82,7 @@ def demo(
         unpruned_accuracy=unpruned,
         gmacs=counted.gmacs,
         dense_gmacs=counted.dense_gmacs,
-        num_patches=counted.num_patches,
+        patches_per_stage=counted.patches_per_stage,
         num_keep=certificate.num_keep,
         timings=timings,
         rounds=rounds,

@@ -7,6 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from tokenprune.counting import counts_in_words
 from tokenprune.profile import Profile
 from tokenprune.report.html import Bars, Picture, Text, write_html
 from tokenprune.report.measure import Timing
@@ -26,7 +27,7 @@ class Figures:
         unpruned_accuracy: Of the fine-tuned model, nothing removed.
         gmacs: 10^9 multiply-accumulates of one image, pruned.
         dense_gmacs: The same for the dense host.
-        num_patches: N.
+        patches_per_stage: N of each stage.
         num_keep: K of each stage.
         timings: Batch size -> "dense" and "pruned" -> what a forward took.
         rounds: Turns that each timing is the median of.
@@ -41,7 +42,7 @@ class Figures:
     unpruned_accuracy: float
     gmacs: float
     dense_gmacs: float
-    num_patches: int
+    patches_per_stage: tuple[int, ...]
     num_keep: tuple[int, ...]
     timings: Mapping[int, Mapping[str, Timing]]
     rounds: int
@@ -69,7 +70,7 @@ class Figures:
                 batch: {"dense": dense, "pruned": pruned, "speedup": pruned / dense}
                 for batch, (dense, pruned) in rates.items()
             },
-            "patch_tokens": [self.num_patches, *self.num_keep],
+            "patch_tokens": {"before": self.patches_per_stage, "kept": self.num_keep},
             "rounds": self.rounds,
             "threads": self.threads,
             "device": self.device,
@@ -81,14 +82,14 @@ def accuracy_table(figures: Figures) -> Table:
     """Dense against pruned: the result of the demo."""
     batch = max(figures.timings)
     dense, pruned = figures.speed(batch)
-    tokens = " -> ".join(map(str, (figures.num_patches, *figures.num_keep)))
+    tokens = counts_in_words(figures.patches_per_stage, figures.num_keep)
     rows = (
         (
             "dense host",
             _accuracy(figures.dense_accuracy, figures.images),
             f"{figures.dense_gmacs:.5f}",
             f"{dense:.0f}",
-            str(figures.num_patches),
+            str(figures.patches_per_stage[0]),
         ),
         (
             "pruned",

@@ -46,7 +46,7 @@ def inspect(
     with working("tracing"):
         wrapped = wrap(host, chosen, adapter=spec, verify=False)
         counted = profile(wrapped)
-    show(stage_table(chosen, counted, pruning_of(wrapped).plan.counts(counted.num_patches)))
+    show(stage_table(chosen, counted, pruning_of(wrapped).plan.counts(counted.patches_per_stage)))
     show(cost_table(counted))
     if proof:
         with working("proving"):
@@ -75,13 +75,15 @@ def _say_found(host: nn.Module, spec: ArchSpec) -> None:
 
 def stage_table(recipe: Recipe, counted: Profile, kept: tuple[int, ...]) -> Table:
     """Where tokens are dropped, and how many stay."""
-    before = (counted.num_patches, *kept)
+    patches = counted.patches_per_stage
+    again = [stage > 0 and patches[stage] == patches[stage - 1] for stage in range(len(patches))]
+    before = [kept[s - 1] if again[s] else patches[s] for s in range(len(patches))]
     rows = tuple(
         (
             str(number),
             f"{block} ({counted.blocks[block]})",
             f"{before[number]} -> {kept[number]}",
-            f"{100 * kept[number] / counted.num_patches:.1f} %",
+            f"{100 * kept[number] / patches[number]:.1f} %",
         )
         for number, block in enumerate(counted.stages)
     )

@@ -5,7 +5,7 @@ import operator
 from torch import fx
 
 from tokenprune.errors import UnsupportedHostError
-from tokenprune.ops.bypass import flat_tokens
+from tokenprune.ops.bypass import Layout, flat_tokens
 from tokenprune.passes.base import Pass, Rewrite
 from tokenprune.tracing.tracer import enter_block
 
@@ -22,11 +22,13 @@ class Emit(Pass):
 
     Args:
         final: Path of the module whose output holds the final tokens.
+        channels_first: A grid of tokens is [B, D, H, W] in this host.
         tokens_allowed: The output may hold tokens: none leave, or the caller said what to do.
     """
 
-    def __init__(self, final: str, tokens_allowed: bool) -> None:
-        self.final, self.tokens_allowed = final, tokens_allowed
+    def __init__(self, final: str, channels_first: bool, tokens_allowed: bool) -> None:
+        self.final, self.channels_first = final, channels_first
+        self.tokens_allowed = tokens_allowed
 
     def requires(self, rewrite: Rewrite) -> None:
         if self.tokens_allowed:
@@ -44,15 +46,23 @@ class Emit(Pass):
     def apply(self, rewrite: Rewrite) -> None:
         final = rewrite.copy_of(rewrite.traced.module_outputs[self.final])
         if rewrite.plan.mode == "bypass":
-            tokens = rewrite.insert_after(final, flat_tokens, final)
+            tokens = rewrite.insert_after(final, flat_tokens, final, self._layout(rewrite))
         else:
+            tokens = final
+        if rewrite.plan.num_prefix_tokens:
             patches = (slice(None), slice(rewrite.plan.num_prefix_tokens, None))
-            tokens = rewrite.insert_after(final, operator.getitem, final, patches)
+            tokens = rewrite.insert_after(tokens, operator.getitem, tokens, patches)
         rewrite.output.args = ((rewrite.output.args[0], tuple(rewrite.records), tokens),)
         for node in list(rewrite.graph.nodes):
             if node.target is enter_block:
                 node.replace_all_uses_with(node.args[0])
         rewrite.graph.eliminate_dead_code(_has_effect)
+
+    def _layout(self, rewrite: Rewrite) -> Layout:
+        """As the tokens of the last stage lie, if it is a grid too."""
+        shape = rewrite.traced.module_outputs[self.final].meta["val"].shape
+        fold = max(shape[0] // rewrite.traced.batch_size, 1)
+        return Layout(fold, self.channels_first and len(shape) == 4)
 
     def ensures(self, rewrite: Rewrite) -> None:
         if any(node.target is enter_block for node in rewrite.graph.nodes):

@@ -26,7 +26,7 @@ from tokenprune.ops.pooling import (
 from tokenprune.ops.softmax import masked_softmax
 from tokenprune.passes.base import Rewrite
 
-__all__ = ["Mixing", "mixes", "rule_for"]
+__all__ = ["Mixing", "mixes", "rule_for", "weighs"]
 
 Rule = Callable[["Mixing", fx.Node], None]
 
@@ -235,3 +235,8 @@ def rule_for(root: nn.Module, node: fx.Node) -> Rule | None:
 def mixes(root: nn.Module, node: fx.Node) -> bool:
     """Whether a node is an attention, a softmax, a contraction, a pooling or a batch statistic."""
     return rule_for(root, node) not in (None, _keeps_zeros)
+
+
+def weighs(rule: Rule | None) -> bool:
+    """Whether a rule is that of attention, of its softmax or of a contraction over tokens."""
+    return rule in (_attention, _softmax, _contraction)

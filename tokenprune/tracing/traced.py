@@ -29,8 +29,7 @@ class Traced:
         entries: Block -> marker, for all blocks.
         module_outputs: Module path -> node of its first output.
         modes: Module path -> `training` of each module that was traced through.
-        num_patches: N.
-        num_channels: D.
+        batch_size: B.
     """
 
     graph: fx.Graph
@@ -41,8 +40,7 @@ class Traced:
     entries: Mapping[int, fx.Node]
     module_outputs: Mapping[str, fx.Node]
     modes: Mapping[str, bool]
-    num_patches: int
-    num_channels: int
+    batch_size: int
 
 
 def trace_call(
@@ -51,7 +49,6 @@ def trace_call(
     arguments: Mapping[str, Any],
     blocks: Sequence[str],
     stages: Sequence[int],
-    num_prefix: int,
 ) -> Traced:
     """Trace `forward(**arguments)`.
 
@@ -60,7 +57,6 @@ def trace_call(
         arguments: Tensors become inputs, everything else is burnt in.
         blocks: Paths of the blocks.
         stages: The block before which each stage prunes.
-        num_prefix: P.
 
     Raises:
         HostError: The host itself refuses these arguments.
@@ -81,7 +77,7 @@ def trace_call(
             f"forward of {type(root).__name__}, so nothing can be pruned before them."
         )
     entered = stage_markers(graph, range(len(blocks)))
-    tokens = markers[0].meta["val"]
+    first = next(node for node in graph.nodes if node.op == "placeholder")
     return Traced(
         graph=graph,
         fake_mode=tracer.fake_mode,
@@ -91,8 +87,7 @@ def trace_call(
         entries=entered,
         module_outputs=tracer.module_outputs,
         modes={"": root.training, **tracer.traced_modules},
-        num_patches=tokens.shape[1] - num_prefix if tokens.ndim == 3 else tokens[0, ..., 0].numel(),
-        num_channels=int(tokens.shape[-1]),
+        batch_size=int(first.meta["val"].shape[0]),
     )
 
 
