@@ -80,6 +80,11 @@ def test_2_mask_path_is_gather_path(
     for stage, kept in enumerate(sets):
         assert torch.equal(removed.stages[stage].keep_indices, kept.sort(dim=1).values)
         assert torch.equal(masked.stages[stage].decision, removed.stages[stage].decision)
+        scores = [trace.stages[stage].keep_logits for trace in (masked, removed)]
+        if stage:  # only what was still there was scored by both
+            before = sets[stage - 1].unsqueeze(-1).expand(-1, -1, 2)
+            scores = [s.gather(1, before) for s in scores]
+        assert difference(scores[:1], scores[1:]) < case.bound
 
 
 @fewer

@@ -1,6 +1,6 @@
 """torch's own modules that mix tokens, in plain operations so that their mixing can be masked."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,22 +30,39 @@ def multihead_attention(
         raise NotImplementedError(
             "nn.MultiheadAttention with bias_k, add_zero_attn, key_padding_mask or unbatched input"
         )
-    if not module.batch_first:
+    packed, shared = query is key and key is value, key is value
+    if module.batch_first:
         query, key, value = (t.transpose(0, 1) for t in (query, key, value))
-    if module.in_proj_weight is not None:
-        weights = module.in_proj_weight.chunk(3)
+    if module.in_proj_weight is None:
+        weights = [module.q_proj_weight, module.k_proj_weight, module.v_proj_weight]
+        projected = _projected((query, key, value), weights, module.in_proj_bias)
+    elif packed:
+        projected = _projected((query,), [module.in_proj_weight], module.in_proj_bias)
+    elif shared:
+        width = module.embed_dim
+        weights = list(module.in_proj_weight.split([width, 2 * width]))
+        projected = _projected((query, key), weights, module.in_proj_bias)
     else:
-        weights = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
-    biases = (None,) * 3 if module.in_proj_bias is None else module.in_proj_bias.chunk(3)
+        weights = list(module.in_proj_weight.chunk(3))
+        projected = _projected((query, key, value), weights, module.in_proj_bias)
     heads, width = module.num_heads, module.head_dim
-    q, k, v = (
-        F.linear(t, w, b).reshape(*t.shape[:2], heads, width).transpose(1, 2)
-        for t, w, b in zip((query, key, value), weights, biases, strict=True)
-    )
+    q, k, v = (t.reshape(*t.shape[:2], heads, width).permute(1, 2, 0, 3) for t in projected)
     dropout = module.dropout if module.training else 0.0
     mixed = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout, is_causal)
-    output = module.out_proj(mixed.transpose(1, 2).flatten(2))
-    return (output if module.batch_first else output.transpose(0, 1)), None
+    output = module.out_proj(mixed.permute(2, 0, 1, 3).flatten(2))
+    return (output.transpose(0, 1) if module.batch_first else output), None
+
+
+def _projected(
+    inputs: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], bias: torch.Tensor | None
+) -> list[torch.Tensor]:
+    """Query, key and value, [L, B, D] each, from one, two or three products as torch makes them:
+    another number of products, or the batch first, would round otherwise now and then."""
+    sizes = [weight.shape[0] for weight in weights]
+    biases = [None] * len(sizes) if bias is None else bias.split(sizes)
+    width = sum(sizes) // 3
+    products = (F.linear(t, w, b) for t, w, b in zip(inputs, weights, biases, strict=True))
+    return [part for product in products for part in product.split(width, dim=-1)]
 
 
 DECOMPOSED: dict[type[nn.Module], Callable[..., Any]] = {nn.MultiheadAttention: multihead_attention}
