@@ -17,6 +17,7 @@ QUERY = re.compile(
     r"|in_proj(_\w+)?|c_attn",
     re.IGNORECASE,
 )
+MIXER = re.compile(r"mixer|modulation|attn|attention", re.IGNORECASE)
 FEED_FORWARD = re.compile(r"mlp|ffn|feed_?forward|\bff\b", re.IGNORECASE)
 LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
@@ -62,7 +63,11 @@ def is_attention(module: nn.Module) -> bool:
 
 
 def is_block(module: nn.Module) -> bool:
-    """Whether `module` holds an attention, and a feed-forward part beside it."""
+    """Whether `module` holds a token mixer, and a feed-forward part beside it.
+
+    An attention is known by its query projection. Any other mixer is believed if the module calls
+    something its feed-forward part and something beside it a mixer.
+    """
     inside: set[nn.Module] = set()
     for child in module.modules():
         if child not in inside and is_attention(child):
@@ -70,6 +75,7 @@ def is_block(module: nn.Module) -> bool:
                 return any(FEED_FORWARD.search(name) for name, _ in module.named_children())
             inside.update(child.modules())
     if not inside:
-        return False
+        names = [name for name, _ in module.named_children()]
+        return any(map(FEED_FORWARD.search, names)) and any(map(MIXER.search, names))
     beside = [m for m in module.modules() if m not in inside and isinstance(m, LINEAR)]
     return len(beside) >= 2

@@ -1,6 +1,8 @@
 """Example inputs: drawn from an adapter's facts, or given by the caller in one of several forms."""
 
+import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,9 +10,8 @@ from torch import Tensor, nn
 
 from tokenprune.arch import ArchSpec
 from tokenprune.errors import HostError, UnsupportedHostError
-from tokenprune.model import PrunedModel, pruning_of
 
-__all__ = ["ExampleInputs", "draw_inputs", "named_inputs"]
+__all__ = ["CallSignature", "ExampleInputs", "draw_inputs", "named_inputs"]
 
 ExampleInputs = Tensor | Sequence[Tensor] | Mapping[str, Any]
 
@@ -43,8 +44,50 @@ def draw_inputs(spec: ArchSpec, host: nn.Module, batch_size: int) -> dict[str, t
     return drawn
 
 
-def named_inputs(model: nn.Module, given: ExampleInputs | None) -> dict[str, Any]:
-    """The arguments of a call of a wrapped model, by name.
+@dataclass(frozen=True)
+class CallSignature:
+    """The arguments of a host's forward.
+
+    Attributes:
+        host: Class of the host.
+        names: Of the arguments, in order.
+        accepts_any: It takes **kwargs.
+    """
+
+    host: str
+    names: tuple[str, ...]
+    accepts_any: bool
+
+    @classmethod
+    def of(cls, host: type[nn.Module]) -> "CallSignature":
+        """That of a class."""
+        accepted = inspect.signature(host.forward).parameters.values()
+        named = [p.name for p in accepted if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        accepts_any = any(p.kind is p.VAR_KEYWORD for p in accepted)
+        return cls(host.__name__, tuple(named)[1:], accepts_any)
+
+    def named(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of a call by name, without those that are None.
+
+        Raises:
+            HostError: The host takes no such arguments.
+        """
+        names = self.names
+        known = kwargs.keys() <= set(names) or self.accepts_any
+        if len(args) > len(names) or not known or set(names[: len(args)]) & kwargs.keys():
+            given = [*names[: len(args)], *(["..."] if len(args) > len(names) else []), *kwargs]
+            raise HostError(
+                f"The host's forward takes ({', '.join(names)}), but was called with "
+                f"({', '.join(given)})."
+            )
+        named = {**dict(zip(names, args, strict=False)), **kwargs}
+        return {name: value for name, value in named.items() if value is not None}
+
+
+def named_inputs(
+    call: CallSignature, spec: ArchSpec, host: nn.Module, given: ExampleInputs | None
+) -> dict[str, Any]:
+    """The arguments of a call of a host, by name.
 
     Args:
         given: A tensor, several, or a mapping; a batch of two is drawn if None.
@@ -52,16 +95,15 @@ def named_inputs(model: nn.Module, given: ExampleInputs | None) -> dict[str, Any
     Raises:
         HostError: It holds no tensor, or an argument the host does not take.
     """
-    pruning = pruning_of(model)
     if given is None:
-        return draw_inputs(pruning.spec, model, batch_size=2)
+        return draw_inputs(spec, host, batch_size=2)
     if isinstance(given, Mapping):
         arguments = dict(given)
     else:
         several = (given,) if isinstance(given, Tensor) else tuple(given)
-        arguments = dict(zip(pruning.parameters, several, strict=False))
+        arguments = dict(zip(call.names, several, strict=False))
     if not any(isinstance(value, Tensor) for value in arguments.values()):
         raise HostError(
             f"example_inputs must hold at least one tensor, found {sorted(arguments) or 'nothing'}."
         )
-    return model._arguments((), arguments) if isinstance(model, PrunedModel) else arguments
+    return call.named((), arguments)

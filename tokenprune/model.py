@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tokenprune.arch import ArchSpec
 from tokenprune.errors import HostError, KeepIndicesError, NotWrappedError
+from tokenprune.inputs import CallSignature, ExampleInputs, named_inputs
 from tokenprune.ops.selection import check_keep_indices
 from tokenprune.passes.base import PREDICTORS
 from tokenprune.passes.bypass import BYPASSES
@@ -50,16 +51,17 @@ class Pruning:
     spec: ArchSpec
     recipe: Recipe
     plan: Plan
-    parameters: tuple[str, ...]
-    """Names of the arguments of the host's forward, in order."""
-    accepts_any: bool
-    """The host's forward takes **kwargs."""
+    call: CallSignature
     restore: bool | None
     """Whether outputs that hold tokens come back in place; None refuses such outputs."""
     watched: list[nn.Module]
     """Modules whose `training` flag the host's Python code may read."""
     programs: dict[Any, Programs] = field(default_factory=dict)
     overrides: Overrides = field(default_factory=Overrides)
+
+    def inputs(self, given: ExampleInputs | None) -> dict[str, Any]:
+        """Example inputs by name; drawn if None."""
+        return named_inputs(self.call, self.spec, self.host, given)
 
 
 class PrunedModel(nn.Module):
@@ -82,7 +84,7 @@ class PrunedModel(nn.Module):
         keeps_all = path == "gather" and not forced and min(pruning.plan.keep_ratios) == 1.0
         if (path == "dense" or keeps_all) and not return_trace:
             return pruning.host.forward(*args, **kwargs)
-        arguments = self._arguments(args, kwargs)
+        arguments = pruning.call.named(args, kwargs)
         programs = self._programs(arguments)
         program = programs.get(pruning.host, path)
         context = self._context(path, programs, arguments)
@@ -166,19 +168,6 @@ class PrunedModel(nn.Module):
 
     def _get_name(self) -> str:
         return f"TokenPruned[{type(self).__name__}]"
-
-    def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The call's arguments by name, without those that are None."""
-        names = self._pruning.parameters
-        known = kwargs.keys() <= set(names) or self._pruning.accepts_any
-        if len(args) > len(names) or not known or set(names[: len(args)]) & kwargs.keys():
-            given = [*names[: len(args)], *(["..."] if len(args) > len(names) else []), *kwargs]
-            raise HostError(
-                f"The host's forward takes ({', '.join(names)}), but was called with "
-                f"({', '.join(given)})."
-            )
-        named = {**dict(zip(names, args, strict=False)), **kwargs}
-        return {name: value for name, value in named.items() if value is not None}
 
     def _programs(self, arguments: Mapping[str, Any]) -> Programs:
         """The programs for a call of this signature; traced if there are none yet."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from tokenprune.inputs import ExampleInputs, named_inputs
+from tokenprune.inputs import ExampleInputs
 from tokenprune.model import PrunedModel, pruning_of
 from tokenprune.passes.base import CONTEXT, PREDICTORS
 from tokenprune.plan import Plan
@@ -173,7 +173,7 @@ def _programs(model: nn.Module, example_inputs: ExampleInputs | None) -> Program
         for programs in pruning_of(model).programs.values():
             if _serves(programs, model):
                 return programs  # the signature that `wrap` traced
-    return cast(PrunedModel, model)._programs(named_inputs(model, example_inputs))
+    return cast(PrunedModel, model)._programs(pruning_of(model).inputs(example_inputs))
 
 
 def _serves(programs: Programs, model: nn.Module) -> bool:

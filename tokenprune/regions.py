@@ -9,8 +9,9 @@ any number of tokens is tried.
 
 import math
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from tokenprune.plan import Plan
 from tokenprune.tracing.interpret import evaluate
 from tokenprune.tracing.traced import Traced
 
-__all__ = ["Grid", "Region", "find_regions", "grid_of", "stage_grids"]
+__all__ = ["Grid", "Region", "find_regions", "prunable_blocks", "stage_grids"]
 
 ADDS = frozenset({operator.add, operator.iadd, torch.add, "add", "add_"})
 PROBED = 211  # tokens that a region is tried on: a prime, so that no window size divides it
@@ -79,7 +80,7 @@ def stage_grids(root: nn.Module, traced: Traced, plan: Plan) -> tuple[Grid, ...]
     """
     grids = []
     for stage, marker in traced.markers.items():
-        grid = grid_of(root, traced, plan.blocks[stage], plan.num_prefix_tokens)
+        grid = _grid_of(root, traced, plan.blocks[stage], plan.num_prefix_tokens)
         if grid.num_patches < 2:
             raise PlanError(
                 f"There are {grid.num_patches} patch tokens behind {plan.num_prefix_tokens} prefix "
@@ -90,7 +91,7 @@ def stage_grids(root: nn.Module, traced: Traced, plan: Plan) -> tuple[Grid, ...]
     return tuple(grids)
 
 
-def grid_of(root: nn.Module, traced: Traced, block: int, num_prefix: int) -> Grid:
+def _grid_of(root: nn.Module, traced: Traced, block: int, num_prefix: int) -> Grid:
     """The tokens that enter a block."""
     entry = traced.entries[block]
     shape = entry.meta["val"].shape
@@ -155,7 +156,7 @@ def find_regions(
     """
     found: dict[int, Region] = {}
     for block in sorted(traced.entries):
-        grid = grid_of(root, traced, block, plan.num_prefix_tokens)
+        grid = _grid_of(root, traced, block, plan.num_prefix_tokens)
         stages = [s for s, start in enumerate(plan.blocks) if start <= block and grids[s] == grid]
         if stages:
             region = _Search(root, traced, block, grid).region(stages[-1])
@@ -163,11 +164,23 @@ def find_regions(
                 found[block] = region
     for stage, start in enumerate(plan.blocks):
         if not any(region.stage == stage for region in found.values()):
+            able = sorted(chain(*prunable_blocks(root, traced, plan.num_prefix_tokens).values()))
+            advice = f"Blocks that have one: {able}" if able else "No block has one"
             raise UnsupportedHostError(
                 f"Block {start} has no residual branch that acts on each token alone (an MLP), so "
-                f"tokens cannot bypass it, and no block behind it on the same grid has one. Found "
-                f"at {traced.entries[start].meta['where']}."
+                "tokens cannot bypass it, and no block behind it on the same grid has one before "
+                f"the next stage. {advice}. Found at {traced.entries[start].meta['where']}."
             )
+    return found
+
+
+def prunable_blocks(root: nn.Module, traced: Traced, num_prefix: int) -> dict[Grid, list[int]]:
+    """Grid -> the blocks on it that have a region."""
+    found: dict[Grid, list[int]] = {}
+    for block in sorted(traced.entries):
+        grid = _grid_of(root, traced, block, num_prefix)
+        if _Search(root, traced, block, grid).region(0) is not None:
+            found.setdefault(grid, []).append(block)
     return found
 
 

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from tokenprune.counting import counts_in_words
 from tokenprune.errors import VerificationError
-from tokenprune.inputs import ExampleInputs, named_inputs
+from tokenprune.inputs import ExampleInputs
 from tokenprune.model import ADDED, PrunedModel, pruning_of
 from tokenprune.ops.selection import gather_aligned
 from tokenprune.passes.base import CONTEXT
@@ -97,7 +97,7 @@ def verify(
         VerificationError: A theorem does not hold; the first node where the paths part is named.
     """
     pruning = pruning_of(model)
-    inputs = named_inputs(model, example_inputs)
+    inputs = pruning.inputs(example_inputs)
     with kept_modes(model):
         model.eval()
         proof = _Proof(model, inputs)  # type: ignore[arg-type]

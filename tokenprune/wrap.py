@@ -1,6 +1,5 @@
 """`wrap` and `unwrap`: the product's one verb and its inverse."""
 
-import inspect
 from typing import Any
 
 import torch
@@ -12,13 +11,14 @@ from tokenprune.errors import (
     NonFiniteWeightsError,
     UnsupportedHostError,
 )
-from tokenprune.inputs import ExampleInputs, named_inputs
+from tokenprune.inputs import CallSignature, ExampleInputs, named_inputs
 from tokenprune.model import PrunedModel, Pruning, pruned_class, pruning_of
 from tokenprune.passes.base import PREDICTORS
 from tokenprune.passes.bypass import BYPASSES
 from tokenprune.plan import bind
 from tokenprune.predictor import TokenPredictor, light_branch
 from tokenprune.recipe import RecipeSource, load_recipe
+from tokenprune.suggest import suggest_recipe
 from tokenprune.verify import kept_modes
 from tokenprune.verify import verify as verify_model
 
@@ -27,7 +27,7 @@ __all__ = ["unwrap", "wrap"]
 
 def wrap(
     model: nn.Module,
-    recipe: RecipeSource,
+    recipe: RecipeSource | None = None,
     *,
     example_inputs: ExampleInputs | None = None,
     adapter: str | ArchSpec | None = None,
@@ -43,7 +43,8 @@ def wrap(
     Args:
         model: The host: any timm or transformers model, or another `nn.Module` with a stack of
             transformer blocks.
-        recipe: A shipped recipe's name, a path, a mapping or a `Recipe`.
+        recipe: A shipped recipe's name, a path, a mapping or a `Recipe`. If None, one is made for
+            the host: three stages that keep 0.7 of the tokens each, in the mode that serves it.
         example_inputs: A tensor, several, or the arguments by name; drawn at random in the shape
             the host was built for if None.
         adapter: An adapter's name, or an `ArchSpec`; found by itself if None.
@@ -62,6 +63,7 @@ def wrap(
 
     Example:
         >>> model = tokenprune.wrap(host, "dynamicvit-deit-small-k0.7")
+        >>> model = tokenprune.wrap(host_without_a_recipe)
     """
     if isinstance(model, PrunedModel):
         raise AlreadyWrappedError(
@@ -77,31 +79,33 @@ def wrap(
             "tokenprune.unwrap on it first, or wrap only the outer model."
         )
     _check_free(model)
-    recipe = load_recipe(recipe)
+    chosen = None if recipe is None else load_recipe(recipe)
     spec = describe(model, adapter)
-    plan = bind(recipe, spec)
+    if chosen is not None:
+        bind(chosen, spec)
     _check_finite(model)
 
-    wrapped = _shell(model)
-    accepted = inspect.signature(type(model).forward).parameters.values()
-    named = [p for p in accepted if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    call = CallSignature.of(type(model))
+    example = named_inputs(call, spec, model, example_inputs)
+    with kept_modes(model):
+        model.eval()
+        chosen = chosen or suggest_recipe(model, spec, example)
+    wrapped, plan = _shell(model), bind(chosen, spec)
     wrapped.__dict__["_pruning"] = Pruning(
         host=model,
         spec=spec,
-        recipe=recipe,
+        recipe=chosen,
         plan=plan,
-        parameters=tuple(p.name for p in named)[1:],
-        accepts_any=any(p.kind is p.VAR_KEYWORD for p in accepted),
+        call=call,
         restore=restore,
         watched=[m for m in model.modules() if not type(m).__module__.startswith("torch.nn")],
     )
-    example = named_inputs(wrapped, example_inputs)
     with kept_modes(wrapped):
         wrapped.eval()
         programs = wrapped._programs(example)
     modules, widths = wrapped.__dict__["_modules"], [grid.num_channels for grid in programs.grids]
     modules[PREDICTORS] = nn.ModuleList(
-        TokenPredictor(width, activation=recipe.predictor.activation, **_like(model))
+        TokenPredictor(width, activation=chosen.predictor.activation, **_like(model))
         for width in widths
     )
     if plan.mode == "bypass":

@@ -10,7 +10,6 @@ from tokenprune.arch import ArchSpec
 from tokenprune.errors import (
     HostError,
     MissingDependencyError,
-    PlanError,
     UnsupportedHostError,
     did_you_mean,
 )
@@ -20,8 +19,6 @@ from tokenprune.recipe_schema import HostSection
 __all__ = ["build", "host_section", "parse_options", "recipe_for", "split_name"]
 
 DEFAULT_RATIO = 0.7
-# DynamicViT's for Swin: rho, rho - 0.2, rho - 0.4.
-BYPASS_STEP = 0.2
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -151,14 +148,10 @@ def _cannot(library: str, model: str, keywords: dict[str, Any], error: Exception
     )
 
 
-def recipe_for(name: str, spec: ArchSpec) -> Recipe:
-    """The recipe that a model is looked at with when none is named.
+def recipe_for(name: str, spec: ArchSpec) -> Recipe | None:
+    """The shipped recipe that a model is looked at with when none is named; None if there is none.
 
-    The shipped one for that model, or stages at a quarter, a half and three quarters of the blocks
-    (of the longest stack of one width, in bypass mode), keeping 0.7 of what there was.
-
-    Raises:
-        PlanError: There are too few blocks.
+    That is the one that keeps 0.7 of the tokens of the published model of this name.
     """
     model = split_name(name)[1]
     for shipped in map(load_recipe, list_recipes()):
@@ -167,18 +160,4 @@ def recipe_for(name: str, spec: ArchSpec) -> Recipe:
         plain = shipped.host and shipped.host.model == model and not shipped.host.kwargs
         if plain and fits and stages[0].keep_ratio == DEFAULT_RATIO:
             return shipped
-    stacks: dict[str, list[int]] = {}
-    for number, path in enumerate(spec.blocks):
-        group = path.rpartition(".")[0] if spec.mode == "bypass" else ""
-        stacks.setdefault(group, []).append(number)
-    stack = max(stacks.values(), key=len)
-    if len(stack) < 2:
-        raise PlanError(f"A host needs at least two blocks to be pruned, found {len(spec.blocks)}.")
-    chosen = sorted({stack[max(1, len(stack) * part // 4)] for part in (1, 2, 3)})
-    bypass = spec.mode == "bypass"
-    ratios = [
-        DEFAULT_RATIO - BYPASS_STEP * stage if bypass else DEFAULT_RATIO ** (stage + 1)
-        for stage in range(len(chosen))
-    ]
-    points = [{"block": b, "keep_ratio": round(r, 3)} for b, r in zip(chosen, ratios, strict=True)]
-    return Recipe.parse({"version": 1, "mode": spec.mode, "stages": points})
+    return None

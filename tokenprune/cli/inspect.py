@@ -46,6 +46,7 @@ def inspect(
     with working("tracing"):
         wrapped = wrap(host, chosen, adapter=spec, verify=False)
         counted = profile(wrapped)
+    chosen = pruning_of(wrapped).recipe
     show(stage_table(chosen, counted, pruning_of(wrapped).plan.counts(counted.patches_per_stage)))
     show(cost_table(counted))
     if proof:
