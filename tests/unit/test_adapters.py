@@ -12,7 +12,8 @@ import transformers
 from torch import Tensor, nn
 
 import tokenprune.adapters
-from tests.zoo.hosts import HF, TEXT, ZOO, Row, plain_vit, registry
+from tests.zoo.hosts import HF, TEXT, ZOO, plain_vit, registry
+from tests.zoo.rows import Row
 from tokenprune import arch
 from tokenprune.arch import ArchSpec, describe, list_adapters, register_adapter
 from tokenprune.errors import AdapterError, UnknownAdapterError, UnsupportedHostError

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import tokenprune
-from tests.zoo.hosts import ZOO, Row, toughen
+from tests.zoo.hosts import ZOO
+from tests.zoo.rows import Row, toughen
 from tokenprune.counting import num_keep
 from tokenprune.errors import UnsupportedHostError
 
