@@ -84,6 +84,7 @@ class Generic:
             blocks=blocks,
             num_prefix_tokens=prefix,
             norm=norm,
+            padding_mask="attention_mask" if "attention_mask" in inputs else None,
             mode="remove" if columnar else "bypass",
             inputs=inputs,
             notes=(*notes, f"{prefix} prefix tokens: {how}"),

@@ -50,6 +50,8 @@ class ArchSpec:
         blocks: Module paths of the transformer blocks, in the order they run.
         num_prefix_tokens: P, the class, distillation and register tokens before the patches.
         norm: Path of the norm after the last block, if any: its output is `patch_tokens`.
+        padding_mask: Name of the argument that says which tokens are real (1) and which only fill
+            up (0), if the host takes one. Padded tokens are never kept in place of real ones.
         mode: The mode that serves this host.
         inputs: Argument name -> example, for hosts that are wrapped without `example_inputs`.
         notes: What the adapter found out by itself, for `inspect`.
@@ -59,6 +61,7 @@ class ArchSpec:
     blocks: tuple[str, ...]
     num_prefix_tokens: int
     norm: str | None = None
+    padding_mask: str | None = None
     mode: Literal["remove", "bypass"] = "remove"
     inputs: Mapping[str, ExampleInput] = field(default_factory=dict)
     notes: tuple[str, ...] = ()

@@ -10,7 +10,7 @@ the run goes on.
 
 import logging
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, combinations
@@ -30,6 +30,7 @@ __all__ = ["Aligned", "TokenAxes", "TokenDim", "find_token_axes", "stage_markers
 # Extra tokens per stage in the second run: primes, so that no multiple or sum looks like another.
 EXTRA = tuple(n for n in range(211, 1000) if all(n % d for d in range(2, 32)))
 EXTRA_BATCH = 3
+SUMS = frozenset({torch.sum, "sum"})
 
 
 class TokenDim(NamedTuple):
@@ -67,6 +68,10 @@ class TokenAxes:
     """Shapes of aligned tables that are read as numbers: those dims follow the tokens."""
     tables: set[fx.Node] = field(default_factory=set)
     """Tensors that take only their size from the tokens: made at full length, then gathered."""
+    counts: set[fx.Node] = field(default_factory=set)
+    """Sums over a padding mask: how many real tokens there are."""
+    real: fx.Node | None = None
+    """Which tokens are no padding: [B, L] or [B, N]."""
     batch_bound: bool = False
     """A decision or a burnt-in size depends on the batch size."""
 
@@ -90,6 +95,7 @@ def find_token_axes(
     blocks: Sequence[int],
     num_prefix: int,
     *,
+    padding: Collection[fx.Node] = (),
     tokens_leave: bool = True,
 ) -> TokenAxes:
     """Probe `graph`, whose nodes carry the value of their trace in `meta["val"]`.
@@ -98,6 +104,7 @@ def find_token_axes(
         burnt: Nodes whose value Python decided by while tracing.
         blocks: The block before which each stage prunes.
         num_prefix: P, the prefix tokens that enter each of those blocks.
+        padding: Nodes that hold anything of the host's padding mask.
         tokens_leave: False in bypass mode, where every tensor keeps its size.
 
     Raises:
@@ -107,7 +114,8 @@ def find_token_axes(
     with torch.no_grad(), fake_mode, _quiet():
         _probe_batch(root, graph, burnt, axes)
         if tokens_leave:
-            _TokenProbe(root, graph, stage_markers(graph, blocks), num_prefix, axes).probe()
+            markers = stage_markers(graph, blocks)
+            _TokenProbe(root, graph, markers, num_prefix, axes, padding).probe()
     return axes
 
 
@@ -199,8 +207,10 @@ class _TokenProbe:
         markers: Mapping[int, fx.Node],
         num_prefix: int,
         axes: TokenAxes,
+        padding: Collection[fx.Node],
     ) -> None:
         self.root, self.graph, self.prefix, self.axes = root, graph, num_prefix, axes
+        self.padding = padding
         self.markers = {node: stage for stage, node in markers.items()}
         self.follows: dict[fx.Node, int] = {}  # the latest stage whose tokens a node's data holds
         self.passed: dict[fx.Node, int] = {}  # the latest stage entered before each node
@@ -236,6 +246,13 @@ class _TokenProbe:
                 n + (EXTRA[dims[d].stage] if d in dims else 0) for d, n in enumerate(base)
             )
         sources = [self.follows[n] for n in node.all_input_nodes if n in self.follows]
+        counted = None if sources or self.latest < 0 else self._counted(node)
+        if counted is not None:
+            self.follows[node] = self.latest
+            self.axes.aligned[node] = counted
+            self.axes.counts.add(node)
+            trial = {n: self._gathered(env[n], counted.get(n)) for n in node.all_input_nodes}
+            return evaluate(self.root, node, trial)
         if sources and not _plain(base):
             self.follows[node] = max(sources)
             try:
@@ -251,6 +268,14 @@ class _TokenProbe:
             return evaluate(self.root, node, env)
         self.axes.tables.add(node)
         return base
+
+    def _counted(self, node: fx.Node) -> dict[fx.Node, Aligned] | None:
+        """How to gather what `node` adds up, if it counts real tokens: those that left are none."""
+        if node.target not in SUMS or node not in self.padding:
+            return None
+        source = node.all_input_nodes[0]
+        found = list(self._alignments(source.meta["val"], self.latest, {0, self.prefix}, 0))
+        return {source: found[0]} if found else None
 
     def _enter(self, node: fx.Node, stage: int, base: torch.Tensor) -> torch.Tensor:
         if base.ndim != 3:

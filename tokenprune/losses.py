@@ -28,6 +28,7 @@ def ratio_loss(
     decisions: Sequence[Float[Tensor, "B N"]],
     keep_ratios: Sequence[float],
     per_image: bool = True,
+    real: Shaped[Tensor, "B N"] | None = None,
 ) -> Float[Tensor, ""]:
     """Mean over the stages of (kept share - keep_ratio)^2 (DynamicViT, the ratio term).
 
@@ -36,6 +37,8 @@ def ratio_loss(
         keep_ratios: target share of the original tokens, one a stage.
         per_image: square the distance of each image and average; False squares the distance of
             the batch's mean share, so that images may differ.
+        real: which tokens are no padding (`PruningTrace.real`): shares are of those. None counts
+            all tokens.
 
     Raises:
         PlanError: not as many decisions as ratios, or none.
@@ -47,9 +50,16 @@ def ratio_loss(
         )
     gaps = []
     for decision, keep_ratio in zip(decisions, keep_ratios, strict=True):
-        share = _wide(decision).mean(1)
+        share = _wide(decision).mean(1) if real is None else _share(_wide(decision), real)
         gaps.append(((share if per_image else share.mean()) - keep_ratio).square().mean())
     return torch.stack(gaps).mean()
+
+
+def _share(decision: Float[Tensor, "B N"], real: Shaped[Tensor, "B N"]) -> Float[Tensor, " B"]:
+    """Kept share of the real tokens of each text; 1 where there are none."""
+    weight = real.to(decision.dtype)
+    count = weight.sum(1)
+    return ((decision * weight).sum(1) + (count == 0)) / count.clamp_min(1)
 
 
 def distill_logits(

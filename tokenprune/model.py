@@ -89,10 +89,10 @@ class PrunedModel(nn.Module):
         program = programs.get(pruning.host, path)
         context = self._context(path, programs, arguments)
         tensors = {n: v for n, v in arguments.items() if isinstance(v, Tensor)}
-        output, records, tokens = program.run(self, context, **tensors)
+        output, records, tokens, real = program.run(self, context, **tensors)
         if not return_trace:
             return output
-        return output, PruningTrace(_stage_traces(path, records, programs), tokens)
+        return output, PruningTrace(_stage_traces(path, records, programs), tokens, real)
 
     @contextmanager
     def using(
@@ -217,7 +217,14 @@ class PrunedModel(nn.Module):
                 pruning.spec.blocks,
                 pruning.plan.blocks,
             )
-            return Programs.analyse(pruning.host, traced, pruning.plan, final, pruning.restore)
+            return Programs.analyse(
+                pruning.host,
+                traced,
+                pruning.plan,
+                final,
+                pruning.restore,
+                pruning.spec.padding_mask,
+            )
 
     def _context(
         self, path: Path, programs: Programs, arguments: Mapping[str, Any]

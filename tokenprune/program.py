@@ -11,6 +11,7 @@ from torch import nn
 
 from tokenprune.axes import TokenAxes, find_token_axes
 from tokenprune.errors import PlanError, UnsupportedHostError
+from tokenprune.padding import about_padding, find_real
 from tokenprune.passes.base import Pass, Rewrite, run_passes
 from tokenprune.passes.bypass import BypassGather, BypassMask
 from tokenprune.passes.emit import Emit
@@ -21,6 +22,7 @@ from tokenprune.passes.gather import (
     ResizeTables,
 )
 from tokenprune.passes.mask import MaskMixers, MaskStages
+from tokenprune.passes.padding import CountRealTokens
 from tokenprune.passes.restore import RestoreOutputs, put_back, put_back_masked
 from tokenprune.plan import Plan
 from tokenprune.regions import Grid, Region, find_regions, stage_grids
@@ -30,6 +32,9 @@ __all__ = ["PATHS", "Path", "Program", "Programs"]
 
 Path = Literal["dense", "mask", "gather"]
 PATHS: tuple[Path, ...] = ("dense", "mask", "gather")
+
+# The host's output, the stage records, the patch tokens, which patches are real (None: all).
+Returned = tuple[Any, tuple[tuple[Any, ...], ...], torch.Tensor, torch.Tensor | None]
 
 _numbers = itertools.count()
 
@@ -48,9 +53,7 @@ class Program:
         linecache.cache[file] = (len(code.src), None, code.src.splitlines(keepends=True), file)
         names: dict[str, Any] = dict(code.globals)
         exec(compile(code.src, file, "exec"), names)
-        self.run: Callable[..., tuple[Any, tuple[tuple[Any, ...], ...], torch.Tensor]] = names[
-            "forward"
-        ]
+        self.run: Callable[..., Returned] = names["forward"]
         self.source = code.src
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Program":
@@ -74,7 +77,13 @@ class Programs:
 
     @classmethod
     def analyse(
-        cls, root: nn.Module, traced: Traced, plan: Plan, final: str, restore: bool | None
+        cls,
+        root: nn.Module,
+        traced: Traced,
+        plan: Plan,
+        final: str,
+        restore: bool | None,
+        padding_mask: str | None = None,
     ) -> "Programs":
         """Probe a trace and keep what the passes need.
 
@@ -86,6 +95,7 @@ class Programs:
         bypass = plan.mode == "bypass"
         if not bypass:
             _check_one_stretch(traced, plan)
+        padding_mask = None if bypass else padding_mask  # no token leaves: none is chosen wrongly
         regions = find_regions(root, traced, plan, grids) if bypass else {}
         if final not in traced.module_outputs:
             raise UnsupportedHostError(
@@ -99,8 +109,11 @@ class Programs:
             traced.burnt,
             plan.blocks,
             plan.num_prefix_tokens,
+            padding=about_padding(traced, padding_mask, plan.num_prefix_tokens),
             tokens_leave=not bypass,
         )
+        if padding_mask is not None:
+            axes.real = find_real(traced, padding_mask, plan.num_prefix_tokens)
         return cls(traced, axes, plan, grids, regions, final, restore)
 
     @property
@@ -131,10 +144,13 @@ class Programs:
             "dense": [],
             "mask": [BypassMask(self.grids, self.regions)]
             if bypass
-            else [MaskStages(), MaskMixers()],
+            else [MaskStages(), CountRealTokens(), MaskMixers()],
             "gather": [BypassGather(self.grids, self.regions)]
             if bypass
-            else [KeepTablesWhole(), GatherStages(), ResizeTables(), GatherAligned()],
+            else [
+                *(KeepTablesWhole(), GatherStages(), CountRealTokens()),
+                *(ResizeTables(), GatherAligned()),
+            ],
         }
         allowed = bypass or path == "dense" or self.restore is not None
         if self.restore and not bypass and path != "dense":

@@ -36,7 +36,10 @@ class PruningTrace:
         stages: One entry per stage; empty on the dense path.
         patch_tokens: [B, N, D] (mask and dense path) or [B, K, D] (gather path) patch tokens after
             the last block and its norm.
+        real: [B, N] True where a patch token is no padding; None if the call was given no mask.
+            Pass it to the ratio loss, which then counts shares of the real tokens.
     """
 
     stages: list[StageTrace]
     patch_tokens: Tensor
+    real: Tensor | None = None

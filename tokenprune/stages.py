@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tokenprune.ops.bypass import poisonous
 from tokenprune.ops.gumbel import sample_decision
 from tokenprune.ops.selection import gather_tokens, select_topk
+from tokenprune.padding import behind_real
 
 __all__ = ["StageContext", "gather_stage", "mask_stage", "policy_of"]
 
@@ -47,18 +48,23 @@ def mask_stage(
     context: StageContext,
     stage: int,
     num_prefix: int,
+    real: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Decide about every patch, removing none.
 
     Args:
         tokens: [B, P + N, D].
         previous: [B, N] decision of the stage before; None at the first.
+        real: [B, N] True where a patch is no padding; None if none is.
 
     Returns:
         keep_logits [B, N, 2], decision [B, N] (never keeping what `previous` dropped), the tokens.
     """
     patches = tokens[:, num_prefix:]
-    keep_logits = predictor(patches, previous)
+    there = previous
+    if real is not None:
+        there = real.to(tokens.dtype) if previous is None else previous * real
+    keep_logits = predictor(patches, there)
     if previous is None:
         previous = keep_logits.new_ones(keep_logits.shape[:2])
     if context.keep_indices is not None:
@@ -66,13 +72,14 @@ def mask_stage(
     elif context.sample:
         decision = sample_decision(
             keep_logits,
-            previous,
+            previous if real is None else previous * real,
             temperature=context.temperature,
             hard=context.hard,
             generator=context.generator,
         )
     else:
-        still = keep_logits.masked_fill((previous < 0.5).unsqueeze(-1), float("-inf"))
+        ranked = keep_logits if real is None else behind_real(keep_logits, real)
+        still = ranked.masked_fill((previous < 0.5).unsqueeze(-1), float("-inf"))
         decision = _one_hot(select_topk(still, context.num_keep[stage]), previous)
     if context.poison:
         kept = policy_of(decision, num_prefix).unsqueeze(-1) > 0.5
@@ -87,18 +94,21 @@ def gather_stage(
     context: StageContext,
     stage: int,
     num_prefix: int,
+    real: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Remove the patches that are not kept.
 
     Args:
         tokens: [B, P + N', D], N' patches still there.
         kept: [B, N'] their original numbers; None at the first stage.
+        real: [B, N] True where a patch is no padding, by original number; None if none is.
 
     Returns:
         tokens [B, P + K, D], their numbers [B, K] ascending, and keep_logits [B, N', 2].
     """
     patches = tokens[:, num_prefix:]
-    keep_logits = predictor(patches, None)
+    there = real if real is None or kept is None else real.gather(1, kept)
+    keep_logits = predictor(patches, None if there is None else there.to(tokens.dtype))
     if kept is None:
         kept = torch.arange(patches.shape[1], device=tokens.device).expand(tokens.shape[0], -1)
     if context.keep_indices is not None:
@@ -107,7 +117,8 @@ def gather_stage(
     elif context.num_keep[stage] == patches.shape[1]:
         return tokens, kept, keep_logits
     else:
-        chosen = select_topk(keep_logits, context.num_keep[stage])
+        ranked = keep_logits if there is None else behind_real(keep_logits, there)
+        chosen = select_topk(ranked, context.num_keep[stage])
     return gather_tokens(tokens, chosen, num_prefix), kept.gather(1, chosen), keep_logits
 
 

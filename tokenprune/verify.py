@@ -173,7 +173,7 @@ class _Proof:
     ) -> list[Tensor]:
         program = self.programs.get(self.host, path)
         try:
-            output, _, _ = program.run(self.model, context, **tensors)
+            output, *_ = program.run(self.model, context, **tensors)
         except RuntimeError as error:
             at, inputs = None, {CONTEXT: context, **tensors}
             with suppress(RuntimeError):
@@ -269,7 +269,7 @@ class _Proof:
         parameters = [p for p in added if p.requires_grad]
         context = StageContext((), sample=True, generator=_generator(parameters[0].device))
         program = self.programs.get(self.host, "mask")
-        output, records, _ = program.run(self.model, context, **self.tensors)
+        output, records, *_ = program.run(self.model, context, **self.tensors)
         loss = sum(t.float().square().mean() for t in _tensors(output) if t.requires_grad)
         loss = loss + sum(decision.mean() for _, decision in records)
         found = torch.autograd.grad(loss, parameters, allow_unused=True)

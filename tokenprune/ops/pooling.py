@@ -5,7 +5,7 @@ maximum over no token is 0. A policy of None means that no token is dropped.
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from tokenprune.ops._align import along, dropped_along, is_kept, token_dim
@@ -64,12 +64,13 @@ def masked_contraction_operand(
 
 
 def masked_sum(
-    x: Float[Tensor, "B ..."],
+    x: Shaped[Tensor, "B ..."],
     policy: Float[Tensor, "B L"] | None,
     dim: int,
     keepdim: bool = False,
-) -> Float[Tensor, "B ..."]:
-    """Sum over the kept tokens: `sum_j D_j x_j`, added up in fp32 or better.
+) -> Shaped[Tensor, "B ..."]:
+    """Sum over the kept tokens: `sum_j D_j x_j`, added up in fp32 or better; whole numbers and
+    flags in int64, without a gradient.
 
     Args:
         x: any tensor with the batch at dim 0.
@@ -82,6 +83,9 @@ def masked_sum(
     """
     if policy is None:
         return x.sum(dim, keepdim=keepdim)
+    if not x.is_floating_point():  # a count, such as that of the real tokens in a padding mask
+        kept = along(is_kept(policy), x.ndim, token_dim(x, policy, dim))
+        return (x.to(torch.int64) * kept).sum(dim, keepdim=keepdim)
     operand = masked_contraction_operand(x, policy, dim)
     wide = torch.promote_types(x.dtype, torch.float32)
     return operand.sum(dim, keepdim=keepdim, dtype=wide).to(x.dtype)

@@ -9,6 +9,7 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from tokenprune.axes import Aligned, TokenAxes, TokenDim
 from tokenprune.errors import LeakError, UnsupportedHostError
+from tokenprune.padding import real_patches
 from tokenprune.plan import Plan
 from tokenprune.tracing.traced import Traced
 
@@ -26,6 +27,7 @@ class Rewrite:
         context: Placeholder that carries the call's `StageContext`.
         records: Per stage, what the emitted graph returns beside the host's output.
         entering: Per stage, the tokens as they come in.
+        real: What `real_patches` made.
     """
 
     def __init__(self, root: nn.Module, traced: Traced, axes: TokenAxes, plan: Plan) -> None:
@@ -39,6 +41,7 @@ class Rewrite:
         self.output.meta = dict(traced.graph.output_node().meta)
         self.records: list[tuple[fx.Node, ...]] = []
         self.entering: list[fx.Node] = []
+        self.real: fx.Node | None = None
 
     def copy_of(self, node: fx.Node) -> fx.Node:
         """The copy of a traced node."""
@@ -64,6 +67,12 @@ class Rewrite:
         origin = self._origins.get(node) if isinstance(node, fx.Node) else None
         return self.axes.dims.get(origin, {}) if origin is not None else {}
 
+    def dims_read(self, consumer: fx.Node, node: Any) -> dict[int, TokenDim]:
+        """Token dims of `node` as `consumer` reads it: those it is gathered along count too."""
+        aligned = self.axes.aligned.get(self._origins[consumer], {})
+        found = aligned.get(self._origins[node]) if node in self._origins else None
+        return self.dims(node) or dict(found.dims if found else {})
+
     def rank(self, node: Any) -> int:
         """Rank of the tensor that `node` held when it was traced."""
         return int(self._origins[node].meta["val"].ndim)
@@ -81,6 +90,15 @@ class Rewrite:
 
     def marker(self, stage: int) -> fx.Node:
         return self.copy_of(self.traced.markers[stage])
+
+    def real_patches(self) -> fx.Node | None:
+        """A node with [B, N], True where a patch is no padding; None if the host was not told."""
+        if self.axes.real is None:
+            return None
+        if self.real is None:
+            mask = self.copy_of(self.axes.real)
+            self.real = self.insert_after(mask, real_patches, mask, self.traced.num_patches)
+        return self.real
 
     def insert(
         self, before: fx.Node, target: Callable[..., Any], *args: Any, **kwargs: Any

@@ -18,7 +18,7 @@ WRITES = frozenset(
 
 
 class Emit(Pass):
-    """Return (host output, stage records, patch tokens).
+    """Return (host output, stage records, patch tokens, which patches are real).
 
     Args:
         final: Path of the module whose output holds the final tokens.
@@ -52,7 +52,8 @@ class Emit(Pass):
         if rewrite.plan.num_prefix_tokens:
             patches = (slice(None), slice(rewrite.plan.num_prefix_tokens, None))
             tokens = rewrite.insert_after(tokens, operator.getitem, tokens, patches)
-        rewrite.output.args = ((rewrite.output.args[0], tuple(rewrite.records), tokens),)
+        found = (tuple(rewrite.records), tokens, rewrite.real_patches())
+        rewrite.output.args = ((rewrite.output.args[0], *found),)
         for node in list(rewrite.graph.nodes):
             if node.target is enter_block:
                 node.replace_all_uses_with(node.args[0])

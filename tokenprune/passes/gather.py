@@ -47,7 +47,7 @@ class GatherStages(Pass):
     """Put predictor, selection and gather where each stage stands."""
 
     def apply(self, rewrite: Rewrite) -> None:
-        prefix, kept = rewrite.plan.num_prefix_tokens, None
+        prefix, kept, real = rewrite.plan.num_prefix_tokens, None, rewrite.real_patches()
         for stage in rewrite.traced.markers:
             marker = rewrite.marker(stage)
             rewrite.entering.append(marker.all_input_nodes[0])
@@ -61,6 +61,7 @@ class GatherStages(Pass):
                 rewrite.context,
                 stage,
                 prefix,
+                real,
             )
             tokens, kept, logits = (
                 rewrite.insert(marker, operator.getitem, result, i) for i in range(3)

@@ -15,7 +15,7 @@ class MaskStages(Pass):
     """Put predictor and decision where each stage stands; tokens go on as they are."""
 
     def apply(self, rewrite: Rewrite) -> None:
-        prefix, previous = rewrite.plan.num_prefix_tokens, None
+        prefix, previous, real = rewrite.plan.num_prefix_tokens, None, rewrite.real_patches()
         for stage in rewrite.traced.markers:
             marker = rewrite.marker(stage)
             rewrite.entering.append(marker.all_input_nodes[0])
@@ -29,6 +29,7 @@ class MaskStages(Pass):
                 rewrite.context,
                 stage,
                 prefix,
+                real,
             )
             logits, decision, tokens = (
                 rewrite.insert(marker, operator.getitem, result, i) for i in range(3)

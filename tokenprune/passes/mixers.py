@@ -146,7 +146,7 @@ def _contraction(mixing: Mixing, node: fx.Node) -> None:
 def _reduction(masked: Callable[..., Any]) -> Rule:
     def rule(mixing: Mixing, node: fx.Node) -> None:
         rewrite, source = mixing.rewrite, _argument(node, 0, "input")
-        dims = rewrite.dims(source)
+        dims = rewrite.dims_read(node, source)
         if not dims:
             return
         asked = _argument(node, 1, "dim", "axis")
