@@ -47,7 +47,8 @@ class ArchSpec:
 
     Attributes:
         adapter: Name of the adapter that found them.
-        blocks: Module paths of the transformer blocks, in the order they run.
+        blocks: Module paths of the transformer blocks, in the order they run. A block that is run
+            again and again (ALBERT's) is named once for each time.
         num_prefix_tokens: P, the class, distillation and register tokens before the patches.
         norm: Path of the norm after the last block, if any: its output is `patch_tokens`.
         padding_mask: Name of the argument that says which tokens are real (1) and which only fill

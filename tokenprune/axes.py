@@ -31,6 +31,8 @@ __all__ = ["Aligned", "TokenAxes", "TokenDim", "find_token_axes", "stage_markers
 EXTRA = tuple(n for n in range(211, 1000) if all(n % d for d in range(2, 32)))
 EXTRA_BATCH = 3
 SUMS = frozenset({torch.sum, "sum"})
+# Operators that run with tables shorter than the tokens, and leave tokens out.
+LENIENT = frozenset({operator.setitem, torch.gather, "gather"})
 
 
 class TokenDim(NamedTuple):
@@ -44,10 +46,12 @@ class Aligned(NamedTuple):
     """An argument that was made for all tokens: `dims` maps its token dims to what they count.
 
     `rank` is that of the tensor it is combined with; the gathered tensor is a batch of that rank.
+    `fold` is how many rows of that tensor's dim 0 are one image.
     """
 
     dims: Mapping[int, TokenDim]
     rank: int
+    fold: int = 1
 
 
 @dataclass
@@ -60,6 +64,8 @@ class TokenAxes:
     """Tensors with a dim that counts tokens times something else (batch, heads)."""
     batch_first: set[fx.Node] = field(default_factory=set)
     """Tensors whose dim 0, and no other, counts images."""
+    batch_fold: dict[fx.Node, int] = field(default_factory=dict)
+    """Tensors whose dim 0, and no other, counts images times something else (heads): how many."""
     aligned: dict[fx.Node, dict[fx.Node, Aligned]] = field(default_factory=dict)
     """Consumer -> argument -> how that argument must be gathered."""
     sizes: set[fx.Node] = field(default_factory=set)
@@ -152,6 +158,8 @@ def _probe_batch(
                 differ = [d for d in range(base.ndim) if base.shape[d] != value.shape[d]]
                 if differ == [0] and base.shape[0] == batch:
                     axes.batch_first.add(node)
+                elif differ == [0] and base.shape[0] % batch == 0:
+                    axes.batch_fold[node] = base.shape[0] // batch
             elif _plain(base) and value != base:
                 moved.add(node)
     except (
@@ -253,8 +261,10 @@ class _TokenProbe:
             self.axes.counts.add(node)
             trial = {n: self._gathered(env[n], counted.get(n)) for n in node.all_input_nodes}
             return evaluate(self.root, node, trial)
-        if sources and not _plain(base):
+        if sources and (not _plain(base) or node.target is operator.setitem):
             self.follows[node] = max(sources)
+            if node.target in LENIENT:
+                return self._align(node, env, None)
             try:
                 return evaluate(self.root, node, env)
             except Exception as error:
@@ -294,20 +304,27 @@ class _TokenProbe:
         self.full, self.latest, self.follows[node] = patches, stage, stage
         return base.new_empty(base.shape[0], base.shape[1] + EXTRA[stage], base.shape[2])
 
-    def _align(self, node: fx.Node, env: Environment, error: Exception) -> Any:
-        """Gather whichever arguments make the node run, and note them."""
+    def _align(self, node: fx.Node, env: Environment, error: Exception | None) -> Any:
+        """Gather whichever arguments make the node run, and note them.
+
+        Args:
+            error: What the node said without; None if it has not been tried, since it takes tables
+                of any length.
+        """
         stage = self.follows[node]
         offsets = {
             dim.prefix
             for source in node.all_input_nodes
             for dim in self.axes.dims.get(source, {}).values()
         }
-        rank = max((env[n].ndim for n in node.all_input_nodes if n in self.axes.dims), default=0)
+        holding = [n for n in node.all_input_nodes if n in self.axes.dims]
+        rank = max((env[n].ndim for n in holding), default=0)
+        fold = max((self.axes.batch_fold.get(n, 1) for n in holding), default=1)
         options: dict[fx.Node, list[Aligned]] = {}
         for source in node.all_input_nodes:
             value = env.get(source)
             if source not in self.follows and isinstance(value, torch.Tensor):
-                found = list(self._alignments(value, stage, offsets, rank))
+                found = list(self._alignments(value, stage, offsets, rank, fold))
                 if found:
                     options[source] = found
         for choice in _choices(options):
@@ -319,19 +336,21 @@ class _TokenProbe:
             if self._as_expected(node, value, stage):
                 self.axes.aligned[node] = choice
                 return value
+        if error is None:
+            return evaluate(self.root, node, env)
         raise UnsupportedHostError(
             f"A node cannot run with fewer tokens after stage {stage}: {node.format_node()} at "
             f"{node.meta['where']}. It said: {error}. Prune after it, or leave this host dense."
         ) from error
 
     def _alignments(
-        self, value: torch.Tensor, stage: int, offsets: set[int], rank: int
+        self, value: torch.Tensor, stage: int, offsets: set[int], rank: int, fold: int = 1
     ) -> Iterator[Aligned]:
         sizes = {self.full + offset: offset for offset in offsets}
         dims = {d: TokenDim(stage, sizes[n]) for d, n in enumerate(value.shape) if n in sizes}
         subsets = chain.from_iterable(combinations(dims, n) for n in range(len(dims), 0, -1))
         for subset in subsets:
-            yield Aligned({d: dims[d] for d in subset}, max(rank, value.ndim))
+            yield Aligned({d: dims[d] for d in subset}, max(rank, value.ndim), fold)
 
     def _gathered(self, value: Any, aligned: Aligned | None) -> Any:
         if aligned is None:

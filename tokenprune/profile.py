@@ -230,7 +230,9 @@ class _Count:
         self.num_prefix = pruning.plan.num_prefix_tokens
         self.macs: Counter[tuple[str, int]] = Counter()
         self.tokens: dict[int, int] = {}
-        self._blocks = {path: block for block, path in enumerate(pruning.spec.blocks)}
+        self._blocks: dict[str, list[int]] = {}
+        for block, path in enumerate(pruning.spec.blocks):
+            self._blocks.setdefault(path, []).append(block)
         self._entered: dict[fx.Node, list[int]] = {}
         for block, entry in programs.traced.entries.items():
             self._entered.setdefault(entries[entry], []).append(block)
@@ -262,7 +264,8 @@ class _Count:
         path = node.meta["where"].module
         while path:
             if path in self._blocks:
-                return "block", self._blocks[path]
+                calls = self._blocks[path]  # several, if the host calls one module again and again
+                return "block", max((b for b in calls if b in self.tokens), default=calls[0])
             path = path.rpartition(".")[0]
         return "other", 0
 

@@ -81,8 +81,12 @@ class Rewrite:
         """The module that a `call_module` node calls."""
         return self.root.get_submodule(str(node.target))
 
-    def batch_first(self, node: Any) -> bool:
-        return self._origins.get(node) in self.axes.batch_first
+    def fold(self, node: fx.Node) -> int | None:
+        """How many rows of dim 0 are one image; None if dim 0 does not count images alone."""
+        origin = self._origins.get(node)
+        if origin in self.axes.batch_first:
+            return 1
+        return self.axes.batch_fold.get(origin) if origin is not None else None
 
     def where(self, node: fx.Node) -> str:
         """The node and its place in the host, for messages."""

@@ -93,11 +93,21 @@ class ResizeTables(Pass):
 
 
 def gather_table(
-    table: Tensor, kept: Tensor, dims: tuple[int, ...], prefix: tuple[int, ...], rank: int
+    table: Tensor,
+    kept: Tensor,
+    dims: tuple[int, ...],
+    prefix: tuple[int, ...],
+    rank: int,
+    fold: int = 1,
 ) -> Tensor:
-    """`gather_aligned`; the table itself if every token is kept, so that nothing changes at all."""
+    """`gather_aligned`; the table itself if every token is kept, so that nothing changes at all.
+
+    Args:
+        fold: Rows of the result for each image.
+    """
     if all(table.shape[d] == p + kept.shape[1] for d, p in zip(dims, prefix, strict=True)):
         return table
+    kept = kept if fold == 1 else kept.repeat_interleave(fold, 0)
     return gather_aligned(table, kept, dims, prefix, rank)
 
 
@@ -111,10 +121,17 @@ class GatherAligned(Pass):
             dims = tuple(aligned.dims)
             prefix = tuple(dim.prefix for dim in aligned.dims.values())
             kept = rewrite.records[next(iter(aligned.dims.values())).stage][1]
-            key = (values(source), kept, dims, prefix, aligned.rank)
+            key = (values(source), kept, dims, prefix, aligned.rank, aligned.fold)
             if key not in done:
                 done[key] = rewrite.insert(
-                    consumer, gather_table, source, kept, dims, prefix, aligned.rank
+                    consumer,
+                    gather_table,
+                    source,
+                    kept,
+                    dims,
+                    prefix,
+                    aligned.rank,
+                    aligned.fold,
                 )
             consumer.replace_input_with(source, done[key])
 

@@ -2,6 +2,7 @@
 
 import operator
 
+import torch
 from torch import fx
 
 from tokenprune.passes.base import Pass, Rewrite
@@ -53,15 +54,21 @@ class MaskMixers(Pass):
 
 
 class Policies:
-    """The policy of each (stage, prefix count), made once, right behind the stage's decision."""
+    """The policy of each (stage, prefix count), made once, right behind the stage's decision; and
+    with each row repeated, where several rows of a tensor are one image."""
 
     def __init__(self, rewrite: Rewrite) -> None:
         self._rewrite = rewrite
-        self._made: dict[tuple[int, int], fx.Node] = {}
+        self._made: dict[tuple[int, int, int], fx.Node] = {}
 
-    def __call__(self, stage: int, prefix: int) -> fx.Node:
-        key = (stage, prefix)
-        if key not in self._made:
+    def __call__(self, stage: int, prefix: int, fold: int = 1) -> fx.Node:
+        key = (stage, prefix, fold)
+        if key not in self._made and fold > 1:
+            policy = self(stage, prefix)
+            self._made[key] = self._rewrite.insert_after(
+                policy, torch.repeat_interleave, policy, fold, 0
+            )
+        elif key not in self._made:
             decision = self._rewrite.records[stage][1]
             self._made[key] = self._rewrite.insert_after(decision, policy_of, decision, prefix)
         return self._made[key]

@@ -38,12 +38,22 @@ class Mixing:
         zeroed: Nodes that are exactly zero at dropped keys (masked attention weights).
     """
 
-    def __init__(self, rewrite: Rewrite, policies: Callable[[int, int], fx.Node]) -> None:
+    def __init__(self, rewrite: Rewrite, policies: Callable[[int, int, int], fx.Node]) -> None:
         self.rewrite, self._policies = rewrite, policies
         self.zeroed: set[fx.Node] = set()
 
-    def policy(self, dim: TokenDim) -> fx.Node:
-        return self._policies(dim.stage, dim.prefix)
+    def policy(self, node: fx.Node, dim: TokenDim, *sources: fx.Node) -> fx.Node:
+        """The policy of the tokens along `dim` of `sources`, which `node` mixes: a row for each row
+        of their dim 0, which counts images, or images times something else (heads)."""
+        folds = {self.rewrite.fold(source) for source in sources}
+        if len(folds) == 1 and None not in folds:
+            return self._policies(dim.stage, dim.prefix, *filter(None, folds))
+        shapes = ", ".join(str(tuple(source.meta["val"].shape)) for source in sources)
+        raise LeakError(
+            f"{self.rewrite.where(node)} mixes tokens of a tensor whose first dim is not the "
+            f"batch (shape {shapes}), so no per-image policy can be applied. Only a batch-first "
+            "layout can be masked."
+        )
 
     def replace(
         self, node: fx.Node, target: Callable[..., Any], *args: Any, **kwargs: Any
@@ -54,14 +64,6 @@ class Mixing:
         self.rewrite.replaced(node, new)
         self.rewrite.graph.erase_node(node)
         return new
-
-    def check_batch_first(self, node: fx.Node, source: fx.Node) -> None:
-        if not self.rewrite.batch_first(source):
-            raise LeakError(
-                f"{self.rewrite.where(node)} mixes tokens of a tensor whose first dim is not the "
-                f"batch (shape {tuple(source.meta['val'].shape)}), so no per-image policy can be "
-                "applied. Only a batch-first layout can be masked."
-            )
 
 
 def _argument(node: fx.Node, position: int, *names: str, default: Any = None) -> Any:
@@ -76,7 +78,7 @@ def _attention(mixing: Mixing, node: fx.Node) -> None:
     dim = rewrite.dims(key).get(rewrite.rank(key) - 2)
     if dim is None:
         return
-    mixing.check_batch_first(node, key)
+    policy = mixing.policy(node, dim, key)
     options = {
         "attn_mask": _argument(node, 3, "attn_mask"),
         "dropout_p": _argument(node, 4, "dropout_p", default=0.0),
@@ -85,9 +87,7 @@ def _attention(mixing: Mixing, node: fx.Node) -> None:
         "enable_gqa": node.kwargs.get("enable_gqa", False),
     }
     own_key = rewrite.dims(query).get(rewrite.rank(query) - 2) == dim
-    mixing.replace(
-        node, masked_attention, query, key, value, mixing.policy(dim), own_key=own_key, **options
-    )
+    mixing.replace(node, masked_attention, query, key, value, policy, own_key=own_key, **options)
 
 
 def _softmax(mixing: Mixing, node: fx.Node) -> None:
@@ -100,13 +100,13 @@ def _softmax(mixing: Mixing, node: fx.Node) -> None:
     axis = (-1 if axis is None else axis) % rewrite.rank(scores)
     if axis not in dims:
         return
-    mixing.check_batch_first(node, scores)
+    policy = mixing.policy(node, dims[axis], scores)
     queries = [d for d, dim in dims.items() if d != axis and dim == dims[axis]]
     new = mixing.replace(
         node,
         masked_softmax,
         scores,
-        mixing.policy(dims[axis]),
+        policy,
         axis,
         query_dim=queries[0] if queries else None,
         dtype=dtype,
@@ -129,9 +129,7 @@ def _contraction(mixing: Mixing, node: fx.Node) -> None:
     dim = rewrite.dims(left).get(left_axis) or rewrite.dims(right).get(right_axis)
     if dim is None:
         return
-    for operand in (left, right):
-        mixing.check_batch_first(node, operand)
-    policy = mixing.policy(dim)
+    policy = mixing.policy(node, dim, left, right)
     if left in mixing.zeroed:
         node.args = (left, rewrite.insert(node, hide_dropped, right, policy, right_axis))
     elif right in mixing.zeroed:
@@ -162,9 +160,9 @@ def _reduction(masked: Callable[..., Any]) -> Rule:
                 f"{rewrite.where(node)} reduces dims {over} at once, among them tokens; only a "
                 "reduction over the token dim alone can be masked."
             )
-        mixing.check_batch_first(node, source)
+        policy = mixing.policy(node, dims[over[0]], source)
         keepdim = _argument(node, 2, "keepdim", default=False)
-        mixing.replace(node, masked, source, mixing.policy(dims[over[0]]), over[0], keepdim)
+        mixing.replace(node, masked, source, policy, over[0], keepdim)
 
     return rule
 
@@ -194,8 +192,7 @@ def _average_pool(mixing: Mixing, node: fx.Node) -> None:
         raise LeakError(
             f"{rewrite.where(node)} pools tokens into {size} bins; only 1 can be masked."
         )
-    mixing.check_batch_first(node, source)
-    mixing.replace(node, masked_mean, source, mixing.policy(dim), axis, True)
+    mixing.replace(node, masked_mean, source, mixing.policy(node, dim, source), axis, True)
 
 
 def _batch_norm(mixing: Mixing, node: fx.Node) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import autograd
 
 from tokenprune.tracing.proxy import ValueProxy
@@ -33,6 +34,8 @@ BUILT_IN = tuple(
     and name not in (*FACTORIES, "result_type", "can_cast", "promote_types")
     and isinstance(getattr(torch, name, None), BuiltinFunctionType)
 )
+CHECK_WITH = torch._check_with
+ATTENTION = F.multi_head_attention_forward
 
 
 class Recorder(Protocol):
@@ -53,6 +56,8 @@ def functions_recorded(tracer: Recorder) -> Iterator[None]:
     with ExitStack() as stack:
         for name in (*FACTORIES, *BUILT_IN):
             stack.enter_context(mock.patch.object(torch, name, _recorded(tracer, name)))
+        stack.enter_context(mock.patch.object(F, ATTENTION.__name__, _attention_opened(tracer)))
+        stack.enter_context(mock.patch.object(torch, "_check_with", _check_with))
         stack.enter_context(mock.patch.object(torch.jit.ScriptFunction, "__call__", _inside))
         stack.enter_context(mock.patch.object(autograd.Function, "apply", _no_custom_gradient))
         yield
@@ -67,6 +72,23 @@ def _recorded(tracer: Recorder, name: str) -> Callable[..., Any]:
         return tracer.create_proxy("call_function", original, args, kwargs)
 
     return record
+
+
+def _attention_opened(tracer: Recorder) -> Callable[..., Any]:
+    """torch's functional attention, step by step: as one node, its softmax could not be masked."""
+
+    def attend(*args: Any, **kwargs: Any) -> Any:
+        if tracer.executing:
+            return ATTENTION(*args, **kwargs)
+        with mock.patch.object(F, "has_torch_function", return_value=False):
+            return ATTENTION(*args, **kwargs)
+
+    return attend
+
+
+def _check_with(kind: Any, condition: Any, message: Any = None) -> None:
+    """torch's own assertion wants a bool, and takes no proxy for one."""
+    CHECK_WITH(kind, bool(condition), message)
 
 
 def _holds_proxy(value: Any) -> bool:

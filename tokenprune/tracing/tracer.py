@@ -113,7 +113,8 @@ class ValueTracer(fx.Tracer):
 
     Args:
         root: The host; nothing of it is changed, and patches last only as long as the trace.
-        blocks: Paths of the modules whose first tensor argument is marked with `enter_block`.
+        blocks: Paths of the modules whose first tensor argument is marked with `enter_block`, in
+            the order they run; a module that runs several times is named as often.
     """
 
     def __init__(self, root: nn.Module, blocks: Sequence[str]) -> None:
@@ -127,7 +128,9 @@ class ValueTracer(fx.Tracer):
         self.traced_modules: dict[str, bool] = {}
         self.tensor_attrs = {}
         self.submodule_paths = {module: name for name, module in root.named_modules()}
-        self._blocks = {root.get_submodule(path): i for i, path in enumerate(blocks)}
+        self._blocks: dict[nn.Module, list[int]] = {}  # several numbers: a block called repeatedly
+        for number, block in enumerate(blocks):
+            self._blocks.setdefault(root.get_submodule(block), []).append(number)
         self._names = dict(_named_tensors(root))
         self._attributes: dict[str, ValueProxy] = {}
         self._modules_entered: list[str] = []
@@ -285,7 +288,7 @@ class ValueTracer(fx.Tracer):
         self._modules_entered.append(path)
         try:
             if m in self._blocks:
-                args, kwargs = self._mark(self._blocks[m], args, kwargs)
+                args, kwargs = self._mark(self._next_block(m, path), args, kwargs)
             if self.is_leaf_module(m, path):
                 output = self.create_proxy("call_module", path, args, kwargs)
             else:
@@ -301,6 +304,13 @@ class ValueTracer(fx.Tracer):
         if type(first) is ValueProxy:
             self.module_outputs[path] = first.node
         return output
+
+    def _next_block(self, module: nn.Module, path: str) -> int:
+        if not self._blocks[module]:
+            raise NotImplementedError(
+                f"block '{path}' runs more often than the adapter's `blocks` name it"
+            )
+        return self._blocks[module].pop(0)
 
     def _mark(
         self, block: int, args: tuple[Any, ...], kwargs: dict[str, Any]
