@@ -17,7 +17,7 @@ from tokenprune.tracing.traced import Traced
 __all__ = ["about_padding", "behind_real", "find_real", "real_patches"]
 
 
-def about_padding(traced: Traced, argument: str | None) -> list[fx.Node]:
+def about_padding(traced: Traced, argument: str | None, num_prefix: int) -> list[fx.Node]:
     """The nodes that hold anything of a padding mask: the input `argument`, or the mask of ones
     that a host makes for itself when it is given none."""
     if argument is None:
@@ -27,12 +27,12 @@ def about_padding(traced: Traced, argument: str | None) -> list[fx.Node]:
         node
         for node in traced.graph.nodes
         if node.target in (torch.ones, torch.ones_like, "new_ones")
-        and tuple(node.meta["val"].shape) in _shapes(traced)
+        and tuple(node.meta["val"].shape) in _shapes(traced, num_prefix)
     ]
     return _made_of(traced.graph, given or own)
 
 
-def find_real(traced: Traced, argument: str) -> fx.Node | None:
+def find_real(traced: Traced, argument: str, num_prefix: int) -> fx.Node | None:
     """The node that says which tokens are real: [B, L] or [B, N], zero or False where padded.
 
     The input itself if it has that shape. Else the last such tensor that the host made of it before
@@ -40,6 +40,7 @@ def find_real(traced: Traced, argument: str) -> fx.Node | None:
 
     Args:
         argument: Name of the mask among the host's inputs.
+        num_prefix: P.
     """
     nodes = list(traced.graph.nodes)
     before = set(nodes[: min(map(nodes.index, traced.entries.values()))])
@@ -49,7 +50,7 @@ def find_real(traced: Traced, argument: str) -> fx.Node | None:
         if node in before
         and isinstance(node.meta.get("val"), Tensor)
         and not node.meta["val"].is_floating_point()
-        and tuple(node.meta["val"].shape) in _shapes(traced)
+        and tuple(node.meta["val"].shape) in _shapes(traced, num_prefix)
     ]
     given = [node for node in fitting if node.op == "placeholder"]
     return next(reversed(given or fitting), None)
@@ -60,10 +61,10 @@ def _given(traced: Traced, argument: str) -> list[fx.Node]:
     return [node for node in nodes if node.target == argument]
 
 
-def _shapes(traced: Traced) -> tuple[tuple[int, int], ...]:
+def _shapes(traced: Traced, num_prefix: int) -> tuple[tuple[int, int], ...]:
     """[B, L] and [B, N]."""
     batch, length = traced.markers[0].meta["val"].shape[:2]
-    return (batch, length), (batch, traced.num_patches)
+    return (batch, length), (batch, length - num_prefix)
 
 
 def _made_of(graph: fx.Graph, sources: Sequence[fx.Node]) -> list[fx.Node]:

@@ -101,7 +101,9 @@ class Rewrite:
             return None
         if self.real is None:
             mask = self.copy_of(self.axes.real)
-            self.real = self.insert_after(mask, real_patches, mask, self.traced.num_patches)
+            tokens = self.traced.markers[0].meta["val"]
+            patches = int(tokens.shape[1]) - self.plan.num_prefix_tokens
+            self.real = self.insert_after(mask, real_patches, mask, patches)
         return self.real
 
     def insert(
