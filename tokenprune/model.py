@@ -26,6 +26,7 @@ from tokenprune.program import PATHS, Path, Programs
 from tokenprune.pruning_trace import PruningTrace, StageTrace
 from tokenprune.recipe import Recipe
 from tokenprune.stages import StageContext
+from tokenprune.tracing.kept import buffers_kept
 from tokenprune.tracing.traced import no_autocast_cache, trace_call
 
 ADDED = (PREDICTORS, BYPASSES)
@@ -134,7 +135,8 @@ class PrunedModel(nn.Module):
 
         Args:
             keep_ratio: r for r, r^2, r^3, ... over the stages, or one ratio per stage, each of the
-                original patch tokens.
+                original patch tokens. So in bypass mode too, where the published Swin models go
+                down in steps instead: give `[r, r - 0.2, r - 0.4]` for those.
 
         Raises:
             PlanError: A ratio is out of (0, 1], they grow, or their number is wrong.
@@ -189,7 +191,7 @@ class PrunedModel(nn.Module):
             raise HostError("A wrapped model must be called with at least one tensor.")
         batch_size = tensors[0].shape[0] if tensors[0].ndim else 1
         device = tensors[0].device.type
-        autocast = torch.is_autocast_enabled(device)
+        autocast = device != "meta" and torch.is_autocast_enabled(device)
         modes = tuple([module.training for module in self._pruning.watched])
         key = [modes, autocast, torch.get_autocast_dtype(device) if autocast else None]
         for name, value in arguments.items():
@@ -209,7 +211,7 @@ class PrunedModel(nn.Module):
     def _trace(self, arguments: Mapping[str, Any]) -> Programs:
         pruning = self._pruning
         final = pruning.spec.norm or pruning.spec.blocks[-1]
-        with no_autocast_cache():
+        with no_autocast_cache(), buffers_kept(pruning.host):
             traced = trace_call(
                 pruning.host,
                 pruning.host.forward,

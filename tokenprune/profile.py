@@ -7,7 +7,8 @@ counter. What counts is what runs: fused attention included, predictors included
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx, nn
@@ -20,6 +21,7 @@ from tokenprune.plan import Plan
 from tokenprune.program import Programs
 from tokenprune.stages import StageContext
 from tokenprune.tracing.interpret import evaluate, run
+from tokenprune.tracing.kept import buffers_kept
 from tokenprune.tracing.tracer import enter_block
 from tokenprune.verify import kept_modes
 
@@ -137,8 +139,7 @@ def profile(model: nn.Module, example_inputs: ExampleInputs | None = None) -> Pr
     spec, plan = pruning.spec, pruning.plan
     batch = programs.batch_size if programs.axes.batch_bound else 1
     inputs = _fake_inputs(programs, batch)
-    host_graph = _Count(model, programs, {n: n for n in programs.traced.entries.values()})
-    dense = host_graph.over(programs.traced.graph, inputs)
+    dense = _dense(model, programs, inputs)
     if min(plan.keep_ratios) == 1.0:
         pruned = dense
     else:
@@ -174,6 +175,16 @@ def _programs(model: nn.Module, example_inputs: ExampleInputs | None) -> Program
             if _serves(programs, model):
                 return programs  # the signature that `wrap` traced
     return cast(PrunedModel, model)._programs(pruning_of(model).inputs(example_inputs))
+
+
+def _dense(model: nn.Module, programs: Programs, inputs: Mapping[str, Any]) -> "_Counted":
+    """The count of the host without pruning, made once for a trace and shapes of weights."""
+    shapes = tuple((name, tuple(p.shape)) for name, p in model.named_parameters())
+    known = _dense_counts.setdefault(programs.traced.graph, {})
+    if shapes not in known:
+        host_graph = _Count(model, programs, {n: n for n in programs.traced.entries.values()})
+        known[shapes] = host_graph.over(programs.traced.graph, inputs)
+    return known[shapes]
 
 
 def _serves(programs: Programs, model: nn.Module) -> bool:
@@ -214,13 +225,24 @@ def _through_mlp(programs: Programs, plan: Plan) -> dict[int, int]:
     return {block: counts[region.stage] for block, region in programs.regions.items()}
 
 
-class _Count:
-    """Runs a graph on fake tensors and books each node's MACs.
+class _Counted(NamedTuple):
+    """What one run cost.
 
     Attributes:
         macs: MACs by ("block", number), ("predictor", stage) or ("other", 0).
         tokens: Patch tokens that enter each block.
     """
+
+    macs: Counter[tuple[str, int]]
+    tokens: dict[int, int]
+
+
+# By trace, then by the names and shapes of the weights: a head may be replaced.
+_dense_counts: WeakKeyDictionary[fx.Graph, dict[Any, _Counted]] = WeakKeyDictionary()
+
+
+class _Count:
+    """Runs a graph on fake tensors and books each node's MACs."""
 
     def __init__(
         self, model: nn.Module, programs: Programs, entries: Mapping[fx.Node, fx.Node]
@@ -228,8 +250,7 @@ class _Count:
         pruning = pruning_of(model)
         self.model, self.programs = model, programs
         self.num_prefix = pruning.plan.num_prefix_tokens
-        self.macs: Counter[tuple[str, int]] = Counter()
-        self.tokens: dict[int, int] = {}
+        self.counted = _Counted(Counter(), {})
         self._blocks: dict[str, list[int]] = {}
         for block, path in enumerate(pruning.spec.blocks):
             self._blocks.setdefault(path, []).append(block)
@@ -237,7 +258,7 @@ class _Count:
         for block, entry in programs.traced.entries.items():
             self._entered.setdefault(entries[entry], []).append(block)
 
-    def over(self, graph: fx.Graph, inputs: Mapping[str, Any]) -> "_Count":
+    def over(self, graph: fx.Graph, inputs: Mapping[str, Any]) -> _Counted:
         """Count one run of `graph`."""
         counter = FlopCounterMode(display=False, custom_mapping=_attention_formulas())
 
@@ -246,15 +267,16 @@ class _Count:
             value = evaluate(self.model, node, env)
             flops = counter.get_total_flops() - before
             if flops:
-                self.macs[self._account(node)] += flops // 2
+                self.counted.macs[self._account(node)] += flops // 2
             return value
 
         # With gradients on: the counter's hooks choke on views of parameters made under no_grad.
-        with torch.enable_grad(), self.programs.traced.fake_mode, counter:
+        kept = buffers_kept(self.model)
+        with kept, torch.enable_grad(), self.programs.traced.fake_mode, counter:
             for node, value in run(self.model, graph, inputs, step):
                 for block in self._entered.get(node, ()):
-                    self.tokens[block] = self._patch_tokens(value)
-        return self
+                    self.counted.tokens[block] = self._patch_tokens(value)
+        return self.counted
 
     def _account(self, node: fx.Node) -> tuple[str, int]:
         for used in node.all_input_nodes:

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from tokenprune.counting import counts_in_words
-from tokenprune.errors import VerificationError
+from tokenprune.errors import UnsupportedHostError, VerificationError
 from tokenprune.inputs import ExampleInputs
 from tokenprune.model import ADDED, PrunedModel, pruning_of
 from tokenprune.ops.selection import gather_aligned
@@ -19,6 +19,7 @@ from tokenprune.passes.base import CONTEXT
 from tokenprune.program import Path, Program, Programs
 from tokenprune.stages import StageContext
 from tokenprune.tracing.interpret import run
+from tokenprune.tracing.kept import attributes_kept, buffers_kept
 
 __all__ = ["Certificate", "Check", "kept_modes", "verify"]
 
@@ -94,11 +95,19 @@ def verify(
 
     Raises:
         NotWrappedError: `model` is not wrapped.
+        UnsupportedHostError: It has no weights: it is on the meta device.
         VerificationError: A theorem does not hold; the first node where the paths part is named.
     """
     pruning = pruning_of(model)
     inputs = pruning.inputs(example_inputs)
-    with kept_modes(model):
+    bare = next((name for name, p in model.named_parameters() if p.is_meta), None)
+    if bare is not None:
+        raise UnsupportedHostError(
+            f"Parameter '{bare}' of {type(model).__name__} is on the meta device and holds no "
+            "weights, so nothing can be verified. Load the weights first, or pass verify=False to "
+            "wrap, which is enough for profile."
+        )
+    with kept_modes(model), attributes_kept(pruning.host), buffers_kept(model):
         model.eval()
         proof = _Proof(model, inputs)  # type: ignore[arg-type]
         with torch.no_grad():
@@ -243,17 +252,15 @@ class _Proof:
 
     def images(self) -> Iterator[Check]:
         """Theorem 4: an image does not depend on the others of its batch."""
-        if self.programs.axes.batch_bound or self.batch_size < 2:
+        if self.programs.axes.batch_bound:
             return
-        one = {
-            n: v[:1] if v.shape[:1] == (self.batch_size,) else v for n, v in self.tensors.items()
-        }
-        alone = replace(self.context, keep_indices=tuple(kept[:1] for kept in self.sets))
-        output = self._output("gather", alone, one)
-        together = [
-            t[:1] if t.ndim and t.shape[0] == self.batch_size else None for t in self._run("gather")
-        ]
-        pairs = [(a, b) for a, b in zip(output, together, strict=True) if b is not None]
+        if self.batch_size == 1:
+            alone, batch = self._run("gather"), self._beside_another()
+        else:
+            alone, batch = self._first_alone(), self._run("gather")
+        size = max(self.batch_size, 2)
+        together = [t[:1] if t.ndim and t.shape[0] == size else None for t in batch]
+        pairs = [(a, b) for a, b in zip(alone, together, strict=True) if b is not None]
         check = Check(
             "an image alone = in a batch",
             _difference([a for a, _ in pairs], [b for _, b in pairs]),
@@ -262,6 +269,26 @@ class _Proof:
         if not check.passed:
             self._refuse(check, "an image's output depends on the other images of its batch")
         yield check
+
+    def _first_alone(self) -> list[Tensor]:
+        """The gather path's output for the first image of the batch."""
+        one = {n: v[:1] if self._batched(v) else v for n, v in self.tensors.items()}
+        context = replace(self.context, keep_indices=tuple(kept[:1] for kept in self.sets))
+        return self._output("gather", context, one)
+
+    def _beside_another(self) -> list[Tensor]:
+        """The gather path's output for the one image and, as a second one, its mirror image."""
+        two = {
+            n: torch.cat([v, v.flip(-1)]) if self._batched(v) else v
+            for n, v in self.tensors.items()
+        }
+        pairs = zip(self.sets, self.num_patches, strict=True)
+        sets = tuple(torch.cat([kept, patches - 1 - kept.flip(1)]) for kept, patches in pairs)
+        context = replace(self.context, keep_indices=sets)
+        return self._output("gather", context, two)
+
+    def _batched(self, value: Tensor) -> bool:
+        return value.shape[:1] == (self.batch_size,)
 
     def gradients(self) -> Iterator[Check]:
         """Theorems 6 and 7: every predictor parameter gets a finite gradient."""

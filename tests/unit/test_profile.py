@@ -1,5 +1,6 @@
 """`profile` counts what eval runs: against the published figures, by hand, and against torch."""
 
+import sys
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from tokenprune.errors import HostError, NotWrappedError
 from tokenprune.profile import Profile, profile
 
 STAGES: dict[str, Any] = {"version": 1, "schedule": {"blocks": [1, 2], "keep_ratio": 0.6}}
+counting = sys.modules["tokenprune.profile"]  # the name `tokenprune.profile` is the function
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2}
 
 # GMACs of the authors' eval code (docs/published.md), by keep ratio.
@@ -150,6 +152,24 @@ def test_a_cast_model_is_counted_anew() -> None:
     model = wrapped(vit())
     before = profile(model)
     assert profile(model.to(torch.bfloat16)) == before
+
+
+def test_the_dense_host_is_counted_once_until_its_weights_are_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = wrapped(vit(num_classes=5))
+    first, runs = profile(model), []
+    original = counting._Count.over
+    monkeypatch.setattr(
+        counting._Count, "over", lambda self, *args: [runs.append(1), original(self, *args)][1]
+    )
+    assert profile(model) == first
+    assert len(runs) == 1  # the gather path; the ratios may be others
+    model.set_keep_ratio(0.3)
+    assert profile(model).dense_macs == first.dense_macs
+    model.head = nn.Linear(16, 7)
+    assert profile(model).dense_macs == first.dense_macs + 2 * 16
+    assert len(runs) == 4
 
 
 def test_the_model_stays_as_it_was() -> None:

@@ -1,0 +1,219 @@
+"""`verify`: what its certificate says, what each check refuses, and that it changes nothing."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+import tokenprune
+from tokenprune.errors import NotWrappedError, UnsupportedHostError, VerificationError
+from tokenprune.model import pruning_of
+from tokenprune.passes import gather, mask, mixers
+from tokenprune.verify import EXACT, Certificate, Check, _Proof, verify
+
+RECIPE: dict[str, Any] = {"version": 1, "schedule": {"blocks": [1, 2], "keep_ratio": 0.7}}
+SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2}
+
+
+class Vit(timm.models.vision_transformer.VisionTransformer):
+    """A small host of which a test can change the tokens on their way."""
+
+    def __init__(self, change: Callable[["Vit", Tensor], Tensor] | None = None) -> None:
+        super().__init__(**SMALL, num_classes=5)
+        self.change = change
+        self.calls = 0
+        self.register_buffer("seen", torch.zeros(2))
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Any:
+        return super().forward(x if self.change is None else self.change(self, x))
+
+
+def wrapped(host: nn.Module | None = None, **options: Any) -> Any:
+    torch.manual_seed(0)
+    return tokenprune.wrap(host or Vit(), RECIPE, **{"verify": False, **options}).eval()
+
+
+def names(certificate: Certificate) -> list[str]:
+    return [check.name for check in certificate.checks]
+
+
+THEOREMS = [
+    "keep_ratio 1 is the host",
+    "mask = gather on random kept sets",
+    "dropped tokens may hold NaN and inf",
+    "an image alone = in a batch",
+    "predictor parameters without a finite gradient",
+]
+
+
+def test_the_certificate() -> None:
+    certificate = verify(wrapped())
+    assert names(certificate) == THEOREMS
+    assert all(check.passed and check.error <= check.bound for check in certificate.checks)
+    assert certificate.checks[0].bound == certificate.checks[0].error == 0.0
+    assert certificate.mask_vs_gather == certificate.checks[1].error
+    facts = (certificate.num_patches, certificate.num_prefix_tokens, certificate.num_keep)
+    assert facts == (16, 1, (11, 7))
+    first, *rest = str(certificate).splitlines()
+    assert first == "Vit (timm/vision_transformer, remove): 16 -> 11 -> 7 patch tokens"
+    assert len(rest) == len(THEOREMS)
+    assert all(line.strip().startswith(name) for line, name in zip(rest, THEOREMS, strict=True))
+    assert rest[0].endswith("0.0e+00 (bound 0e+00)")
+
+
+def test_a_difference_that_is_no_number_does_not_pass() -> None:
+    assert Check("x", 1e-5, 1e-4).passed
+    assert not Check("x", 1e-3, 1e-4).passed
+    assert not Check("x", float("nan"), 1e-4).passed
+
+
+def test_what_is_not_wrapped() -> None:
+    with pytest.raises(NotWrappedError, match=r"found Vit.*tokenprune\.wrap"):
+        verify(Vit())
+
+
+def nudged(*arguments: Any) -> Any:
+    tokens, kept, logits = GATHER_STAGE(*arguments)
+    return tokens + 1e-6, kept, logits
+
+
+def first_of_all(*arguments: Any) -> Any:
+    tokens, kept, logits = GATHER_STAGE(*arguments)
+    return tokens[:1].expand_as(tokens), kept, logits
+
+
+def detached(*arguments: Any) -> Any:
+    logits, decision, tokens = MASK_STAGE(*arguments)
+    return logits.detach(), decision.detach(), tokens
+
+
+GATHER_STAGE, MASK_STAGE = gather.gather_stage, mask.mask_stage
+
+
+def read_as_they_are(x: Tensor, policy: Tensor | None, dim: int) -> Tensor:
+    return x
+
+
+def everyone_is_seen(decision: Tensor, num_prefix: int) -> Tensor:
+    return decision.new_ones(decision.shape[0], num_prefix + decision.shape[1])
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "broken", "says"),
+    [
+        (gather, "gather_stage", nudged, "every token kept is not the host.*'keep_ratio 1 is"),
+        (mask, "policy_of", everyone_is_seen, "mask and gather path part first at node '.*softmax"),
+        (mixers, "hide_dropped", read_as_they_are, "contents of dropped tokens reach the output"),
+        (mask, "mask_stage", detached, r"predictors cannot be trained.*difference 2\.00e\+01"),
+    ],
+    ids=["identity", "paths", "contents", "gradients"],
+)
+def test_each_broken_promise_is_named(
+    place: Any, name: str, broken: Any, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = Vit()
+    for block in host.blocks:
+        block.attn.fused_attn = False  # a softmax and two products, each with a rule of its own
+    with torch.no_grad():
+        for parameter in host.parameters():
+            parameter.normal_(std=0.3)
+    monkeypatch.setattr(place, name, broken)
+    model = wrapped(host)
+    with pytest.raises(VerificationError, match=f"(?s)Vit cannot be pruned safely: .*{says}"):
+        verify(model)
+
+
+def minus_the_mean_of_the_batch(host: Vit, x: Tensor) -> Tensor:
+    return x - x.mean(dim=0, keepdim=True)
+
+
+@pytest.mark.parametrize("images", [1, 2, 3])
+def test_a_host_that_mixes_images_is_refused_whatever_the_example(images: int) -> None:
+    x = torch.randn(images, 3, 32, 32)
+    model = wrapped(Vit(minus_the_mean_of_the_batch), example_inputs=x)
+    with pytest.raises(VerificationError, match="depends on the other images of its batch"):
+        verify(model, x)
+    plain = wrapped(example_inputs=x)
+    assert names(verify(plain, x)) == THEOREMS
+
+
+def test_a_host_that_decides_by_the_batch_size_is_not_asked_for_another() -> None:
+    model = wrapped(Vit(lambda host, x: x * 2 if x.shape[0] == 2 else x))
+    assert names(verify(model)) == [name for name in THEOREMS if "alone" not in name]
+
+
+def test_float64_decides_where_float32_is_too_coarse() -> None:
+    host = Vit()
+    with torch.no_grad():
+        for parameter in host.parameters():
+            parameter.normal_(std=0.3)
+    model = wrapped(host)
+    proof = _Proof(model, {"x": torch.randn(2, 3, 32, 32)})
+    proof.bound = 2 * EXACT  # as if rounding had been larger than what is allowed
+    with torch.no_grad():
+        (check,) = proof.paths()
+    assert check.passed
+    assert check.bound == EXACT
+    assert check.name.startswith("mask = gather on random kept sets, in float64 (float32: ")
+    assert model.head.weight.dtype == torch.float32
+
+
+def test_an_output_without_tensors_is_refused() -> None:
+    class Silent(Vit):
+        def forward(self, x: Tensor) -> Any:
+            super().forward(x)
+            return 3
+
+    with pytest.raises(VerificationError, match="Silent returns no tensor that could be compared"):
+        wrapped(Silent(), verify=True)
+
+
+def counting(host: Vit, x: Tensor) -> Tensor:
+    host.calls += 1
+    host.seen += 1
+    host.last_size = x.shape[-1]
+    return x
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_nothing_is_changed(refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    host = Vit(counting).train()
+    host.blocks[0].eval()
+    torch.manual_seed(0)
+    model = tokenprune.wrap(host, RECIPE, verify=False)
+    buffer, modes = host.seen, [module.training for module in model.modules()]
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    attributes, noise = set(vars(host)), torch.get_rng_state()
+    if refused:
+        monkeypatch.setattr(_Proof, "images", lambda self: self._refuse(Check("x", 1, 0), "no"))
+        with pytest.raises(VerificationError, match=r"no\. Check 'x'"):
+            verify(model)
+    else:
+        verify(model)
+    tokenprune.profile(model)
+    assert host.calls == 0
+    assert host.seen.tolist() == [0.0, 0.0]
+    assert host.seen is buffer
+    assert set(vars(host)) == attributes
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), noise)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, weights[name]), name
+    assert all(parameter.grad is None for parameter in model.parameters())
+    host(torch.zeros(1, 3, 32, 32))
+    assert (host.calls, host.seen[0].item()) == (1, 1.0)  # the host itself does count
+
+
+def test_a_host_without_weights() -> None:
+    with torch.device("meta"):
+        host = Vit()
+    with pytest.raises(UnsupportedHostError, match="'cls_token' of Vit is on the meta device"):
+        tokenprune.wrap(host, RECIPE)
+    model = wrapped(host)  # enough to be counted
+    assert tokenprune.profile(model) == tokenprune.profile(wrapped())
+    assert all(parameter.is_meta for parameter in model.parameters())
+    model.to_empty(device="cpu")
+    assert not any(parameter.is_meta for parameter in pruning_of(model).host.parameters())
