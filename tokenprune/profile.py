@@ -287,7 +287,9 @@ class _Count:
         while path:
             if path in self._blocks:
                 calls = self._blocks[path]  # several, if the host calls one module again and again
-                return "block", max((b for b in calls if b in self.tokens), default=calls[0])
+                return "block", max(
+                    (b for b in calls if b in self.counted.tokens), default=calls[0]
+                )
             path = path.rpartition(".")[0]
         return "other", 0
 
