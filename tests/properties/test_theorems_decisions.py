@@ -53,6 +53,10 @@ def test_5_kept_sets_are_nested_sorted_and_counted(
             assert 1 <= len(kept) <= total
             assert stage.decision[image].nonzero().flatten().tolist() == kept
             before = set(kept)
+    for stage in removed.stages:  # the best stay; what is gone scores -inf
+        scores, stays = stage.keep_logits[..., 0], stage.decision > 0
+        worst_kept = scores.masked_fill(~stays, float("inf")).amin(dim=1)
+        assert (worst_kept >= scores.masked_fill(stays, -float("inf")).amax(dim=1)).all()
     for stage, wanted in zip(masked.stages, ratios, strict=True):
         assert set(stage.decision.unique().tolist()) <= {0.0, 1.0}
         assert stage.decision.sum(1).tolist() == [num_keep(total, wanted)] * batch

@@ -39,8 +39,8 @@ def multihead_attention(
     elif packed:
         projected = _projected((query,), [module.in_proj_weight], module.in_proj_bias)
     elif shared:
-        width = module.embed_dim
-        weights = list(module.in_proj_weight.split([width, 2 * width]))
+        rows = module.embed_dim  # of the query's projection; the others follow
+        weights = [module.in_proj_weight[:rows], module.in_proj_weight[rows:]]
         projected = _projected((query, key), weights, module.in_proj_bias)
     else:
         weights = list(module.in_proj_weight.chunk(3))
@@ -58,11 +58,13 @@ def _projected(
 ) -> list[torch.Tensor]:
     """Query, key and value, [L, B, D] each, from one, two or three products as torch makes them:
     another number of products, or the batch first, would round otherwise now and then."""
-    sizes = [weight.shape[0] for weight in weights]
-    biases = [None] * len(sizes) if bias is None else bias.split(sizes)
-    width = sum(sizes) // 3
-    products = (F.linear(t, w, b) for t, w, b in zip(inputs, weights, biases, strict=True))
-    return [part for product in products for part in product.split(width, dim=-1)]
+    width = sum(weight.shape[0] for weight in weights) // 3
+    parts: list[torch.Tensor] = []
+    for given, weight in zip(inputs, weights, strict=True):
+        first, rows = len(parts) * width, weight.shape[0]
+        of_these = None if bias is None else bias[first : first + rows]
+        parts.extend(F.linear(given, weight, of_these).chunk(rows // width, dim=-1))
+    return parts
 
 
 DECOMPOSED: dict[type[nn.Module], Callable[..., Any]] = {nn.MultiheadAttention: multihead_attention}
