@@ -217,29 +217,28 @@ class _Search:
                     continue
                 if self._width(source, layout) != self.grid.num_channels:
                     continue
-                reached, attention = self._way(source, branch)
-                if set(branch.users) != {total} or not reached:
+                if set(branch.users) != {total}:
                     continue
                 end = self._per_token_end(source, branch, layout)
                 # the projection behind an attention is no feed-forward part; a whole MLP is
-                if end is not None and sum(map(self._projects, end[0])) > attention:
+                if end is not None and sum(map(self._projects, end[0])) > self._attends(
+                    source, branch
+                ):
                     return Region(stage, source, branch, total, layout, *end)
         return None
 
-    def _way(self, source: fx.Node, branch: fx.Node) -> tuple[bool, bool]:
-        """Whether `branch` comes from `source`, and whether through an attention."""
-        seen: set[fx.Node] = set()
-        reached = attention = False
+    def _attends(self, source: fx.Node, branch: fx.Node) -> bool:
+        """Whether there is an attention between `source` (or the block's entry) and `branch`."""
+        seen = {source, *self.outside}
         queue = [branch]
         while queue:
             node = queue.pop()
-            if node is source:
-                reached = True
-            elif node not in seen and node not in self.outside:
-                attention = attention or attends(self.root, node)
-                seen.add(node)
-                queue.extend(node.all_input_nodes)
-        return reached, attention
+            if attends(self.root, node):
+                return True
+            fresh = set(node.all_input_nodes) - seen
+            seen |= fresh
+            queue.extend(fresh)
+        return False
 
     def _per_token_end(
         self, source: fx.Node, branch: fx.Node, layout: Layout
