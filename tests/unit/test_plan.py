@@ -1,0 +1,58 @@
+"""`bind`: a recipe on a host's facts, as pure numbers."""
+
+from typing import Any, Literal
+
+import pytest
+
+from tokenprune.arch import ArchSpec
+from tokenprune.errors import PlanError
+from tokenprune.plan import Plan, bind
+from tokenprune.recipe import Recipe
+
+
+def spec(blocks: int = 4, mode: Literal["remove", "bypass"] = "remove") -> ArchSpec:
+    paths = tuple(f"blocks.{i}" for i in range(blocks))
+    return ArchSpec(adapter="by hand", blocks=paths, num_prefix_tokens=2, mode=mode)
+
+
+def recipe(**changes: Any) -> Recipe:
+    given = {"version": 1, "schedule": {"blocks": [1, 3], "keep_ratio": 0.7}, **changes}
+    return Recipe.parse({key: value for key, value in given.items() if value is not None})
+
+
+def test_a_plan_holds_the_recipe_and_the_facts() -> None:
+    plan = bind(recipe(sampling={"rounding": "ceil"}), spec())
+    assert plan == Plan("remove", (1, 3), (0.7, 0.49), 2, "ceil")
+
+
+@pytest.mark.parametrize(
+    ("rounding", "counts"), [("floor", (10, 7)), ("ceil", (11, 8)), ("round", (11, 7))]
+)
+def test_counts_are_shares_of_the_patches_before_any_stage(
+    rounding: str, counts: tuple[int, ...]
+) -> None:
+    plan = bind(recipe(sampling={"rounding": rounding}), spec())
+    assert plan.counts((15, 15)) == plan.counts([15, 15]) == counts
+    assert plan.counts((1, 1)) == (1, 1)
+
+
+def test_ratios_in_powers_are_free_of_the_noise_of_floating_point() -> None:
+    plan = bind(recipe(), spec()).with_keep_ratio(0.7)
+    assert plan.keep_ratios == (0.7, 0.49)
+    assert bind(recipe(), spec()).with_keep_ratio([0.9, 0.9]).keep_ratios == (0.9, 0.9)
+    assert plan.with_keep_ratio(1).keep_ratios == (1.0, 1.0)
+
+
+def test_blocks_that_the_host_does_not_have() -> None:
+    says = r"^recipe 'mine' prunes before blocks \[3\], but the host has 2 blocks \(0 to 1\), found"
+    with pytest.raises(PlanError, match=says):
+        bind(recipe(name="mine"), spec(blocks=2))
+    with pytest.raises(PlanError, match=r"^the recipe prunes before blocks \[1, 3\]"):
+        bind(recipe(), spec(blocks=1))
+
+
+def test_tokens_cannot_be_removed_from_a_grid() -> None:
+    with pytest.raises(PlanError, match=r"`mode: remove`, but this host \(adapter 'by hand'\) nee"):
+        bind(recipe(), spec(mode="bypass"))
+    for mode in ("remove", "bypass"):
+        assert bind(recipe(mode="bypass"), spec(mode=mode)).mode == "bypass"  # type: ignore[arg-type]
