@@ -12,14 +12,11 @@ import tokenprune
 from benchmarks.atlas_parts.row import CERTIFIED, Row
 from benchmarks.atlas_parts.weights import enliven, parameters_in_millions, weightless
 from tokenprune.arch import ArchSpec, describe
-from tokenprune.cli.hosts import recipe_for
 from tokenprune.errors import TokenPruneError
-from tokenprune.recipe import Recipe
 from tokenprune.verify import Certificate
 
-__all__ = ["KEEP_RATIO", "Host", "measure"]
+__all__ = ["Host", "measure"]
 
-KEEP_RATIO = 0.7
 # Hosts below both are proven at full size.
 SMALL_PARAMETERS, SMALL_GMACS = 30.0, 6.0
 
@@ -79,7 +76,7 @@ def _fill(row: Row, host: Host) -> None:
     row.prefix, row.blocks = spec.num_prefix_tokens, len(spec.blocks)
     before = time.process_time()
     inputs = host.inputs(full)
-    wrapped = _wrap(host, full, spec, inputs, row)
+    wrapped = _wrap(host, full, spec, inputs)
     row.wrap_seconds = round(time.process_time() - before, 2)
     counted = tokenprune.profile(wrapped, inputs)
     row.tokens, row.stages = counted.num_patches, list(counted.stages)
@@ -101,26 +98,10 @@ def _fill(row: Row, host: Host) -> None:
     _certify(row, tokenprune.verify(proof, inputs, gradients=False), f"reduced: {changes}")
 
 
-def _wrap(
-    host: Host,
-    model: nn.Module,
-    spec: ArchSpec,
-    inputs: dict[str, Any] | None,
-    row: Row | None = None,
-) -> Any:
-    found = recipe_for(host.model, spec)
-    blocks = [stage.block for stage in found.resolved_stages]
-    if row is not None:
-        row.stages = blocks
-    schedule = {"blocks": blocks, "keep_ratio": KEEP_RATIO}
-    recipe = Recipe.parse({"version": 1, "mode": spec.mode, "schedule": schedule})
+def _wrap(host: Host, model: nn.Module, spec: ArchSpec, inputs: dict[str, Any] | None) -> Any:
+    """As a user does who knows nothing about the model: the recipe is `wrap`'s own."""
     return tokenprune.wrap(
-        model,
-        recipe,
-        adapter=spec,
-        restore=host.restore,
-        verify=False,
-        example_inputs=inputs,
+        model, adapter=spec, example_inputs=inputs, restore=host.restore, verify=False
     )
 
 

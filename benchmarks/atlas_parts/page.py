@@ -19,11 +19,12 @@ wrote this page and [atlas.json](atlas.json), which has a row for every single m
 {totals}
 How a row is made: the model is built at **full size** without memory for its weights, described,
 traced, and its multiply-accumulates are counted for one image (clip, sound, text), dense and with
-stages at a quarter, a half and three quarters of its blocks that keep 0.7, 0.49 and 0.343 of the
-tokens. Then it is **proven with random weights**: at full size below 30 M parameters and 6 GMACs,
-otherwise on a smaller build of the same class, options alike except for those that `certified_at`
-in the JSON names. Outputs that hold tokens are given back in place (`restore=True`). Nothing is
-trained and nothing is downloaded.
+the recipe that `tokenprune.wrap(host)` makes by itself: stages at a quarter, a half and three
+quarters of the blocks, that keep 0.7, 0.49 and 0.343 of the tokens where they leave, and let 0.7,
+0.5 and 0.3 of them through the MLP where the grid stays. Then it is **proven with random weights**:
+at full size below 30 M parameters and 6 GMACs, otherwise on a smaller build of the same class,
+options alike except for those that `certified_at` in the JSON names. Outputs that hold tokens are
+given back in place (`restore=True`). Nothing is trained and nothing is downloaded.
 
 | column | what it is |
 |---|---|

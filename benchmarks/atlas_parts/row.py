@@ -34,7 +34,7 @@ class Row:
             the output is the host's, bit for bit).
         certified_at: `full`, or what was made smaller for the run.
         gmacs_dense: 10^9 MACs of the host at full size, one image.
-        gmacs_pruned: The same with three stages that keep 0.7 each of what there was.
+        gmacs_pruned: The same with the recipe that `wrap` makes for the host, at keep ratio 0.7.
         wrap_seconds: CPU seconds of one thread for tracing and analysis at full size.
         seconds: The same for the whole row, building and proof included.
     """

@@ -36,8 +36,7 @@ BLOCK_NUMBERS = ("global_attn_indexes", "global_att_blocks")
 PER_BLOCK = ("num_kv_heads", "mlp_ratios")
 
 HEAD_WIDTH = 32  # where a class has a width of heads instead of a number
-PIXELS_A_PATCH = 8  # the least, of a patch of pixels
-FEW_PIXELS = 160
+PIXELS, STEM_PIXELS = 224, 160  # sides that every stem can halve as often as it does
 FEW_PATCHES, MANY_PATCHES = 18, 24  # patches a side of a smaller image, and when it is made
 OTHERS = 2  # blocks of every stage but the longest
 # Narrower or not, and blocks of the longest stage; the next one if a class will not be built so.
@@ -149,8 +148,9 @@ def _smaller_image(flat: Mapping[str, Any], side: int) -> int | None:
     if not isinstance(patch, int) or not isinstance(flat.get("depth"), int):
         return None
     side = max(_leaves(built)) if built is not None else side
-    if patch < PIXELS_A_PATCH:  # patches of what a stem of convolutions puts out
-        return FEW_PIXELS if side > FEW_PIXELS else None
+    if "embed_layer" in flat:  # patches of what a stem of convolutions puts out
+        few = STEM_PIXELS if patch == 1 else PIXELS
+        return few if side > few else None
     return patch * FEW_PATCHES if side // patch > MANY_PATCHES else None
 
 

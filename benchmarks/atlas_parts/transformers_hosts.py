@@ -47,8 +47,9 @@ class TransformersHost:
 
     @property
     def module(self) -> str:
-        """Name of the folder that defines the class."""
-        return str(getattr(transformers, self.model).__module__.split(".")[-2])
+        """Name of the modeling file that defines the class, without `modeling_`."""
+        home: str = getattr(transformers, self.model).__module__
+        return home.rpartition(".")[2].removeprefix("modeling_")
 
     def build(self) -> nn.Module:
         """At full size, without pretrained weights."""

@@ -7,6 +7,8 @@ from torch import nn
 
 __all__ = ["enliven", "parameters_in_millions", "weightless"]
 
+TINY = 1e-3
+
 
 def weightless(make: Callable[[], nn.Module]) -> nn.Module:
     """Build a host that is on the CPU as far as anyone can ask, and holds no memory.
@@ -43,16 +45,15 @@ def enliven(host: nn.Module) -> nn.Module:
     """Give every parameter that holds one value only (LayerScale, norms, biases) random ones.
 
     Libraries start them at 0, 1 or 1e-5, where a block does next to nothing and an error in it is
-    next to nothing too.
+    next to nothing too. The same for those that are random but tiny.
     """
     with torch.no_grad():
         for parameter in host.parameters():
             if not parameter.is_floating_point() or not parameter.numel():
                 continue
-            first = parameter.flatten()[0]
-            if bool((parameter == first).all()):
-                if first == 0:
-                    parameter.normal_(std=0.1)
-                else:
-                    parameter.uniform_(0.5, 1.5)
+            first, spread = parameter.flatten()[0], parameter.max() - parameter.min()
+            if spread == 0 and first != 0:
+                parameter.uniform_(0.5, 1.5)
+            elif spread < TINY:
+                parameter.normal_(std=0.1)
     return host
