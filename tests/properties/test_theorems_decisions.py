@@ -113,19 +113,19 @@ DECISIONS = {"random": (0.0, 0.0), "none": (-1e4, -1e4), "all": (1e4, 1e4), "fir
 
 
 @fewer
-@given(seed=SEED, decisions=st.sampled_from(list(DECISIONS)), factor=st.sampled_from(FACTORS))
-def test_6_nothing_is_nan_for_any_decision(
-    case: Case, seed: int, decisions: str, factor: float
-) -> None:
-    case.start(seed, factor)
-    for stage, amount in enumerate(DECISIONS[decisions]):
-        lean(case.model, [stage], amount)
-    output, trace = step(case, case.toy.inputs(2, seed=seed), seed)
-    if decisions == "none":
-        assert all(stage.decision.sum() == 0 for stage in trace.stages)
-    if decisions == "all":
-        assert all(stage.decision.min() == 1 for stage in trace.stages)
-    assert_finite(case, output)
+@given(seed=SEED, factor=st.sampled_from(FACTORS))
+def test_6_nothing_is_nan_for_any_decision(case: Case, seed: int, factor: float) -> None:
+    for decisions, amounts in DECISIONS.items():
+        case.start(seed, factor)
+        for stage, amount in enumerate(amounts):
+            lean(case.model, [stage], amount)
+        output, trace = step(case, case.toy.inputs(2, seed=seed), seed)
+        if decisions == "none":
+            assert all(stage.decision.sum() == 0 for stage in trace.stages)
+        if decisions == "all":
+            assert all(stage.decision.min() == 1 for stage in trace.stages)
+        assert all(torch.isfinite(stage.keep_logits).all() for stage in trace.stages)
+        assert_finite(case, output)
 
 
 LOW = ("eager", "rope_by_length", "mean_and_max")
@@ -155,6 +155,24 @@ def test_7_every_predictor_parameter_learns(case: Case, seed: int) -> None:
         assert parameter.grad is not None, name
         assert torch.isfinite(parameter.grad).all(), name
         assert parameter.grad.any(), name
+    for predictor in getattr(case.model, PREDICTORS):
+        local, shared = predictor.in_proj[1].weight.grad.tensor_split([predictor.dim // 2])
+        assert local.any()
+        assert shared.any()  # the mean over kept tokens teaches too
+
+
+@fewer
+@given(seed=SEED)
+def test_7_the_task_teaches_every_decision(case: Case, seed: int) -> None:
+    case.start(seed)
+    case.model.train()
+    with case.model.using(generator=torch.Generator().manual_seed(seed)):
+        output, trace = case.model(**case.toy.inputs(3, seed=seed), return_trace=True)
+    loss = torch.stack([t.float().square().mean() for t in tensors(output)]).sum()
+    grads = torch.autograd.grad(loss, [stage.decision for stage in trace.stages])
+    for grad in grads:
+        assert torch.isfinite(grad).all()
+        assert grad.flatten(1).any(dim=1).all()  # in every image
 
 
 @fewer
