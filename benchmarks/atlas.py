@@ -21,16 +21,17 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.atlas_parts.measure import Host
+from benchmarks.atlas_parts.measure import Host, measure
 from benchmarks.atlas_parts.page import as_json, as_page
 from benchmarks.atlas_parts.pool import Limits, run
 from benchmarks.atlas_parts.row import Row
-from benchmarks.atlas_parts.timm_hosts import timm_hosts
+from benchmarks.atlas_parts.timm_hosts import TimmHost, timm_hosts
 from benchmarks.atlas_parts.transformers_hosts import transformers_hosts
 
 __all__ = ["Store", "estimate", "main", "scope"]
 
 ROOT = Path(__file__).parents[1]
+MANY = 10  # rows that are worth warming up for
 SECONDS_A_ROW = 8.0  # before any row was measured
 MEASURED = ("torch", "timm", "transformers")
 
@@ -134,6 +135,8 @@ def _open(host: Host, store: Store, again_refused: bool) -> bool:
 
 def _measure(hosts: Sequence[Host], store: Store, jobs: int, limits: Limits) -> None:
     torch.set_num_threads(1)  # before any fork: a child must not inherit a pool of threads
+    if len(hosts) >= MANY:  # what torch imports and keeps at first use, children inherit
+        measure(TimmHost("test_vit", "vision_transformer"))
     columns = (
         BarColumn(),
         MofNCompleteColumn(),

@@ -109,8 +109,8 @@ def _family(name: str, rows: Sequence[Row]) -> str:
     cells = [
         f"`{name}`",
         f"{len(good)} of {len(rows)}",
-        _all(good, lambda row: row.adapter),
-        _all(good, lambda row: row.mode),
+        _all(rows, lambda row: row.adapter),
+        _all(rows, lambda row: row.mode),
         _range(row.tokens for row in good),
         _range(row.prefix for row in good),
         _range(row.blocks for row in good),
@@ -147,8 +147,8 @@ def _refusals(rows: Sequence[Row]) -> str:
 
 
 def _escaped(text: str) -> str:
-    for mark in "|<>*_":
-        text = text.replace(mark, f"\\{mark}")
+    for mark in ("|", "<", ">", "*", "__"):
+        text = text.replace(mark, "".join(f"\\{sign}" for sign in mark))
     return text
 
 
