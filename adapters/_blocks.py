@@ -24,10 +24,18 @@ LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
 @dataclass(frozen=True)
 class Stack:
-    """Blocks of one class whose containers stand in the same place of the host, in order."""
+    """Blocks whose containers stand in the same place of the host, in order.
 
-    kind: type[nn.Module]
+    Attributes:
+        kinds: Names of their classes.
+        blocks: Their paths.
+    """
+
+    kinds: tuple[str, ...]
     blocks: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{len(self.blocks)} blocks of class {' and '.join(self.kinds)}"
 
 
 def find_stacks(host: nn.Module) -> list[Stack]:
@@ -41,12 +49,17 @@ def find_stacks(host: nn.Module) -> list[Stack]:
     ]
     # a stage that holds blocks looks like one itself
     holders = {above for path in listed for above in _above(path)}
-    found: dict[tuple[type[nn.Module], str], list[str]] = defaultdict(list)
+    found: dict[str, list[str]] = defaultdict(list)
     for path in listed:
         if path not in holders:
-            place = re.sub(r"\d+", "#", parent(path))
-            found[type(host.get_submodule(path)), place].append(path)
-    stacks = [Stack(kind, tuple(blocks)) for (kind, _), blocks in found.items()]
+            found[re.sub(r"\d+", "#", parent(path))].append(path)
+    stacks = [
+        Stack(
+            tuple(dict.fromkeys(type(host.get_submodule(b)).__name__ for b in blocks)),
+            tuple(blocks),
+        )
+        for blocks in found.values()
+    ]
     return sorted(stacks, key=lambda stack: len(stack.blocks), reverse=True)
 
 

@@ -20,8 +20,11 @@ class TimmFamily:
         name: Of the adapter.
         home: Module that defines the host classes.
         classes: Names of the host classes; their subclasses count too.
-        block: Name of the block class, where blocks stand in several stages and are counted over
-            all of them; None where they are the children of `host.blocks`.
+        block: Name of the block class, with its module if that is another one, where blocks stand
+            in several stages and are counted over all of them; None where they are the children of
+            `host.blocks`.
+        prefix: Prefix tokens that enter the blocks; None where the host's `num_prefix_tokens` says.
+        token_argument: Which tensor argument of a block holds the tokens.
         norm: Path of the final norm over all tokens; may be an `nn.Identity` in a host.
         mode: The mode that serves the family.
     """
@@ -30,6 +33,8 @@ class TimmFamily:
     home: str
     classes: tuple[str, ...]
     block: str | None = None
+    prefix: int | None = None
+    token_argument: int = 0
     norm: str = "norm"
     mode: Literal["remove", "bypass"] = "remove"
 
@@ -53,16 +58,21 @@ class TimmFamily:
         return ArchSpec(
             adapter=self.name,
             blocks=blocks,
-            num_prefix_tokens=int(getattr(host, "num_prefix_tokens", 0)),
+            num_prefix_tokens=self._prefix(host),
             norm=self.norm if has_module(host, self.norm) else None,
             mode=self.mode,
+            token_argument=self.token_argument,
             inputs=image_inputs(host),
         )
 
+    def _prefix(self, host: nn.Module) -> int:
+        return int(getattr(host, "num_prefix_tokens", 0)) if self.prefix is None else self.prefix
+
     def _blocks(self, host: nn.Module) -> tuple[str, ...]:
         if self.block is not None:
-            wanted = [self.block]
-            return tuple(p for p, m in host.named_modules() if is_class(m, self.home, wanted))
+            home, _, name = self.block.rpartition(".")
+            wanted = (home or self.home, [name])
+            return tuple(path for path, m in host.named_modules() if is_class(m, *wanted))
         if not has_module(host, "blocks"):
             return ()
         names = [name for name, _ in host.get_submodule("blocks").named_children()]

@@ -57,11 +57,8 @@ class Generic:
             )
         stack = stacks[0]
         blocks = stack.blocks
-        notes = [f"{len(blocks)} blocks of class {stack.kind.__name__}, from {blocks[0]}"]
-        notes += [
-            f"left out: {len(other.blocks)} of class {other.kind.__name__}, from {other.blocks[0]}"
-            for other in stacks[1:]
-        ]
+        notes = [f"{stack}, from {blocks[0]}"]
+        notes += [f"left out: {other}, from {other.blocks[0]}" for other in stacks[1:]]
         inputs = _inputs(host, blocks[0])
         norm = _norm(host, blocks[-1])
         seen = watch(host, blocks, norm, inputs) if inputs else "no input shape is known"

@@ -54,6 +54,8 @@ class ArchSpec:
         padding_mask: Name of the argument that says which tokens are real (1) and which only fill
             up (0), if the host takes one. Padded tokens are never kept in place of real ones.
         mode: The mode that serves this host.
+        token_argument: Which tensor argument of a block holds the tokens, counted from 0; not the
+            first one in hosts with two streams.
         inputs: Argument name -> example, for hosts that are wrapped without `example_inputs`.
         notes: What the adapter found out by itself, for `inspect`.
     """
@@ -64,6 +66,7 @@ class ArchSpec:
     norm: str | None = None
     padding_mask: str | None = None
     mode: Literal["remove", "bypass"] = "remove"
+    token_argument: int = 0
     inputs: Mapping[str, ExampleInput] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 

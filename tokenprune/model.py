@@ -218,6 +218,7 @@ class PrunedModel(nn.Module):
                 arguments,
                 pruning.spec.blocks,
                 pruning.plan.blocks,
+                pruning.spec.token_argument,
             )
             return Programs.analyse(
                 pruning.host,

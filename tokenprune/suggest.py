@@ -54,6 +54,6 @@ def suggest_recipe(host: nn.Module, spec: ArchSpec, arguments: Mapping[str, Any]
 
 def _stretch(host: nn.Module, spec: ArchSpec, arguments: Mapping[str, Any]) -> Sequence[int]:
     with no_autocast_cache():
-        traced = trace_call(host, host.forward, arguments, spec.blocks, ())
+        traced = trace_call(host, host.forward, arguments, spec.blocks, (), spec.token_argument)
     grids = prunable_blocks(host, traced, spec.num_prefix_tokens)
     return max(grids.values(), key=len, default=[])

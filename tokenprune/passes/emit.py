@@ -2,19 +2,13 @@
 
 import operator
 
-from torch import fx
-
 from tokenprune.errors import UnsupportedHostError
 from tokenprune.ops.bypass import Layout, flat_tokens
 from tokenprune.passes.base import Pass, Rewrite
+from tokenprune.tracing.effects import has_effect
 from tokenprune.tracing.tracer import enter_block
 
 __all__ = ["Emit"]
-
-WRITES = frozenset(
-    getattr(operator, name)
-    for name in ("setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "ior", "iand")
-)
 
 
 class Emit(Pass):
@@ -57,7 +51,7 @@ class Emit(Pass):
         for node in list(rewrite.graph.nodes):
             if node.target is enter_block:
                 node.replace_all_uses_with(node.args[0])
-        rewrite.graph.eliminate_dead_code(_has_effect)
+        rewrite.graph.eliminate_dead_code(has_effect)
 
     def _layout(self, rewrite: Rewrite) -> Layout:
         """As the tokens of the last stage lie, if it is a grid too."""
@@ -68,14 +62,3 @@ class Emit(Pass):
     def ensures(self, rewrite: Rewrite) -> None:
         if any(node.target is enter_block for node in rewrite.graph.nodes):
             raise RuntimeError("a block marker was left in the graph")
-
-
-def _has_effect(node: fx.Node) -> bool:
-    """Nodes that must stay even if nobody reads them: those that write into a tensor."""
-    if node.op in ("placeholder", "output"):
-        return True
-    if node.op == "call_module":
-        return bool(node.users)
-    name = getattr(node.target, "__name__", str(node.target))
-    writes = name.endswith("_") and not name.endswith("__")
-    return writes or node.target in WRITES

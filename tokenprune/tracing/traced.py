@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from tokenprune.axes import stage_markers
 from tokenprune.errors import HostError, TokenPruneError, TraceError
+from tokenprune.tracing.effects import has_effect
 from tokenprune.tracing.tracer import ValueTracer
 
 __all__ = ["Traced", "no_autocast_cache", "trace_call"]
@@ -49,6 +50,7 @@ def trace_call(
     arguments: Mapping[str, Any],
     blocks: Sequence[str],
     stages: Sequence[int],
+    token_argument: int = 0,
 ) -> Traced:
     """Trace `forward(**arguments)`.
 
@@ -57,18 +59,20 @@ def trace_call(
         arguments: Tensors become inputs, everything else is burnt in.
         blocks: Paths of the blocks.
         stages: The block before which each stage prunes.
+        token_argument: Which tensor argument of a block holds the tokens.
 
     Raises:
         HostError: The host itself refuses these arguments.
         TraceError: Its code cannot be traced; the line of its source is named.
     """
-    tracer = ValueTracer(root, blocks)
+    tracer = ValueTracer(root, blocks, token_argument)
     try:
         graph = tracer.record(forward, arguments)
     except TokenPruneError:
         raise
     except Exception as error:
         raise _explained(error, tracer, root, arguments) from error
+    _drop_dead(graph, tracer)
     markers = stage_markers(graph, stages)
     missing = [stages[s] for s in range(len(stages)) if s not in markers]
     if missing:
@@ -89,6 +93,16 @@ def trace_call(
         modes={"": root.training, **tracer.traced_modules},
         batch_size=int(first.meta["val"].shape[0]),
     )
+
+
+def _drop_dead(graph: fx.Graph, tracer: ValueTracer) -> None:
+    """Take out what the host computes and nobody reads; what Python decided by is read."""
+    read = set(tracer.burnt)
+    graph.eliminate_dead_code(lambda node: node in read or has_effect(node))
+    alive = set(graph.nodes)
+    gone = [path for path, node in tracer.module_outputs.items() if node not in alive]
+    for path in gone:
+        del tracer.module_outputs[path]
 
 
 @contextmanager

@@ -113,11 +113,12 @@ class ValueTracer(fx.Tracer):
 
     Args:
         root: The host; nothing of it is changed, and patches last only as long as the trace.
-        blocks: Paths of the modules whose first tensor argument is marked with `enter_block`, in
-            the order they run; a module that runs several times is named as often.
+        blocks: Paths of the modules whose tokens are marked with `enter_block`, in the order they
+            run; a module that runs several times is named as often.
+        token_argument: Which of their tensor arguments that is.
     """
 
-    def __init__(self, root: nn.Module, blocks: Sequence[str]) -> None:
+    def __init__(self, root: nn.Module, blocks: Sequence[str], token_argument: int = 0) -> None:
         super().__init__()
         self.root = root
         self.graph = fx.Graph(tracer_cls=type(self))
@@ -128,6 +129,7 @@ class ValueTracer(fx.Tracer):
         self.traced_modules: dict[str, bool] = {}
         self.tensor_attrs = {}
         self.submodule_paths = {module: name for name, module in root.named_modules()}
+        self._token_argument = token_argument
         self._blocks: dict[nn.Module, list[int]] = {}  # several numbers: a block called repeatedly
         for number, block in enumerate(blocks):
             self._blocks.setdefault(root.get_submodule(block), []).append(number)
@@ -318,13 +320,18 @@ class ValueTracer(fx.Tracer):
         def marked(tokens: Any) -> Any:
             return self.create_proxy("call_function", enter_block, (tokens, block), {})
 
-        for i, value in enumerate(args):
-            if type(value) is ValueProxy and isinstance(value.val, torch.Tensor):
-                return (*args[:i], marked(value), *args[i + 1 :]), kwargs
-        for name, value in kwargs.items():
-            if type(value) is ValueProxy and isinstance(value.val, torch.Tensor):
-                return args, {**kwargs, name: marked(value)}
-        return args, kwargs
+        given: dict[Any, Any] = dict(enumerate(args))
+        given.update(kwargs)
+        tensors = [
+            name
+            for name, value in given.items()
+            if type(value) is ValueProxy and isinstance(value.val, torch.Tensor)
+        ]
+        if len(tensors) <= self._token_argument:
+            return args, kwargs
+        name = tensors[self._token_argument]
+        given[name] = marked(given[name])
+        return tuple(given[i] for i in range(len(args))), {key: given[key] for key in kwargs}
 
     def _provenance(self) -> Provenance:
         frame = sys._getframe(1)
