@@ -14,7 +14,7 @@ __all__ = ["Stack", "find_stacks"]
 # Children or parameters that make a module an attention: query projections, alone or fused.
 QUERY = re.compile(
     r"(to_|w_?)?(q|qk|qkv|qv|kqv|query|queries|query_key_value)(_?(proj|lin|linear|conv))?"
-    r"|in_proj(_\w+)?|c_attn",
+    r"|in_proj(_\w+)?|c_attn|linear_q",
     re.IGNORECASE,
 )
 MIXER = re.compile(r"mixer|modulation|attn|attention", re.IGNORECASE)

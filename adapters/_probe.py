@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from tokenprune.arch import ExampleInput
 
-__all__ = ["Watched", "watch"]
+__all__ = ["BATCH", "Watched", "watch"]
 
 BATCH = 2
 

@@ -54,6 +54,7 @@ class TransformersFamily:
             there is none, or it sees the pooled token only.
         mode: The mode that serves the family.
         inputs: Overrides `config_inputs`.
+        marks: What the configuration of an image part has, and that of a text part has not.
     """
 
     name: str
@@ -63,6 +64,7 @@ class TransformersFamily:
     norm: str | None = "layernorm"
     mode: Literal["remove", "bypass"] = "remove"
     inputs: Callable[[nn.Module, Any], Mapping[str, ExampleInput]] = config_inputs
+    marks: str = "patch_size"
 
     def matches(self, host: nn.Module) -> bool:
         """Whether a class of the host comes from the family's modeling module."""
@@ -78,7 +80,7 @@ class TransformersFamily:
             path
             for path, module in host.named_modules()
             if is_class(module, self.home, [self.block])
-            and hasattr(nearest_config(host, path), "patch_size")
+            and hasattr(nearest_config(host, path), self.marks)
         )
         if not blocks:
             raise UnsupportedHostError(

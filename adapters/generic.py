@@ -1,5 +1,6 @@
 """Adapter of last resort: looks at the host's modules, then runs a copy without weights."""
 
+import inspect
 import re
 from collections.abc import Mapping
 from itertools import groupby
@@ -16,7 +17,8 @@ from tokenprune.adapters._facts import (
     join,
     parent,
 )
-from tokenprune.adapters._probe import Watched, watch
+from tokenprune.adapters._probe import BATCH, Watched, watch
+from tokenprune.adapters._signals import image_side, signal_inputs
 from tokenprune.adapters._transformers import config_inputs, nearest_config
 from tokenprune.arch import GENERIC, ArchSpec, ExampleInput
 from tokenprune.errors import UnsupportedHostError
@@ -29,6 +31,7 @@ PREFIX = re.compile(
 )
 TEXT_LENGTH = 16
 MOST_PREFIX = 32
+PADDING_MASK = "attention_mask"
 
 
 class Generic:
@@ -61,7 +64,9 @@ class Generic:
         notes += [f"left out: {other}, from {other.blocks[0]}" for other in stacks[1:]]
         inputs = _inputs(host, blocks[0])
         norm = _norm(host, blocks[-1])
-        seen = watch(host, blocks, norm, inputs) if inputs else "no input shape is known"
+        # a mask of ones changes nothing but that hosts look into it, where there are no values
+        shown = {name: example for name, example in inputs.items() if name != PADDING_MASK}
+        seen = watch(host, blocks, norm, shown) if shown else "no input shape is known"
         if isinstance(seen, str):
             notes.append(f"not run without weights, so widths alone decide the mode: {seen}")
             widths = {_width(host.get_submodule(path)) for path in blocks}
@@ -74,13 +79,17 @@ class Generic:
                 notes.append(f"{norm} does not see every token")
                 norm = None
             notes.append(_in_words(seen))
+        local = next((path for path in blocks if _reads_neighbours(host.get_submodule(path))), None)
+        if columnar and local:
+            columnar = False
+            notes.append(f"tokens stay on their places: {local} holds a convolution over them")
         prefix, how = _prefix(host, blocks[0], inputs, seen)
         return ArchSpec(
             adapter=self.name,
             blocks=blocks,
             num_prefix_tokens=prefix,
             norm=norm,
-            padding_mask="attention_mask" if "attention_mask" in inputs else None,
+            padding_mask=_padding_mask(host, blocks[0]),
             mode="remove" if columnar else "bypass",
             inputs=inputs,
             notes=(*notes, f"{prefix} prefix tokens: {how}"),
@@ -93,9 +102,9 @@ def _inputs(host: nn.Module, block: str) -> Mapping[str, ExampleInput]:
         length = min(TEXT_LENGTH, getattr(config, "max_position_embeddings", TEXT_LENGTH))
         return {
             "input_ids": ExampleInput((length,), high=config.vocab_size),
-            "attention_mask": ExampleInput((length,), ones=True),
+            PADDING_MASK: ExampleInput((length,), ones=True),
         }
-    found = config_inputs(host, config) or image_inputs(host)
+    found = signal_inputs(host, config) or config_inputs(host, config) or image_inputs(host)
     if found:
         return found
     size = next(
@@ -103,6 +112,21 @@ def _inputs(host: nn.Module, block: str) -> Mapping[str, ExampleInput]:
     )
     example = image_example(conv_channels(host) or 3, size)
     return {first_argument(host): example} if example else {}
+
+
+def _padding_mask(host: nn.Module, block: str) -> str | None:
+    """The usual name, if the host takes it and the blocks do not see images: beside an image it is
+    that of a text."""
+    takes = PADDING_MASK in inspect.signature(host.forward).parameters
+    return PADDING_MASK if takes and image_side(nearest_config(host, block)) is None else None
+
+
+def _reads_neighbours(block: nn.Module) -> bool:
+    """Whether a block holds a convolution that sees more than one token."""
+    return any(
+        isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and max(module.kernel_size) > 1
+        for module in block.modules()
+    )
 
 
 def _ran(host: nn.Module, seen: Watched, blocks: tuple[str, ...]) -> tuple[str, ...]:
@@ -118,7 +142,8 @@ def _ran(host: nn.Module, seen: Watched, blocks: tuple[str, ...]) -> tuple[str, 
 
 def _columnar(seen: Watched) -> bool:
     shapes = {shape for _, shape in seen.entered}
-    return len(shapes) == 1 and len(next(iter(shapes))) == 3
+    batch, *inner = next(iter(shapes))
+    return len(shapes) == 1 and len(inner) == 2 and batch == BATCH
 
 
 def _in_words(seen: Watched) -> str:

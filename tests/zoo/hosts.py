@@ -18,7 +18,9 @@ from timm.models.beit import Beit
 from timm.models.vision_transformer_hybrid import ConvStem
 from torch import Tensor, nn
 
+from tests.zoo.images import ODD_IMAGES
 from tests.zoo.rows import BYPASS, CLASSES, THREE, Row
+from tests.zoo.sequences import SEQUENCES
 from tokenprune.models.lvvit import LVViT
 
 __all__ = ["HF", "TEXT", "ZOO", "plain_vit", "registry"]
@@ -291,6 +293,9 @@ ZOO: tuple[Row, ...] = (
     _swin("swin_hf", "transformers/swin", hf_windowed, model="SwinForImageClassification"),
     _swin("swinv2_hf", "transformers/swinv2", hf_windowed, model="Swinv2ForImageClassification"),
     _swin("donut", "transformers/donut_swin", hf_windowed, model="DonutSwinForImageClassification"),
+    _hf("metaclip_2", 1, "MetaClip2ForImageClassification", maker=hf_towers),
+    *ODD_IMAGES,
+    *SEQUENCES,
     # anything else
     _row("torchvision_vit", "generic", 1, torchvision_vit, argument="x"),
 )

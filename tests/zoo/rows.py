@@ -38,6 +38,7 @@ class Row:
         recipe: A recipe that fits it.
         mode: The mode that serves it.
         refused: What the engine says (a regular expression) if it cannot prune it.
+        num_tokens: N where the stages are, if that is not told by the size of an image.
         patch: Side in pixels of the square that one token stands for where the stages are.
         one_patch_one_token: No patch token depends on pixels outside its square.
         exact_in_double: It computes in double precision if its weights are double.
@@ -54,6 +55,7 @@ class Row:
     recipe: dict[str, Any] = field(default_factory=lambda: RECIPE)
     mode: str = "remove"
     refused: str = ""
+    num_tokens: int | None = None
     patch: int = 8
     exact_in_double: bool = True
     one_patch_one_token: bool = True
@@ -80,7 +82,7 @@ class Row:
 
     def num_patches(self, size: int | None = None) -> int:
         """N where the stages are, for images of `size`."""
-        return ((size or self.sizes[0]) // self.patch) ** 2
+        return self.num_tokens or ((size or self.sizes[0]) // self.patch) ** 2
 
     def inputs(self, batch: int = 2, size: int | None = None) -> dict[str, Tensor]:
         """The host's arguments for `batch` images."""

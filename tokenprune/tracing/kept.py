@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["attributes_kept", "buffers_kept"]
+__all__ = ["attributes_kept", "buffers_kept", "caches_emptied"]
 
 
 @contextmanager
@@ -32,6 +32,21 @@ def attributes_kept(root: nn.Module) -> Iterator[None]:
             elif not _same(kept, values):
                 kept.clear()
                 kept.update(values)
+
+
+@contextmanager
+def caches_emptied(root: nn.Module) -> Iterator[None]:
+    """Hide what hosts have computed from their parameters and keep for the next call (LeViT's
+    position biases): a trace computes it anew. To be used inside `attributes_kept`."""
+    for module in root.modules():
+        for name, value in vars(module).items():
+            if "cache" in name and isinstance(value, dict) and _all_tensors(value):
+                value.clear()
+    yield
+
+
+def _all_tensors(values: dict[Any, Any]) -> bool:
+    return all(isinstance(value, torch.Tensor) for value in values.values())
 
 
 @contextmanager

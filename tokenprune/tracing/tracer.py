@@ -22,10 +22,11 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.node import map_aggregate
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
+from torch.utils._pytree import tree_leaves
 
 from tokenprune.tracing.decompose import DECOMPOSED
 from tokenprune.tracing.functions import functions_recorded
-from tokenprune.tracing.kept import attributes_kept
+from tokenprune.tracing.kept import attributes_kept, caches_emptied
 from tokenprune.tracing.proxy import ValueProxy, concrete
 
 __all__ = ["Provenance", "ValueTracer", "enter_block", "tensor_attribute"]
@@ -81,6 +82,11 @@ def _given(built: Any) -> Iterator[tuple[str, Any]]:
         value = getattr(built, field.name)
         if field.init and not (value is None and field.default is None):
             yield field.name, value
+
+
+def _holds_tensor(values: Any) -> bool:
+    """Whether there is anything to record: a host may call an `nn.Identity` with None."""
+    return any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(values))
 
 
 class _Recorder(TorchFunctionMode):
@@ -150,7 +156,7 @@ class ValueTracer(fx.Tracer):
             if isinstance(value, torch.Tensor):
                 value = self.create_proxy("placeholder", name, (), {}, value=value)
             arguments[name] = value
-        with self._patched(), attributes_kept(self.root):
+        with self._patched(), attributes_kept(self.root), caches_emptied(self.root):
             output = forward(**arguments)
             self.create_node("output", "output", (self.create_arg(output),), {})
         return self.graph
@@ -265,7 +271,13 @@ class ValueTracer(fx.Tracer):
             return self._build(type(a), tuple(map(self.create_arg, a)), {})
         if isinstance(a, dict) and type(a) is not dict:
             return self._build(type(a), (super().create_arg(dict(a)),), {})
-        return super().create_arg(a)
+        try:
+            return super().create_arg(a)
+        except NotImplementedError as error:
+            raise NotImplementedError(
+                f"a {type(a).__name__} in an output or a call; if the host keeps a cache, turn it "
+                "off (config.use_cache = False)"
+            ) from error
 
     def _build(self, kind: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
         """A node that makes an output object; nothing reads its value while tracing."""
@@ -291,7 +303,7 @@ class ValueTracer(fx.Tracer):
         try:
             if m in self._blocks:
                 args, kwargs = self._mark(self._next_block(m, path), args, kwargs)
-            if self.is_leaf_module(m, path):
+            if self.is_leaf_module(m, path) and _holds_tensor((args, kwargs)):
                 output = self.create_proxy("call_module", path, args, kwargs)
             else:
                 self.traced_modules[path] = m.training

@@ -1,0 +1,26 @@
+"""Adapter of transformers' ImageGPT: pixels as words, each of which sees those before it."""
+
+from typing import Any
+
+from torch import nn
+
+from tokenprune.adapters._transformers import TransformersFamily
+from tokenprune.arch import ExampleInput
+
+__all__ = ["ADAPTER"]
+
+
+def pixel_inputs(host: nn.Module, config: Any) -> dict[str, ExampleInput]:
+    """Numbers of color clusters; the last of the vocabulary is the start token."""
+    return {"input_ids": ExampleInput((config.n_positions,), high=config.vocab_size - 1)}
+
+
+ADAPTER = TransformersFamily(
+    name="transformers/imagegpt",
+    home="transformers.models.imagegpt.modeling_imagegpt",
+    block="ImageGPTBlock",
+    prefix=0,
+    norm="ln_f",
+    inputs=pixel_inputs,
+    marks="n_embd",
+)
