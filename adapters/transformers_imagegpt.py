@@ -1,4 +1,4 @@
-"""Adapter of transformers' ImageGPT: pixels as words, each of which sees those before it."""
+"""Adapter of transformers' ImageGPT: pixels as words, shaped back to the image at the end."""
 
 from typing import Any
 
@@ -22,5 +22,6 @@ ADAPTER = TransformersFamily(
     prefix=0,
     norm="ln_f",
     inputs=pixel_inputs,
+    mode="bypass",
     marks="n_embd",
 )

@@ -174,6 +174,10 @@ def _probe_batch(
             and node.meta["val"].shape[0] == batch
         }
         return
+
+    def moves(side: Any) -> bool:
+        return any(isinstance(leaf, fx.Node) and leaf in moved for leaf in tree_leaves(side))
+
     seen = set(burnt)
     queue = list(burnt)
     while queue:
@@ -183,6 +187,8 @@ def _probe_batch(
             return
         if node.target is operator.getitem:
             continue  # one size picked out of a shape: it did not move, whatever its neighbours did
+        if node.target in (operator.eq, operator.ne) and all(map(moves, node.args)):
+            continue  # both sides moved, and are equal or not as before
         scalars = [n for n in node.all_input_nodes if n not in seen and _plain(n.meta["val"])]
         seen.update(scalars)
         queue.extend(scalars)

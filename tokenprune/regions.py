@@ -329,4 +329,4 @@ class _Search:
     def _projects(self, node: fx.Node) -> bool:
         if node.op == "call_module":
             return isinstance(self.root.get_submodule(str(node.target)), nn.Linear | nn.Conv2d)
-        return node.target in (F.linear, F.conv2d)
+        return node.target in (F.linear, F.conv2d, torch.addmm)

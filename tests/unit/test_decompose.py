@@ -23,8 +23,11 @@ def test_self_attention_rounds_as_torch_does(batch_first: bool, bias: bool) -> N
             module = nn.MultiheadAttention(width, heads, bias=bias, batch_first=batch_first)
             for batch in (1, 2, 3):
                 x = tokens(length, batch, width)
-                expected, _ = module(x, x, x, need_weights=False)
-                assert torch.equal(multihead_attention(module, x, x, x)[0], expected)
+                for weights in (True, False):
+                    expected, _ = module(x, x, x, need_weights=weights)
+                    ours, none = multihead_attention(module, x, x, x, need_weights=weights)
+                    assert torch.equal(ours, expected)
+                    assert none is None
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
@@ -39,10 +42,23 @@ def test_cross_attention_rounds_as_torch_does(
         key = tokens(length, 3, kdim or 16)
         value = key if shared else tokens(length, 3, kdim or 16)
         query = tokens(3 if batch_first else length, 3, 16)
-        expected, _ = module(query, key, value, need_weights=False)
-        ours, weights = multihead_attention(module, query, key, value)
-        assert torch.equal(ours, expected)
-        assert weights is None
+        for weights in (True, False):
+            expected, _ = module(query, key, value, need_weights=weights)
+            ours, none = multihead_attention(module, query, key, value, need_weights=weights)
+            assert torch.equal(ours, expected)
+            assert none is None
+
+
+@pytest.mark.parametrize("weights", [True, False])
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_a_mask_hides_the_same(kind: str, weights: bool) -> None:
+    torch.manual_seed(0)
+    module, x = nn.MultiheadAttention(16, 2, batch_first=True), tokens(5, 3, 16)
+    hidden = torch.ones(5, 5, dtype=torch.bool).triu(1)
+    mask = hidden if kind == "bool" else torch.randn(5, 5)
+    expected, _ = module(x, x, x, need_weights=weights, attn_mask=mask)
+    ours, _ = multihead_attention(module, x, x, x, need_weights=weights, attn_mask=mask)
+    torch.testing.assert_close(ours, expected)
 
 
 @pytest.mark.parametrize("option", ["add_bias_kv", "add_zero_attn"])

@@ -48,7 +48,7 @@ def _stages(*blocks: int) -> dict[str, Any]:
 
 
 FOUR: dict[str, Any] = {"image_size": 64, "hidden_sizes": [8, 16, 24, 32], "depths": [1, 3, 1, 1]}
-FOUR |= {"num_attention_heads": [1, 2, 3, 4]}
+FOUR |= {"num_attention_heads": [1, 2, 3, 4], "final_tokens": 4}
 
 ODD_IMAGES: tuple[Row, ...] = (
     _grid("pvt", "Pvt", 64, 6, **FOUR),
@@ -57,7 +57,7 @@ ODD_IMAGES: tuple[Row, ...] = (
     _grid(
         "hiera",
         "Hiera",
-        64,
+        16,
         6,
         recipe=_stages(3, 4),
         image_size=[64, 64],
@@ -71,9 +71,10 @@ ODD_IMAGES: tuple[Row, ...] = (
         "levit",
         "Levit",
         16,
-        14,
+        10,
         "levit",
         recipe=_stages(0, 2),
+        final_tokens=1,
         image_size=64,
         hidden_sizes=[16, 32, 48],
         num_attention_heads=[2, 4, 6],
@@ -83,9 +84,10 @@ ODD_IMAGES: tuple[Row, ...] = (
     _grid(
         "cvt",
         "Cvt",
-        16,
+        196,
         6,
         "cvt",
+        sizes=(224,),
         num_prefix=1,
         recipe=_stages(3, 4),
         embed_dim=[8, 16, 24],
@@ -95,15 +97,25 @@ ODD_IMAGES: tuple[Row, ...] = (
     _grid(
         "mobilevit",
         "MobileViT",
-        64,
+        16,
         9,
+        recipe=_stages(3, 4),
+        final_tokens=4,
         image_size=64,
         hidden_sizes=[16, 24, 32],
         neck_hidden_sizes=[8, 8, 16, 16, 24, 24, 32],
         num_attention_heads=2,
-        recipe=_stages(0, 1),
     ),
-    _grid("mobilevitv2", "MobileViTV2", 64, 9, image_size=64, width_multiplier=0.5, recipe=_stages(0, 1)),
+    _grid(
+        "mobilevitv2",
+        "MobileViTV2",
+        16,
+        9,
+        recipe=_stages(3, 4),
+        final_tokens=4,
+        image_size=64,
+        width_multiplier=0.5,
+    ),
     _grid(
         "focalnet",
         "FocalNet",
@@ -134,7 +146,8 @@ ODD_IMAGES: tuple[Row, ...] = (
         num_tokens=24,
         sizes=(24,),
         argument="input_ids",
-        recipe=THREE,
+        mode="bypass",
+        recipe=BYPASS,
         one_patch_one_token=False,
         draw=colors,
     ),

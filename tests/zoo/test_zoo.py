@@ -293,7 +293,7 @@ def test_the_trace_of_eval(row: Row) -> None:
         assert torch.equal(stage.keep_logits[..., 0] == float("-inf"), ~before)
         if row.mode == "remove":  # bypassed tokens may come back
             before = kept
-    left = count if row.mode == "remove" else total
+    left = count if row.mode == "remove" else row.final_tokens or total
     assert trace.patch_tokens.shape[:2] == (3, left)
 
 
@@ -318,7 +318,7 @@ def test_the_trace_of_training(row: Row) -> None:
         assert (stage.decision <= before).all()
         if row.mode == "remove":  # bypassed tokens may come back
             before = stage.decision
-    assert traces[0].patch_tokens.shape[:2] == (3, total)
+    assert traces[0].patch_tokens.shape[:2] == (3, row.final_tokens or total)
 
 
 @over(REFUSED)

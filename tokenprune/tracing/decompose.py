@@ -1,5 +1,6 @@
 """torch's own modules that mix tokens, in plain operations so that their mixing can be masked."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -48,9 +49,37 @@ def multihead_attention(
     heads, width = module.num_heads, module.head_dim
     q, k, v = (t.reshape(*t.shape[:2], heads, width).permute(1, 2, 0, 3) for t in projected)
     dropout = module.dropout if module.training else 0.0
-    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout, is_causal)
+    if attn_mask is not None and attn_mask.dtype == torch.bool:  # True hides, in this module
+        attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill(attn_mask, float("-inf"))
+    if need_weights:
+        mixed = _with_weights(q, k, v, attn_mask, dropout)
+    else:
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout, is_causal)
     output = module.out_proj(mixed.permute(2, 0, 1, 3).flatten(2))
     return (output.transpose(0, 1) if module.batch_first else output), None
+
+
+def _with_weights(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    dropout: float,
+) -> torch.Tensor:
+    """Attention as torch makes it where a host asks for its weights: no fused kernel, and heads
+    folded into the batch."""
+    batch, heads = q.shape[:2]
+    q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+    q = q * math.sqrt(1.0 / q.shape[-1])
+    if mask is None:
+        scores = torch.bmm(q, k.transpose(-2, -1))
+    else:
+        mask = mask.unsqueeze(0) if mask.dim() == 2 else mask
+        scores = torch.baddbmm(mask, q, k.transpose(-2, -1))
+    weights = F.softmax(scores, dim=-1)
+    if dropout > 0.0:
+        weights = F.dropout(weights, p=dropout)
+    return torch.bmm(weights, v).unflatten(0, (batch, heads))
 
 
 def _projected(
