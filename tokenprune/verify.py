@@ -197,11 +197,7 @@ class _Proof:
 
     def _without_dropped(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The rows of a mask path's output that the gather path returns."""
-        leaves = tree_leaves(self.programs.traced.graph.output_node().args[0])
-        site = leaves[0] if len(leaves) == 1 else None
-        if isinstance(site, fx.Node) and isinstance(site.target, type):
-            leaves = tree_leaves((site.args, dict(site.kwargs)))
-        nodes = [leaf for leaf in leaves if isinstance(leaf, fx.Node)]
+        nodes = _returned(self.programs.traced.graph.output_node().args[0])
         pairs = zip(nodes, tensors, strict=True)
         kept = (self._kept_rows(node, value) for node, value in pairs)
         return [t if k is None else k for k, t in zip(kept, tensors, strict=True)]
@@ -357,6 +353,17 @@ def _double(inputs: Mapping[str, Any]) -> dict[str, Any]:
         name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
         for name, value in inputs.items()
     }
+
+
+def _returned(output: Any) -> list[fx.Node]:
+    """The nodes whose values an output holds: those that went into its objects, in order."""
+    found: list[fx.Node] = []
+    for leaf in tree_leaves(output):
+        if isinstance(leaf, fx.Node) and isinstance(leaf.target, type):
+            found += _returned((leaf.args, dict(leaf.kwargs)))
+        elif isinstance(leaf, fx.Node):
+            found.append(leaf)
+    return found
 
 
 def _tensors(output: Any) -> list[Tensor]:

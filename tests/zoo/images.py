@@ -51,7 +51,7 @@ FOUR: dict[str, Any] = {"image_size": 64, "hidden_sizes": [8, 16, 24, 32], "dept
 FOUR |= {"num_attention_heads": [1, 2, 3, 4], "final_tokens": 4}
 
 ODD_IMAGES: tuple[Row, ...] = (
-    _grid("pvt", "Pvt", 64, 6, **FOUR),
+    _grid("pvt", "Pvt", 64, 6, **{**FOUR, "final_tokens": 5}),  # the class token joins late
     _grid("pvt_v2", "PvtV2", 64, 6, **FOUR),
     _grid("segformer", "Segformer", 64, 6, **FOUR, decoder_hidden_size=16),
     _grid(

@@ -49,8 +49,11 @@ class RestoreOutputs(Pass):
 
         def restored(node: fx.Node) -> fx.Node:
             dims = rewrite.dims(node)
+            if isinstance(node.target, type) and node not in done:  # an output inside another
+                with rewrite.graph.inserting_before(site):
+                    done[node] = rewrite.graph.node_copy(node, restored)
             if not dims:
-                return node
+                return done.get(node, node)
             if node not in done:
                 if node in streams:
                     (dim,) = dims.values()

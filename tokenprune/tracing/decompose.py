@@ -79,7 +79,8 @@ def _with_weights(
     weights = F.softmax(scores, dim=-1)
     if dropout > 0.0:
         weights = F.dropout(weights, p=dropout)
-    return torch.bmm(weights, v).unflatten(0, (batch, heads))
+    mixed = torch.bmm(weights, v)
+    return mixed.view(batch, heads, *mixed.shape[1:])
 
 
 def _projected(

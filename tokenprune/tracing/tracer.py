@@ -274,6 +274,8 @@ class ValueTracer(fx.Tracer):
         try:
             return super().create_arg(a)
         except NotImplementedError as error:
+            if isinstance(a, tuple | list | dict | slice):
+                raise  # something in it has said what is wrong
             raise NotImplementedError(
                 f"a {type(a).__name__} in an output or a call; if the host keeps a cache, turn it "
                 "off (config.use_cache = False)"
