@@ -36,7 +36,8 @@ BLOCK_NUMBERS = ("global_attn_indexes", "global_att_blocks")
 PER_BLOCK = ("num_kv_heads", "mlp_ratios")
 
 HEAD_WIDTH = 32  # where a class has a width of heads instead of a number
-PIXELS, STEM_PIXELS = 224, 160  # sides that every stem can halve as often as it does
+# Sides that suit every patch size and every stem, and one of whole windows.
+PIXELS, STEM_PIXELS, WINDOW_PIXELS = 224, 160, 256
 FEW_PATCHES, MANY_PATCHES = 18, 24  # patches a side of a smaller image, and when it is made
 OTHERS = 2  # blocks of every stage but the longest
 # Narrower or not, and blocks of the longest stage; the next one if a class will not be built so.
@@ -125,33 +126,34 @@ def shrink(
     changes = _shallower(flat, longest)
     if narrow:
         changes |= _narrower({**flat, **changes})
+    side = max(_leaves(given.get("img_size") or side))
     size = _smaller_image(flat, side)
-    if size is not None:
+    words = _in_words(flat, changes) + ([f"image {side} -> {size}"] if size else [])
+    if size is not None and "img_size" in flat:
         changes["img_size"] = size
     for name, part in inside.items():
         own = {key: value for key, value in changes.items() if key in part}
         given[name] = dataclasses.replace(held[name], **own)
-        changes = {key: value for key, value in changes.items() if key not in part} | {
-            f"{name}.{key}": value for key, value in own.items()
-        }
-    given |= {key: value for key, value in changes.items() if "." not in key}
-    words = [
-        f"{key.rpartition('.')[2]} {_brief(flat[key.rpartition('.')[2]])} -> {_brief(value)}"
-        for key, value in changes.items()
-    ]
-    return given, words, size
+        changes = {key: value for key, value in changes.items() if key not in own}
+    return given | changes, words, size
+
+
+def _in_words(flat: Mapping[str, Any], changes: Mapping[str, Any]) -> list[str]:
+    return [f"{name} {_brief(flat[name])} -> {_brief(value)}" for name, value in changes.items()]
 
 
 def _smaller_image(flat: Mapping[str, Any], side: int) -> int | None:
-    """Side of an image of 18 x 18 patches, where a column of blocks would see more than 24 x 24."""
-    patch, built = flat.get("patch_size"), flat.get("img_size", side)
+    """Side of a smaller image, for columns of blocks that would see more than 24 x 24 patches."""
+    if "window_spec" in flat:  # SAM's Hiera: any number of windows
+        return WINDOW_PIXELS if side > WINDOW_PIXELS else None
+    patch = flat.get("patch_size")
     if not isinstance(patch, int) or not isinstance(flat.get("depth"), int):
         return None
-    side = max(_leaves(built)) if built is not None else side
-    if "embed_layer" in flat:  # patches of what a stem of convolutions puts out
-        few = STEM_PIXELS if patch == 1 else PIXELS
-        return few if side > few else None
-    return patch * FEW_PATCHES if side // patch > MANY_PATCHES else None
+    if patch == 1:  # a patch of what a stem of convolutions puts out
+        return STEM_PIXELS if side > STEM_PIXELS else None
+    if side // patch <= MANY_PATCHES:
+        return None
+    return PIXELS if "embed_layer" in flat else patch * FEW_PATCHES
 
 
 def _shallower(flat: Mapping[str, Any], longest: int) -> dict[str, Any]:
@@ -217,7 +219,7 @@ def _narrower(flat: Mapping[str, Any]) -> dict[str, Any]:
         return {"heads": _divided(flat["heads"], common)} if common > 1 else {}
     heads = {n: flat[n] for n in HEADS if flat.get(n)}
     widths = {n: flat[n] for n in WIDTH if flat.get(n)}
-    if not widths:
+    if not widths or "crpe_window" in flat:  # CoaT names its heads one by one
         return {}
     common = math.gcd(*_leaves([*heads.values(), *widths.values()]))
     if heads:
