@@ -52,6 +52,7 @@ class TransformersFamily:
         prefix: P, or a function that reads it from the configuration of the image part.
         norm: Name of the final norm over all tokens, a child of a module above the blocks; None if
             there is none, or it sees the pooled token only.
+        padding_mask: Argument that says which patches are real.
         mode: The mode that serves the family.
         inputs: Overrides `config_inputs`.
         marks: What the configuration of an image part has, and that of a text part has not.
@@ -62,6 +63,7 @@ class TransformersFamily:
     block: str
     prefix: int | Callable[[Any], int]
     norm: str | None = "layernorm"
+    padding_mask: str | None = None
     mode: Literal["remove", "bypass"] = "remove"
     inputs: Callable[[nn.Module, Any], Mapping[str, ExampleInput]] = config_inputs
     marks: str = "patch_size"
@@ -93,6 +95,7 @@ class TransformersFamily:
             blocks=blocks,
             num_prefix_tokens=self.prefix if isinstance(self.prefix, int) else self.prefix(config),
             norm=climb(host, blocks[0], self.norm) if self.norm else None,
+            padding_mask=self.padding_mask,
             mode=self.mode,
             inputs=self.inputs(host, config),
         )

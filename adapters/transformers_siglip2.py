@@ -31,5 +31,6 @@ ADAPTER = TransformersFamily(
     block="Siglip2EncoderLayer",
     prefix=0,
     norm="post_layernorm",
+    padding_mask="pixel_attention_mask",
     inputs=patch_inputs,
 )

@@ -145,7 +145,8 @@ class _Proof:
         self.programs: Programs = model._programs(inputs)
         self.num_patches = self.programs.num_patches
         self.tensors = {n: v for n, v in inputs.items() if isinstance(v, Tensor)}
-        self.batch_size = self.programs.batch_size
+        first = next(iter(self.tensors.values()))
+        self.batch_size = int(first.shape[0]) if first.ndim else 1
         self.sets = self._random_sets()
         self.context = StageContext(num_keep=(), sample=False, keep_indices=self.sets)
         dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())

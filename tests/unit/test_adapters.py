@@ -233,7 +233,9 @@ def test_generic_does_not_count_a_class_token_that_joins_later() -> None:
     spec = describe(host)
     assert host.num_prefix_tokens == 1
     assert spec.num_prefix_tokens == 0
-    assert any(note.startswith("left out: 2 blocks of class LayerScaleBlockClass") for note in spec.notes)
+    assert any(
+        note.startswith("left out: 2 blocks of class LayerScaleBlockClass") for note in spec.notes
+    )
 
 
 def test_generic_finds_the_stages_of_a_hierarchy() -> None:

@@ -13,6 +13,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import autograd
+from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
 from tokenprune.tracing.proxy import ValueProxy
 
@@ -34,6 +35,8 @@ BUILT_IN = tuple(
     and name not in (*FACTORIES, "result_type", "can_cast", "promote_types")
     and isinstance(getattr(torch, name, None), BuiltinFunctionType)
 )
+# Answers about a tensor that are plain Python; never nodes.
+INQUIRIES = frozenset({"is_floating_point", "is_complex", "is_tensor", "dim", "get_device"})
 CHECK_WITH = torch._check_with
 ATTENTION = F.multi_head_attention_forward
 
@@ -50,9 +53,34 @@ class Recorder(Protocol):
         ...
 
 
+class _Calls(TorchFunctionMode):
+    """Turns each torch call that the host makes outside a leaf into a node."""
+
+    def __init__(self, tracer: Recorder) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if self.tracer.executing or name in INQUIRIES or name.startswith(("is_", "_has", "get_")):
+            return func(*args, **kwargs)
+        if name in ("__get__", "__set__"):
+            return func(*args, **kwargs)  # a property of a real tensor: a constant of the trace
+        if is_tensor_method_or_property(func):
+            return self.tracer.create_proxy("call_method", name, args, kwargs)
+        return self.tracer.create_proxy("call_function", func, args, kwargs)
+
+
 @contextmanager
 def functions_recorded(tracer: Recorder) -> Iterator[None]:
-    """Patch torch's functions so that calls with proxies become nodes of `tracer`."""
+    """Make nodes of `tracer` of the calls of torch's functions."""
     with ExitStack() as stack:
         for name in (*FACTORIES, *BUILT_IN):
             stack.enter_context(mock.patch.object(torch, name, _recorded(tracer, name)))
@@ -60,6 +88,7 @@ def functions_recorded(tracer: Recorder) -> Iterator[None]:
         stack.enter_context(mock.patch.object(torch, "_check_with", _check_with))
         stack.enter_context(mock.patch.object(torch.jit.ScriptFunction, "__call__", _inside))
         stack.enter_context(mock.patch.object(autograd.Function, "apply", _no_custom_gradient))
+        stack.enter_context(_Calls(tracer))
         yield
 
 

@@ -1,16 +1,34 @@
 """Run a graph node by node, on fake or real tensors, with every value open to inspection."""
 
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.node import map_arg
+from torch.utils._pytree import tree_leaves
 
-from tokenprune.tracing.tracer import tensor_attribute
-
-__all__ = ["evaluate", "run"]
+__all__ = ["OPAQUE", "evaluate", "run", "tensor_attribute"]
 
 Environment = dict[fx.Node, Any]
+OPAQUE = "opaque"
+"""Mark of a node (in `meta`) that calls a module whose code decides by what tensors hold."""
+
+
+def tensor_attribute(root: nn.Module, path: str) -> Any:
+    """The parameter, buffer or module at a dotted `path` below `root`."""
+    return operator.attrgetter(path)(root)
+
+
+def _unseen(node: fx.Node, given: Any) -> torch.Tensor | None:
+    """What an opaque node returns for fake tensors: the traced shape, for as many images."""
+    tensors = [leaf for leaf in tree_leaves(given) if isinstance(leaf, torch.Tensor)]
+    if OPAQUE not in node.meta or not any(isinstance(t, FakeTensor) for t in tensors):
+        return None
+    traced: torch.Tensor = node.meta["val"]
+    return traced.new_empty(tensors[0].shape[0], *traced.shape[1:])
 
 
 def evaluate(root: nn.Module, node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
@@ -23,6 +41,9 @@ def evaluate(root: nn.Module, node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
         return node.target(*args, **kwargs)  # type: ignore[operator]
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    unseen = _unseen(node, (args, kwargs))
+    if unseen is not None:
+        return unseen
     return root.get_submodule(str(node.target))(*args, **kwargs)
 
 

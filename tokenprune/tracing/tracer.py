@@ -7,7 +7,6 @@ from plain numbers (`torch.arange(n)`) become nodes as well, not constants.
 """
 
 import dataclasses
-import operator
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,23 +18,26 @@ from unittest import mock
 import numpy as np
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.fx.node import map_aggregate
-from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 from torch.utils._pytree import tree_leaves
 
 from tokenprune.tracing.decompose import DECOMPOSED
 from tokenprune.tracing.functions import functions_recorded
+from tokenprune.tracing.interpret import tensor_attribute
 from tokenprune.tracing.kept import attributes_kept, caches_emptied
+from tokenprune.tracing.opaque import as_traced, made_for_real, mark_opaque
 from tokenprune.tracing.proxy import ValueProxy, concrete
 
-__all__ = ["Provenance", "ValueTracer", "enter_block", "tensor_attribute"]
+__all__ = ["Provenance", "ValueTracer", "enter_block"]
 
 MODULE_CALL = nn.Module.__call__
 MODULE_GETATTR = nn.Module.__getattr__
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-# Answers about a tensor that are plain Python; never nodes.
-INQUIRIES = frozenset({"is_floating_point", "is_complex", "is_tensor", "dim", "get_device"})
 OWN_FILES = ("/torch/", "/tokenprune/", "/unittest/", "/contextlib.py", "/functools.py")
 
 
@@ -55,11 +57,6 @@ class Provenance(NamedTuple):
 def enter_block(tokens: torch.Tensor, block: int) -> torch.Tensor:
     """Marker of the tokens that enter block `block`; passes put stages here."""
     return tokens
-
-
-def tensor_attribute(root: nn.Module, path: str) -> Any:
-    """The parameter, buffer or module at a dotted `path` below `root`."""
-    return operator.attrgetter(path)(root)
 
 
 def _of_host(file: str) -> bool:
@@ -87,31 +84,6 @@ def _given(built: Any) -> Iterator[tuple[str, Any]]:
 def _holds_tensor(values: Any) -> bool:
     """Whether there is anything to record: a host may call an `nn.Identity` with None."""
     return any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(values))
-
-
-class _Recorder(TorchFunctionMode):
-    """Turns each torch call that the host makes outside a leaf into a node."""
-
-    def __init__(self, tracer: "ValueTracer") -> None:
-        super().__init__()
-        self.tracer = tracer
-
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        if self.tracer.executing or name in INQUIRIES or name.startswith(("is_", "_has", "get_")):
-            return func(*args, **kwargs)
-        if name in ("__get__", "__set__"):
-            return func(*args, **kwargs)  # a property of a real tensor: a constant of the trace
-        if is_tensor_method_or_property(func):
-            return self.tracer.create_proxy("call_method", name, args, kwargs)
-        return self.tracer.create_proxy("call_function", func, args, kwargs)
 
 
 class ValueTracer(fx.Tracer):
@@ -143,6 +115,8 @@ class ValueTracer(fx.Tracer):
         self._attributes: dict[str, ValueProxy] = {}
         self._modules_entered: list[str] = []
         self._failed_in = ""
+        self._example: Mapping[str, Any] = {}
+        self._in_blocks = False
 
     def record(self, forward: Callable[..., Any], example: Mapping[str, Any]) -> fx.Graph:
         """Trace `forward(**example)`.
@@ -151,6 +125,7 @@ class ValueTracer(fx.Tracer):
             forward: The host's forward, bound.
             example: Name -> tensor (becomes an input) or any other value (burnt in).
         """
+        self._example = example
         arguments = {}
         for name, value in example.items():
             if isinstance(value, torch.Tensor):
@@ -182,9 +157,8 @@ class ValueTracer(fx.Tracer):
         with ExitStack() as stack:
             stack.enter_context(mock.patch.object(nn.Module, "__call__", call))
             stack.enter_context(mock.patch.object(nn.Module, "__getattr__", getattribute))
-            stack.enter_context(functions_recorded(self))
             stack.enter_context(torch.no_grad())
-            stack.enter_context(_Recorder(self))
+            stack.enter_context(functions_recorded(self))
             yield
 
     def _attribute(self, tensor: torch.Tensor) -> Any:
@@ -241,6 +215,8 @@ class ValueTracer(fx.Tracer):
                     return target(*args, **kwargs)
                 if kind == "call_method":
                     return getattr(args[0], target)(*args[1:], **kwargs)
+                if value is not None:  # it cannot be had here: made for real
+                    return self.fake_mode.from_tensor(value)
                 return MODULE_CALL(self.root.get_submodule(target), *args, **kwargs)
         finally:
             self.executing = was
@@ -308,8 +284,7 @@ class ValueTracer(fx.Tracer):
             if self.is_leaf_module(m, path) and _holds_tensor((args, kwargs)):
                 output = self.create_proxy("call_module", path, args, kwargs)
             else:
-                self.traced_modules[path] = m.training
-                output = forward(*args, **kwargs)
+                output = self._inside(m, path, forward, args, kwargs)
             self._failed_in = ""
         except Exception:
             self._failed_in = self._failed_in or path
@@ -321,6 +296,50 @@ class ValueTracer(fx.Tracer):
             self.module_outputs[path] = first.node
         return output
 
+    def _inside(
+        self,
+        m: nn.Module,
+        path: str,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Trace through a module; or, in front of the first block, make it one node if its code
+        decides by what tensors hold and it returns one tensor, a row for each image."""
+        self.traced_modules[path] = m.training
+        if m is self.root or self._in_blocks:
+            return forward(*args, **kwargs)
+        last, burnt = next(reversed(self.graph.nodes), None), len(self.burnt)
+        try:
+            return forward(*args, **kwargs)
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            if self._in_blocks:
+                raise
+            self._forget(last, burnt)
+            was, self.executing = self.executing, True
+            try:
+                value = made_for_real(self.root, self.graph, self._example, m, args, kwargs)
+            finally:
+                self.executing = was
+            first = next(v for v in self._example.values() if isinstance(v, torch.Tensor))
+            if not isinstance(value, torch.Tensor) or value.shape[:1] != first.shape[:1]:
+                raise
+        output = self.create_proxy("call_module", path, args, kwargs, value=value)
+        mark_opaque(output.node)
+        rest = tuple(value.shape[1:])
+        return self.create_proxy("call_function", as_traced, (output, rest), {})
+
+    def _forget(self, last: fx.Node | None, burnt: int) -> None:
+        """Take back all that was recorded behind node `last`."""
+        for node in reversed(self.graph.nodes):
+            if node is last:
+                break
+            self.graph.erase_node(node)
+        known = set(self.graph.nodes)
+        self._attributes = {n: p for n, p in self._attributes.items() if p.node in known}
+        self.module_outputs = {p: n for p, n in self.module_outputs.items() if n in known}
+        del self.burnt[burnt:]
+
     def _next_block(self, module: nn.Module, path: str) -> int:
         if not self._blocks[module]:
             raise NotImplementedError(
@@ -331,6 +350,8 @@ class ValueTracer(fx.Tracer):
     def _mark(
         self, block: int, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        self._in_blocks = True
+
         def marked(tokens: Any) -> Any:
             return self.create_proxy("call_function", enter_block, (tokens, block), {})
 
