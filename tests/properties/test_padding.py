@@ -15,7 +15,7 @@ from transformers import (
 )
 
 import tokenprune
-from tests.zoo.hosts import toughen
+from tests.zoo.rows import toughen
 from tokenprune.losses import ratio_loss
 from tokenprune.padding import behind_real
 
