@@ -41,7 +41,9 @@ def model(request: pytest.FixtureRequest) -> Any:
     torch.manual_seed(0)
     host = request.param().eval()
     toughen(host, 20.0)
-    return tokenprune.wrap(host, RECIPE)
+    wrapped = tokenprune.wrap(host, RECIPE)
+    toughen(wrapped.token_predictors, 1.0)
+    return wrapped
 
 
 def texts(lengths: list[int], total: int = LENGTH, seed: int = 0) -> dict[str, Tensor]:
@@ -142,6 +144,20 @@ def test_training_never_keeps_a_padded_token_and_stays_finite(model: Any) -> Non
     finally:
         model.zero_grad()
         model.eval()
+
+
+def test_a_mean_is_over_the_real_tokens_that_are_left() -> None:
+    torch.manual_seed(0)
+    model = tokenprune.wrap(modernbert().eval(), RECIPE)
+    seen: dict[str, Tensor] = {}
+    model.model.final_norm.register_forward_hook(lambda m, a, out: seen.update(tokens=out))
+    model.head.dense.register_forward_pre_hook(lambda m, args: seen.update(pooled=args[0]))
+    sets = [torch.tensor([[0, 2, 5, 9]] * 2), torch.tensor([[2, 9]] * 2)]
+    with torch.no_grad(), model.using("gather", keep_indices=sets):
+        model(**texts([LENGTH, 6]))
+    tokens, pooled = seen["tokens"], seen["pooled"]
+    torch.testing.assert_close(pooled[0], tokens[0].mean(0))
+    torch.testing.assert_close(pooled[1], tokens[1, :2].mean(0))  # the last one is padding
 
 
 def test_a_mean_over_no_real_token_is_no_nan(model: Any) -> None:
