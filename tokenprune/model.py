@@ -27,12 +27,12 @@ from tokenprune.pruning_trace import PruningTrace, StageTrace
 from tokenprune.recipe import Recipe
 from tokenprune.stages import StageContext
 from tokenprune.tracing.kept import buffers_kept
-from tokenprune.tracing.traced import no_autocast_cache, trace_call
+from tokenprune.tracing.traced import Traced, no_autocast_cache, trace_call
 
 ADDED = (PREDICTORS, BYPASSES)
 OWN = (*ADDED, "_pruning", "forward")
 
-__all__ = ["ADDED", "PrunedModel", "pruned_class", "pruning_of"]
+__all__ = ["ADDED", "PrunedModel", "pruned_class", "pruning_of", "trace_host"]
 
 
 @dataclass
@@ -171,8 +171,12 @@ class PrunedModel(nn.Module):
     def _get_name(self) -> str:
         return f"TokenPruned[{type(self).__name__}]"
 
-    def _programs(self, arguments: Mapping[str, Any]) -> Programs:
-        """The programs for a call of this signature; traced if there are none yet."""
+    def _programs(self, arguments: Mapping[str, Any], traced: Traced | None = None) -> Programs:
+        """The programs for a call of this signature; traced if there are none yet.
+
+        Args:
+            traced: The trace of this very call, if there is one.
+        """
         pruning = self._pruning
         key, batch_size = self._signature(arguments)
         found = pruning.programs.get(key)
@@ -180,7 +184,7 @@ class PrunedModel(nn.Module):
             key = (key, batch_size)
             found = pruning.programs.get(key)
         if found is None:
-            found = self._trace(arguments)
+            found = self._analyse(arguments, traced)
             pruning.programs[key] = found
         return found
 
@@ -208,21 +212,14 @@ class PrunedModel(nn.Module):
         return tuple(key), batch_size
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _trace(self, arguments: Mapping[str, Any]) -> Programs:
+    def _analyse(self, arguments: Mapping[str, Any], traced: Traced | None) -> Programs:
         pruning = self._pruning
         final = pruning.spec.norm or pruning.spec.blocks[-1]
+        traced = traced or trace_host(pruning.host, pruning.spec, arguments)
         with no_autocast_cache(), buffers_kept(pruning.host):
-            traced = trace_call(
-                pruning.host,
-                pruning.host.forward,
-                arguments,
-                pruning.spec.blocks,
-                pruning.plan.blocks,
-                pruning.spec.token_argument,
-            )
             return Programs.analyse(
                 pruning.host,
-                traced,
+                traced.at(pruning.plan.blocks),
                 pruning.plan,
                 final,
                 pruning.restore,
@@ -246,6 +243,19 @@ class PrunedModel(nn.Module):
             hard=sampling.hard,
             keep_indices=overrides.keep_indices,
             generator=overrides.generator,
+        )
+
+
+def trace_host(host: nn.Module, spec: ArchSpec, arguments: Mapping[str, Any]) -> Traced:
+    """Trace one call of a host, without stages.
+
+    Raises:
+        HostError: The host itself refuses these arguments.
+        TraceError: Its code cannot be traced; the line of its source is named.
+    """
+    with no_autocast_cache(), buffers_kept(host):
+        return trace_call(
+            host, host.forward, arguments, spec.blocks, token_argument=spec.token_argument
         )
 
 

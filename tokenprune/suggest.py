@@ -1,7 +1,6 @@
 """The recipe of a host that nobody wrote one for."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from torch import nn
 
@@ -9,7 +8,7 @@ from tokenprune.arch import ArchSpec
 from tokenprune.errors import PlanError
 from tokenprune.recipe import Recipe
 from tokenprune.regions import prunable_blocks
-from tokenprune.tracing.traced import no_autocast_cache, trace_call
+from tokenprune.tracing.traced import Traced
 
 __all__ = ["suggest_recipe"]
 
@@ -18,23 +17,22 @@ KEEP_RATIO = 0.7
 BYPASS_STEP = 0.2
 
 
-def suggest_recipe(host: nn.Module, spec: ArchSpec, arguments: Mapping[str, Any]) -> Recipe:
+def suggest_recipe(host: nn.Module, spec: ArchSpec, traced: Traced) -> Recipe:
     """Stages at a quarter, a half and three quarters of the blocks, keeping 0.7 of what there was.
 
     In bypass mode these are the blocks of the largest stretch on one grid that have a branch which
     tokens can go around.
 
     Args:
-        host: In eval mode.
+        host: The model.
         spec: What its adapter says.
-        arguments: Of one call of its forward.
+        traced: One call of its forward in eval mode.
 
     Raises:
         PlanError: There are too few blocks.
-        UnsupportedHostError: The host cannot be traced.
     """
     bypass = spec.mode == "bypass"
-    stretch = _stretch(host, spec, arguments) if bypass else range(len(spec.blocks))
+    stretch = _stretch(host, spec, traced) if bypass else range(len(spec.blocks))
     first = 0 if bypass else 1  # what leaves before block 0 has never been looked at
     if len(stretch) <= first:
         need = "a block with a branch that tokens can go around" if bypass else "two blocks"
@@ -52,8 +50,6 @@ def suggest_recipe(host: nn.Module, spec: ArchSpec, arguments: Mapping[str, Any]
     return Recipe.parse({"version": 1, "mode": spec.mode, "stages": stages})
 
 
-def _stretch(host: nn.Module, spec: ArchSpec, arguments: Mapping[str, Any]) -> Sequence[int]:
-    with no_autocast_cache():
-        traced = trace_call(host, host.forward, arguments, spec.blocks, (), spec.token_argument)
+def _stretch(host: nn.Module, spec: ArchSpec, traced: Traced) -> Sequence[int]:
     grids = prunable_blocks(host, traced, spec.num_prefix_tokens)
     return max(grids.values(), key=len, default=[])

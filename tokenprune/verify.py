@@ -1,7 +1,7 @@
 """Prove on one model that its three paths agree: the theorems of docs/theorems.md, run for real."""
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
@@ -225,32 +225,46 @@ class _Proof:
 
     def paths(self) -> Iterator[Check]:
         """Theorem 2: the mask path on kept rows is the gather path."""
-        name = "mask = gather on random kept sets"
-        check = Check(name, _difference(self._run("mask"), self._run("gather")), self.bound)
-        if not check.passed and self.bound > EXACT:
-            # rounding that the host itself blows up, or a real difference? double precision tells
-            exact = _Proof(copy.deepcopy(self.model).double(), _double(self.inputs))
-            error = _difference(exact._run("mask"), exact._run("gather"))
-            check = Check(f"{name}, in float64 (float32: {check.error:.1e})", error, EXACT)
-            if not check.passed:
-                exact._refuse(check, f"mask and gather path part {exact._first_difference()}")
-        if not check.passed:
-            self._refuse(check, f"mask and gather path part {self._first_difference()}")
-        yield check
+        yield self._compared(
+            "mask = gather on random kept sets",
+            lambda proof: _difference(proof._run("mask"), proof._run("gather")),
+            lambda proof: f"mask and gather path part {proof._first_difference()}",
+        )
 
     def contents(self) -> Iterator[Check]:
         """Theorem 3: what dropped tokens (in bypass mode: branches not taken) hold is not read."""
-        poisoned = self._run("mask", replace(self.context, poison=True))
-        error = _difference(poisoned, self._run("mask"))
-        check = Check("dropped tokens may hold NaN and inf", error, self.bound)
-        if not check.passed:
-            self._refuse(check, "the contents of dropped tokens reach the output")
-        yield check
+        yield self._compared(
+            "dropped tokens may hold NaN and inf",
+            lambda proof: _difference(
+                proof._run("mask", replace(proof.context, poison=True)), proof._run("mask")
+            ),
+            lambda proof: "the contents of dropped tokens reach the output",
+        )
 
     def images(self) -> Iterator[Check]:
         """Theorem 4: an image does not depend on the others of its batch."""
-        if self.programs.axes.batch_bound:
-            return
+        if not self.programs.axes.batch_bound:
+            yield self._compared(
+                "an image alone = in a batch",
+                _Proof._alone_and_together,
+                lambda proof: "an image's output depends on the other images of its batch",
+            )
+
+    def _compared(
+        self, name: str, measure: Callable[["_Proof"], float], what: Callable[["_Proof"], str]
+    ) -> Check:
+        """Compare in the model's precision; if that says no, rounding that the host itself blows
+        up, or a real difference? Double precision tells."""
+        proof, check = self, Check(name, measure(self), self.bound)
+        if not check.passed and self.bound > EXACT:
+            proof = _Proof(copy.deepcopy(self.model).double(), _double(self.inputs))
+            name = f"{name}, in float64 (float32: {check.error:.1e})"
+            check = Check(name, measure(proof), EXACT)
+        if not check.passed:
+            proof._refuse(check, what(proof))
+        return check
+
+    def _alone_and_together(self) -> float:
         if self.batch_size == 1:
             alone, batch = self._run("gather"), self._beside_another()
         else:
@@ -258,14 +272,7 @@ class _Proof:
         size = max(self.batch_size, 2)
         together = [t[:1] if t.ndim and t.shape[0] == size else None for t in batch]
         pairs = [(a, b) for a, b in zip(alone, together, strict=True) if b is not None]
-        check = Check(
-            "an image alone = in a batch",
-            _difference([a for a, _ in pairs], [b for _, b in pairs]),
-            self.bound,
-        )
-        if not check.passed:
-            self._refuse(check, "an image's output depends on the other images of its batch")
-        yield check
+        return _difference([a for a, _ in pairs], [b for _, b in pairs])
 
     def _first_alone(self) -> list[Tensor]:
         """The gather path's output for the first image of the batch."""

@@ -12,7 +12,7 @@ from tokenprune.errors import (
     UnsupportedHostError,
 )
 from tokenprune.inputs import CallSignature, ExampleInputs, named_inputs
-from tokenprune.model import PrunedModel, Pruning, pruned_class, pruning_of
+from tokenprune.model import PrunedModel, Pruning, pruned_class, pruning_of, trace_host
 from tokenprune.passes.base import PREDICTORS
 from tokenprune.passes.bypass import BYPASSES
 from tokenprune.plan import bind
@@ -89,7 +89,8 @@ def wrap(
     example = named_inputs(call, spec, model, example_inputs)
     with kept_modes(model):
         model.eval()
-        chosen = chosen or suggest_recipe(model, spec, example)
+        traced = trace_host(model, spec, example)
+        chosen = chosen or suggest_recipe(model, spec, traced)
     wrapped, plan = _shell(model), bind(chosen, spec)
     wrapped.__dict__["_pruning"] = Pruning(
         host=model,
@@ -102,7 +103,7 @@ def wrap(
     )
     with kept_modes(wrapped):
         wrapped.eval()
-        programs = wrapped._programs(example)
+        programs = wrapped._programs(example, traced)
     modules, widths = wrapped.__dict__["_modules"], [grid.num_channels for grid in programs.grids]
     modules[PREDICTORS] = nn.ModuleList(
         TokenPredictor(width, activation=chosen.predictor.activation, **_like(model))

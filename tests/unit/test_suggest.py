@@ -7,7 +7,7 @@ from torch import nn
 
 import tokenprune
 from tokenprune.errors import PlanError
-from tokenprune.model import pruning_of
+from tokenprune.model import pruning_of, trace_host
 from tokenprune.suggest import suggest_recipe
 
 VIT = timm.models.vision_transformer.VisionTransformer
@@ -56,6 +56,6 @@ def test_it_needs_no_weights_and_leaves_the_host_alone() -> None:
         num_prefix_tokens=1,
         mode="bypass",
     )
-    recipe = suggest_recipe(host, spec, {"x": torch.randn(2, 3, 16, 16)})
+    recipe = suggest_recipe(host, spec, trace_host(host, spec, {"x": torch.randn(2, 3, 16, 16)}))
     assert [stage.block for stage in recipe.resolved_stages] == [1, 2, 3]
     assert all(torch.equal(before[key], value) for key, value in host.state_dict().items())

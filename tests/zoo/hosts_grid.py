@@ -113,8 +113,8 @@ GRID: tuple[Row, ...] = (
     ),
     # grids
     _row(
-        "volo", 6, partial(direct, VOLO), 64, img_size=64, layers=(1, 3, 1, 1),
-        embed_dims=(16, 32, 32, 32), num_heads=(2, 2, 2, 2), stem_hidden_dim=8, num_prefix=1,
+        "volo", 5, partial(direct, VOLO), 64, img_size=64, layers=(1, 3, 1, 1),
+        embed_dims=(16, 32, 32, 32), num_heads=(2, 2, 2, 2), stem_hidden_dim=8, family="timm/volo",
     ),
     _timm(
         "visformer", 4, "visformer_tiny", 64, img_size=64, embed_dim=32, depth=(1, 3, 1),

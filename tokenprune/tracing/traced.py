@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from tokenprune.axes import stage_markers
 from tokenprune.errors import HostError, TokenPruneError, TraceError
 from tokenprune.tracing.effects import has_effect
-from tokenprune.tracing.tracer import ValueTracer
+from tokenprune.tracing.tracer import ValueTracer, enter_block
 
 __all__ = ["Traced", "no_autocast_cache", "trace_call"]
 
@@ -22,6 +22,7 @@ class Traced:
     """The graph of one call signature.
 
     Attributes:
+        host: Class of the host.
         graph: As the host wrote it, with a marker at the entry of each block.
         fake_mode: The mode that the values in `node.meta["val"]` belong to.
         burnt: Nodes whose value Python decided by.
@@ -33,6 +34,7 @@ class Traced:
         batch_size: B.
     """
 
+    host: str
     graph: fx.Graph
     fake_mode: FakeTensorMode
     burnt: tuple[fx.Node, ...]
@@ -43,13 +45,28 @@ class Traced:
     modes: Mapping[str, bool]
     batch_size: int
 
+    def at(self, stages: Sequence[int]) -> "Traced":
+        """The same trace with stages before these blocks.
+
+        Raises:
+            TraceError: Such a block takes no tensor.
+        """
+        markers = stage_markers(self.graph, stages)
+        missing = [stages[s] for s in range(len(stages)) if s not in markers]
+        if missing:
+            raise TraceError(
+                f"Blocks {missing} ({', '.join(self.blocks[b] for b in missing)}) take no tensor "
+                f"in the forward of {self.host}, so nothing can be pruned before them."
+            )
+        return replace(self, markers=markers)
+
 
 def trace_call(
     root: nn.Module,
     forward: Callable[..., Any],
     arguments: Mapping[str, Any],
     blocks: Sequence[str],
-    stages: Sequence[int],
+    stages: Sequence[int] = (),
     token_argument: int = 0,
 ) -> Traced:
     """Trace `forward(**arguments)`.
@@ -73,32 +90,28 @@ def trace_call(
     except Exception as error:
         raise _explained(error, tracer, root, arguments) from error
     _drop_dead(graph, tracer)
-    markers = stage_markers(graph, stages)
-    missing = [stages[s] for s in range(len(stages)) if s not in markers]
-    if missing:
-        raise TraceError(
-            f"Blocks {missing} ({', '.join(blocks[b] for b in missing)}) take no tensor in the "
-            f"forward of {type(root).__name__}, so nothing can be pruned before them."
-        )
-    entered = stage_markers(graph, range(len(blocks)))
     first = next(node for node in graph.nodes if node.op == "placeholder")
-    return Traced(
+    traced = Traced(
+        host=type(root).__name__,
         graph=graph,
         fake_mode=tracer.fake_mode,
         burnt=tuple(tracer.burnt),
         blocks=tuple(blocks),
-        markers=markers,
-        entries=entered,
+        markers={},
+        entries=stage_markers(graph, range(len(blocks))),
         module_outputs=tracer.module_outputs,
         modes={"": root.training, **tracer.traced_modules},
         batch_size=int(first.meta["val"].shape[0]),
     )
+    return traced.at(stages)
 
 
 def _drop_dead(graph: fx.Graph, tracer: ValueTracer) -> None:
     """Take out what the host computes and nobody reads; what Python decided by is read."""
     read = set(tracer.burnt)
-    graph.eliminate_dead_code(lambda node: node in read or has_effect(node))
+    graph.eliminate_dead_code(
+        lambda node: node in read or node.target is enter_block or has_effect(node)
+    )
     alive = set(graph.nodes)
     gone = [path for path, node in tracer.module_outputs.items() if node not in alive]
     for path in gone:
