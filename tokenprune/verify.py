@@ -3,14 +3,14 @@
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from tokenprune.counting import counts_in_words
+from tokenprune.certificate import Certificate, Check
 from tokenprune.errors import UnsupportedHostError, VerificationError
 from tokenprune.inputs import ExampleInputs
 from tokenprune.model import ADDED, PrunedModel, pruning_of
@@ -26,61 +26,6 @@ __all__ = ["Certificate", "Check", "kept_modes", "verify"]
 # Largest difference, relative to the output's scale, that rounding alone may cause.
 EXACT = 1e-9
 TOLERANCE = {torch.float64: EXACT, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-
-
-@dataclass(frozen=True)
-class Check:
-    """One theorem on one model.
-
-    Attributes:
-        name: Which.
-        error: The measured difference, relative to the output's scale.
-        bound: The largest that passes.
-    """
-
-    name: str
-    error: float
-    bound: float
-
-    @property
-    def passed(self) -> bool:
-        return self.error <= self.bound  # NaN fails
-
-
-@dataclass(frozen=True)
-class Certificate:
-    """What `verify` found.
-
-    Attributes:
-        host: Class of the host.
-        adapter: Adapter that described it.
-        mode: `remove` or `bypass`.
-        num_patches: N at the first stage.
-        patches_per_stage: N of each stage; all the same where tokens leave.
-        num_prefix_tokens: P.
-        num_keep: K of each stage.
-        checks: One entry per theorem that was run.
-    """
-
-    host: str
-    adapter: str
-    mode: str
-    num_patches: int
-    patches_per_stage: tuple[int, ...]
-    num_prefix_tokens: int
-    num_keep: tuple[int, ...]
-    checks: tuple[Check, ...]
-
-    @property
-    def mask_vs_gather(self) -> float:
-        """The largest relative difference between mask and gather path."""
-        return max(c.error for c in self.checks if c.name.startswith("mask = gather"))
-
-    def __str__(self) -> str:
-        kept = counts_in_words(self.patches_per_stage, self.num_keep)
-        lines = [f"{self.host} ({self.adapter}, {self.mode}): {kept} patch tokens"]
-        lines += [f"  {c.name:<44} {c.error:.1e} (bound {c.bound:.0e})" for c in self.checks]
-        return "\n".join(lines)
 
 
 def verify(
