@@ -181,19 +181,13 @@ _ALL = (
         described=False,
     ),
     Toy("max_values", partial(odd.Pooled, lambda x: torch.max(x, dim=1).values, 0), 0),
+    Toy("caches", odd.Caches, **BOTH),
+    Toy("keeps_the_newest", odd.KeepsTheNewest, **BOTH),
 )
 TOYS: dict[str, Toy] = {toy.name: toy for toy in _ALL}
 
 # What the engine does not do yet: a strict xfail each, until the toy can move up.
 GAPS: dict[str, tuple[Toy, str]] = {
-    "caches": (
-        Toy("caches", odd.Caches, **BOTH),
-        "a tensor in a dict of the host cannot be traced once the host has put it there",
-    ),
-    "keeps_the_newest": (
-        Toy("keeps_the_newest", odd.KeepsTheNewest, **BOTH),
-        "a tensor that the host replaces itself is read where the trace found it",
-    ),
     "caches_globally": (
         Toy("caches_globally", odd.CachesGlobally, **BOTH),
         "what a cached function returned while tracing stays in its cache",

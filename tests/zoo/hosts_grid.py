@@ -160,7 +160,7 @@ GRID: tuple[Row, ...] = (
         "edgenext", 3, "edgenext_xx_small", 64, depths=(1, 1, 2, 1), dims=DIMS, heads=(2, 2, 2, 2)
     ),
     _timm(
-        "efficientformer", 4, "efficientformer_l1", 224, depths=(1, 1, 1, 3),
+        "efficientformer", 6, "efficientformer_l1", 224, depths=(1, 1, 1, 3),
         embed_dims=(8, 8, 16, 16), num_vit=2,
     ),
     _timm(

@@ -80,7 +80,7 @@ def test_paths_agree_for_any_kept_sets_and_batch(row: Row) -> None:
             with model.using("dense"):
                 dense = model(**inputs)
             assert torch.equal(dense, host(**inputs))
-            assert (gathered - dense).abs().max() > 1e-3 * scale  # something was pruned
+            assert not torch.equal(gathered, dense)  # something was pruned
 
 
 @over

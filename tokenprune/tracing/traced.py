@@ -89,6 +89,11 @@ def trace_call(
         raise
     except Exception as error:
         raise _explained(error, tracer, root, arguments) from error
+    if not graph.output_node().all_input_nodes:
+        raise HostError(
+            f"{type(root).__name__} returns no tensor for the input {_shapes(arguments)}. Wrap a "
+            "model whose output is a tensor, or holds some in tuples, dicts or dataclasses."
+        )
     _drop_dead(graph, tracer)
     first = next(node for node in graph.nodes if node.op == "placeholder")
     traced = Traced(
@@ -132,10 +137,7 @@ def no_autocast_cache() -> Iterator[None]:
 def _explained(
     error: Exception, tracer: ValueTracer, root: nn.Module, arguments: Mapping[str, Any]
 ) -> TokenPruneError:
-    shapes = {
-        name: tuple(value.shape) if isinstance(value, torch.Tensor) else value
-        for name, value in arguments.items()
-    }
+    shapes = _shapes(arguments)
     frame = tracer.host_frame(error)
     if isinstance(error, DataDependentOutputException):
         said = "Python asks for a value of a tensor, which differs from call to call"
@@ -150,6 +152,13 @@ def _explained(
         f"The forward of {type(root).__name__} cannot be traced for the input {shapes}: stopped at "
         f"{frame}. Reason: {said}."
     )
+
+
+def _shapes(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: tuple(value.shape) if isinstance(value, torch.Tensor) else value
+        for name, value in arguments.items()
+    }
 
 
 def _refused_by_host(error: Exception) -> bool:
