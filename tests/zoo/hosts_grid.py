@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import timm
+import transformers
 from timm.models.focalnet import FocalNet
 from timm.models.gcvit import GlobalContextVit
 from timm.models.metaformer import MetaFormer
@@ -35,6 +36,14 @@ def direct(kind: Callable[..., nn.Module], size: int, **options: Any) -> nn.Modu
     host = kind(num_classes=CLASSES, **options)
     host.default_cfg = {"input_size": (3, size, size)}
     return host
+
+
+def swiftformer(size: int) -> nn.Module:
+    """SwiftFormer of transformers: additive attention, one block of it a stage."""
+    config = transformers.SwiftFormerConfig(
+        num_labels=CLASSES, image_size=size, depths=[1, 1, 3, 1], embed_dims=[8, 16, 16, 32]
+    )
+    return transformers.SwiftFormerForImageClassification(config)
 
 
 def mvitv2(size: int) -> nn.Module:
@@ -180,4 +189,5 @@ GRID: tuple[Row, ...] = (
         "metaformer", 6, partial(direct, MetaFormer), 64, in_chans=3, dims=DIMS,
         depths=FOUR["depths"],
     ),
+    _row("swiftformer", 4, swiftformer, 64, argument="pixel_values"),
 )  # fmt: skip
