@@ -160,14 +160,14 @@ class Caches(Vit):
 
     def __init__(self) -> None:
         super().__init__()
-        self.kept: dict[int, Tensor] = {}
+        self.cache: dict[int, Tensor] = {}
 
     def embed(self, x: Tensor) -> Tensor:
         x = super().embed(x)
         length = int(x.shape[1])
-        if length not in self.kept:
-            self.kept[length] = torch.arange(length, dtype=x.dtype).sin()[:, None]
-        return x + self.kept[length]
+        if length not in self.cache:
+            self.cache[length] = torch.arange(length, dtype=x.dtype).sin()[:, None]
+        return x + self.cache[length]
 
 
 class KeepsTheNewest(Vit):
