@@ -8,6 +8,7 @@ from torch import nn
 __all__ = ["enliven", "parameters_in_millions", "weightless"]
 
 TINY = 1e-3
+HUGE = 1e4
 
 
 def weightless(make: Callable[[], nn.Module]) -> nn.Module:
@@ -56,4 +57,6 @@ def enliven(host: nn.Module) -> nn.Module:
                 parameter.uniform_(0.5, 1.5)
             elif spread < TINY:
                 parameter.normal_(std=0.1)
+            elif not parameter.isfinite().all() or spread > HUGE:  # what was in memory (ImageGPT)
+                parameter.uniform_(0.5, 1.5)
     return host
