@@ -203,7 +203,11 @@ HOSTS = (
         {"model_args": {"depth": 4, "embed_dim": 128, "num_heads": 2}},
         architecture="vit_base_patch16_224",
     ),
-    _row("ImageGPTForImageClassification", {"n_layer": 4, "n_embd": 64, "n_head": 2}, colours),
+    _row(
+        "ImageGPTForImageClassification",
+        {"n_layer": 4, "n_embd": 64, "n_head": 2, "use_cache": False},
+        colours,
+    ),
     # images: hierarchies and others
     _row("SwinForImageClassification", {"embed_dim": 32, "num_heads": [1, 2, 4, 8]}),
     _row("Swinv2ForImageClassification", {"embed_dim": 32, "num_heads": [1, 2, 4, 8]}),
