@@ -205,8 +205,9 @@ HOSTS = (
     ),
     _row(
         "ImageGPTForImageClassification",
-        {"n_layer": 4, "n_embd": 64, "n_head": 2, "use_cache": False},
+        {"n_layer": 4, "n_embd": 64, "n_head": 2},
         colours,
+        use_cache=False,
     ),
     # images: hierarchies and others
     _row("SwinForImageClassification", {"embed_dim": 32, "num_heads": [1, 2, 4, 8]}),

@@ -32,7 +32,9 @@ def weightless(make: Callable[[], nn.Module]) -> nn.Module:
     for module in host.modules():
         for held in (module._parameters, module._buffers, vars(module)):
             for name, value in held.items():
-                if isinstance(value, torch.Tensor) and value.is_meta:
+                # a parameter made by torch.Tensor(n) does not know of the meta device (ImageGPT)
+                made = isinstance(value, nn.Parameter)
+                if isinstance(value, torch.Tensor) and (value.is_meta or made):
                     held[name] = twin(value)
     return host
 
@@ -57,6 +59,6 @@ def enliven(host: nn.Module) -> nn.Module:
                 parameter.uniform_(0.5, 1.5)
             elif spread < TINY:
                 parameter.normal_(std=0.1)
-            elif not parameter.isfinite().all() or spread > HUGE:  # what was in memory (ImageGPT)
+            elif not parameter.isfinite().all() or spread > HUGE:  # made by torch.Tensor(n)
                 parameter.uniform_(0.5, 1.5)
     return host
