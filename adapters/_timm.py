@@ -25,7 +25,8 @@ class TimmFamily:
             `host.blocks`.
         prefix: Prefix tokens that enter the blocks; None where the host's `num_prefix_tokens` says.
         token_argument: Which tensor argument of a block holds the tokens.
-        norm: Path of the final norm over all tokens; may be an `nn.Identity` in a host.
+        norm: Path of the final norm over all tokens, which may be an `nn.Identity`; None if there
+            is none.
         mode: The mode that serves the family.
     """
 
@@ -35,7 +36,7 @@ class TimmFamily:
     block: str | None = None
     prefix: int | None = None
     token_argument: int = 0
-    norm: str = "norm"
+    norm: str | None = "norm"
     mode: Literal["remove", "bypass"] = "remove"
 
     def matches(self, host: nn.Module) -> bool:
@@ -59,7 +60,7 @@ class TimmFamily:
             adapter=self.name,
             blocks=blocks,
             num_prefix_tokens=self._prefix(host),
-            norm=self.norm if has_module(host, self.norm) else None,
+            norm=self.norm if self.norm and has_module(host, self.norm) else None,
             mode=self.mode,
             token_argument=self.token_argument,
             inputs=image_inputs(host),

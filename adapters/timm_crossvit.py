@@ -10,6 +10,6 @@ ADAPTER = TimmFamily(
     classes=("CrossVit",),
     block="timm.models.vision_transformer.Block",
     prefix=1,
-    norm="none",
+    norm=None,
     mode="bypass",
 )

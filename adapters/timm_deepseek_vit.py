@@ -9,6 +9,6 @@ ADAPTER = TimmFamily(
     home="timm.models.deepseek_vit",
     classes=("DeepseekVitEncoder", "DeepseekVitClassifier"),
     block="DeepseekVitBlock",
-    norm="none",
+    norm=None,
     mode="bypass",
 )

@@ -32,5 +32,5 @@ ADAPTER = Levit(
     home="timm.models.levit",
     classes=("Levit",),
     block="LevitBlock",
-    norm="none",
+    norm=None,
 )

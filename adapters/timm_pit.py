@@ -28,5 +28,5 @@ ADAPTER = Pit(
     home="timm.models.pit",
     classes=("PoolingVisionTransformer",),
     block="timm.models.vision_transformer.Block",
-    norm="none",
+    norm=None,
 )

@@ -9,6 +9,6 @@ ADAPTER = TimmFamily(
     home="timm.models.qwen3_vit",
     classes=("Qwen3VitEncoder", "Qwen3VitClassifier"),
     block="timm.models.eva.EvaBlock",
-    norm="none",
+    norm=None,
     mode="bypass",
 )

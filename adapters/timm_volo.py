@@ -10,6 +10,6 @@ ADAPTER = TimmFamily(
     classes=("VOLO",),
     block="Transformer",
     prefix=0,
-    norm="none",
+    norm=None,
     mode="bypass",
 )

@@ -10,6 +10,6 @@ ADAPTER = TimmFamily(
     classes=("Xcit",),
     block="XCABlock",
     prefix=0,
-    norm="none",
+    norm=None,
     mode="bypass",
 )
