@@ -23,6 +23,7 @@ class TimmFamily:
         block: Name of the block class, with its module if that is another one, where blocks stand
             in several stages and are counted over all of them; None where they are the children of
             `host.blocks`.
+        last_of: Path of the stages of which only the last one's blocks count; None for all blocks.
         prefix: Prefix tokens that enter the blocks; None where the host's `num_prefix_tokens` says.
         token_argument: Which tensor argument of a block holds the tokens.
         norm: Path of the final norm over all tokens, which may be an `nn.Identity`; None if there
@@ -34,6 +35,7 @@ class TimmFamily:
     home: str
     classes: tuple[str, ...]
     block: str | None = None
+    last_of: str | None = None
     prefix: int | None = None
     token_argument: int = 0
     norm: str | None = "norm"
@@ -66,6 +68,12 @@ class TimmFamily:
             inputs=image_inputs(host),
         )
 
+    def _below(self, host: nn.Module) -> str:
+        if self.last_of is None:
+            return ""
+        *_, (name, _) = host.get_submodule(self.last_of).named_children()
+        return f"{self.last_of}.{name}."
+
     def _prefix(self, host: nn.Module) -> int:
         return int(getattr(host, "num_prefix_tokens", 0)) if self.prefix is None else self.prefix
 
@@ -73,7 +81,8 @@ class TimmFamily:
         if self.block is not None:
             home, _, name = self.block.rpartition(".")
             wanted = (home or self.home, [name])
-            return tuple(path for path, m in host.named_modules() if is_class(m, *wanted))
+            found = (path for path, m in host.named_modules() if is_class(m, *wanted))
+            return tuple(path for path in found if path.startswith(self._below(host)))
         if not has_module(host, "blocks"):
             return ()
         names = [name for name, _ in host.get_submodule("blocks").named_children()]

@@ -21,16 +21,12 @@ class Levit(TimmFamily):
         """Whether it is a LeViT whose tokens are a sequence."""
         return super().matches(host) and not cast(Any, host).use_conv
 
-    def _blocks(self, host: nn.Module) -> tuple[str, ...]:
-        number = len(list(host.get_submodule("stages").children())) - 1
-        last = f"stages.{number}."
-        return tuple(path for path in super()._blocks(host) if path.startswith(last))
-
 
 ADAPTER = Levit(
     name="timm/levit",
     home="timm.models.levit",
     classes=("Levit",),
     block="LevitBlock",
+    last_of="stages",
     norm=None,
 )

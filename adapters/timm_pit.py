@@ -17,16 +17,12 @@ class Pit(TimmFamily):
     def _prefix(self, host: nn.Module) -> int:
         return int(cast(Any, host).num_tokens)
 
-    def _blocks(self, host: nn.Module) -> tuple[str, ...]:
-        number = len(list(host.get_submodule("transformers").children())) - 1
-        last = f"transformers.{number}."
-        return tuple(path for path in super()._blocks(host) if path.startswith(last))
-
 
 ADAPTER = Pit(
     name="timm/pit",
     home="timm.models.pit",
     classes=("PoolingVisionTransformer",),
     block="timm.models.vision_transformer.Block",
+    last_of="transformers",
     norm=None,
 )

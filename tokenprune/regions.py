@@ -152,7 +152,7 @@ def find_regions(
     next stage on that grid.
 
     Raises:
-        UnsupportedHostError: A stage whose first block has no region, so that it would do nothing.
+        UnsupportedHostError: A stage whose decision no block can use, so that it would do nothing.
     """
     found: dict[int, Region] = {}
     for block in sorted(traced.entries):
