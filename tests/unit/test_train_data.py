@@ -1,5 +1,6 @@
 """Images: the digits, folders with their faults, and augmentation that depends on nothing else."""
 
+import gzip
 import random
 import re
 from pathlib import Path
@@ -170,3 +171,49 @@ def test_arguments_out_of_range(tmp_path: Path) -> None:
         load_data(None, 8, mean=(0.5,))
     with pytest.raises(PlanError, match="1 or 3 channels, the host takes 4"):
         load_data(None, 8, in_chans=4)
+
+
+def write_idx(root: Path, part: str, images: Any, labels: Any, zipped: bool = False) -> None:
+    """Two files as MNIST's."""
+    for name, array in (
+        (f"{part}-images-idx3-ubyte", images),
+        (f"{part}-labels-idx1-ubyte", labels),
+    ):
+        array = np.asarray(array, dtype=np.uint8)
+        data = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
+        data += array.tobytes()
+        path = root / (name + ".gz" * zipped)
+        path.write_bytes(gzip.compress(data) if zipped else data)
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_idx_files_are_read_in_order(tmp_path: Path, zipped: bool) -> None:
+    images = np.arange(3 * 8 * 8).reshape(3, 8, 8) % 256
+    write_idx(tmp_path, "train", images, [0, 2, 1], zipped)
+    write_idx(tmp_path, "t10k", images[::-1], [1, 2, 0], zipped)
+    data = load_data(tmp_path, 8, in_chans=1, mean=(0.0,), std=(1.0,))
+    assert data.num_classes == 3
+    assert [data.train[i]["labels"] for i in range(3)] == [0, 2, 1]
+    assert [data.eval[i]["labels"] for i in range(3)] == [1, 2, 0]
+    assert torch.equal(data.eval[2]["pixel_values"][0] * 255, torch.tensor(images[0]).float())
+
+
+def test_idx_files_that_are_missing_cut_off_or_uneven_are_refused(tmp_path: Path) -> None:
+    images = np.zeros((3, 8, 8))
+    write_idx(tmp_path, "train", images, [0, 1, 1])
+    with pytest.raises(DataError, match="lacks t10k-images-idx3-ubyte"):
+        load_data(tmp_path, 8, in_chans=1)
+    write_idx(tmp_path, "t10k", images, [0, 1])
+    with pytest.raises(DataError, match="3 images to evaluate on and 2 labels"):
+        load_data(tmp_path, 8, in_chans=1)
+    write_idx(tmp_path, "t10k", images, [0, 1, 5])
+    with pytest.raises(DataError, match="labels 0 to 1 to train on, but 5 to evaluate on"):
+        load_data(tmp_path, 8, in_chans=1)
+    short = tmp_path / "t10k-images-idx3-ubyte"
+    short.write_bytes(short.read_bytes()[:-1])
+    with pytest.raises(DataError, match="no idx file of unsigned bytes in 3 dims, or was cut off"):
+        load_data(tmp_path, 8, in_chans=1)
+    short.unlink()
+    (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(b"no gzip")
+    with pytest.raises(DataError, match=r"Cannot read .*t10k-images-idx3-ubyte.gz"):
+        load_data(tmp_path, 8, in_chans=1)

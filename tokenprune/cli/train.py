@@ -20,8 +20,8 @@ def train(
     data: Annotated[
         str | None,
         typer.Option(
-            help="Folder of images: train/ and val/, or one subfolder a class. Default: "
-            "scikit-learn's digits."
+            help="Folder of images: train/ and val/, one subfolder a class, or idx files as "
+            "MNIST's. Default: scikit-learn's digits."
         ),
     ] = None,
     output: Annotated[

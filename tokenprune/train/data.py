@@ -1,4 +1,4 @@
-"""What to train on: scikit-learn's digits, which every install has, or a folder of images."""
+"""What to train on: scikit-learn's digits, which every install has, or images of your own."""
 
 import os
 from collections.abc import Sequence
@@ -11,14 +11,15 @@ from torch.utils.data import Dataset
 
 from tokenprune.recipe_schema import TrainSection
 from tokenprune.train.folders import DataError, read_folder
+from tokenprune.train.idx import is_idx_folder, read_idx_folder
 from tokenprune.train.images import Crops, ImageSet, eval_transform, train_transform
 
 __all__ = ["DataBundle", "load_data"]
 
 DIGITS = "digits"
 HELD_OUT_DIGITS = 360
-# A mirrored 2 is no digit, and half of an 8 is a 3.
-DIGIT_CROPS = Crops(scale=(0.6, 1.0), ratio=(0.85, 1.18), flip=False)
+# For images of few pixels: a mirrored 2 is no digit, and half of an 8 is a 3.
+SMALL_CROPS = Crops(scale=(0.6, 1.0), ratio=(0.85, 1.18), flip=False)
 _HALF = 0.5
 
 
@@ -82,12 +83,14 @@ def load_data(
     Args:
         spec: None or "digits" for scikit-learn's 1797 digits of 8 x 8 pixels, of which always the
             same 360, stratified, are held out. Otherwise a folder: `train/` and `val/` with one
-            subfolder a class, or the classes themselves, of which a share is held out.
+            subfolder a class; or the classes themselves, of which a share is held out; or idx
+            files under MNIST's names, `train-images-idx3-ubyte` and so on, or those with `.gz`.
         image_size: Side in pixels that the host takes; `input_settings` tells it and what follows.
         in_chans: 1 for grey, 3 for colour.
         mean: Of each channel; 0.5 if None.
         std: Of each channel; 0.5 if None.
-        crop_pct: Share of the shorter side that evaluation looks at. Digits are never cropped.
+        crop_pct: Share of the shorter side that evaluation looks at. Digits and idx files are never
+            cropped.
         interpolation: Of the resize: `bilinear` or `bicubic`.
         train: What augmentation a recipe asks for; none if None.
         held_out: Share of each class held out of a folder without `val/`.
@@ -110,7 +113,10 @@ def load_data(
     wishes = train or TrainSection()
     if spec is None or spec == DIGITS:
         names, to_train, to_eval = _digits()
-        name, crop_pct, crops = DIGITS, 1.0, DIGIT_CROPS
+        name, crop_pct, crops = DIGITS, 1.0, SMALL_CROPS
+    elif is_idx_folder(Path(spec)):
+        names, to_train, to_eval = read_idx_folder(Path(spec))
+        name, crop_pct, crops = Path(spec).name, 1.0, SMALL_CROPS
     else:
         names, listed, listed_eval = read_folder(Path(spec), held_out, seed)
         to_train, to_eval = _columns(listed), _columns(listed_eval)

@@ -1,0 +1,281 @@
+"""Accuracy on Fashion-MNIST: dense once, then pruned at five ratios, beside baselines.
+
+    python -m benchmarks.accuracy --data FOLDER                 all of it, some hours on two cores
+    python -m benchmarks.accuracy --data FOLDER --minutes 60    an hour of it; go on with the same
+    python -m benchmarks.accuracy --data FOLDER --render-only   write docs/accuracy.* again
+
+FOLDER holds the four idx files of Fashion-MNIST. What was trained is kept in --work and not trained
+again. Learned predictors are trained by the command `tokenprune train` itself, which also goes on
+with a training that was cut off.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import tokenprune
+from benchmarks.accuracy_parts.baselines import BaselineTrainer, ClassAttention, RandomScores
+from benchmarks.accuracy_parts.page import as_page, draw
+from tokenprune.cli.runs import host_of
+from tokenprune.model import pruning_of
+from tokenprune.recipe import Recipe, load_recipe
+from tokenprune.train import DataBundle, build_host, evaluate, input_settings, load_data, pretrain
+from tokenprune.train.arguments import training_arguments
+from tokenprune.train.fitting import run_trainer
+from tokenprune.train.trainer import frozen_copy
+
+__all__ = ["Result", "Task", "main", "tasks"]
+
+ROOT = Path(__file__).parents[1]
+RECIPE = "fashion-mnist-k0.7"
+DENSE_EPOCHS = 6
+DENSE_BATCH = 128
+RATIOS = (0.7, 0.5, 0.9, 0.8, 0.6)
+# In the order in which they are trained: what the bars ask for first.
+ARMS = ("learned", "random", "no distillation", "class attention")
+DISTILL = 0.5  # of the logits; the recipe's own weight, so that arms differ in the choice alone
+# Minutes of one training on two cores, before any is known.
+GUESS = {"dense": 30.0, "learned": 7.0, "no distillation": 6.0}
+
+
+@dataclass(frozen=True, order=True)
+class Task:
+    """One training.
+
+    Attributes:
+        seed: of weights, order and noise.
+        arm: `dense`, `dense longer`, or one of `ARMS`.
+        keep_ratio: base ratio r; the stages keep r, r^2, r^3. 1 for the dense ones.
+    """
+
+    seed: int
+    arm: str
+    keep_ratio: float
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return f"seed{self.seed}-{self.arm.replace(' ', '-')}-{self.keep_ratio}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a training came to.
+
+    Attributes:
+        seed: as in `Task`.
+        arm: as in `Task`.
+        keep_ratio: as in `Task`.
+        accuracy: share of the 10,000 test images that are right, on the gather path.
+        gmacs: of one image.
+        tokens: patch tokens after each stage.
+        epochs: of this training.
+        images: trained on.
+        minutes: of this training and its evaluation.
+    """
+
+    seed: int
+    arm: str
+    keep_ratio: float
+    accuracy: float
+    gmacs: float
+    tokens: tuple[int, ...]
+    epochs: int
+    images: int
+    minutes: float
+
+    @property
+    def task(self) -> Task:
+        """Which training it was."""
+        return Task(self.seed, self.arm, self.keep_ratio)
+
+
+def tasks(seeds: Sequence[int]) -> Iterator[Task]:
+    """All trainings, one seed whole before the next."""
+    for seed in seeds:
+        yield Task(seed, "dense", 1.0)
+        yield Task(seed, "dense longer", 1.0)
+        for arm, ratio in product(ARMS, RATIOS):
+            yield Task(seed, arm, ratio)
+
+
+class Bench:
+    """The trainings of a work folder."""
+
+    def __init__(self, data: str, work: Path) -> None:
+        self.folder, self.work = data, work
+        work.mkdir(parents=True, exist_ok=True)
+        self.path = work / "results.jsonl"
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        found = [Result(**json.loads(line)) for line in lines]
+        self.results = {result.task: result for result in found}
+        self._data: DataBundle | None = None
+
+    def recipe(self, task: Task) -> Recipe:
+        """The shipped recipe at a ratio and seed, with the losses of an arm."""
+        recipe = load_recipe(RECIPE)
+        mapping: dict[str, Any] = recipe.model_dump(mode="json", exclude_none=True)
+        mapping |= {"name": task.name, "stages": None}
+        mapping["schedule"]["keep_ratio"] = task.keep_ratio
+        mapping["train"]["seed"] = task.seed
+        if task.arm == "no distillation":
+            mapping["loss"] |= {"distill_logits": 0.0, "distill_tokens": 0.0}
+        mapping = {key: value for key, value in mapping.items() if value is not None}
+        return Recipe.parse(mapping, f"{RECIPE} for {task.name}")
+
+    def data(self, recipe: Recipe) -> DataBundle:
+        """Fashion-MNIST, as the host takes it."""
+        if self._data is None:
+            settings = input_settings(host_of(recipe), recipe.train.image_size)
+            self._data = load_data(self.folder, **settings, train=recipe.train)
+        return self._data
+
+    def run(self, task: Task) -> Result:
+        """Train, evaluate, and keep the figures on disk."""
+        started = time.perf_counter()
+        recipe = self.recipe(task)
+        data = self.data(recipe)
+        if task.arm == "dense":
+            model, epochs = self._dense(task, recipe, data), DENSE_EPOCHS
+        elif task.arm in ("learned", "no distillation"):
+            model, epochs = self._learned(task, recipe, data), recipe.train.epochs
+        else:
+            model, epochs = self._baseline(task, recipe, data), recipe.train.epochs
+        counted = tokenprune.profile(model)
+        dense = task.arm.startswith("dense")
+        result = Result(
+            *(task.seed, task.arm, task.keep_ratio),
+            accuracy=evaluate(model, data, "dense" if dense else "gather"),
+            gmacs=counted.dense_gmacs if dense else counted.gmacs,
+            tokens=() if dense else pruning_of(model).plan.counts(counted.patches_per_stage),
+            epochs=epochs,
+            images=len(data.train),  # type: ignore[arg-type]
+            minutes=(time.perf_counter() - started) / 60,
+        )
+        with self.path.open("a") as file:
+            file.write(json.dumps(asdict(result)) + "\n")
+        self.results[task] = result
+        return result
+
+    def weights(self, seed: int) -> Path:
+        """The dense host's."""
+        return self.work / f"dense-seed{seed}.safetensors"
+
+    def _host(self, recipe: Recipe, data: DataBundle) -> nn.Module:
+        torch.manual_seed(recipe.train.seed)
+        return build_host(host_of(recipe), data.num_classes, in_chans=data.in_chans)
+
+    def _dense(self, task: Task, recipe: Recipe, data: DataBundle) -> nn.Module:
+        host = self._host(recipe, data)
+        pretrain(host, data, DENSE_EPOCHS, batch_size=DENSE_BATCH, warmup_epochs=1, seed=task.seed)
+        save_file(host.state_dict(), self.weights(task.seed))
+        return tokenprune.wrap(host, recipe)
+
+    def _learned(self, task: Task, recipe: Recipe, data: DataBundle) -> nn.Module:
+        file, folder = self.work / f"{task.name}.yaml", self.work / task.name
+        file.write_text(recipe.to_yaml())
+        line = ["train", str(file), "--data", self.folder, "--output", str(folder)]
+        line += ["--host-weights", str(self.weights(task.seed))]
+        subprocess.run([sys.executable, "-m", "tokenprune", *line], check=True)
+        found: nn.Module = tokenprune.load(folder, self._host(recipe, data))
+        return found
+
+    def _baseline(self, task: Task, recipe: Recipe, data: DataBundle) -> nn.Module:
+        host = self._host(recipe, data)
+        host.load_state_dict(load_file(self.weights(task.seed)))
+        model = tokenprune.wrap(host, recipe)
+        teacher = frozen_copy(model)
+        if task.arm != "dense longer":
+            _choose_by(task.arm, model)
+        arguments = training_arguments(
+            recipe.train,
+            self.work / task.name,
+            num_images=len(data.train),  # type: ignore[arg-type]
+            save_every="never",
+            evaluates=False,
+        )
+        path = "dense" if task.arm == "dense longer" else "gather"
+        trainer = BaselineTrainer(model, arguments, data, recipe.train, path=path)
+        with teacher.using(path="dense"):
+            trainer.teacher, trainer.distill = teacher, DISTILL
+            run_trainer(trainer)
+        return model
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    options = _options(arguments)
+    say = Console().print
+    bench = Bench(options.data, options.work)
+    todo = [task for task in tasks(range(options.seeds)) if task not in bench.results]
+    if options.render_only:
+        todo = []
+    say(f"{len(bench.results)} trainings there, {len(todo)} to do, {_estimate(todo, bench)}")
+    started = time.perf_counter()
+    for task in todo:
+        result = bench.run(task)
+        say(
+            f"{task.name}: {result.accuracy:.2%}, {result.gmacs:.5f} GMACs, "
+            f"{result.minutes:.1f} min; left: {_estimate(todo[todo.index(task) + 1 :], bench)}"
+        )
+        if (time.perf_counter() - started) / 60 > options.minutes:
+            say("time is up; go on with the same command")
+            break
+    results = sorted(bench.results.values(), key=lambda result: result.task)
+    (options.docs / "accuracy.json").write_text(
+        json.dumps([asdict(result) for result in results], indent=1) + "\n"
+    )
+    draw(results, options.docs / "accuracy.png")
+    (options.docs / "accuracy.md").write_text(as_page(results))
+    say(f"wrote {options.docs}/accuracy.md, .json and .png")
+
+
+def _choose_by(arm: str, model: nn.Module) -> None:
+    """Put what an arm chooses by in the place of the predictors."""
+    blocks: Any = model.get_submodule("blocks")
+    predictors: Any = model.token_predictors
+    for stage, block in enumerate(pruning_of(model).plan.blocks):
+        before = blocks[block - 1].attn
+        predictors[stage] = RandomScores() if arm == "random" else ClassAttention(before)
+
+
+def _estimate(todo: Sequence[Task], bench: Bench) -> str:
+    known: dict[str, list[float]] = {}
+    for result in bench.results.values():
+        known.setdefault(result.arm, []).append(result.minutes)
+    minutes = sum(
+        sum(known[task.arm]) / len(known[task.arm])
+        if task.arm in known
+        else GUESS.get(task.arm, 5.0)
+        for task in todo
+    )
+    return f"about {minutes:.0f} min"
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.accuracy", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("--data", required=True, help="folder of Fashion-MNIST's idx files")
+    parser.add_argument("--work", type=Path, default=Path("runs/accuracy"), help="kept trainings")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="where documents go")
+    parser.add_argument("--seeds", type=int, default=1, help="how many, from 0")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start none later")
+    parser.add_argument("--render-only", action="store_true", help="train nothing")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main()

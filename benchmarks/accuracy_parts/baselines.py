@@ -1,0 +1,80 @@
+"""Ways to choose tokens that nothing learned: at random, and by the attention of the class token.
+
+They stand in the place of the predictors, so a model prunes by them on the same gather path, at the
+same counts, and is trained on that path to live with it.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokenprune.losses import distill_logits
+from tokenprune.program import Path as ModelPath
+from tokenprune.train.hosts import class_logits
+from tokenprune.train.image_trainer import ImageTrainer
+
+__all__ = ["BaselineTrainer", "ClassAttention", "RandomScores"]
+
+
+class RandomScores(nn.Module):
+    """Keep scores drawn anew in each forward."""
+
+    def forward(self, patches: Tensor, policy: Tensor | None = None) -> Tensor:
+        """[B, N, D] patch tokens to [B, N, 2] keep logits."""
+        return torch.rand(*patches.shape[:2], 2, device=patches.device, dtype=patches.dtype)
+
+
+class ClassAttention(nn.Module):
+    """How much the class token attends to each patch, mean over the heads.
+
+    As EViT chooses (Liang et al., 2022, section 3.2), but in the block before the stage, since the
+    stage stands in front of a block. Reads the output of that block's `qkv`.
+    """
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.heads = int(attention.num_heads)  # type: ignore[arg-type]
+        self.seen: Tensor | None = None
+        attention.qkv.register_forward_hook(self._look)  # type: ignore[operator, union-attr]
+
+    def _look(self, module: nn.Module, args: object, output: Tensor) -> None:
+        self.seen = output.detach()
+
+    def forward(self, patches: Tensor, policy: Tensor | None = None) -> Tensor:
+        """[B, N, D] patch tokens to [B, N, 2] keep logits."""
+        if self.seen is None or self.seen.shape[1] != patches.shape[1] + 1:
+            raise RuntimeError("the block before the stage has not run on these tokens")
+        batch, length, _ = self.seen.shape
+        query, key, _ = self.seen.view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        logits = (query[:, :, :1] * key).sum(-1) * key.shape[-1] ** -0.5
+        weight = logits.softmax(-1).mean(1)[:, 1:]
+        self.seen = None
+        return torch.stack([weight.log(), torch.zeros_like(weight)], dim=-1)
+
+
+class BaselineTrainer(ImageTrainer):
+    """Trains a wrapped model on one path by the labels and the dense host's logits."""
+
+    teacher: nn.Module
+    distill: float
+
+    def __init__(self, *args: object, path: ModelPath, **rest: object) -> None:
+        self.eval_path = path
+        super().__init__(*args, **rest)  # type: ignore[arg-type]
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Cross entropy + `distill` times the divergence from the teacher."""
+        images, target = self.mixing(inputs["pixel_values"], inputs["labels"])
+        with self.accelerator.unwrap_model(model).using(path=self.eval_path):
+            logits = class_logits(model(images), self.data.num_classes)
+        with torch.no_grad():
+            told = class_logits(self.teacher(images), self.data.num_classes)
+        loss = F.cross_entropy(logits, target) + self.distill * distill_logits(logits, told)
+        self._note({"total": loss.detach()})
+        return loss

@@ -1,0 +1,124 @@
+"""docs/accuracy.md and its curves."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+from typing import TYPE_CHECKING
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+if TYPE_CHECKING:
+    from benchmarks.accuracy import Result
+
+__all__ = ["as_page", "draw"]
+
+POINTS = 100
+# (base ratio, largest loss in points, smallest saving in per cent)
+BARS = ((0.7, 0.3, 31.0), (0.5, 1.0, 0.0))
+HEAD = """# Accuracy on real images
+
+Fashion-MNIST: 60,000 images to train on, 10,000 to test on, 28 x 28 pixels, ten classes; a ViT of
+12 blocks, 64 channels and 49 patch tokens (`recipes/fashion-mnist-k0.7.yaml`). The dense host is
+trained once ({dense}); every other row starts from it and is trained
+for {epochs} on all the images. Accuracy is that of all test images, with tokens really removed.
+Made by
+
+    python -m benchmarks.accuracy --data FOLDER
+
+- **learned**: `tokenprune train`, the four losses of DynamicViT.
+- **no distillation**: the same with the labels and the ratio loss alone.
+- **random**, **class attention**: nothing learned about which tokens stay; as many are removed,
+  those drawn at random, or those that the class token attends to least in the block before. The
+  host is trained with them on the gather path, by the labels and the dense host's logits.
+- **dense longer**: the dense host trained on in the same way, so that what one more training gives
+  is not taken for a merit of pruning.
+"""
+
+
+def as_page(results: Sequence["Result"]) -> str:
+    """The document."""
+    if not results:
+        return "# Accuracy on real images\n\nNothing is measured yet.\n"
+    parts = []
+    for seed in sorted({result.seed for result in results}):
+        parts.append(f"## Seed {seed}\n\n{_table([r for r in results if r.seed == seed])}")
+    epochs = next((r.epochs for r in results if r.arm != "dense"), 0)
+    dense = ", ".join(
+        f"seed {r.seed}: {r.epochs} epochs, {r.accuracy:.2%}" for r in results if r.arm == "dense"
+    )
+    head = HEAD.format(dense=dense, epochs=f"{epochs} epoch{'s' if epochs > 1 else ''}")
+    picture = "![accuracy against GMACs](accuracy.png)"
+    return "\n".join([head, "## Bars\n", _bars(results), "", picture, "", *parts, ""])
+
+
+def _table(results: Sequence["Result"]) -> str:
+    (dense,) = [r for r in results if r.arm == "dense"]
+    lines = ["| arm | keep | tokens | GMACs | saved | accuracy | to dense, points | minutes |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
+    for r in sorted(results, key=lambda r: (-r.keep_ratio, r.arm)):
+        tokens = " -> ".join(map(str, r.tokens)) or "49"
+        saved = f"{1 - r.gmacs / dense.gmacs:.1%}"
+        gain = f"{(r.accuracy - dense.accuracy) * POINTS:+.2f}"
+        lines.append(
+            f"| {r.arm} | {r.keep_ratio} | {tokens} | {r.gmacs:.5f} | {saved} | "
+            f"{r.accuracy:.2%} | {gain} | {r.minutes:.1f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _bars(results: Sequence["Result"]) -> str:
+    lines = ["| bar | measured | holds |", "|---|---|---|"]
+    for ratio, most, least in BARS:
+        pairs = [(r, d) for r, d in _against(results, "dense") if r.keep_ratio == ratio]
+        if not pairs:
+            lines.append(f"| keep {ratio} loses at most {most} points | not measured | - |")
+            continue
+        lost = mean((d.accuracy - r.accuracy) * POINTS for r, d in pairs)
+        saved = mean((1 - r.gmacs / d.gmacs) * 100 for r, d in pairs)
+        holds = "yes" if lost <= most and saved >= least else "**no**"
+        wanted = f"keep {ratio} loses at most {most} points"
+        wanted += f" at {least:.0f} % fewer GMACs or more" if least else ""
+        lines.append(f"| {wanted} | {lost:+.2f} points lost, {saved:.1f} % fewer GMACs | {holds} |")
+    gaps = {
+        r.keep_ratio: (r.accuracy - other.accuracy) * POINTS
+        for r, other in _against(results, "random")
+    }
+    shown = ", ".join(f"{ratio}: {gap:+.2f}" for ratio, gap in sorted(gaps.items(), reverse=True))
+    beaten = ("yes" if min(gaps.values()) > 0 else "**no**") if gaps else "-"
+    measured = f"points above, by ratio: {shown}" if shown else "not measured"
+    lines.append(f"| learned beats random at every ratio | {measured} | {beaten} |")
+    return "\n".join(lines)
+
+
+def _against(results: Sequence["Result"], arm: str) -> list[tuple["Result", "Result"]]:
+    """Learned rows, each with the row of `arm` that it is compared with."""
+    return [
+        (r, other)
+        for r in results
+        for other in results
+        if r.arm == "learned"
+        and (other.arm, other.seed) == (arm, r.seed)
+        and (arm == "dense" or other.keep_ratio == r.keep_ratio)
+    ]
+
+
+def draw(results: Sequence["Result"], file: Path) -> None:
+    """Accuracy against GMACs, a line for each arm, mean over the seeds."""
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    for arm in dict.fromkeys(r.arm for r in results):
+        own = [r for r in results if r.arm == arm]
+        ratios = sorted({r.keep_ratio for r in own})
+        groups = [[r for r in own if r.keep_ratio == ratio] for ratio in ratios]
+        across = [mean(r.gmacs for r in group) for group in groups]
+        up = [mean(r.accuracy for r in group) * POINTS for group in groups]
+        axes.plot(across, up, marker="o", label=arm)
+    axes.set_xlabel("GMACs of an image")
+    axes.set_ylabel("accuracy on the test images, %")
+    axes.set_title("Fashion-MNIST, ViT of 12 blocks")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(file, dpi=130)
+    pyplot.close(figure)
