@@ -86,6 +86,8 @@ class PrunedModel(nn.Module):
         if (path == "dense" or keeps_all) and not return_trace:
             return pruning.host.forward(*args, **kwargs)
         arguments = pruning.call.named(args, kwargs)
+        if torch.compiler.is_dynamo_compiling():
+            _prepare(self, path, tuple(arguments), *arguments.values())
         programs = self._programs(arguments)
         program = programs.get(pruning.host, path)
         context = self._context(path, programs, arguments)
@@ -211,7 +213,6 @@ class PrunedModel(nn.Module):
             key.append((name, value))
         return tuple(key), batch_size
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _analyse(self, arguments: Mapping[str, Any], traced: Traced | None) -> Programs:
         pruning = self._pruning
         final = pruning.spec.norm or pruning.spec.blocks[-1]
@@ -244,6 +245,16 @@ class PrunedModel(nn.Module):
             keep_indices=overrides.keep_indices,
             generator=overrides.generator,
         )
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _prepare(model: PrunedModel, path: Path, names: tuple[str, ...], *values: Any) -> bool:
+    """Trace and rewrite while torch.compile looks on, so that it finds a program and reads on.
+
+    It runs when the call is compiled, on real tensors, and is no part of what is compiled.
+    """
+    model._programs(dict(zip(names, values, strict=True))).get(model._pruning.host, path)
+    return True
 
 
 def trace_host(host: nn.Module, spec: ArchSpec, arguments: Mapping[str, Any]) -> Traced:

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from tokenprune.ops._align import is_kept
+from tokenprune.ops.selection import indices_of
 
 __all__ = [
     "Layout",
@@ -113,8 +114,8 @@ def merge_branches(
     batch, count, width = tokens.shape
     if rows.shape[1] == count:
         return branch
-    kept = torch.zeros(batch, count, device=x.device).scatter(1, rows, 1.0)
-    dropped = kept.argsort(dim=1, stable=True)[:, : count - rows.shape[1]]
+    others = torch.ones(batch, count, device=x.device, dtype=torch.bool).scatter(1, rows, False)
+    dropped = indices_of(others, count - rows.shape[1])
     light = bypass(take_tokens(tokens, dropped)).to(branch.dtype)
     index = torch.cat([rows, dropped], dim=1).unsqueeze(-1).expand(-1, -1, width)
     one_row = layout._replace(fold=1)

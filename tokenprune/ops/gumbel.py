@@ -38,9 +38,9 @@ def sample_decision(
     logits = torch.nan_to_num(
         keep_logits.to(dtype), nan=0.0, posinf=limits.max / 4, neginf=-limits.max / 4
     )
-    uniform = torch.rand(
-        keep_logits.shape, generator=generator, device=keep_logits.device, dtype=dtype
-    )
+    # generator=None is another overload, which refuses the open batch size of torch.compile
+    source = {} if generator is None else {"generator": generator}
+    uniform = torch.rand(keep_logits.shape, device=keep_logits.device, dtype=dtype, **source)
     # rand() can return 0, and 1 - eps / 2 is the largest number below 1: both logs stay finite.
     uniform = uniform.clamp(limits.tiny, 1 - limits.eps / 2)
     noisy = logits - torch.log(-torch.log(uniform))

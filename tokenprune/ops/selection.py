@@ -1,7 +1,7 @@
 """Which tokens stay, and moving them out and back."""
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from tokenprune.errors import KeepIndicesError, PlanError
@@ -10,6 +10,7 @@ __all__ = [
     "check_keep_indices",
     "gather_aligned",
     "gather_tokens",
+    "indices_of",
     "scatter_tokens",
     "select_topk",
 ]
@@ -45,11 +46,19 @@ def select_topk(keep_logits: Float[Tensor, "B N 2"], num_keep: int) -> Int[Tenso
     threshold = score.topk(num_keep, dim=1).values[:, -1:]
     above, level = score > threshold, score == threshold
     room = num_keep - above.sum(1, keepdim=True)
-    chosen = above | (level & (level.to(torch.int64).cumsum(1) <= room))
-    # Chosen tokens get N..1 and the others 0..-N, so descending rank is ascending index.
-    position = torch.arange(num_patches, device=score.device, dtype=torch.float32)
-    rank = chosen.to(torch.float32) * num_patches - position
-    return rank.topk(num_keep, dim=1).indices
+    return indices_of(above | (level & (level.to(torch.int64).cumsum(1) <= room)), num_keep)
+
+
+def indices_of(chosen: Bool[Tensor, "B N"], count: int) -> Int[Tensor, "B K"]:
+    """Where `chosen` is true, ascending; without a sort, which ONNX's exporter does not know.
+
+    Args:
+        count: K, how many are true in each row.
+    """
+    length = chosen.shape[1]
+    # Chosen places get N..1 and the others 0..-N, so descending rank is ascending index.
+    position = torch.arange(length, device=chosen.device, dtype=torch.float32)
+    return (chosen.to(torch.float32) * length - position).topk(count, dim=1).indices
 
 
 def _with_prefix(keep_indices: Int[Tensor, "B K"], prefix: int) -> Int[Tensor, "B P_plus_K"]:
