@@ -1,5 +1,7 @@
 """Random keep-or-drop decisions that a gradient can pass."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -39,7 +41,7 @@ def sample_decision(
         keep_logits.to(dtype), nan=0.0, posinf=limits.max / 4, neginf=-limits.max / 4
     )
     # generator=None is another overload, which refuses the open batch size of torch.compile
-    source = {} if generator is None else {"generator": generator}
+    source: dict[str, Any] = {} if generator is None else {"generator": generator}
     uniform = torch.rand(keep_logits.shape, device=keep_logits.device, dtype=dtype, **source)
     # rand() can return 0, and 1 - eps / 2 is the largest number below 1: both logs stay finite.
     uniform = uniform.clamp(limits.tiny, 1 - limits.eps / 2)
