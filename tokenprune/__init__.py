@@ -4,6 +4,7 @@ from tokenprune import errors, losses
 from tokenprune.arch import ArchSpec, ExampleInput, list_adapters, register_adapter
 from tokenprune.checkpoint import load, save
 from tokenprune.convert import convert_dynamicvit, load_dynamicvit
+from tokenprune.export import ExportReport, export
 from tokenprune.profile import Profile, profile
 from tokenprune.pruning_trace import PruningTrace, StageTrace
 from tokenprune.recipe import Recipe, list_recipes
@@ -14,12 +15,14 @@ __all__ = [
     "ArchSpec",
     "Certificate",
     "ExampleInput",
+    "ExportReport",
     "Profile",
     "PruningTrace",
     "Recipe",
     "StageTrace",
     "convert_dynamicvit",
     "errors",
+    "export",
     "list_adapters",
     "list_recipes",
     "load",

@@ -11,6 +11,7 @@ __all__ = [
     "AdapterError",
     "AlreadyWrappedError",
     "CheckpointError",
+    "ExportError",
     "HostError",
     "KeepIndicesError",
     "LeakError",
@@ -86,6 +87,10 @@ class VerificationError(TokenPruneError, RuntimeError):
 
 class CheckpointError(TokenPruneError, RuntimeError):
     """A directory or file that cannot be loaded into this host."""
+
+
+class ExportError(TokenPruneError, RuntimeError):
+    """The model cannot be exported, or the exported file does not compute what the model does."""
 
 
 class AdapterError(TokenPruneError, ValueError):

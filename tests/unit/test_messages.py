@@ -189,6 +189,12 @@ CASES: list[tuple[type[Exception], type[Exception], Callable[[], Any], str]] = [
         "no/such/folder",
     ),
     (
+        errors.ExportError,
+        RuntimeError,
+        lambda: tokenprune.export(wrapped(), "model.bin"),
+        "exported as 'onnx' or 'pt2', found 'model.bin'",
+    ),
+    (
         errors.AdapterError,
         ValueError,
         lambda: tokenprune.register_adapter(object()),

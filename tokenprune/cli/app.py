@@ -10,6 +10,7 @@ from tokenprune.cli.console import show_error
 from tokenprune.cli.convert import register as register_convert
 from tokenprune.cli.demo import demo
 from tokenprune.cli.evaluate import evaluate
+from tokenprune.cli.export import export
 from tokenprune.cli.inspect import inspect
 from tokenprune.cli.recipes import recipes
 from tokenprune.cli.train import train
@@ -53,6 +54,7 @@ app.command()(demo)
 app.command()(train)
 app.command(name="eval")(evaluate)
 app.command()(inspect)
+app.command()(export)
 app.add_typer(recipes, name="recipes")
 app.command()(adapters)
 app.command()(visualize)

@@ -69,12 +69,13 @@ def host_section(name: str, options: Sequence[str]) -> HostSection:
     return HostSection.model_validate(mapping)
 
 
-def build(name: str, options: Sequence[str] = ()) -> nn.Module:
-    """Build a host without pretrained weights, in eval mode.
+def build(name: str, options: Sequence[str] = (), *, pretrained: bool = False) -> nn.Module:
+    """Build a host in eval mode.
 
     Args:
         name: As for `split_name`; for transformers a class or a model type.
         options: KEY=VALUE for timm's `create_model` or the configuration.
+        pretrained: With the published weights; timm only, where a name stands for some.
 
     Raises:
         UnsupportedHostError: The library knows no such model; names the nearest.
@@ -83,9 +84,15 @@ def build(name: str, options: Sequence[str] = ()) -> nn.Module:
     """
     library, model = split_name(name)
     keywords = parse_options(options)
-    make = _timm if library == "timm" else _transformers
+    if pretrained and library != "timm":
+        raise HostError(
+            f"{name!r} names no published weights; only names of timm do. Give a file of weights, "
+            "or a checkpoint of tokenprune."
+        )
     try:
-        return make(model, keywords).eval()
+        if library == "timm":
+            return _timm(model, keywords, pretrained).eval()
+        return _transformers(model, keywords).eval()
     except ModuleNotFoundError as error:
         if error.name != library:
             raise
@@ -95,7 +102,7 @@ def build(name: str, options: Sequence[str] = ()) -> nn.Module:
         ) from error
 
 
-def _timm(model: str, keywords: dict[str, Any]) -> nn.Module:
+def _timm(model: str, keywords: dict[str, Any], pretrained: bool) -> nn.Module:
     import timm
 
     import tokenprune.models  # noqa: F401  registers lvvit_* with timm
@@ -107,7 +114,7 @@ def _timm(model: str, keywords: dict[str, Any]) -> nn.Module:
             hint = f"For transformers write transformers:{model}."
         raise UnsupportedHostError(f"timm has no model named {model!r}. {hint}")
     try:
-        built: nn.Module = timm.create_model(model, pretrained=False, **keywords)
+        built: nn.Module = timm.create_model(model, pretrained=pretrained, **keywords)
     except Exception as error:  # a library may refuse options in any way
         raise _cannot("timm", model, keywords, error) from error
     return built

@@ -1,5 +1,6 @@
 """What the commands that train and evaluate share: a recipe's host and images, and a saved run."""
 
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from tokenprune.checkpoint import load, saved_recipe
+from tokenprune.cli.hosts import build
 from tokenprune.errors import CheckpointError, PlanError
 from tokenprune.recipe import Recipe
 from tokenprune.recipe_schema import HostSection
@@ -27,6 +29,7 @@ __all__ = [
     "load_host_weights",
     "prepare",
     "reopen",
+    "reopen_model",
     "write_input",
 ]
 
@@ -173,6 +176,25 @@ def reopen(directory: Path, data: str | None) -> Run:
         in_chans=settings["in_chans"],
     )
     return Run(model=load(directory, host), data=bundle, settings=settings)
+
+
+def reopen_model(directory: Path) -> Any:
+    """The wrapped model of a checkpoint; no images are read.
+
+    Raises:
+        CheckpointError: It is no checkpoint, or does not fit the host that its recipe names.
+    """
+    section, noted = host_of(saved_recipe(directory)), _read_input(directory)
+    if noted is None:  # written by `tokenprune.save`: the host as the recipe describes it
+        options = [f"{key}={json.dumps(value)}" for key, value in section.kwargs.items()]
+        return load(directory, build(f"{section.library}:{section.model}", options))
+    host = build_host(
+        section,
+        len(noted.class_names),
+        image_size=noted.settings["image_size"],
+        in_chans=noted.settings["in_chans"],
+    )
+    return load(directory, host)
 
 
 def keep_ratios(text: str) -> float | list[float]:

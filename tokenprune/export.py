@@ -1,0 +1,245 @@
+"""Write a wrapped model to a file that runs without this library, and check the file.
+
+The file is written into a folder beside its place, loaded, and compared with the model itself; it
+is moved into place only if both agree.
+"""
+
+import logging
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenprune.errors import ExportError
+from tokenprune.export_check import compare
+from tokenprune.exported import (
+    Format,
+    format_of,
+    named_tensors,
+    open_exported,
+    require_onnx,
+)
+from tokenprune.inputs import ExampleInputs
+from tokenprune.model import Pruning, pruning_of
+from tokenprune.verify import kept_modes
+
+__all__ = ["ExportReport", "export"]
+
+CHECKED = (1, 5)
+SAID = 400  # of an exporter's message, in characters
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportReport:
+    """What `export` wrote and found.
+
+    Attributes:
+        path: The file.
+        format: `onnx` or `pt2`.
+        num_bytes: Its size, together with the weights beside it (ONNX above 2 GB).
+        inputs: Names of what it takes.
+        outputs: Names of what it returns.
+        checked: Batch sizes at which it was compared with the model; none if it was not.
+        deviation: Largest difference found, relative to the scale of its output; None if unchecked.
+        tolerance: The largest that was allowed.
+    """
+
+    path: Path
+    format: Format
+    num_bytes: int
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    checked: tuple[int, ...]
+    deviation: float | None
+    tolerance: float | None
+
+
+def export(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    format: Format | None = None,
+    *,
+    example_inputs: ExampleInputs | None = None,
+    check: bool = True,
+) -> ExportReport:
+    """Write a wrapped model, as it runs in eval, to a file; the batch size stays open.
+
+    What `model.using(path)` forces is what is written: inside `model.using("dense")` that is the
+    host without pruning. Kept counts, image size and flags are fixed in the file. A host that
+    returns a tensor gives one named "output", any other host gives its tensors by name.
+
+    The file is compared with the model at batch sizes 1 and 5, on inputs drawn like the example.
+    Of the inputs drawn those are taken on which no choice of tokens hangs on rounding, as the
+    model's own scores say; on them the file must agree in every image.
+
+    Args:
+        model: What `wrap` returned; in whatever mode, which it keeps.
+        path: The file. One that is there is replaced, but only by one that passed the check.
+        format: `onnx` (opset of torch's exporter; weights above 2 GB go into a second file beside
+            it) or `pt2` (for `torch.export.load`); told by the ending of `path` if None.
+        example_inputs: As for `wrap`.
+        check: Load the file and compare it with the model.
+
+    Raises:
+        NotWrappedError: `model` was not returned by `wrap`.
+        MissingDependencyError: ONNX is asked for and its packages are not installed.
+        ExportError: The format is unknown, the model cannot be exported, or the file does not
+            compute what the model does. No file is left behind.
+
+    Example:
+        >>> tokenprune.export(model, "pruned.onnx").deviation
+    """
+    pruning = pruning_of(model)
+    chosen = format_of(path, format)
+    if chosen == "onnx":
+        require_onnx()
+    target = Path(path)
+    if target.is_dir():
+        raise ExportError(f"{str(target)!r} is a directory. Name the file to write.")
+    example = _two_images(pruning.inputs(example_inputs))
+    with kept_modes(model), torch.no_grad():
+        model.eval()
+        _check_exportable(pruning, model, example, chosen)
+        program, outputs = _export(model, example)
+        with _moved_into(target) as folder:
+            file = folder / target.name
+            _write(type(model).__name__, program, file, chosen, outputs)
+            found = None
+            if check:
+                like = next(v for v in example.values() if isinstance(v, Tensor))
+                run = open_exported(file, chosen, like.device)
+                found = compare(model, run, example, CHECKED, str(target))
+            num_bytes = sum(part.stat().st_size for part in folder.iterdir())
+    return ExportReport(
+        path=target,
+        format=chosen,
+        num_bytes=num_bytes,
+        inputs=tuple(name for name, value in example.items() if isinstance(value, Tensor)),
+        outputs=outputs,
+        checked=CHECKED if check else (),
+        deviation=found.largest if found else None,
+        tolerance=found.allowed if found else None,
+    )
+
+
+class _ByName(nn.Module):
+    """The model with a tensor, or tensors by name, as its output: no class of the host is left."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs: Any) -> Any:
+        output = self.model(**inputs)
+        return output if isinstance(output, Tensor) else named_tensors(output)
+
+
+def _two_images(example: dict[str, Any]) -> dict[str, Any]:
+    """A batch of one doubled: torch.export takes a dim of size 1 for one that never changes."""
+    first = next(value for value in example.values() if isinstance(value, Tensor))
+    if not first.ndim or first.shape[0] != 1:
+        return example
+    return {
+        name: torch.cat([value, value])
+        if isinstance(value, Tensor) and value.ndim and value.shape[0] == 1
+        else value
+        for name, value in example.items()
+    }
+
+
+def _check_exportable(
+    pruning: Pruning, model: nn.Module, example: Mapping[str, Any], format: Format
+) -> None:
+    host = type(model).__name__
+    bare = next((name for name, p in model.named_parameters() if p.is_meta), None)
+    if bare is not None:
+        raise ExportError(
+            f"Parameter '{bare}' of {host} is on the meta device and holds no weights. Load the "
+            "weights before exporting."
+        )
+    if pruning.overrides.keep_indices is not None:
+        raise ExportError(
+            "keep_indices are forced, and would be written into the file as they are. Leave the "
+            "`with model.using(keep_indices=...)` block before exporting."
+        )
+    narrow = next((n for n, p in model.named_parameters() if p.dtype == torch.bfloat16), None)
+    if format == "onnx" and narrow is not None:
+        raise ExportError(
+            f"Parameter '{narrow}' of {host} is bfloat16, which onnxruntime cannot run here. "
+            "Call model.float() or model.half() first, or export as pt2."
+        )
+    programs = model._programs(example)  # type: ignore[operator]
+    if programs.axes.batch_bound:
+        raise ExportError(
+            f"The forward of {host} does something else for each batch size, so no file could "
+            "serve them all. Run this model with tokenprune."
+        )
+
+
+def _export(model: nn.Module, example: Mapping[str, Any]) -> tuple[Any, tuple[str, ...]]:
+    """The program of torch.export, and the names of the outputs."""
+    outputs = named_tensors(model(**example))  # also makes the program that torch.export reads
+    first = next(value for value in example.values() if isinstance(value, Tensor))
+    batch = torch.export.Dim("batch", min=1)
+    shapes = {
+        name: {0: batch}
+        if isinstance(value, Tensor) and value.ndim and value.shape[0] == first.shape[0]
+        else None
+        for name, value in example.items()
+    }
+    try:
+        program = torch.export.export(
+            _ByName(model).eval(), (), dict(example), dynamic_shapes={"inputs": shapes}
+        )
+    except Exception as error:  # the exporter may refuse in any way
+        raise _cannot(type(model).__name__, "torch.export", error) from error
+    return program, tuple(outputs)
+
+
+def _write(host: str, program: Any, file: Path, format: Format, outputs: tuple[str, ...]) -> None:
+    if format == "pt2":
+        torch.export.save(program, file)
+        return
+    folding = logging.getLogger("onnxscript.optimizer")
+    was = folding.level
+    folding.setLevel(logging.ERROR)  # it warns of each operator that it leaves as it is
+    try:
+        written = torch.onnx.export(program, dynamo=True, output_names=outputs, verbose=False)
+    except Exception as error:  # the exporter may refuse in any way
+        raise _cannot(host, "torch's ONNX exporter", error) from error
+    finally:
+        folding.setLevel(was)
+    written.save(file)  # type: ignore[union-attr]
+
+
+def _cannot(host: str, who: str, error: BaseException) -> ExportError:
+    while error.__cause__ is not None:  # the first in the chain names the operator
+        error = error.__cause__
+    said = shorten(str(error), SAID, placeholder=" ...")
+    return ExportError(
+        f"{host} cannot be exported. {who} says: {type(error).__name__}: {said}\n"
+        "Run this model with tokenprune, or compile it with torch.compile."
+    )
+
+
+@contextmanager
+def _moved_into(target: Path) -> Iterator[Path]:
+    """A new folder beside `target`; what was put there is moved beside it if all went well."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = target.parent / f".{target.name}.exporting-{uuid.uuid4().hex[:8]}"
+    folder.mkdir()
+    try:
+        yield folder
+        # the file itself comes last: what it points to is there when it appears
+        for part in sorted(folder.iterdir(), key=lambda part: part.name == target.name):
+            part.replace(target.parent / part.name)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

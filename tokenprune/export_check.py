@@ -1,0 +1,168 @@
+"""Compare an exported file with the model it was made of."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenprune.errors import ExportError
+from tokenprune.exported import Run, named_tensors
+from tokenprune.model import pruning_of
+from tokenprune.verify import TOLERANCE
+
+__all__ = ["Deviation", "compare", "margins"]
+
+ROUNDS = 8
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """How far a file is from the model, relative to the scale of each output.
+
+    Attributes:
+        largest: The largest difference found.
+        allowed: The largest that rounding may cause in the model's dtype.
+    """
+
+    largest: float
+    allowed: float
+
+
+def compare(
+    model: nn.Module, run: Run, example: Mapping[str, Any], batch_sizes: Sequence[int], name: str
+) -> Deviation:
+    """Run both on fresh inputs of several batch sizes.
+
+    A file rounds otherwise than the model, and where the last kept and the first dropped token
+    score alike it may keep the other one. So of the inputs drawn those are taken on which the
+    model itself is decided (`margins`), before the file has run; then every image must agree.
+
+    Args:
+        model: What was exported, in eval mode.
+        run: The file.
+        example: The inputs that it was exported with.
+        name: Of the file, for the message.
+
+    Raises:
+        ExportError: They differ.
+    """
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    allowed = TOLERANCE.get(dtype, TOLERANCE[torch.float32])
+    generator = torch.Generator().manual_seed(1)
+    largest = 0.0
+    for batch_size in batch_sizes:
+        inputs, margin = _decided(model, example, batch_size, allowed / 10, generator)
+        wanted, found = named_tensors(model(**inputs)), run(inputs)
+        if wanted.keys() != found.keys():
+            raise ExportError(
+                f"{name!r} returns {', '.join(found)}; the model returns {', '.join(wanted)}. "
+                "Nothing was written."
+            )
+        for output, value in wanted.items():
+            apart = _apart(value, found[output], batch_size)
+            worst = int(apart.argmax())
+            largest = max(largest, float(apart[worst]))
+            if not apart[worst] <= allowed:
+                raise _differs(
+                    f"{name!r} does not compute what {type(model).__name__} does: at batch size "
+                    f"{batch_size} output '{output}' is off by {apart[worst]:.1e} of its scale, "
+                    f"and rounding may cause {allowed:.0e}.",
+                    float(margin.min() if len(apart) == 1 else margin[worst]),
+                    allowed / 10,
+                )
+    return Deviation(largest, allowed)
+
+
+def margins(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    """How far each image is from another choice of tokens.
+
+    Returns:
+        [B] the least distance, over the stages, of the score of the last kept token from that of
+        the first dropped one, in log-probability; inf where nothing is dropped.
+    """
+    nested = pruning_of(model).plan.mode == "remove"
+    _, trace = model(**inputs, return_trace=True)
+    batch_size = next(v for v in inputs.values() if isinstance(v, Tensor)).shape[0]
+    least = torch.full((batch_size,), float("inf"))
+    there = trace.real
+    for stage in trace.stages:
+        score, kept = stage.keep_logits[..., 0].float(), stage.decision > 0.5
+        there = torch.ones_like(kept) if there is None else there
+        last = score.masked_fill(~(kept & there), float("inf")).amin(dim=1)
+        first = score.masked_fill(kept | ~there, float("-inf")).amax(dim=1)
+        least = torch.minimum(least, (last - first).cpu())
+        there = there & kept if nested else there
+    return least
+
+
+def _decided(
+    model: nn.Module,
+    example: Mapping[str, Any],
+    batch_size: int,
+    enough: float,
+    generator: torch.Generator,
+) -> tuple[dict[str, Any], Tensor]:
+    """The inputs with the widest margins among several batches, and those margins [B]."""
+    rows = _batched(example)
+    pool: dict[str, list[Tensor]] = {name: [] for name in rows}
+    margin = torch.empty(0)
+    for _ in range(ROUNDS):
+        drawn = _draw(model, example, batch_size, generator)
+        margin = torch.cat([margin, margins(model, drawn)])
+        for name in rows:
+            pool[name].append(drawn[name])
+        if int((margin >= enough).sum()) >= batch_size:
+            break
+    widest = margin.topk(batch_size).indices
+    chosen = {n: torch.cat(parts)[widest.to(parts[0].device)] for n, parts in pool.items()}
+    return {name: chosen.get(name, value) for name, value in example.items()}, margin[widest]
+
+
+def _batched(example: Mapping[str, Any]) -> list[str]:
+    tensors = {name: value for name, value in example.items() if isinstance(value, Tensor)}
+    first = next(iter(tensors.values()))
+    return [n for n, value in tensors.items() if value.ndim and value.shape[0] == first.shape[0]]
+
+
+def _draw(
+    model: nn.Module, example: Mapping[str, Any], batch_size: int, generator: torch.Generator
+) -> dict[str, Any]:
+    """Inputs like the example: numbers of its mean and deviation, token ids, else its own rows."""
+    known = pruning_of(model).spec.inputs
+    drawn = dict(example)
+    for name in _batched(example):
+        like, shape = example[name], (batch_size, *example[name].shape[1:])
+        high = known[name].high if name in known else None
+        if like.is_floating_point():
+            spread, mean = torch.std_mean(like.double().cpu())
+            value = torch.randn(shape, generator=generator) * spread + mean
+        elif high is not None:
+            value = torch.randint(0, high, shape, generator=generator)
+        else:
+            value = like.cpu()[torch.randint(0, len(like), (batch_size,), generator=generator)]
+        drawn[name] = value.to(like.device, like.dtype)
+    return drawn
+
+
+def _apart(wanted: Tensor, found: Tensor, batch_size: int) -> Tensor:
+    """Largest difference in each image, [B], or of all, [1], relative to the scale of `wanted`."""
+    images = batch_size if wanted.ndim and wanted.shape[0] == batch_size else 1
+    if wanted.shape != found.shape:
+        return torch.full((images,), float("inf"))
+    one, other = wanted.double().cpu(), found.double().cpu()
+    scale = one[one.isfinite()].abs().amax() if one.isfinite().any() else one.new_zeros(())
+    same = (one == other) | (one.isnan() & other.isnan())
+    apart = torch.where(same, 0.0, (one - other).abs() / (scale if scale > 0 else 1.0))
+    return apart.nan_to_num(nan=float("inf"), posinf=float("inf")).reshape(images, -1).amax(dim=1)
+
+
+def _differs(what: str, margin: float, enough: float) -> ExportError:
+    if margin >= enough:
+        return ExportError(f"{what} Nothing was written.")
+    return ExportError(
+        f"{what} Nothing was written. The model is not decided there: {margin:.1e} in "
+        "log-probability lies between the last kept and the first dropped token, so that rounding "
+        "may choose the other one. Pass example_inputs= of real images, or check=False."
+    )

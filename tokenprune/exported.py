@@ -1,0 +1,133 @@
+"""Run files that `tokenprune.export` wrote, as others do: without the host's code."""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from tokenprune.errors import ExportError, MissingDependencyError
+
+__all__ = [
+    "FORMATS",
+    "Format",
+    "Run",
+    "format_of",
+    "named_tensors",
+    "open_exported",
+    "require_onnx",
+]
+
+Format = Literal["onnx", "pt2"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+ONLY = "output"
+
+# Inputs by name -> outputs by name.
+Run = Callable[[Mapping[str, Any]], dict[str, Tensor]]
+
+
+def format_of(path: str | os.PathLike[str], asked: str | None) -> Format:
+    """The format that was asked for, or that the file's name ends in.
+
+    Raises:
+        ExportError: There is no such format.
+    """
+    for known in FORMATS:
+        if asked == known or (asked is None and Path(path).suffix == f".{known}"):
+            return known
+    found = f"format {asked!r}" if asked is not None else f"{str(path)!r}"
+    raise ExportError(
+        f"A model is exported as {' or '.join(map(repr, FORMATS))}, found {found}. Pass format=, "
+        "or give the file one of these endings."
+    )
+
+
+def require_onnx() -> None:
+    """Import what writes and runs ONNX files.
+
+    Raises:
+        MissingDependencyError: A package is not installed.
+    """
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(
+            f"ONNX export needs {error.name}, which is not installed. "
+            "Run: pip install 'tokenprune-torch[export]'"
+        ) from error
+
+
+def named_tensors(output: Any) -> dict[str, Tensor]:
+    """The tensors of an output by name: a lone one is "output", those inside others "a.0"."""
+    if isinstance(output, Tensor):
+        return {ONLY: output}
+    return dict(_tensors(output, ""))
+
+
+def _tensors(value: Any, name: str) -> list[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        return [(name, value)]
+    if isinstance(value, Mapping):
+        parts = list(value.items())
+    elif isinstance(value, tuple | list):
+        parts = list(enumerate(value))
+    elif is_dataclass(value) and not isinstance(value, type):
+        parts = [(field.name, getattr(value, field.name)) for field in fields(value)]
+    else:
+        return []
+    return [
+        found
+        for key, part in parts
+        for found in _tensors(part, f"{name}.{key}" if name else str(key))
+    ]
+
+
+def open_exported(
+    path: str | os.PathLike[str], format: Format | None = None, device: torch.device | str = "cpu"
+) -> Run:
+    """Load an exported file.
+
+    Args:
+        path: What `export` wrote.
+        format: As for `export`.
+        device: Where its outputs are wanted. ONNX runs on the CPU, with as many threads as torch.
+
+    Returns:
+        A function of the inputs by name that returns the outputs by name.
+
+    Raises:
+        ExportError: The format is unknown.
+        MissingDependencyError: onnxruntime is not installed.
+    """
+    if format_of(path, format) == "pt2":
+        module = torch.export.load(path).module()
+
+        def run_pt2(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+            with torch.no_grad():
+                return named_tensors(module(**inputs))
+
+        return run_pt2
+
+    require_onnx()
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    takes = [taken.name for taken in session.get_inputs()]
+    gives = [given.name for given in session.get_outputs()]
+
+    def run_onnx(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        arrays = {name: inputs[name].detach().cpu().numpy() for name in takes}
+        found = session.run(gives, arrays)
+        return {
+            name: torch.from_numpy(array).to(device)
+            for name, array in zip(gives, found, strict=True)
+        }
+
+    return run_onnx
