@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from tokenprune.errors import UnsupportedHostError
 from tokenprune.token_axes import Aligned, TokenAxes, TokenDim
-from tokenprune.tracing.interpret import Environment, evaluate, run
+from tokenprune.tracing.interpret import Environment, evaluate, quiet_trials, run
 from tokenprune.tracing.tracer import enter_block
 
 __all__ = ["Aligned", "TokenAxes", "TokenDim", "find_token_axes", "stage_markers"]
@@ -46,6 +46,7 @@ def stage_markers(graph: fx.Graph, blocks: Sequence[int]) -> dict[int, fx.Node]:
     return dict(sorted(found.items()))
 
 
+@quiet_trials()
 def find_token_axes(
     root: nn.Module,
     graph: fx.Graph,

@@ -22,7 +22,7 @@ from tokenprune.errors import PlanError, UnsupportedHostError
 from tokenprune.ops.bypass import Layout
 from tokenprune.passes.coupling import attends, couples
 from tokenprune.plan import Plan
-from tokenprune.tracing.interpret import evaluate
+from tokenprune.tracing.interpret import evaluate, quiet_trials
 from tokenprune.tracing.traced import Traced
 
 __all__ = ["Grid", "Region", "find_regions", "prunable_blocks", "stage_grids"]
@@ -100,26 +100,36 @@ def _grid_of(root: nn.Module, traced: Traced, block: int, num_prefix: int) -> Gr
             f"Block {block} takes a tensor of shape {tuple(shape)}; tokens need at least the dims "
             f"[B, L, D]. Found at {entry.meta['where']}."
         )
-    first = len(shape) == 4 and _channels_first(shape, root.get_submodule(traced.blocks[block]))
+    first = len(shape) == 4 and _channels_first(root, traced, block)
     layout = Layout(max(shape[0] // traced.batch_size, 1), first)
     channels = shape[1] if first else shape[-1]
     length = shape.numel() // channels // (shape[0] // layout.fold)
     return Grid(length, length - num_prefix, channels, layout)
 
 
-def _channels_first(shape: torch.Size, block: nn.Module) -> bool:
+def _channels_first(root: nn.Module, traced: Traced, block: int) -> bool:
     """Whether a block's [B, ?, ?, ?] is [B, D, H, W]: told by the widths that its modules take."""
-    modules = list(block.modules())
+    entry = traced.entries[block]
+    shape, path = entry.meta["val"].shape, traced.blocks[block]
+    modules = list(root.get_submodule(path).modules())
     first = any(_takes_first(module) == shape[1] for module in modules)
     last = any(_takes_last(module) == shape[-1] for module in modules)
     if first != last:
         return first
     square_first, square_last = shape[2] == shape[3], shape[1] == shape[2]
     if square_first != square_last:
-        return square_first
+        return bool(square_first)
+    nodes = list(traced.graph.nodes)
+    for node in nodes[nodes.index(entry) :]:  # all dims alike: what the block runs first knows
+        runs = node.meta["where"].module
+        if f"{runs}.".startswith(f"{path}."):
+            module = root.get_submodule(runs)
+            if shape[1] in (_takes_first(module), _takes_last(module)):
+                return _takes_first(module) is not None
     raise UnsupportedHostError(
         f"Cannot tell which dim of {tuple(shape)} holds the channels of the tokens that enter a "
-        f"{type(block).__name__}. Use another image size, so that the dims differ."
+        f"{type(root.get_submodule(path)).__name__}. Use another image size, so that the dims "
+        "differ."
     )
 
 
@@ -271,6 +281,7 @@ class _Search:
                 queue.extend(node.all_input_nodes)
         return inside
 
+    @quiet_trials()
     def _first_that_fails(
         self,
         inside: set[fx.Node],

@@ -7,6 +7,7 @@ from torch import nn
 
 import tokenprune
 from tokenprune.errors import PlanError, UnsupportedHostError
+from tokenprune.model import pruning_of
 from tokenprune.ops.bypass import (
     Layout,
     choose_branch,
@@ -203,3 +204,38 @@ def test_a_block_without_an_mlp_is_refused_by_name() -> None:
     recipe = {"version": 1, "mode": "bypass", "schedule": {"blocks": [1], "keep_ratio": 0.5}}
     with pytest.raises(UnsupportedHostError, match="Block 1 has no residual branch that acts on"):
         tokenprune.wrap(Host(), recipe, example_inputs=torch.randn(2, 6, 8), adapter=spec)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "block", "channels_first"),
+    [
+        (
+            "maxvit_nano_rw_256",
+            {"img_size": 128, "embed_dim": (32,) * 4, "depths": (2, 1, 1, 1), "stem_width": 8},
+            1,
+            True,
+        ),
+        (
+            "tiny_vit_5m_224",
+            {"embed_dims": (8, 16, 40, 40), "depths": (1,) * 4, "window_sizes": (4, 4, 4, 2)},
+            0,
+            False,
+        ),
+    ],
+)
+def test_a_cube_of_tokens_is_read_as_its_block_reads_it(
+    name: str,
+    options: dict[str, object],
+    block: int,
+    channels_first: bool,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    host = timm.create_model(name, **options).eval()
+    recipe = {"version": 1, "mode": "bypass", "stages": [{"block": block, "keep_ratio": 0.5}]}
+    images = {"x": torch.zeros(2, 3, 128, 128)}
+    wrapped = tokenprune.wrap(host, recipe, example_inputs=images, verify=False)
+    (programs,) = pruning_of(wrapped).programs.values()
+    (marker,) = programs.traced.markers.values()
+    assert len(set(marker.meta["val"].shape[1:])) == 1
+    assert programs.grids[0].layout.channels_first == channels_first
+    assert "failed while attempting" not in caplog.text

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from tokenprune.ops._align import is_kept
-from tokenprune.ops.selection import indices_of
+from tokenprune.ops.selection import gather_tokens, indices_of
 
 __all__ = [
     "Layout",
@@ -89,7 +89,7 @@ def take_tokens(
     tokens = flat_tokens(x, layout)
     if rows.shape[1] == tokens.shape[1]:
         return x
-    kept = tokens.gather(1, rows.unsqueeze(-1).expand(-1, -1, tokens.shape[2]))
+    kept = gather_tokens(tokens, rows, 0)
     if layout.channels_first:
         kept = kept.transpose(1, 2)
     return kept.reshape(layout.gathered(x.shape, rows.shape[1]))
@@ -111,16 +111,19 @@ def merge_branches(
         bypass: The light branch, run on all other tokens.
     """
     tokens = flat_tokens(x, layout)
-    batch, count, width = tokens.shape
+    batch, count = tokens.shape[:2]
     if rows.shape[1] == count:
         return branch
     others = torch.ones(batch, count, device=x.device, dtype=torch.bool).scatter(1, rows, False)
     dropped = indices_of(others, count - rows.shape[1])
     light = bypass(take_tokens(tokens, dropped)).to(branch.dtype)
-    index = torch.cat([rows, dropped], dim=1).unsqueeze(-1).expand(-1, -1, width)
     one_row = layout._replace(fold=1)
     merged = torch.cat([flat_tokens(branch, one_row), light], dim=1)
-    return _like(torch.zeros_like(merged).scatter(1, index, merged), x, layout)
+    # Where each token of the grid now is: moving whole rows by it beats scattering every number.
+    order = torch.cat([rows, dropped], dim=1)
+    here = torch.arange(count, device=x.device).expand(batch, -1)
+    place = torch.zeros_like(order).scatter(1, order, here)
+    return _like(gather_tokens(merged, place, 0), x, layout)
 
 
 def choose_branch(

@@ -1,7 +1,9 @@
 """Run a graph node by node, on fake or real tensors, with every value open to inspection."""
 
+import logging
 import operator
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,11 +12,23 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["OPAQUE", "evaluate", "run", "tensor_attribute"]
+__all__ = ["OPAQUE", "evaluate", "quiet_trials", "run", "tensor_attribute"]
 
 Environment = dict[fx.Node, Any]
 OPAQUE = "opaque"
 """Mark of a node (in `meta`) that calls a module whose code decides by what tensors hold."""
+
+
+@contextmanager
+def quiet_trials() -> Iterator[None]:
+    """For nodes that are run to see whether they fail: torch writes each failure under fake tensors
+    to its log as an error, which is none here."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    was, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = was
 
 
 def tensor_attribute(root: nn.Module, path: str) -> Any:
