@@ -2,6 +2,7 @@
 
     python -m benchmarks.accuracy --data FOLDER                 all of it, some hours on two cores
     python -m benchmarks.accuracy --data FOLDER --minutes 60    an hour of it; go on with the same
+    python -m benchmarks.accuracy --data FOLDER --arms random   some arms, beside another process
     python -m benchmarks.accuracy --data FOLDER --render-only   write docs/accuracy.* again
 
 FOLDER holds the four idx files of Fashion-MNIST. What was trained is kept in --work and not trained
@@ -220,8 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     say = Console().print
     bench = Bench(options.data, options.work)
     todo = [task for task in tasks(range(options.seeds)) if task not in bench.results]
-    if options.render_only:
-        todo = []
+    todo = [task for task in todo if task.arm in options.arms and not options.render_only]
     say(f"{len(bench.results)} trainings there, {len(todo)} to do, {_estimate(todo, bench)}")
     started = time.perf_counter()
     for task in todo:
@@ -233,6 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if (time.perf_counter() - started) / 60 > options.minutes:
             say("time is up; go on with the same command")
             break
+    bench = Bench(options.data, options.work)  # with what another process has added meanwhile
     results = sorted(bench.results.values(), key=lambda result: result.task)
     (options.docs / "accuracy.json").write_text(
         json.dumps([asdict(result) for result in results], indent=1) + "\n"
@@ -272,6 +273,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("runs/accuracy"), help="kept trainings")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="where documents go")
     parser.add_argument("--seeds", type=int, default=1, help="how many, from 0")
+    every = ("dense", "dense longer", *ARMS)
+    parser.add_argument("--arms", nargs="+", choices=every, default=every, help="which ones")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start none later")
     parser.add_argument("--render-only", action="store_true", help="train nothing")
     return parser.parse_args(arguments)
