@@ -4,11 +4,12 @@ The file is written into a folder beside its place, loaded, and compared with th
 is moved into place only if both agree.
 """
 
+import inspect
 import logging
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,16 +131,28 @@ def export(
     )
 
 
-class _ByName(nn.Module):
+class _Plain(nn.Module):
     """The model with a tensor, or tensors by name, as its output: no class of the host is left."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, **inputs: Any) -> Any:
-        output = self.model(**inputs)
+
+def _plain(model: nn.Module, names: Iterable[str]) -> nn.Module:
+    """`model` as a module whose forward takes these arguments, each by its name."""
+
+    def forward(self: _Plain, *args: Any, **kwargs: Any) -> Any:
+        output = self.model(**dict(zip(names, args, strict=False)), **kwargs)
         return output if isinstance(output, Tensor) else named_tensors(output)
+
+    # torch.export writes its checks of the inputs in these names, and cannot look into a **kwargs
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [inspect.Parameter(name, kind) for name in ("self", *names)]
+    )
+    plain: nn.Module = type("Exported", (_Plain,), {"forward": forward})(model)
+    return plain.eval()
 
 
 def _two_images(example: dict[str, Any]) -> dict[str, Any]:
@@ -197,7 +210,7 @@ def _export(model: nn.Module, example: Mapping[str, Any]) -> tuple[Any, tuple[st
     }
     try:
         program = torch.export.export(
-            _ByName(model).eval(), (), dict(example), dynamic_shapes={"inputs": shapes}
+            _plain(model, tuple(example)), (), dict(example), dynamic_shapes=shapes
         )
     except Exception as error:  # the exporter may refuse in any way
         raise _cannot(type(model).__name__, "torch.export", error) from error

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 import yaml
 from jaxtyping import config
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 
 import tokenprune
 from tests.unit.export_hosts import HALF, HOSTS, TINY, images, tensors_of, wrapped
+from tests.zoo.sequences import TEXT, texts
 from tokenprune.cli.app import app
 from tokenprune.errors import ExportError, MissingDependencyError, NotWrappedError
 from tokenprune.export_check import compare, margins
@@ -85,6 +87,19 @@ def test_pt2_runs_any_batch_size_and_modes_are_kept(tmp_path: Path) -> None:
         given = images("vit", batch)
         with torch.no_grad():
             torch.testing.assert_close(run(given)["logits"], model(**given).logits)
+
+
+def test_two_inputs_share_the_batch_size(tmp_path: Path) -> None:
+    """ONNX's exporter takes the program apart, with the check that both batch sizes are one."""
+    one_layer = transformers.BertConfig(**{**TEXT, "num_hidden_layers": 1})
+    host = transformers.BertForSequenceClassification(one_layer).eval()
+    given = texts(3, 8, "input_ids")
+    model = tokenprune.wrap(host, HALF, example_inputs=given, verify=False).eval()
+    report = tokenprune.export(model, tmp_path / "model.pt2", example_inputs=given)
+    assert report.inputs == ("input_ids", "attention_mask")
+    assert report.outputs == ("logits",)
+    assert report.deviation == 0
+    torch.export.load(report.path).run_decompositions()
 
 
 def test_what_is_forced_is_what_is_written(tmp_path: Path) -> None:
