@@ -5,6 +5,7 @@ from tokenprune.arch import ArchSpec, ExampleInput, list_adapters, register_adap
 from tokenprune.checkpoint import load, save
 from tokenprune.convert import convert_dynamicvit, load_dynamicvit
 from tokenprune.export import ExportReport, export
+from tokenprune.image_macs import ImageMacs
 from tokenprune.profile import Profile, profile
 from tokenprune.pruning_trace import PruningTrace, StageTrace
 from tokenprune.recipe import Recipe, list_recipes
@@ -16,6 +17,7 @@ __all__ = [
     "Certificate",
     "ExampleInput",
     "ExportReport",
+    "ImageMacs",
     "Profile",
     "PruningTrace",
     "Recipe",

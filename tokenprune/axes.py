@@ -110,6 +110,8 @@ def _probe_batch(
             base = node.meta["val"]
             if isinstance(base, torch.Tensor):
                 differ = [d for d in range(base.ndim) if base.shape[d] != value.shape[d]]
+                if differ:
+                    axes.batched.add(node)
                 if differ == [0] and base.shape[0] == batch:
                     axes.batch_first.add(node)
                 elif differ == [0] and base.shape[0] % batch == 0:

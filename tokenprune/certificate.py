@@ -37,8 +37,9 @@ class Certificate:
         num_patches: N at the first stage.
         patches_per_stage: N of each stage; all the same where tokens leave.
         num_prefix_tokens: P.
-        num_keep: K of each stage.
+        num_keep: K of each stage; with a threshold, what training aims at.
         checks: One entry per theorem that was run.
+        threshold: Keep probability above which tokens stay; None if each image keeps K.
     """
 
     host: str
@@ -49,6 +50,7 @@ class Certificate:
     num_prefix_tokens: int
     num_keep: tuple[int, ...]
     checks: tuple[Check, ...]
+    threshold: float | None = None
 
     @property
     def mask_vs_gather(self) -> float:
@@ -57,6 +59,8 @@ class Certificate:
 
     def __str__(self) -> str:
         kept = counts_in_words(self.patches_per_stage, self.num_keep)
+        if self.threshold is not None:
+            kept = f"those above {self.threshold:g} of {self.num_patches}, aiming at {kept}"
         lines = [f"{self.host} ({self.adapter}, {self.mode}): {kept} patch tokens"]
         lines += [f"  {c.name:<44} {c.error:.1e} (bound {c.bound:.0e})" for c in self.checks]
         return "\n".join(lines)

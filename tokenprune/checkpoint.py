@@ -167,8 +167,16 @@ def _one_name_each(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[st
 
 
 def _recipe_in_force(pruning: Pruning) -> Recipe:
-    """The recipe, with the ratios that `set_keep_ratio` has set."""
+    """The recipe, with what `set_keep_ratio` and `set_threshold` have set."""
     recipe, ratios = pruning.recipe, pruning.plan.keep_ratios
+    threshold = pruning.plan.threshold
+    if threshold != (recipe.sampling.threshold if recipe.sampling.selection != "topk" else None):
+        sampling = (
+            {"selection": "topk"}
+            if threshold is None
+            else {"selection": "threshold", "threshold": threshold}
+        )
+        recipe = recipe.model_copy(update={"sampling": recipe.sampling.model_copy(update=sampling)})
     if tuple(stage.keep_ratio for stage in recipe.resolved_stages) == ratios:
         return recipe
     stages = [

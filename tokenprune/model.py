@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.arch import ArchSpec
-from tokenprune.errors import HostError, KeepIndicesError, NotWrappedError
+from tokenprune.errors import HostError, KeepIndicesError, NotWrappedError, PlanError
 from tokenprune.inputs import CallSignature, ExampleInputs, named_inputs
+from tokenprune.ops.ragged import in_order, one_hot
 from tokenprune.ops.selection import check_keep_indices
 from tokenprune.passes.base import PREDICTORS
 from tokenprune.passes.bypass import BYPASSES
 from tokenprune.plan import Plan
-from tokenprune.program import PATHS, Path, Programs
+from tokenprune.program import PATHS, Path, Programs, Route
 from tokenprune.pruning_trace import PruningTrace, StageTrace
 from tokenprune.recipe import Recipe
 from tokenprune.stages import StageContext
@@ -43,6 +44,11 @@ class Overrides:
     keep_indices: tuple[Tensor, ...] | None = None
     generator: torch.Generator | None = None
 
+    @property
+    def ragged(self) -> bool:
+        """Whether images are forced to keep different numbers of tokens."""
+        return any(bool((kept < 0).any()) for kept in self.keep_indices or ())
+
 
 @dataclass
 class Pruning:
@@ -59,6 +65,12 @@ class Pruning:
     """Modules whose `training` flag the host's Python code may read."""
     programs: dict[Any, Programs] = field(default_factory=dict)
     overrides: Overrides = field(default_factory=Overrides)
+
+    def route(self, path: Path) -> Route:
+        """The program of a path: where images keep different numbers of tokens, another one."""
+        forced = self.overrides.keep_indices is not None
+        differ = self.overrides.ragged if forced else self.plan.threshold is not None
+        return "ragged" if path == "gather" and differ else path
 
     def inputs(self, given: ExampleInputs | None) -> dict[str, Any]:
         """Example inputs by name; drawn if None."""
@@ -82,20 +94,29 @@ class PrunedModel(nn.Module):
         pruning = self._pruning
         path = pruning.overrides.path or ("mask" if self.training else "gather")
         forced = pruning.overrides.keep_indices is not None
-        keeps_all = path == "gather" and not forced and min(pruning.plan.keep_ratios) == 1.0
+        by_ratio = path == "gather" and not forced and pruning.plan.threshold is None
+        keeps_all = by_ratio and min(pruning.plan.keep_ratios) == 1.0
         if (path == "dense" or keeps_all) and not return_trace:
             return pruning.host.forward(*args, **kwargs)
         arguments = pruning.call.named(args, kwargs)
         if torch.compiler.is_dynamo_compiling():
             _prepare(self, path, tuple(arguments), *arguments.values())
         programs = self._programs(arguments)
-        program = programs.get(pruning.host, path)
+        route = pruning.route(path)
+        if route == "ragged" and torch.compiler.is_exporting():
+            raise PlanError(
+                "A model in which images keep different numbers of tokens cannot be exported: its "
+                "shapes depend on what the images hold. Export it with fixed counts: "
+                "model.set_threshold(None)."
+            )
+        program = programs.get(pruning.host, route)
         context = self._context(path, programs, arguments)
         tensors = {n: v for n, v in arguments.items() if isinstance(v, Tensor)}
         output, records, tokens, real = program.run(self, context, **tensors)
         if not return_trace:
             return output
-        return output, PruningTrace(_stage_traces(path, records, programs), tokens, real)
+        traces = _stage_traces(route, records, programs)
+        return output, PruningTrace(traces, tokens, real)
 
     @contextmanager
     def using(
@@ -109,7 +130,8 @@ class PrunedModel(nn.Module):
         Args:
             path: `"dense"`, `"mask"` or `"gather"`, whatever `training` says.
             keep_indices: The kept set of each stage: one [B, K] tensor of original patch numbers
-                per stage, each image's later set inside its earlier one. In any order.
+                per stage, each image's later set inside its earlier one. In any order; -1 where an
+                image keeps fewer than others.
             generator: Source of the Gumbel noise, on the model's device.
 
         Raises:
@@ -121,9 +143,7 @@ class PrunedModel(nn.Module):
         was = self._pruning.overrides
         forced = None
         if keep_indices is not None:
-            forced = tuple(
-                k.sort(dim=-1).values for k in _checked_sets(self._pruning, keep_indices)
-            )
+            forced = tuple(in_order(k) for k in _checked_sets(self._pruning, keep_indices))
         self._pruning.overrides = Overrides(
             path or was.path, forced or was.keep_indices, generator or was.generator
         )
@@ -138,12 +158,29 @@ class PrunedModel(nn.Module):
         Args:
             keep_ratio: r for r, r^2, r^3, ... over the stages, or one ratio per stage, each of the
                 original patch tokens. So in bypass mode too, where the published Swin models go
-                down in steps instead: give `[r, r - 0.2, r - 0.4]` for those.
+                down in steps instead: give `[r, r - 0.2, r - 0.4]` for those. With a threshold
+            (`set_threshold`, `selection: threshold`) eval does not read the ratios; they stay what
+            training aims at.
 
         Raises:
             PlanError: A ratio is out of (0, 1], they grow, or their number is wrong.
         """
         self._pruning.plan = self._pruning.plan.with_keep_ratio(keep_ratio)
+
+    def set_threshold(self, threshold: float | None) -> None:
+        """Choose tokens by their keep probability in eval; nothing is traced again.
+
+        Each image then keeps what its predictor wants, at least one token, and easy images cost
+        less than hard ones. Works for any recipe; `verify` afterwards checks this path too.
+
+        Args:
+            threshold: In (0, 1): tokens with a keep probability above it stay. None goes back to
+                the same number of every image, as the keep ratios say.
+
+        Raises:
+            PlanError: It is no number between 0 and 1.
+        """
+        self._pruning.plan = self._pruning.plan.with_threshold(threshold)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
@@ -236,10 +273,14 @@ class PrunedModel(nn.Module):
         if overrides.keep_indices is not None:
             batch_size = next(v for v in arguments.values() if isinstance(v, Tensor)).shape[0]
             for kept, patches in zip(overrides.keep_indices, num_patches, strict=True):
-                check_keep_indices(kept, batch_size=batch_size, num_patches=patches)
+                check_keep_indices(
+                    kept, batch_size=batch_size, num_patches=patches, padded=overrides.ragged
+                )
         return StageContext(
             num_keep=pruning.plan.counts(num_patches),
             sample=path == "mask" and self.training,
+            threshold=pruning.plan.threshold,
+            buckets=pruning.plan.buckets,
             temperature=sampling.temperature,
             hard=sampling.hard,
             keep_indices=overrides.keep_indices,
@@ -286,7 +327,7 @@ def _checked_sets(pruning: Pruning, sets: Sequence[Tensor]) -> Sequence[Tensor]:
         return sets
     for stage, (before, after) in enumerate(pairwise(sets), start=1):
         for image, (wide, narrow) in enumerate(zip(before.tolist(), after.tolist(), strict=False)):
-            lost = sorted(set(narrow) - set(wide))
+            lost = sorted(set(narrow) - set(wide) - {-1})
             if lost:
                 raise KeepIndicesError(
                     f"keep_indices of stage {stage} keep patches {lost[:5]} of image {image}, "
@@ -297,25 +338,32 @@ def _checked_sets(pruning: Pruning, sets: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 def _stage_traces(
-    path: Path, records: Sequence[tuple[Tensor, Tensor]], programs: Programs
+    path: Route, records: Sequence[tuple[Tensor, Tensor]], programs: Programs
 ) -> list[StageTrace]:
     if path == "mask":
         return [
             StageTrace(logits, decision, None, decision.detach().sum(dim=1).mean())
             for logits, decision in records
         ]
+    ragged = path == "ragged"
     stages, before = [], None
-    for logits, kept in records:
-        if (
-            before is not None and programs.plan.mode == "remove"
-        ):  # removed tokens have no logits of their own any more
-            gone = torch.tensor([float("-inf"), 0.0], device=logits.device, dtype=logits.dtype)
-            everyone = gone.expand(logits.shape[0], programs.num_patches[0], 2)
-            logits = everyone.scatter(1, before.unsqueeze(-1).expand(-1, -1, 2), logits)
-        decision = logits.new_zeros(logits.shape[:2]).scatter(1, kept, 1.0)
-        stages.append(StageTrace(logits, decision, kept, kept.shape[1]))
+    for (logits, kept), patches in zip(records, programs.num_patches, strict=True):
+        if before is not None and programs.plan.mode == "remove":
+            logits = _spread(logits, before, patches)
+        decision = one_hot(kept, logits.new_zeros(logits.shape[0], patches))
+        count = decision.sum(dim=1).mean() if ragged else kept.shape[1]
+        stages.append(StageTrace(logits, decision, kept, count))
         before = kept
     return stages
+
+
+def _spread(logits: Tensor, kept: Tensor, num_patches: int) -> Tensor:
+    """[B, N, 2] of [B, K, 2]: removed tokens have no logits of their own any more."""
+    gone = torch.tensor([float("-inf"), 0.0], device=logits.device, dtype=logits.dtype)
+    everyone = gone.expand(logits.shape[0], num_patches + 1, 2)
+    places = torch.where(kept < 0, num_patches, kept)  # padding goes behind the last
+    spread = everyone.scatter(1, places.unsqueeze(-1).expand(-1, -1, 2), logits)
+    return spread[:, :num_patches]
 
 
 @cache

@@ -23,6 +23,9 @@ class Plan:
         keep_ratios: Kept share of the original patch tokens, for each stage.
         num_prefix_tokens: P.
         rounding: How a share of N becomes a count.
+        threshold: Keep probability above which a token stays in eval, whatever the ratios say; None
+            keeps the best tokens of each image, as many as the ratios say.
+        buckets: With a threshold, into how many groups of like length a batch is sorted at most.
     """
 
     mode: Literal["remove", "bypass"]
@@ -30,6 +33,8 @@ class Plan:
     keep_ratios: tuple[float, ...]
     num_prefix_tokens: int
     rounding: Rounding
+    threshold: float | None = None
+    buckets: int = 4
 
     def counts(self, num_patches: Sequence[int]) -> tuple[int, ...]:
         """K of each stage, out of the N patches that each sees."""
@@ -70,6 +75,20 @@ class Plan:
             )
         return replace(self, keep_ratios=ratios)
 
+    def with_threshold(self, threshold: float | None) -> "Plan":
+        """The same stages, where tokens stay by their keep probability.
+
+        Raises:
+            PlanError: The threshold does not lie in (0, 1).
+        """
+        number = isinstance(threshold, int | float)
+        if threshold is not None and not (number and 0.0 < threshold < 1.0):
+            raise PlanError(
+                f"asked for threshold={threshold!r}: give a keep probability between 0 and 1, such "
+                "as 0.5, or None for the counts of the keep ratios."
+            )
+        return replace(self, threshold=threshold)
+
 
 def bind(recipe: Recipe, spec: ArchSpec) -> Plan:
     """Fit a recipe to a host.
@@ -99,4 +118,6 @@ def bind(recipe: Recipe, spec: ArchSpec) -> Plan:
         keep_ratios=tuple(stage.keep_ratio for stage in stages),
         num_prefix_tokens=spec.num_prefix_tokens,
         rounding=recipe.sampling.rounding,
+        threshold=recipe.sampling.threshold if recipe.sampling.selection == "threshold" else None,
+        buckets=recipe.sampling.buckets,
     )

@@ -123,7 +123,9 @@ def profile(model: nn.Module, example_inputs: ExampleInputs | None = None) -> Pr
     """Count what a wrapped model costs in eval, per image.
 
     Nothing is computed and no weight is read, so random weights and big hosts are fine. With every
-    keep_ratio at 1 the host itself runs, and that is what is counted.
+    keep_ratio at 1 the host itself runs, and that is what is counted. With a threshold images cost
+    different amounts: this counts one that keeps as many tokens as the keep ratios say, and
+    `ImageMacs` what given images cost.
 
     Args:
         model: What `wrap` returned.

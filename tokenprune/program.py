@@ -7,13 +7,15 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from tokenprune.axes import TokenAxes, find_token_axes
+from tokenprune.buckets import Bucketed
 from tokenprune.errors import PlanError, UnsupportedHostError
+from tokenprune.ops.ragged import gather_table_ragged, put_back_ragged
 from tokenprune.padding import about_padding, find_real
 from tokenprune.passes.base import Pass, Rewrite, run_passes
-from tokenprune.passes.bypass import BypassGather, BypassMask
+from tokenprune.passes.bypass import BypassGather, BypassMask, BypassRagged
 from tokenprune.passes.emit import Emit
 from tokenprune.passes.gather import (
     GatherAligned,
@@ -23,15 +25,18 @@ from tokenprune.passes.gather import (
 )
 from tokenprune.passes.mask import MaskMixers, MaskStages
 from tokenprune.passes.padding import CountRealTokens
+from tokenprune.passes.ragged import BlankPadding, RaggedPolicies, RaggedStages
 from tokenprune.passes.restore import RestoreOutputs, put_back, put_back_masked
 from tokenprune.plan import Plan
 from tokenprune.regions import Grid, Region, find_regions, stage_grids
 from tokenprune.tracing.traced import Traced
 
-__all__ = ["PATHS", "Path", "Program", "Programs"]
+__all__ = ["PATHS", "Path", "Program", "Programs", "Route"]
 
 Path = Literal["dense", "mask", "gather"]
 PATHS: tuple[Path, ...] = ("dense", "mask", "gather")
+Route = Path | Literal["ragged"]
+"""`ragged` is the gather path where images keep different numbers of tokens."""
 
 # The host's output, the stage records, the patch tokens, which patches are real (None: all).
 Returned = tuple[Any, tuple[tuple[Any, ...], ...], torch.Tensor, torch.Tensor | None]
@@ -46,18 +51,31 @@ class Program:
     after the trace is the one that runs, and copies of a model share their programs.
     """
 
-    def __init__(self, rewrite: Rewrite) -> None:
+    def __init__(self, rewrite: Rewrite, ragged: bool = False) -> None:
+        """Make the function of a rewritten graph.
+
+        Args:
+            ragged: Images keep different numbers of tokens and leave at each stage: the graph is
+                cut there and runs in buckets.
+        """
         self.rewrite = rewrite
-        code = rewrite.graph.python_code(root_module="self")
-        file = f"<tokenprune program {next(_numbers)}>"
-        linecache.cache[file] = (len(code.src), None, code.src.splitlines(keepends=True), file)
-        names: dict[str, Any] = dict(code.globals)
-        exec(compile(code.src, file, "exec"), names)
-        self.run: Callable[..., Returned] = names["forward"]
-        self.source = code.src
+        self.run: Callable[..., Returned] = (
+            Bucketed(rewrite, _function) if ragged else _function(rewrite.graph)
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Program":
         return self
+
+
+def _function(graph: fx.Graph) -> Callable[..., Any]:
+    """A graph as a function of the model and its placeholders; its source shows in tracebacks."""
+    code = graph.python_code(root_module="self")
+    file = f"<tokenprune program {next(_numbers)}>"
+    linecache.cache[file] = (len(code.src), None, code.src.splitlines(keepends=True), file)
+    names: dict[str, Any] = dict(code.globals)
+    exec(compile(code.src, file, "exec"), names)
+    made: Callable[..., Any] = names["forward"]
+    return made
 
 
 @dataclass
@@ -73,7 +91,7 @@ class Programs:
     """Bypass mode: block -> what dropped tokens go around there."""
     final: str
     restore: bool | None
-    _made: dict[Path, Program] = field(default_factory=dict)
+    _made: dict[Route, Program] = field(default_factory=dict)
 
     @classmethod
     def analyse(
@@ -126,7 +144,7 @@ class Programs:
         """B of the trace."""
         return self.traced.batch_size
 
-    def get(self, root: nn.Module, path: Path) -> Program:
+    def get(self, root: nn.Module, path: Route) -> Program:
         """The program of `path`.
 
         Raises:
@@ -135,12 +153,12 @@ class Programs:
         if path not in self._made:
             rewrite = Rewrite(root, self.traced, self.axes, self.plan)
             run_passes(rewrite, self._passes(path))
-            self._made[path] = Program(rewrite)
+            self._made[path] = Program(rewrite, path == "ragged" and self.plan.mode == "remove")
         return self._made[path]
 
-    def _passes(self, path: Path) -> list[Pass]:
+    def _passes(self, path: Route) -> list[Pass]:
         bypass = self.plan.mode == "bypass"
-        edits: Mapping[Path, list[Pass]] = {
+        edits: Mapping[Route, list[Pass]] = {
             "dense": [],
             "mask": [BypassMask(self.grids, self.regions)]
             if bypass
@@ -151,13 +169,22 @@ class Programs:
                 *(KeepTablesWhole(), GatherStages(), CountRealTokens()),
                 *(ResizeTables(), GatherAligned()),
             ],
+            "ragged": [BypassRagged(self.grids, self.regions)]
+            if bypass
+            else [
+                *(KeepTablesWhole(), RaggedStages(), CountRealTokens(), ResizeTables()),
+                *(MaskMixers(RaggedPolicies), GatherAligned(gather_table_ragged)),
+            ],
         }
         allowed = bypass or path == "dense" or self.restore is not None
+        put = {"gather": put_back, "mask": put_back_masked, "ragged": put_back_ragged}
+        outputs: list[Pass] = []
         if self.restore and not bypass and path != "dense":
-            put = put_back if path == "gather" else put_back_masked
-            edits = {**edits, path: [*edits[path], RestoreOutputs(put)]}
+            outputs = [RestoreOutputs(put[path])]
+        elif path == "ragged" and not bypass:
+            outputs = [BlankPadding()]
         emit = Emit(self.final, self.grids[-1].layout.channels_first, allowed)
-        return [*edits[path], emit]
+        return [*edits[path], *outputs, emit]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Programs":
         return self

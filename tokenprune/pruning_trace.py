@@ -16,10 +16,12 @@ class StageTrace:
             an earlier stage removed hold -inf for keep and 0 for drop.
         decision: [B, N] 0/1 over the original patches; carries the straight-through gradient on the
             mask path.
-        keep_indices: [B, K] sorted, in original patch numbering; None on the mask path, where
-            images differ in how many tokens they keep.
-        num_tokens: Patch tokens per image after the stage: K, or their mean over the batch on the
-            mask path.
+        keep_indices: [B, K] sorted, in original patch numbering; None on the mask path. With a
+            threshold, where images keep different numbers of tokens, K is that of the image that
+            keeps most, and -1 stands behind the numbers of the others. `decision.sum(1)` counts
+            each image's tokens.
+        num_tokens: Patch tokens per image after the stage: K, or their mean over the batch where
+            images differ (mask path, threshold).
     """
 
     keep_logits: Tensor
@@ -35,7 +37,8 @@ class PruningTrace:
     Attributes:
         stages: One entry per stage; empty on the dense path.
         patch_tokens: [B, N, D] (mask and dense path) or [B, K, D] (gather path) patch tokens after
-            the last block and its norm.
+            the last block and its norm. With a threshold row i belongs to the token
+            `stages[-1].keep_indices[:, i]`, and means nothing where that is -1.
         real: [B, N] True where a patch token is no padding; None if the call was given no mask.
             Pass it to the ratio loss, which then counts shares of the real tokens.
     """

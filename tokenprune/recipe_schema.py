@@ -107,13 +107,21 @@ class SamplingSection(Section):
         temperature: of the Gumbel-softmax.
         hard: 0/1 decisions with a straight-through gradient; otherwise soft ones.
         rounding: how `N * keep_ratio` of the original N becomes a count; see `num_keep`.
-        selection: `topk` keeps the same number of tokens of every image.
+        selection: `topk` keeps the same number of tokens of every image; `threshold` keeps what
+            the predictor wants of each image, so that easy images cost less. `keep_ratio` is then
+            what training aims at; `loss.ratio_per_image: false` lets images differ there.
+        threshold: with `selection: threshold`, the keep probability above which a token stays; the
+            best token of an image stays anyway.
+        buckets: with `selection: threshold`, into how many groups of like length the images of a
+            batch are sorted at most.
     """
 
     temperature: Annotated[float, Field(gt=0)] = 1.0
     hard: bool = True
     rounding: Rounding = "floor"
-    selection: Literal["topk"] = "topk"
+    selection: Literal["topk", "threshold"] = "topk"
+    threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    buckets: Annotated[int, Field(ge=1)] = 4
 
 
 class LossSection(Section):

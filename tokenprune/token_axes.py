@@ -40,6 +40,8 @@ class TokenAxes:
     """Tensors whose dim 0, and no other, counts images."""
     batch_fold: dict[fx.Node, int] = field(default_factory=dict)
     """Tensors whose dim 0, and no other, counts images times something else (heads): how many."""
+    batched: set[fx.Node] = field(default_factory=set)
+    """Tensors some dim of which counts images, alone or times something else."""
     aligned: dict[fx.Node, dict[fx.Node, Aligned]] = field(default_factory=dict)
     """Consumer -> argument -> how that argument must be gathered."""
     sizes: set[fx.Node] = field(default_factory=set)

@@ -7,6 +7,7 @@ from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
@@ -14,9 +15,10 @@ from tokenprune.certificate import Certificate, Check
 from tokenprune.errors import UnsupportedHostError, VerificationError
 from tokenprune.inputs import ExampleInputs
 from tokenprune.model import ADDED, PrunedModel, pruning_of
+from tokenprune.ops.ragged import blank_padding, in_order
 from tokenprune.ops.selection import gather_aligned
 from tokenprune.passes.base import CONTEXT
-from tokenprune.program import Path, Program, Programs
+from tokenprune.program import Program, Programs, Route
 from tokenprune.stages import StageContext
 from tokenprune.tracing.interpret import run
 from tokenprune.tracing.kept import attributes_kept, buffers_kept
@@ -67,6 +69,7 @@ def verify(
         patches_per_stage=proof.num_patches,
         num_prefix_tokens=pruning.plan.num_prefix_tokens,
         num_keep=pruning.plan.counts(proof.num_patches),
+        threshold=pruning.plan.threshold,
         checks=tuple(checks),
     )
 
@@ -92,14 +95,17 @@ class _Proof:
         self.tensors = {n: v for n, v in inputs.items() if isinstance(v, Tensor)}
         first = next(iter(self.tensors.values()))
         self.batch_size = int(first.shape[0]) if first.ndim else 1
+        differ = pruning_of(model).plan.threshold is not None
+        self.pruned: Route = "ragged" if differ else "gather"
         self.sets = self._random_sets()
         self.context = StageContext(num_keep=(), sample=False, keep_indices=self.sets)
         dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
         self.bound = TOLERANCE.get(dtype, TOLERANCE[torch.float32])
-        self.outputs: dict[Path, list[Tensor]] = {}
+        self.outputs: dict[Route, list[Tensor]] = {}
 
     def _random_sets(self) -> tuple[Tensor, ...]:
-        """Nested kept sets that leave out about a third each time, but always something."""
+        """Nested kept sets that leave out about a third each time, but always something; where
+        images may keep different numbers of tokens, they do."""
         generator = torch.Generator().manual_seed(0)
         device = next(iter(self.tensors.values())).device
         kept, sets = torch.empty(self.batch_size, 0), list[Tensor]()
@@ -107,12 +113,21 @@ class _Proof:
             if not sets or self.programs.plan.mode == "bypass":  # where tokens leave, sets nest
                 kept = torch.arange(patches).expand(self.batch_size, -1)
             count = max(1, min(kept.shape[1] - 1, round(kept.shape[1] * 0.65)))
-            order = torch.rand(kept.shape, generator=generator).argsort(dim=1)[:, :count]
-            kept = kept.gather(1, order.sort(dim=1).values)
+            rank = torch.rand(kept.shape, generator=generator) + (kept < 0)  # padding last
+            kept = self._shortened(in_order(kept.gather(1, rank.argsort(dim=1)[:, :count])))
             sets.append(kept.to(device))
         return tuple(sets)
 
-    def _run(self, path: Path, context: StageContext | None = None) -> list[Tensor]:
+    def _shortened(self, kept: Tensor) -> Tensor:
+        """Every other image keeps a quarter less, if images may differ."""
+        if self.pruned != "ragged":
+            return kept
+        most = (kept >= 0).sum(1, keepdim=True)
+        every_other = torch.arange(self.batch_size)[:, None] % 2
+        fewer = (most - every_other * (most // 4).clamp_min(1)).clamp_min(1)
+        return in_order(kept.where(torch.arange(kept.shape[1]) < fewer, -1))
+
+    def _run(self, path: Route, context: StageContext | None = None) -> list[Tensor]:
         """The output of a path; on the random kept sets, and then kept, if no context is given."""
         if context is None and path in self.outputs:
             return self.outputs[path]
@@ -124,7 +139,7 @@ class _Proof:
         return tensors
 
     def _output(
-        self, path: Path, context: StageContext, tensors: Mapping[str, Tensor]
+        self, path: Route, context: StageContext, tensors: Mapping[str, Tensor]
     ) -> list[Tensor]:
         program = self.programs.get(self.host, path)
         try:
@@ -157,7 +172,7 @@ class _Proof:
             dense = _tensors(self.host.forward(**self.inputs))
         finally:
             torch.backends.mha.set_fastpath_enabled(fast)
-        pruned = self._run("gather", whole)
+        pruned = self._run(self.pruned, whole)
         check = Check("keep_ratio 1 is the host", _difference(pruned, dense), 0.0)
         if not check.passed:
             self._refuse(check, "the gather path with every token kept is not the host")
@@ -167,7 +182,7 @@ class _Proof:
         """Theorem 2: the mask path on kept rows is the gather path."""
         yield self._compared(
             "mask = gather on random kept sets",
-            lambda proof: _difference(proof._run("mask"), proof._run("gather")),
+            lambda proof: _difference(proof._run("mask"), proof._run(proof.pruned)),
             lambda proof: f"mask and gather path part {proof._first_difference()}",
         )
 
@@ -206,19 +221,29 @@ class _Proof:
 
     def _alone_and_together(self) -> float:
         if self.batch_size == 1:
-            alone, batch = self._run("gather"), self._beside_another()
+            alone, batch = self._run(self.pruned), self._beside_another()
         else:
-            alone, batch = self._first_alone(), self._run("gather")
+            alone, batch = self._last_alone(), self._run(self.pruned)
         size = max(self.batch_size, 2)
-        together = [t[:1] if t.ndim and t.shape[0] == size else None for t in batch]
+        image = slice(self.batch_size - 1, self.batch_size)
+        together = [t[image] if t.ndim and t.shape[0] == size else None for t in batch]
         pairs = [(a, b) for a, b in zip(alone, together, strict=True) if b is not None]
-        return _difference([a for a, _ in pairs], [b for _, b in pairs])
+        return _difference([self._as_long(a, b) for a, b in pairs], [b for _, b in pairs])
 
-    def _first_alone(self) -> list[Tensor]:
-        """The gather path's output for the first image of the batch."""
-        one = {n: v[:1] if self._batched(v) else v for n, v in self.tensors.items()}
-        context = replace(self.context, keep_indices=tuple(kept[:1] for kept in self.sets))
-        return self._output("gather", context, one)
+    def _as_long(self, alone: Tensor, together: Tensor) -> Tensor:
+        """Rows of an image alone, with the empty ones that it has beside longer images."""
+        if self.pruned != "ragged" or self.programs.restore is not False:
+            return alone
+        sizes = zip(together.shape, alone.shape, strict=True)
+        more = [max(long - short, 0) for long, short in sizes]
+        return F.pad(alone, [n for extra in reversed(more) for n in (0, extra)])
+
+    def _last_alone(self) -> list[Tensor]:
+        """The gather path's output for the last image of the batch, which keeps fewest tokens if
+        images differ."""
+        one = {n: v[-1:] if self._batched(v) else v for n, v in self.tensors.items()}
+        sets = tuple(kept[-1:, kept[-1] >= 0] for kept in self.sets)
+        return self._output(self.pruned, replace(self.context, keep_indices=sets), one)
 
     def _beside_another(self) -> list[Tensor]:
         """The gather path's output for the one image and, as a second one, its mirror image."""
@@ -229,7 +254,7 @@ class _Proof:
         pairs = zip(self.sets, self.num_patches, strict=True)
         sets = tuple(torch.cat([kept, patches - 1 - kept.flip(1)]) for kept, patches in pairs)
         context = replace(self.context, keep_indices=sets)
-        return self._output("gather", context, two)
+        return self._output(self.pruned, context, two)
 
     def _batched(self, value: Tensor) -> bool:
         return value.shape[:1] == (self.batch_size,)
@@ -259,7 +284,7 @@ class _Proof:
 
     def _first_difference(self) -> str:
         """Run both paths in step and name the first node whose kept rows differ."""
-        mask, gather = (self.programs.get(self.host, p) for p in ("mask", "gather"))
+        mask, gather = (self.programs.get(self.host, p) for p in ("mask", self.pruned))
         theirs = self._values(gather)
         ahead: dict[fx.Node, Any] = {}
         for origin, ours in self._values(mask):
@@ -273,6 +298,7 @@ class _Proof:
                 kept = self._kept_rows(origin, ours)
                 if kept is None or kept.shape != other.shape:
                     continue
+                other = self._blank(origin, other)
                 if not _difference([kept], [other]) <= self.bound:
                     where = origin.meta["where"]
                     return f"first at node '{origin.name}' ({origin.target}) of {where}"
@@ -293,7 +319,14 @@ class _Proof:
             return None
         kept = self.sets[max(dim.stage for dim in dims.values())]
         prefix = tuple(dim.prefix for dim in dims.values())
-        return gather_aligned(value, kept, tuple(dims), prefix, value.ndim)
+        rows = gather_aligned(value, kept.clamp_min(0), tuple(dims), prefix, value.ndim)
+        return self._blank(origin, rows)
+
+    def _blank(self, origin: fx.Node, rows: Tensor) -> Tensor:
+        """`rows` without what stands where an image has no token."""
+        for d, dim in self.programs.axes.dims.get(origin, {}).items():
+            rows = blank_padding(rows, self.sets[dim.stage], dim.prefix, d)
+        return rows
 
 
 def _double(inputs: Mapping[str, Any]) -> dict[str, Any]:

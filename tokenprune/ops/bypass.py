@@ -14,9 +14,11 @@ from tokenprune.ops._align import is_kept
 from tokenprune.ops.selection import gather_tokens, indices_of
 
 __all__ = [
+    "TOKENS",
     "Layout",
     "choose_branch",
     "flat_tokens",
+    "flat_tokens_back",
     "kept_rows",
     "merge_branches",
     "poisonous",
@@ -54,7 +56,7 @@ def flat_tokens(x: Shaped[Tensor, "..."], layout: Layout = TOKENS) -> Shaped[Ten
     return x.reshape(x.shape[0] // layout.fold, -1, x.shape[-1])
 
 
-def _like(tokens: Shaped[Tensor, "B L D"], x: Tensor, layout: Layout) -> Tensor:
+def flat_tokens_back(tokens: Shaped[Tensor, "B L D"], x: Tensor, layout: Layout) -> Tensor:
     """`flat_tokens` back in the shape of `x`."""
     if not layout.channels_first:
         return tokens.reshape(x.shape)
@@ -123,7 +125,7 @@ def merge_branches(
     order = torch.cat([rows, dropped], dim=1)
     here = torch.arange(count, device=x.device).expand(batch, -1)
     place = torch.zeros_like(order).scatter(1, order, here)
-    return _like(gather_tokens(merged, place, 0), x, layout)
+    return flat_tokens_back(gather_tokens(merged, place, 0), x, layout)
 
 
 def choose_branch(
@@ -151,4 +153,4 @@ def choose_branch(
         branch, light = torch.where(chosen, branch, bad), torch.where(chosen, bad, light)
     branch = torch.where(chosen | branch.isfinite(), branch, 0.0)
     light = torch.where(chosen & ~light.isfinite(), 0.0, light)
-    return _like(branch * weight + light * (1.0 - weight), shape, layout)
+    return flat_tokens_back(branch * weight + light * (1.0 - weight), shape, layout)

@@ -192,6 +192,7 @@ def check_keep_indices(
     batch_size: int,
     num_patches: int,
     num_keep: int | None = None,
+    padded: bool = False,
 ) -> None:
     """Check a kept set that came from outside; reads values, so not for use inside a graph.
 
@@ -200,6 +201,7 @@ def check_keep_indices(
         batch_size: B.
         num_patches: N.
         num_keep: K, or None for any from 1 to N.
+        padded: -1 may stand where an image keeps fewer than others, but one token at least.
 
     Raises:
         KeepIndicesError: it is not that. The message names the image and the value.
@@ -217,7 +219,8 @@ def check_keep_indices(
             f"keep_indices must have the shape [{batch_size}, {wanted}], found {list(shape)}; "
             "pass one row of patch indices for each image"
         )
-    outside = (keep_indices < 0) | (keep_indices >= num_patches)
+    lowest = -1 if padded else 0
+    outside = (keep_indices < lowest) | (keep_indices >= num_patches)
     if outside.any():
         image, column = (int(i) for i in outside.nonzero()[0])
         raise KeepIndicesError(
@@ -225,7 +228,12 @@ def check_keep_indices(
             f"{num_patches} patch tokens; use 0 to {num_patches - 1} (prefix tokens do not count)"
         )
     ordered = keep_indices.sort(dim=1).values
-    twice = ordered[:, 1:] == ordered[:, :-1]
+    empty = ordered[:, -1] < 0
+    if empty.any():
+        raise KeepIndicesError(
+            f"keep_indices of image {int(empty.nonzero()[0])} name no token; keep one at least"
+        )
+    twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
     if twice.any():
         image, column = (int(i) for i in twice.nonzero()[0])
         raise KeepIndicesError(

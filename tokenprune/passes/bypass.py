@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import fx
 
+from tokenprune.errors import UnsupportedHostError
 from tokenprune.ops.bypass import (
     choose_branch,
     flat_tokens,
@@ -12,11 +13,12 @@ from tokenprune.ops.bypass import (
     merge_branches,
     take_tokens,
 )
+from tokenprune.ops.packing import merge_packed, pack, take_packed
 from tokenprune.passes.base import PREDICTORS, Pass, Rewrite
 from tokenprune.regions import Grid, Region
-from tokenprune.stages import gather_stage, mask_stage, policy_of
+from tokenprune.stages import forced_set, gather_stage, mask_stage, policy_of, ragged_stage
 
-__all__ = ["BYPASSES", "BypassGather", "BypassMask"]
+__all__ = ["BYPASSES", "BypassGather", "BypassMask", "BypassRagged"]
 
 BYPASSES = "token_bypasses"
 
@@ -52,12 +54,15 @@ class _Bypass(Pass):
         marker: fx.Node,
         tokens: fx.Node,
         stage: int,
+        **more: fx.Node,
     ) -> fx.Node:
         with rewrite.graph.inserting_before(marker):
             predictor = rewrite.graph.get_attr(f"{PREDICTORS}.{stage}")
         prefix = rewrite.plan.num_prefix_tokens
         # no earlier decision is handed on: in this mode a token may come back
-        return rewrite.insert(marker, run, predictor, tokens, None, rewrite.context, stage, prefix)
+        return rewrite.insert(
+            marker, run, predictor, tokens, None, rewrite.context, stage, prefix, **more
+        )
 
     def _select(
         self, rewrite: Rewrite, marker: fx.Node, tokens: fx.Node, stage: int
@@ -92,6 +97,9 @@ class BypassMask(_Bypass):
 class BypassGather(_Bypass):
     """The MLP for kept tokens only, the light branch for the others, both put back on the grid."""
 
+    take: Callable[..., object] = staticmethod(take_tokens)
+    merge: Callable[..., object] = staticmethod(merge_branches)
+
     def _select(
         self, rewrite: Rewrite, marker: fx.Node, tokens: fx.Node, stage: int
     ) -> tuple[tuple[fx.Node, fx.Node], fx.Node]:
@@ -107,10 +115,38 @@ class BypassGather(_Bypass):
         for read, layout in region.reads.items():
             read = rewrite.copy_of(read)
             users = [node for node in inside if read in node.all_input_nodes]
-            kept = rewrite.insert(users[0], take_tokens, read, chosen, layout)
+            kept = rewrite.insert(users[0], self.take, read, chosen, layout)
             for node in users:
                 node.replace_input_with(read, kept)
-        merged = rewrite.insert(
-            total, merge_branches, source, branch, chosen, bypass, region.layout
-        )
+        merged = rewrite.insert(total, self.merge, source, branch, chosen, bypass, region.layout)
         total.replace_input_with(branch, merged)
+
+
+class BypassRagged(BypassGather):
+    """The same where images keep different numbers of tokens: those of the whole batch share rows.
+
+    A region must not read anything else that belongs to one image.
+    """
+
+    take = staticmethod(take_packed)
+    merge = staticmethod(merge_packed)
+
+    def requires(self, rewrite: Rewrite) -> None:
+        for region in self.regions.values():
+            outside = {used for node in region.inside for used in node.all_input_nodes}
+            for node in outside - region.inside - region.reads.keys():
+                if rewrite.fold(rewrite.copy_of(node)) is not None:
+                    raise UnsupportedHostError(
+                        f"{rewrite.where(node)} belongs to one image and is read by a part that "
+                        "tokens bypass, so images cannot keep different numbers of tokens there. "
+                        "Use `selection: topk` for this host."
+                    )
+
+    def _select(
+        self, rewrite: Rewrite, marker: fx.Node, tokens: fx.Node, stage: int
+    ) -> tuple[tuple[fx.Node, fx.Node], fx.Node]:
+        forced = rewrite.insert(marker, forced_set, rewrite.context, stage)
+        result = self._call(rewrite, ragged_stage, marker, tokens, stage, forced=forced)
+        numbers, logits = (rewrite.insert(marker, operator.getitem, result, i) for i in (1, 2))
+        prefix = rewrite.plan.num_prefix_tokens
+        return (logits, numbers), rewrite.insert(marker, pack, numbers, tokens, prefix)

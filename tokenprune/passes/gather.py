@@ -1,6 +1,7 @@
 """The gather path (eval): dropped tokens leave, and with them their rows of what is aligned."""
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 from torch import Size, Tensor, fx
@@ -112,7 +113,14 @@ def gather_table(
 
 
 class GatherAligned(Pass):
-    """Gather RoPE tables, position biases and masks along their token dims, once per stage each."""
+    """Gather RoPE tables, position biases and masks along their token dims, once per stage each.
+
+    Args:
+        gather: `gather_table`, or its like for what the stages recorded.
+    """
+
+    def __init__(self, gather: Callable[..., Tensor] = gather_table) -> None:
+        self.gather = gather
 
     def apply(self, rewrite: Rewrite) -> None:
         done: dict[Any, fx.Node] = {}
@@ -125,7 +133,7 @@ class GatherAligned(Pass):
             if key not in done:
                 done[key] = rewrite.insert(
                     consumer,
-                    gather_table,
+                    self.gather,
                     source,
                     kept,
                     dims,

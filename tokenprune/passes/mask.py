@@ -1,6 +1,7 @@
 """The mask path (training): every token stays, and nothing reads a dropped one."""
 
 import operator
+from collections.abc import Callable
 
 import torch
 from torch import fx
@@ -9,7 +10,7 @@ from tokenprune.passes.base import Pass, Rewrite
 from tokenprune.passes.mixers import Mixing, rule_for
 from tokenprune.stages import mask_stage, policy_of
 
-__all__ = ["MaskMixers", "MaskStages"]
+__all__ = ["MaskMixers", "MaskStages", "Policies"]
 
 
 class MaskStages(Pass):
@@ -43,10 +44,17 @@ class MaskStages(Pass):
 
 
 class MaskMixers(Pass):
-    """Replace every node that mixes tokens by its masked version (`mixers`)."""
+    """Replace every node that mixes tokens by its masked version (`mixers`).
+
+    Args:
+        policies: Makes what says which tokens of a stage are there.
+    """
+
+    def __init__(self, policies: "Callable[[Rewrite], Policies] | None" = None) -> None:
+        self.policies = policies or Policies
 
     def apply(self, rewrite: Rewrite) -> None:
-        mixing = Mixing(rewrite, Policies(rewrite))
+        mixing = Mixing(rewrite, self.policies(rewrite))
         for node in rewrite.nodes():
             rule = rule_for(rewrite.root, node)
             if rule is not None:
@@ -63,12 +71,13 @@ class Policies:
 
     def __call__(self, stage: int, prefix: int, fold: int = 1) -> fx.Node:
         key = (stage, prefix, fold)
-        if key not in self._made and fold > 1:
-            policy = self(stage, prefix)
-            self._made[key] = self._rewrite.insert_after(
-                policy, torch.repeat_interleave, policy, fold, 0
-            )
-        elif key not in self._made:
-            decision = self._rewrite.records[stage][1]
-            self._made[key] = self._rewrite.insert_after(decision, policy_of, decision, prefix)
+        if key not in self._made:
+            self._made[key] = self._make(stage, prefix, fold)
         return self._made[key]
+
+    def _make(self, stage: int, prefix: int, fold: int) -> fx.Node:
+        if fold > 1:
+            policy = self(stage, prefix)
+            return self._rewrite.insert_after(policy, torch.repeat_interleave, policy, fold, 0)
+        decision = self._rewrite.records[stage][1]
+        return self._rewrite.insert_after(decision, policy_of, decision, prefix)

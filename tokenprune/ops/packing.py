@@ -1,0 +1,95 @@
+"""Bypass mode with kept sets of different sizes: the kept tokens of a batch in rows without gaps.
+
+What dropped tokens go around acts on each token alone, so it does not matter which tokens share a
+row: no padding is needed but that of the last row.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor, nn
+
+from tokenprune.ops.bypass import TOKENS, Layout, flat_tokens, flat_tokens_back
+from tokenprune.ops.ragged import one_hot
+
+__all__ = ["Packed", "merge_packed", "pack", "take_packed"]
+
+
+class Packed(NamedTuple):
+    """Where the tokens of a batch go. A token's place is its number among the B * L of the batch.
+
+    Attributes:
+        kept: [B, R] places of the kept tokens, the first one again where the last row has room.
+        num_kept: Kept tokens of the whole batch.
+        dropped: [B * L - num_kept] places of the others.
+        back: [B * L] where each token is among the kept ones followed by the dropped ones.
+    """
+
+    kept: Tensor
+    num_kept: int
+    dropped: Tensor
+    back: Tensor
+
+
+def pack(numbers: Int[Tensor, "B K"], tokens: Float[Tensor, "B L D"], num_prefix: int) -> Packed:
+    """Lay out the batch; prefix tokens always count as kept.
+
+    Args:
+        numbers: of the kept patches, -1 where a row has no more.
+        tokens: of the grid; only their number is read.
+        num_prefix: P.
+    """
+    batch, length = tokens.shape[:2]
+    like = numbers.new_zeros(batch, length - num_prefix)
+    kept = torch.cat([like.new_ones(batch, num_prefix), one_hot(numbers, like)], dim=1).flatten()
+    order = torch.argsort(kept, descending=True, stable=True)
+    count = int(kept.sum())
+    rows = -(-count // batch)
+    spare = order[:1].expand(rows * batch - count)
+    return Packed(
+        torch.cat([order[:count], spare]).reshape(batch, rows),
+        count,
+        order[count:],
+        torch.argsort(order),
+    )
+
+
+def take_packed(
+    x: Shaped[Tensor, "..."], packed: Packed, layout: Layout = TOKENS
+) -> Shaped[Tensor, "..."]:
+    """The kept tokens of the whole batch in equal rows, laid out as `take_tokens` does; `x` itself
+    if nothing is dropped."""
+    tokens = flat_tokens(x, layout)
+    if not packed.dropped.numel():
+        return x
+    batch, rows = packed.kept.shape
+    kept = tokens.flatten(0, 1).index_select(0, packed.kept.flatten())
+    kept = kept.reshape(batch, rows, tokens.shape[2])
+    if layout.channels_first:
+        kept = kept.transpose(1, 2)
+    return kept.reshape(layout.gathered(x.shape, rows))
+
+
+def merge_packed(
+    x: Float[Tensor, "..."],
+    branch: Float[Tensor, "..."],
+    packed: Packed,
+    bypass: nn.Module,
+    layout: Layout = TOKENS,
+) -> Float[Tensor, "..."]:
+    """Put both branches back on the grid; each is computed for its own tokens only.
+
+    Args:
+        x: what the block adds its branch to.
+        branch: the MLP's result for kept tokens, as `take_packed` lays them out.
+        packed: where they belong.
+        bypass: the light branch, run on all other tokens.
+    """
+    if not packed.dropped.numel():
+        return branch
+    tokens = flat_tokens(x, layout)
+    light = bypass(tokens.flatten(0, 1).index_select(0, packed.dropped)).to(branch.dtype)
+    kept = flat_tokens(branch, layout._replace(fold=1)).flatten(0, 1)[: packed.num_kept]
+    merged = torch.cat([kept, light]).index_select(0, packed.back)
+    return flat_tokens_back(merged.reshape(tokens.shape), x, layout)
