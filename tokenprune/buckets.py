@@ -62,7 +62,8 @@ class Bucketed:
     """A ragged program: the cut graph, run segment by segment and bucket by bucket.
 
     Called as `Program.run` is; `torch.compile` leaves it as it is, since its shapes depend on what
-    the images hold. A graph that holds for one batch size alone runs in one bucket.
+    the images hold. Where images cannot run apart (a graph that holds for one batch size alone, a
+    host that mixes images) there is one bucket.
     """
 
     def __init__(
@@ -70,8 +71,8 @@ class Bucketed:
     ) -> None:
         placeholders = rewrite.graph.find_nodes(op="placeholder")
         self.inputs = {node.name: str(node.target) for node in placeholders}
-        self.segments, self.folds = cut(rewrite, function)
-        self.one_bucket = rewrite.axes.batch_bound
+        made = cut(rewrite, function)
+        self.segments, self.folds, self.split = made.pieces, dict(made.folds), made.split
         own = [name for s in self.segments for name in (s.chosen, s.numbers) if name]
         self.fills = dict.fromkeys(own, -1)
 
@@ -96,7 +97,7 @@ class Bucketed:
         self, segment: Segment, values: Mapping[str, Any], most: int
     ) -> Sequence[Bucket | None]:
         """None is the whole batch."""
-        if segment.chosen is None or self.one_bucket:
+        if segment.chosen is None or not self.split:
             return [None]
         counts = (values[segment.chosen] >= 0).sum(1).tolist()
         buckets = divide(counts, most)

@@ -16,13 +16,12 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
-from tokenprune.errors import UnsupportedHostError
 from tokenprune.ops.ragged import kept_policy, take_chosen
 from tokenprune.passes.base import Rewrite
 from tokenprune.passes.gather import length_after
 from tokenprune.tracing.effects import has_effect
 
-__all__ = ["Segment", "cut"]
+__all__ = ["Segment", "Segments", "cut"]
 
 # Methods that take from a tensor its type and place, never what it holds.
 FACTORIES = frozenset(
@@ -31,6 +30,22 @@ FACTORIES = frozenset(
         *(torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like),
     }
 )
+
+
+@dataclass(frozen=True)
+class Segments:
+    """A cut graph.
+
+    Attributes:
+        pieces: In the order in which they run.
+        folds: For each value that is handed on, how many rows of its dim 0 are one image: None if
+            it belongs to no image, -1 if that shows when it is made.
+        split: Images can run apart; else all run together, on rows as long as the longest.
+    """
+
+    pieces: tuple["Segment", ...]
+    folds: dict[str, int | None]
+    split: bool
 
 
 @dataclass(frozen=True)
@@ -57,21 +72,12 @@ class Segment:
     run: Callable[..., Any]
 
 
-def cut(
-    rewrite: Rewrite, function: Callable[[fx.Graph], Callable[..., Any]]
-) -> tuple[tuple[Segment, ...], dict[str, int | None]]:
+def cut(rewrite: Rewrite, function: Callable[[fx.Graph], Callable[..., Any]]) -> "Segments":
     """Cut a rewritten ragged graph.
 
     Args:
         rewrite: After its last pass.
         function: Makes a Python function of a graph.
-
-    Returns:
-        The segments, and for each value that is handed on how many rows of its dim 0 are one image:
-        None if it belongs to no image, -1 if that shows when it is made.
-
-    Raises:
-        UnsupportedHostError: A value that is handed on cannot be split into images.
     """
     return _Cut(rewrite, function).segments()
 
@@ -86,7 +92,7 @@ class _Cut:
         self.mixed = self._mixing_images()
         self.number = self._numbered()
 
-    def segments(self) -> tuple[tuple[Segment, ...], dict[str, int | None]]:
+    def segments(self) -> Segments:
         count = max(self.number.values()) + 1
         pieces = [[n for n in self.nodes if self.number[n] == i] for i in range(count)]
         reads = [self._reads(piece) for piece in pieces]
@@ -109,8 +115,8 @@ class _Cut:
                 )
             )
         handed_on = dict.fromkeys(value for found in reads for value in found)
-        self._check(handed_on)
-        return tuple(made), {node.name: self._fold(node) for node in handed_on}
+        folds = {node.name: self._fold(node) for node in handed_on}
+        return Segments(tuple(made), folds, self._splits(handed_on))
 
     def _of_stage(self, segment: int, nodes: Sequence[fx.Node]) -> str | None:
         """The one of `nodes`, one a stage, that belongs to a segment behind a stage."""
@@ -137,10 +143,7 @@ class _Cut:
         return number
 
     def _mixing_images(self) -> set[fx.Node]:
-        """Tensors that belong to no image, made of what images hold. None count where the graph
-        holds for one batch size: all images run together there."""
-        if self.rewrite.axes.batch_bound:
-            return set()
+        """Tensors that belong to no image, made of what images hold."""
         found, holds = set[fx.Node](), set[fx.Node]()  # what holds anything of images
         for node in self.nodes:
             made_of = [used for used in node.all_input_nodes if used in holds]
@@ -236,16 +239,12 @@ class _Cut:
             return None
         return -1 if self.rewrite.origin(node) is None else self.rewrite.fold(node)
 
-    def _check(self, handed_on: Iterable[fx.Node]) -> None:
-        """Refuse what cannot be split into images where a segment needs it so."""
-        last = len(self.stages) + 1
-        for node in () if self.rewrite.axes.batch_bound else handed_on:
-            origin = self.rewrite.origin(node)
-            batched = origin in self.rewrite.axes.batched or not self._is_tensor(node)
-            mixes = node in self.mixed and 0 < self.number[node] < last
-            if mixes or (batched and self._fold(node) is None):
-                raise UnsupportedHostError(
-                    f"{self.rewrite.where(node)} cannot be split into images and is read behind "
-                    "the next stage, so images cannot keep different numbers of tokens. Use "
-                    "`selection: topk` for this host, or put the stages elsewhere."
-                )
+    def _splits(self, handed_on: Iterable[fx.Node]) -> bool:
+        """Whether images can be told apart in all that happens between two stages."""
+        axes = self.rewrite.axes
+        for node in handed_on:
+            batched = not self._is_tensor(node) or self.rewrite.origin(node) in axes.batched
+            if batched and self._fold(node) is None:
+                return False
+        between = range(1, len(self.stages) + 1)
+        return not axes.batch_bound and not any(self.number[n] in between for n in self.mixed)

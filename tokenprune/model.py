@@ -44,11 +44,6 @@ class Overrides:
     keep_indices: tuple[Tensor, ...] | None = None
     generator: torch.Generator | None = None
 
-    @property
-    def ragged(self) -> bool:
-        """Whether images are forced to keep different numbers of tokens."""
-        return any(bool((kept < 0).any()) for kept in self.keep_indices or ())
-
 
 @dataclass
 class Pruning:
@@ -68,9 +63,7 @@ class Pruning:
 
     def route(self, path: Path) -> Route:
         """The program of a path: where images keep different numbers of tokens, another one."""
-        forced = self.overrides.keep_indices is not None
-        differ = self.overrides.ragged if forced else self.plan.threshold is not None
-        return "ragged" if path == "gather" and differ else path
+        return "ragged" if path == "gather" and self.plan.threshold is not None else path
 
     def inputs(self, given: ExampleInputs | None) -> dict[str, Any]:
         """Example inputs by name; drawn if None."""
@@ -130,8 +123,8 @@ class PrunedModel(nn.Module):
         Args:
             path: `"dense"`, `"mask"` or `"gather"`, whatever `training` says.
             keep_indices: The kept set of each stage: one [B, K] tensor of original patch numbers
-                per stage, each image's later set inside its earlier one. In any order; -1 where an
-                image keeps fewer than others.
+                per stage, each image's later set inside its earlier one. In any order. With a
+                threshold, -1 may stand where an image keeps fewer than others.
             generator: Source of the Gumbel noise, on the model's device.
 
         Raises:
@@ -274,7 +267,10 @@ class PrunedModel(nn.Module):
             batch_size = next(v for v in arguments.values() if isinstance(v, Tensor)).shape[0]
             for kept, patches in zip(overrides.keep_indices, num_patches, strict=True):
                 check_keep_indices(
-                    kept, batch_size=batch_size, num_patches=patches, padded=overrides.ragged
+                    kept,
+                    batch_size=batch_size,
+                    num_patches=patches,
+                    padded=pruning.plan.threshold is not None,
                 )
         return StageContext(
             num_keep=pruning.plan.counts(num_patches),
@@ -347,7 +343,8 @@ def _stage_traces(
         ]
     ragged = path == "ragged"
     stages, before = [], None
-    for (logits, kept), patches in zip(records, programs.num_patches, strict=True):
+    patches_seen = programs.num_patches[: len(records)]  # the dense path has no stages
+    for (logits, kept), patches in zip(records, patches_seen, strict=True):
         if before is not None and programs.plan.mode == "remove":
             logits = _spread(logits, before, patches)
         decision = one_hot(kept, logits.new_zeros(logits.shape[0], patches))

@@ -62,11 +62,10 @@ def kept_first(wanted: Bool[Tensor, "B N"]) -> Int[Tensor, "B K"]:
     return torch.where(places < counts, order, -1)
 
 
-def in_order(keep_indices: Int[Tensor, "B K"]) -> Int[Tensor, "B K"]:
-    """Each row ascending, what is below 0 behind the others and made -1."""
-    last = torch.iinfo(keep_indices.dtype).max
-    ordered = torch.where(keep_indices < 0, last, keep_indices).sort(dim=1).values
-    return torch.where(ordered == last, -1, ordered)
+def in_order(keep_indices: Shaped[Tensor, "B K"]) -> Shaped[Tensor, "B K"]:
+    """Each row ascending, what is below 0 behind the others."""
+    ordered = keep_indices.sort(dim=1).values
+    return ordered.gather(1, torch.argsort((ordered < 0).to(torch.uint8), dim=1, stable=True))
 
 
 def has_padding(numbers: Int[Tensor, "B K"]) -> bool:
