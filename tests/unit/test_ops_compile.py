@@ -34,6 +34,11 @@ def attention_under_autocast(x: Tensor, policy: Tensor, bias: Tensor) -> Tensor:
         return masked_attention(x, x * 2, x + 1, policy, attn_mask=bias, own_key=False)
 
 
+def attention_of_views(x: Tensor, policy: Tensor, bias: Tensor) -> Tensor:
+    query, key, value = (y.transpose(1, 2).contiguous().transpose(1, 2) for y in (x, x * 2, x + 1))
+    return masked_attention(query, key, value, policy, attn_mask=bias)
+
+
 def spelled_out(x: Tensor, policy: Tensor, bias: Tensor) -> Tensor:
     return masked_softmax(x @ x.mT + bias, policy, query_dim=2) @ hide_dropped(x, policy, 2)
 
@@ -43,7 +48,9 @@ def pooled(x: Tensor, policy: Tensor, bias: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "function", [attention, attention_under_autocast, spelled_out, pooled], ids=lambda f: f.__name__
+    "function",
+    [attention, attention_under_autocast, attention_of_views, spelled_out, pooled],
+    ids=lambda f: f.__name__,
 )
 def test_compiled_is_the_same(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
     x = torch.randn(B, H, L, D, requires_grad=True)

@@ -243,7 +243,10 @@ def _multiply(
     out: Float[Tensor, "b h m n"],
 ) -> None:
     """Batched matrix product into `out`, which may be of a wider or narrower type."""
-    if left.dtype == out.dtype:
+    if torch.compiler.is_compiling():  # which refuses an `out` that is a view
+        wide = torch.promote_types(left.dtype, out.dtype)
+        out.copy_(left.to(wide) @ right.to(wide))
+    elif left.dtype == out.dtype:
         torch.matmul(left, right, out=out)
     elif left.dtype.itemsize > out.dtype.itemsize:
         out.copy_(left @ right)
