@@ -25,7 +25,7 @@ from tokenprune.passes.gather import (
 )
 from tokenprune.passes.mask import MaskMixers, MaskStages
 from tokenprune.passes.padding import CountRealTokens
-from tokenprune.passes.ragged import BlankPadding, RaggedPolicies, RaggedStages
+from tokenprune.passes.ragged import BlankPadding, PlainAttention, RaggedPolicies, RaggedStages
 from tokenprune.passes.restore import RestoreOutputs, put_back, put_back_masked
 from tokenprune.plan import Plan
 from tokenprune.regions import Grid, Region, find_regions, stage_grids
@@ -173,7 +173,7 @@ class Programs:
             if bypass
             else [
                 *(KeepTablesWhole(), RaggedStages(), CountRealTokens(), ResizeTables()),
-                *(MaskMixers(RaggedPolicies), GatherAligned(gather_table_ragged)),
+                *(MaskMixers(RaggedPolicies), GatherAligned(gather_table_ragged), PlainAttention()),
             ],
         }
         allowed = bypass or path == "dense" or self.restore is not None

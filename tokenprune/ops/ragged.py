@@ -5,11 +5,14 @@ the longest row of the batch. So a row says by itself which of its places hold a
 """
 
 import math
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from tokenprune.ops.attention import masked_attention
 from tokenprune.ops.selection import gather_aligned, gather_tokens, select_topk
 from tokenprune.padding import behind_real
 
@@ -22,6 +25,7 @@ __all__ = [
     "kept_first",
     "kept_policy",
     "one_hot",
+    "padded_attention",
     "put_back_ragged",
     "take_chosen",
 ]
@@ -87,6 +91,35 @@ def kept_policy(
         return None
     policy = torch.cat([numbers.new_zeros(numbers.shape[0], num_prefix), numbers], dim=1) >= 0
     return policy.to(torch.float32).repeat_interleave(fold, 0)
+
+
+def padded_attention(
+    query: Float[Tensor, "..."],
+    key: Float[Tensor, "..."],
+    value: Float[Tensor, "..."],
+    policy: Float[Tensor, "B L"] | None,
+    **options: Any,
+) -> Float[Tensor, "..."]:
+    """`masked_attention` where the hidden keys are padding, in which nothing harmful stands.
+
+    Without a mask of the host's every row sees the kept keys, one at least, so a plain mask over
+    the keys will do: the kernel runs at its own speed. Padded rows then hold something else than
+    with `masked_attention`; nobody reads them.
+
+    Args:
+        query: [B, ..., Lq, d].
+        key: [B, ..., Lk, d].
+        value: [B, ..., Lk, dv].
+        policy: 1 keeps, 0 is padding; None is `scaled_dot_product_attention` itself.
+        options: those of `masked_attention`.
+    """
+    plain = options.get("attn_mask") is None and not options.get("is_causal")
+    if policy is None or not plain or policy.shape[0] != key.shape[0]:
+        return masked_attention(query, key, value, policy, **options)
+    batch, length = policy.shape
+    visible = (policy > 0).reshape(batch, *[1] * (query.ndim - 2), length)
+    given = {name: options[name] for name in ("dropout_p", "scale", "enable_gqa")}
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=visible, **given)
 
 
 def take_chosen(

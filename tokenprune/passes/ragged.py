@@ -9,12 +9,13 @@ import operator
 
 from torch import fx
 
-from tokenprune.ops.ragged import blank_padding, kept_policy, take_chosen
+from tokenprune.ops.attention import masked_attention
+from tokenprune.ops.ragged import blank_padding, kept_policy, padded_attention, take_chosen
 from tokenprune.passes.base import Pass, Rewrite
 from tokenprune.passes.mask import Policies
 from tokenprune.stages import forced_set, ragged_stage
 
-__all__ = ["BlankPadding", "RaggedPolicies", "RaggedStages"]
+__all__ = ["BlankPadding", "PlainAttention", "RaggedPolicies", "RaggedStages"]
 
 
 class RaggedStages(Pass):
@@ -58,6 +59,14 @@ class RaggedPolicies(Policies):
     def _make(self, stage: int, prefix: int, fold: int) -> fx.Node:
         numbers = self._rewrite.records[stage][1]
         return self._rewrite.insert_after(numbers, kept_policy, numbers, prefix, fold)
+
+
+class PlainAttention(Pass):
+    """Padding holds nothing harmful, so attention needs a mask and no more."""
+
+    def apply(self, rewrite: Rewrite) -> None:
+        for node in rewrite.graph.find_nodes(op="call_function", target=masked_attention):
+            node.target = padded_attention
 
 
 class BlankPadding(Pass):
