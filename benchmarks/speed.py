@@ -50,9 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             known["rows"] = [asdict(row) for row in rows.values()]
             kept.write_text(json.dumps(known, indent=1) + "\n")
     found = list(rows.values())
-    remarks = (options.docs / "speed-remarks.md").read_text() if found else ""
     draw(found, options.docs / "speed.png")
-    page = as_page(found, known["machine"], known["threads"], remarks)
+    page = as_page(found, known["machine"], known["threads"])
     (options.docs / "speed.md").write_text(page)
     say(f"wrote {options.docs}/speed.md, .json and .png")
 

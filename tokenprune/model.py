@@ -27,7 +27,7 @@ from tokenprune.program import PATHS, Path, Programs, Route
 from tokenprune.pruning_trace import PruningTrace, StageTrace
 from tokenprune.recipe import Recipe
 from tokenprune.stages import StageContext
-from tokenprune.tracing.kept import buffers_kept
+from tokenprune.tracing.kept import Unset, buffers_kept, still_unset
 from tokenprune.tracing.traced import Traced, no_autocast_cache, trace_call
 
 ADDED = (PREDICTORS, BYPASSES)
@@ -58,6 +58,8 @@ class Pruning:
     """Whether outputs that hold tokens come back in place; None refuses such outputs."""
     watched: list[nn.Module]
     """Modules whose `training` flag the host's Python code may read."""
+    blank: Unset
+    """What `unset` found when the host was wrapped."""
     programs: dict[Any, Programs] = field(default_factory=dict)
     overrides: Overrides = field(default_factory=Overrides)
 
@@ -246,7 +248,9 @@ class PrunedModel(nn.Module):
     def _analyse(self, arguments: Mapping[str, Any], traced: Traced | None) -> Programs:
         pruning = self._pruning
         final = pruning.spec.norm or pruning.spec.blocks[-1]
-        traced = traced or trace_host(pruning.host, pruning.spec, arguments)
+        if traced is None:
+            with still_unset(pruning.blank):
+                traced = trace_host(pruning.host, pruning.spec, arguments)
         with no_autocast_cache(), buffers_kept(pruning.host):
             return Programs.analyse(
                 pruning.host,

@@ -19,6 +19,7 @@ from tokenprune.plan import bind
 from tokenprune.predictor import TokenPredictor, light_branch
 from tokenprune.recipe import RecipeSource, load_recipe
 from tokenprune.suggest import suggest_recipe
+from tokenprune.tracing.kept import unset
 from tokenprune.verify import kept_modes
 from tokenprune.verify import verify as verify_model
 
@@ -99,6 +100,7 @@ def wrap(
         plan=plan,
         call=call,
         restore=restore,
+        blank=unset(model),
         watched=[m for m in model.modules() if not type(m).__module__.startswith("torch.nn")],
     )
     with kept_modes(wrapped):

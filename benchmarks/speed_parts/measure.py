@@ -20,7 +20,7 @@ __all__ = ["How", "SpeedRow", "measure"]
 
 How = Literal["eager", "compile"]
 MOST_ROUNDS, FEWEST_ROUNDS = 15, 3
-SHARE_ROUNDS = 5
+SHARE_ROUNDS = 3
 
 
 @dataclass(frozen=True)

@@ -30,16 +30,16 @@ pruned forward. Bars, for columnar hosts in eager mode: at least 1.00 x the boun
 
 ![speed-up against the bound](speed.png)
 """
+REMARKS = """"""
 
 
-def as_page(rows: Sequence[SpeedRow], machine: str, threads: int, remarks: str) -> str:
+def as_page(rows: Sequence[SpeedRow], machine: str, threads: int) -> str:
     """The document.
 
     Args:
         rows: measured.
         machine: in words.
         threads: of torch.
-        remarks: Markdown after the tables.
     """
     parts = [HEAD.format(machine=machine, threads=threads), _bars(rows)]
     for how in ("eager", "compile"):
@@ -47,7 +47,7 @@ def as_page(rows: Sequence[SpeedRow], machine: str, threads: int, remarks: str) 
         if own:
             title = "Eager" if how == "eager" else "`torch.compile(dynamic=True)` on both sides"
             parts.append(f"## {title}\n\n{_table(own)}\n")
-    return "\n".join([*parts, remarks])
+    return "\n".join([*parts, REMARKS])
 
 
 def _bars(rows: Sequence[SpeedRow]) -> str:

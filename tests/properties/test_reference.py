@@ -311,4 +311,5 @@ def test_training_is_the_papers(name: str, seed: int, ratio_weight: float) -> No
             scale = torch.stack(
                 [g.norm() for k, g in zip(trained, theirs, strict=True) if k.startswith(predictor)]
             ).norm()
-        assert (found - gradient).norm() <= PARITY * scale + 1e-12, key
+        # 1e-9: a predictor may get as little as 1e-6, and the published eps of 1e-6 shows in that
+        assert (found - gradient).norm() <= PARITY * scale + 1e-9, key

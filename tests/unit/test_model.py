@@ -252,3 +252,30 @@ def test_loading_says_what_is_missing_and_what_is_too_much(model: Any) -> None:
     assert found.unexpected_keys == ["token_bypasses.1.0.weight"]
     with pytest.raises(RuntimeError, match=r"Missing key.*head\.bias"):
         model.load_state_dict({key: value for key, value in state.items() if key != "head.bias"})
+
+
+class KeepsItsTable(timm.models.vision_transformer.VisionTransformer):
+    """Keeps the table of the length it saw last."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(dynamic_img_size=True, **options)
+        self.table: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        length = x.shape[-1]
+        if self.table is None or len(self.table) != length:
+            self.table = torch.arange(length).sin()
+        return super().forward(x + self.table)
+
+
+def test_what_the_host_kept_from_a_call_of_its_own_is_no_part_of_a_trace() -> None:
+    host = build(KeepsItsTable).eval()
+    model = tokenprune.wrap(host, RECIPE, verify=False)
+    larger = torch.randn(2, 3, 48, 48)
+    wanted = model(larger)
+    again = tokenprune.wrap(build(KeepsItsTable).eval(), RECIPE, verify=False)
+    again.load_state_dict(model.state_dict())
+    pruning_of(again).host(larger)
+    kept = pruning_of(again).host.table
+    assert torch.equal(again(larger), wanted)
+    assert pruning_of(again).host.table is kept

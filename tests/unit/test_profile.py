@@ -1,4 +1,4 @@
-"""`profile` counts what eval runs: against the published figures, by hand, and against torch."""
+"""`profile` counts what eval runs: by hand, and against torch; published figures are elsewhere."""
 
 import sys
 from typing import Any
@@ -18,18 +18,6 @@ STAGES: dict[str, Any] = {"version": 1, "schedule": {"blocks": [1, 2], "keep_rat
 counting = sys.modules["tokenprune.profile"]  # the name `tokenprune.profile` is the function
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2}
 
-# GMACs of the authors' eval code (docs/published.md), by keep ratio.
-PUBLISHED = {
-    "deit-small": {0.7: 2.98, 0.9: 4.04, 0.8: 3.46, 0.5: 2.23},
-    "deit-base": {0.7: 11.48},
-    "swin-tiny": {0.7: 4.04},
-}
-HOSTS = {
-    "deit-small": ("deit_small_patch16_224", 4.6),
-    "deit-base": ("deit_base_patch16_224", 17.6),
-    "swin-tiny": ("swin_tiny_patch4_window7_224", 4.5),
-}
-
 
 def vit(**options: Any) -> nn.Module:
     return timm.create_model("vit_tiny_patch16_224", **{**SMALL, **options}).eval()
@@ -43,19 +31,6 @@ def wrapped(host: nn.Module, recipe: Any = STAGES, **options: Any) -> Any:
 def small() -> Any:
     """A wrapped host that takes several image sizes; no test changes it."""
     return wrapped(vit(num_classes=5, dynamic_img_size=True))
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_published_figures(name: str) -> None:
-    registry_name, dense = HOSTS[name]
-    model = wrapped(timm.create_model(registry_name), f"dynamicvit-{name}-k0.7")
-    for ratio, gmacs in PUBLISHED[name].items():
-        if ratio != 0.7:
-            model.set_keep_ratio(ratio)
-        counted = profile(model)
-        assert counted.gmacs == pytest.approx(gmacs, rel=0.01)
-        assert counted.dense_gmacs == pytest.approx(dense, rel=0.01)
-        assert counted.ratio == pytest.approx(gmacs / dense, rel=0.02)
 
 
 def vit_macs(tokens: list[int], dim: int, hidden: int, patches: int, classes: int) -> int:

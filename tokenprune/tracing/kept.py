@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["attributes_kept", "buffers_kept", "caches_emptied"]
+__all__ = ["Unset", "attributes_kept", "buffers_kept", "caches_emptied", "still_unset", "unset"]
 
 
 @contextmanager
@@ -43,6 +43,29 @@ def caches_emptied(root: nn.Module) -> Iterator[None]:
             if "cache" in name and isinstance(value, dict) and _all_tensors(value):
                 value.clear()
     yield
+
+
+Unset = list[tuple[nn.Module, str]]
+
+
+def unset(root: nn.Module) -> Unset:
+    """The attributes of a host that are None: some get a tensor in the first call."""
+    return [(m, name) for m in root.modules() for name, value in vars(m).items() if value is None]
+
+
+@contextmanager
+def still_unset(attributes: Unset) -> Iterator[None]:
+    """Show a trace None where a host has kept a tensor since (the table of its newest length): the
+    next call may put another one there, so it is no constant of a graph."""
+    found = [(m, name, vars(m).get(name)) for m, name in attributes]
+    kept = [(m, name, value) for m, name, value in found if isinstance(value, torch.Tensor)]
+    for module, name, _ in kept:
+        vars(module)[name] = None
+    try:
+        yield
+    finally:
+        for module, name, value in kept:
+            vars(module)[name] = value
 
 
 def _all_tensors(values: dict[Any, Any]) -> bool:
