@@ -60,9 +60,9 @@ the policy's gradient is from the exact way's in float64, relative to that one's
 
 {verdict}
 """
-VERDICT = """Only the two exact ways let no dropped token through: log(policy) has no value for 0, so
-it takes an eps, which leaks, and as a channel it cannot spare a query its own key. Of the exact ways
-the first is the faster and keeps no [L, L] tensor, so that is the operator
+VERDICT = """Only the two exact ways let no dropped token through: log(policy) has no value for 0,
+so it takes an eps, which leaks, and as a channel it cannot spare a query its own key. Of the exact
+ways the first is the faster and keeps no [L, L] tensor, so that is the operator
 (`tokenprune/ops/attention.py`)."""
 
 
