@@ -24,7 +24,7 @@ Saved = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor, Ten
 _LARGEST = 1e18
 # Entries of a slice of logits. On CPU a slice should stay in the cache; elsewhere, and where a
 # compiler would unroll the loop, it only has to be small beside the activations.
-_SLICE_CPU = 1 << 18
+_SLICE_CPU = 1 << 19
 _SLICE = 1 << 26
 # Products of low-precision factors with all bits of the sum: torch 2.8 and later, CUDA.
 _BMM_WIDENS = hasattr(torch.ops.aten.bmm, "dtype_out") and torch.version.hip is None
