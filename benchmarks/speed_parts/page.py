@@ -60,6 +60,9 @@ def as_page(rows: Sequence[SpeedRow], machine: str, threads: int) -> str:
         if own:
             title = "Eager" if how == "eager" else "`torch.compile(dynamic=True)` on both sides"
             parts.append(f"## {title}\n\n{_table(own)}\n")
+            others = {row.host for row in rows} - {row.host for row in own}
+            if others:
+                parts.append(f"Not measured so: {', '.join(sorted(others))}.\n")
     return "\n".join([*parts, REMARKS])
 
 

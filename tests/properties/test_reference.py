@@ -6,13 +6,13 @@ published families with random weights.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
 import timm
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -23,6 +23,7 @@ from tests.properties.reference import (
     Weights,
     gumbel_noise,
     loss_parts,
+    policy_softmax,
     run_columnar,
 )
 from tests.properties.reference_swin import Swin, run_swin
@@ -253,7 +254,9 @@ def train_reference(
 ) -> tuple[Result, dict[str, Tensor], Tensor]:
     """The same of the reference."""
     family = FAMILIES[name]
-    result = family.reference(weights, images, noise=gumbel_noise(seed))
+    # a predictor's gradient may be as small as the published 1e-6: with less, formulas are compared
+    softmax = {"softmax": partial(policy_softmax, eps=1e-8)} if family.mode == "remove" else {}
+    result = family.reference(weights, images, noise=gumbel_noise(seed), **softmax)
     lv = name == "lvvit"
     parts = loss_parts(
         result.logits,
@@ -272,6 +275,7 @@ def train_reference(
 
 @families
 @given(seed=seeds, ratio_weight=st.sampled_from([0.0, 2.0, 10.0]))
+@example(seed=1318, ratio_weight=0.0)
 def test_training_is_the_papers(name: str, seed: int, ratio_weight: float) -> None:
     """Same decisions, loss parts and gradients, at the scale of fresh weights.
 
@@ -311,5 +315,4 @@ def test_training_is_the_papers(name: str, seed: int, ratio_weight: float) -> No
             scale = torch.stack(
                 [g.norm() for k, g in zip(trained, theirs, strict=True) if k.startswith(predictor)]
             ).norm()
-        # 1e-9: a predictor may get as little as 1e-6, and the published eps of 1e-6 shows in that
-        assert (found - gradient).norm() <= PARITY * scale + 1e-9, key
+        assert (found - gradient).norm() <= PARITY * scale + 1e-12, key
