@@ -41,8 +41,9 @@ __all__ = ["Result", "Task", "main", "tasks"]
 
 ROOT = Path(__file__).parents[1]
 RECIPE = "fashion-mnist-k0.7"
-DENSE_EPOCHS = 6
-DENSE_BATCH = 128
+DENSE_EPOCHS = 8
+DENSE_BATCH = 64
+DENSE_RATE = 2e-3
 RATIOS = (0.7, 0.5, 0.9, 0.8, 0.6)
 # In the order in which they are trained: what the bars ask for first.
 ARMS = ("learned", "random", "no distillation", "class attention")
@@ -180,7 +181,15 @@ class Bench:
 
     def _dense(self, task: Task, recipe: Recipe, data: DataBundle) -> nn.Module:
         host = self._host(recipe, data)
-        pretrain(host, data, DENSE_EPOCHS, batch_size=DENSE_BATCH, warmup_epochs=1, seed=task.seed)
+        pretrain(
+            host,
+            data,
+            DENSE_EPOCHS,
+            batch_size=DENSE_BATCH,
+            learning_rate=DENSE_RATE,
+            warmup_epochs=1,
+            seed=task.seed,
+        )
         save_file(host.state_dict(), self.weights(task.seed))
         return tokenprune.wrap(host, recipe)
 

@@ -27,6 +27,7 @@ __all__ = [
 
 _Ratio = Annotated[float, Field(gt=0, le=1)]
 _Share = Annotated[float, Field(ge=0, le=1)]
+_Area = Annotated[float, Field(gt=0, le=1)]
 _Block = Annotated[int, Field(ge=0)]
 _Weight = Annotated[float, Field(ge=0)]
 
@@ -40,6 +41,12 @@ def _plain(value: Any) -> Any:
                 f"found {type(item).__name__}"
             )
     return value
+
+
+def _check_crop_scale(scale: tuple[float, float]) -> tuple[float, float]:
+    if scale[0] > scale[1]:
+        raise ValueError(f"{scale[0]} is larger than {scale[1]}; the smaller share comes first")
+    return scale
 
 
 _Plain = Annotated[Any, AfterValidator(_plain)]
@@ -167,6 +174,8 @@ class TrainSection(Section):
         random_erasing: probability per image.
         rand_augment: policy in timm's notation, such as `rand-m9-mstd0.5-inc1`; null = off.
         color_jitter: strength; 0 = off. timm ignores it where `rand_augment` is on.
+        crop_scale: smallest and largest share of the area in a random crop; null = 0.08 to 1, and
+            0.6 to 1 for digits and idx files.
         ema_decay: of the weight average; null = off.
         clip_grad: largest gradient norm; null = off.
         mixed_precision: `no`, `bf16` or `fp16`.
@@ -190,6 +199,10 @@ class TrainSection(Section):
     random_erasing: _Share = 0.0
     rand_augment: Annotated[str, Field(pattern=r"^rand(-[a-z]+[0-9.]+)+$")] | None = None
     color_jitter: Annotated[float, Field(ge=0)] = 0.0
+    crop_scale: (
+        Annotated[tuple[_Area, _Area], Field(strict=False), AfterValidator(_check_crop_scale)]
+        | None
+    ) = None
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     clip_grad: Annotated[float, Field(gt=0)] | None = None
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"

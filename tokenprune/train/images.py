@@ -168,7 +168,7 @@ def train_transform(
         std: of each channel.
         interpolation: of the resize.
         wishes: the recipe's section.
-        crops: what may be cut away.
+        crops: what may be cut away, where the recipe leaves it open.
     """
     from timm.data import create_transform
 
@@ -178,7 +178,7 @@ def train_transform(
         mean=mean,
         std=std,
         interpolation=interpolation,
-        scale=crops.scale,
+        scale=wishes.crop_scale or crops.scale,
         ratio=crops.ratio,
         hflip=0.5 if crops.flip else 0.0,
         color_jitter=wishes.color_jitter,
