@@ -91,7 +91,14 @@ class TokenPredictor(nn.Module):
         features = self.in_proj(hide_dropped(tokens, decision, 1))
         local, shared = features.split([self.dim // 2, self.dim - self.dim // 2], dim=-1)
         context = masked_mean(shared, decision, 1, keepdim=True)
-        logits = self.out_proj(torch.cat([local, context.expand_as(shared)], dim=-1))
+        first: nn.Linear
+        first, *rest = self.out_proj  # type: ignore[assignment]
+        # the shared half goes through the first layer once an image instead of once a token, which
+        # leaves out a seventh of a predictor's arithmetic
+        own, common = first.weight[:, : local.shape[-1]], first.weight[:, local.shape[-1] :]
+        logits = F.linear(local, own) + F.linear(context, common, first.bias)
+        for layer in rest:
+            logits = layer(logits)
         wide = torch.promote_types(logits.dtype, torch.float32)
         return F.log_softmax(logits, dim=-1, dtype=wide)
 
