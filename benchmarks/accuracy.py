@@ -2,7 +2,8 @@
 
     python -m benchmarks.accuracy --data FOLDER                 all of it, some hours on two cores
     python -m benchmarks.accuracy --data FOLDER --minutes 60    an hour of it; go on with the same
-    python -m benchmarks.accuracy --data FOLDER --arms random   some arms, beside another process
+    python -m benchmarks.accuracy --data FOLDER --arms random   some arms, beside another process;
+                                                                --ratios likewise
     python -m benchmarks.accuracy --data FOLDER --render-only   write docs/accuracy.* again
 
 FOLDER holds the four idx files of Fashion-MNIST. What was trained is kept in --work and not trained
@@ -231,6 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     bench = Bench(options.data, options.work)
     todo = [task for task in tasks(range(options.seeds)) if task not in bench.results]
     todo = [task for task in todo if task.arm in options.arms and not options.render_only]
+    todo = [task for task in todo if task.keep_ratio in (*options.ratios, 1.0)]
     say(f"{len(bench.results)} trainings there, {len(todo)} to do, {_estimate(todo, bench)}")
     started = time.perf_counter()
     for task in todo:
@@ -284,6 +286,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=1, help="how many, from 0")
     every = ("dense", "dense longer", *ARMS)
     parser.add_argument("--arms", nargs="+", choices=every, default=every, help="which ones")
+    parser.add_argument(
+        "--ratios", nargs="+", type=float, choices=RATIOS, default=RATIOS, help="which ones"
+    )
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start none later")
     parser.add_argument("--render-only", action="store_true", help="train nothing")
     return parser.parse_args(arguments)

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 import tokenprune
 from benchmarks.fidelity import table
@@ -27,8 +26,7 @@ from tokenprune.cli.runs import prepare, reopen, write_input
 from tokenprune.model import pruning_of
 from tokenprune.recipe import Recipe, load_recipe
 from tokenprune.report.measure import interleaved
-from tokenprune.train import DataBundle, evaluate, fit, pretrain
-from tokenprune.train.hosts import class_logits
+from tokenprune.train import DataBundle, evaluate, fit, kept_tokens, pretrain
 
 __all__ = ["main"]
 
@@ -65,20 +63,6 @@ def trained(work: Path, dense_epochs: int, epochs: int) -> Path:
     return folder
 
 
-def evaluated(model: Any, data: DataBundle) -> tuple[float, Tensor]:
-    """Accuracy on the held-out images, and how many tokens each keeps after each stage [B, S]."""
-    correct, kept = 0, []
-    loader: DataLoader[Any] = DataLoader(data.eval, batch_size=256)
-    with torch.no_grad():
-        for batch in loader:
-            output, trace = model(batch["pixel_values"], return_trace=True)
-            logits = class_logits(output, data.num_classes)
-            correct += int((logits.argmax(1) == batch["labels"]).sum())
-            kept.append(torch.stack([stage.decision.sum(1) for stage in trace.stages], dim=1))
-    counts = torch.cat(kept)
-    return correct / len(counts), counts
-
-
 def same_cost(costs: tokenprune.ImageMacs, counts: Tensor, patches: tuple[int, ...]) -> list[int]:
     """Fixed counts in the proportions of the means, whose cost is nearest to the mean cost."""
     target, means = float(costs(counts).mean()), counts.double().mean(0)
@@ -97,7 +81,7 @@ def accuracies(model: Any, data: DataBundle) -> list[dict[str, Any]]:
     rows = []
     for threshold in THRESHOLDS:
         model.set_threshold(threshold)
-        accuracy, counts = evaluated(model, data)
+        accuracy, counts = evaluate(model, data), kept_tokens(model, data)
         mean = counts.double().mean(0)
         if not 1.5 < float(mean[-1]) < 0.98 * patches[-1]:
             continue
@@ -115,7 +99,7 @@ def accuracies(model: Any, data: DataBundle) -> list[dict[str, Any]]:
                 "dearest": float(macs.quantile(0.9)),
                 "kept": mean.tolist(),
                 "fixed": fixed,
-                "fixed_accuracy": evaluated(model, data)[0],
+                "fixed_accuracy": evaluate(model, data),
                 "fixed_macs": float(costs(torch.tensor([fixed]))),
             }
         )

@@ -20,11 +20,11 @@ POINTS = 100
 BARS = ((0.7, 0.3, 31.0), (0.5, 1.0, 0.0))
 HEAD = """# Accuracy on real images
 
-Fashion-MNIST: 60,000 images to train on, 10,000 to test on, 28 x 28 pixels, ten classes; a ViT of
-12 blocks, 64 channels and 49 patch tokens (`recipes/fashion-mnist-k0.7.yaml`). The dense host is
-trained once ({dense}); every other row starts from it and is trained
-for {epochs} on all the images. Accuracy is that of all test images, with tokens really removed.
-Made by
+Fashion-MNIST: 60,000 images to train on, 10,000 to test on, 28 x 28 pixels, ten classes; a small
+LV-ViT of 12 blocks, 32 channels and 49 patch tokens (`recipes/fashion-mnist-k0.7.yaml`). The dense
+host is trained once ({dense}); every other row starts from it and is
+trained for {epochs} on all the images. Accuracy is that of all test images, with tokens really
+removed. One standard error of an accuracy of 90 % on 10,000 images is 0.3 points. Made by
 
     python -m benchmarks.accuracy --data FOLDER
 
@@ -117,7 +117,7 @@ def draw(results: Sequence["Result"], file: Path) -> None:
         axes.plot(across, up, marker="o", label=arm)
     axes.set_xlabel("GMACs of an image")
     axes.set_ylabel("accuracy on the test images, %")
-    axes.set_title("Fashion-MNIST, ViT of 12 blocks")
+    axes.set_title("Fashion-MNIST, LV-ViT of 12 blocks")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(file, dpi=130)

@@ -126,6 +126,30 @@ def test_eval_by_another_ratio_and_path(trained: Path) -> None:
     assert gmacs(result.stdout, "pruned (gather)") < usual
 
 
+def test_eval_by_a_threshold_counts_what_its_images_cost(trained: Path) -> None:
+    """At a threshold that all tokens pass, and at one that none passes: one token is left."""
+    paths = ("--path", "gather", "--path", "dense")
+    everything = run("eval", trained, *paths, "--threshold", "0.000001").stdout
+    dense = gmacs(everything, "nothing pruned")
+    assert gmacs(everything, "pruned (gather)") > dense  # the predictors
+    assert gmacs(everything, "pruned (gather)") == pytest.approx(dense, rel=0.1)
+    nothing = run("eval", trained, *paths, "--threshold", "0.999999").stdout
+    fewest = run("eval", trained, *paths, "--keep-ratio", "0.01").stdout
+    assert gmacs(nothing, "pruned (gather)") == gmacs(fewest, "pruned (gather)") < dense
+    cost = gmacs(nothing, "pruned (gather)")
+    assert f"mean of images that cost {cost} to {cost} GMACs" in nothing
+
+
+def test_a_ratio_and_a_threshold_are_one_too_many(trained: Path) -> None:
+    for command in ("eval", "visualize"):
+        result = run(command, trained, "--threshold", "0.5", "--keep-ratio", "0.5")
+        assert result.exit_code == 2
+        assert "Give one of them." in result.stderr
+        result = run(command, trained, "--threshold", "1.5")
+        assert result.exit_code == 2
+        assert "asked for threshold=1.5" in result.stderr
+
+
 def test_visualize(trained: Path, tmp_path: Path) -> None:
     result = run("visualize", trained, "--count", "3", "--tile", "64")
     assert result.exit_code == 0, result.output

@@ -23,10 +23,13 @@ def evaluate(
     keep_ratio: Annotated[
         str, typer.Option(help="Prune by another ratio: 0.7, or one for each stage: 0.7,0.5.")
     ] = "",
+    threshold: Annotated[
+        float | None, typer.Option(help="Keep the tokens whose keep probability is above it.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per forward.")] = 256,
 ) -> None:
     """Evaluate a checkpoint on held-out images."""
-    from tokenprune.cli.runs import keep_ratios, reopen
+    from tokenprune.cli.runs import prune_by, reopen
     from tokenprune.cli.scores import score_table
 
     chosen = [known for known in PATHS if known in (path or ("gather", "dense"))]
@@ -35,8 +38,7 @@ def evaluate(
         raise HostError(f"There is no path {unknown[0]!r}. Choose among {', '.join(PATHS)}.")
     with working("loading"):
         run = reopen(checkpoint, data)
-        if keep_ratio:
-            run.model.set_keep_ratio(keep_ratios(keep_ratio))  # type: ignore[operator]
+        prune_by(run.model, keep_ratio, threshold)
     with working("evaluating"):
         table = score_table(run.model, run.data, chosen, batch_size)
     show(table)

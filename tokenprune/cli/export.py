@@ -62,7 +62,7 @@ def export(
     ] = 7,
 ) -> None:
     """Write a model as it runs in eval, any batch size; checked against the model itself."""
-    from tokenprune.cli.runs import keep_ratios
+    from tokenprune.cli.runs import prune_by
 
     asked = format_of(output or "", format or None) if format or output else "onnx"
     given: dict[str, Any] = {"--recipe": recipe, "--option": option, "--adapter": adapter}
@@ -72,8 +72,7 @@ def export(
             wrapped = _from_checkpoint(Path(model), given)
         else:
             wrapped = _from_name(model, recipe, option or [], adapter, pretrained, host_weights)
-        if keep_ratio:
-            wrapped.set_keep_ratio(keep_ratios(keep_ratio))
+        prune_by(wrapped, keep_ratio)
     target = output or Path(f"{Path(model.rpartition(':')[2]).name}.{asked}")
     with working(f"exporting to {asked}"):
         report = write(wrapped, target, asked)

@@ -28,6 +28,7 @@ __all__ = [
     "keep_ratios",
     "load_host_weights",
     "prepare",
+    "prune_by",
     "reopen",
     "reopen_model",
     "write_input",
@@ -195,6 +196,29 @@ def reopen_model(directory: Path) -> Any:
         in_chans=noted.settings["in_chans"],
     )
     return load(directory, host)
+
+
+def prune_by(model: Any, keep_ratio: str, threshold: float | None = None) -> None:
+    """Prune as two options of a command say; as the checkpoint does if neither is given.
+
+    Args:
+        model: What `wrap` returned.
+        keep_ratio: As for `keep_ratios`; "" if not given. Goes back from a threshold to counts.
+        threshold: As for `set_threshold`; None if not given.
+
+    Raises:
+        PlanError: Both are given, or one is out of range.
+    """
+    if keep_ratio and threshold is not None:
+        raise PlanError(
+            "--keep-ratio keeps equally many tokens of every image, --threshold those that each "
+            "image's predictor wants. Give one of them."
+        )
+    if keep_ratio:
+        model.set_threshold(None)
+        model.set_keep_ratio(keep_ratios(keep_ratio))
+    elif threshold is not None:
+        model.set_threshold(threshold)
 
 
 def keep_ratios(text: str) -> float | list[float]:

@@ -4,10 +4,12 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from tokenprune.image_macs import ImageMacs
+from tokenprune.model import pruning_of
 from tokenprune.profile import profile
 from tokenprune.program import Path
 from tokenprune.report.table import Table
-from tokenprune.train import DataBundle, evaluate
+from tokenprune.train import DataBundle, evaluate, kept_tokens
 
 __all__ = ["PATH_NAMES", "score_table"]
 
@@ -33,8 +35,13 @@ def score_table(
         batch_size: Images per forward.
     """
     counted = profile(model)
+    pruned, note = f"{counted.gmacs:.4g}", ""
+    if "gather" in paths and pruning_of(model).plan.threshold is not None:
+        costs = ImageMacs(model)(kept_tokens(model, data, batch_size)) / 1e9
+        pruned = f"{costs.mean():.4g}"
+        note = f"mean of images that cost {costs.min():.4g} to {costs.max():.4g} GMACs"
     gmacs = {
-        "gather": f"{counted.gmacs:.4g}",
+        "gather": pruned,
         "mask": "as dense, and more",
         "dense": f"{counted.dense_gmacs:.4g}",
     }
@@ -48,4 +55,4 @@ def score_table(
     )
     images = len(data.eval)  # type: ignore[arg-type]
     title = f"{images} held-out images of {data.name}"
-    return Table(title, ("path", "accuracy", "GMACs"), rows)
+    return Table(title, ("path", "accuracy", "GMACs"), rows, note)

@@ -26,14 +26,16 @@ def visualize(
     keep_ratio: Annotated[
         str, typer.Option(help="Prune by another ratio: 0.7, or one for each stage: 0.7,0.5.")
     ] = "",
+    threshold: Annotated[
+        float | None, typer.Option(help="Keep the tokens whose keep probability is above it.")
+    ] = None,
 ) -> None:
     """Draw held-out images, stage by stage, with dropped patches dimmed."""
-    from tokenprune.cli.runs import keep_ratios, reopen
+    from tokenprune.cli.runs import prune_by, reopen
 
     with working("loading"):
         run = reopen(checkpoint, data)
-        if keep_ratio:
-            run.model.set_keep_ratio(keep_ratios(keep_ratio))  # type: ignore[operator]
+        prune_by(run.model, keep_ratio, threshold)
     with working("drawing"):
         picture = draw(run.model, run.data, count, tile)
     target = output or checkpoint / "pruning.png"

@@ -10,7 +10,7 @@ from tokenprune.errors import MissingDependencyError
 
 if TYPE_CHECKING:
     from tokenprune.train.data import DataBundle, load_data
-    from tokenprune.train.evaluation import evaluate
+    from tokenprune.train.evaluation import evaluate, kept_tokens
     from tokenprune.train.fitting import FitResult, fit
     from tokenprune.train.folders import DataError
     from tokenprune.train.hosts import build_host, input_settings
@@ -26,6 +26,7 @@ __all__ = [
     "evaluate",
     "fit",
     "input_settings",
+    "kept_tokens",
     "load_data",
     "pretrain",
 ]
@@ -39,6 +40,7 @@ _HOMES = {
     "evaluate": "evaluation",
     "fit": "fitting",
     "input_settings": "hosts",
+    "kept_tokens": "evaluation",
     "load_data": "data",
     "pretrain": "pretraining",
 }

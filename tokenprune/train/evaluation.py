@@ -7,18 +7,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from tokenprune.errors import NotWrappedError
-from tokenprune.model import PrunedModel
+from tokenprune.model import PrunedModel, pruning_of
 from tokenprune.program import Path
 from tokenprune.train.data import DataBundle
 from tokenprune.train.folders import DataError
 from tokenprune.train.hosts import class_logits
 from tokenprune.verify import kept_modes
 
-__all__ = ["Score", "evaluate", "score"]
+__all__ = ["Score", "evaluate", "kept_tokens", "score"]
 
 
 @dataclass
@@ -64,6 +64,34 @@ def evaluate(
     return score(model, images, everything, data.num_classes, path, batch_size).accuracy
 
 
+def kept_tokens(model: nn.Module, data: DataBundle, batch_size: int = 256) -> Tensor:
+    """How many patch tokens each image of `data.eval` keeps after each stage in eval.
+
+    They differ between images where a threshold chooses; `ImageMacs` says what that costs.
+
+    Args:
+        model: what `wrap` returned; left in the mode it was in.
+        data: what `load_data` returned.
+        batch_size: images per forward; does not change the result.
+
+    Returns:
+        [images, stages].
+
+    Raises:
+        NotWrappedError: `model` is not wrapped.
+        DataError: there is no image to evaluate on.
+    """
+    pruning_of(model)
+    device = next(model.parameters()).device
+    counts = []
+    with kept_modes(model), torch.no_grad(), _on(model, "gather"):
+        model.eval()
+        for batch in _batches(data.eval, batch_size):
+            _, trace = model(batch["pixel_values"].to(device), return_trace=True)
+            counts.append(torch.stack([stage.decision.sum(1) for stage in trace.stages], dim=1))
+    return torch.cat(counts)
+
+
 def score(
     model: nn.Module,
     images: Dataset[Any],
@@ -74,26 +102,26 @@ def score(
     num_workers: int = 0,
 ) -> Score:
     """Sums over the chosen images; see `evaluate`."""
-    if not chosen:
-        raise DataError("There is no image to evaluate on. Give data with an evaluation part.")
     device = next(model.parameters()).device
-    # a generator of its own: a loader without one draws from the global one, which training needs
-    loader: DataLoader[Any] = DataLoader(
-        Subset(images, chosen),
-        batch_size=batch_size,
-        num_workers=num_workers,
-        generator=torch.Generator(),
-    )
     total = Score()
     with kept_modes(model), torch.no_grad(), _on(model, path):
         model.eval()
-        for batch in loader:
+        for batch in _batches(Subset(images, chosen), batch_size, num_workers):
             labels = batch["labels"].to(device)
             logits = class_logits(model(batch["pixel_values"].to(device)), num_classes).float()
             total.correct += int((logits.argmax(1) == labels).sum())
             total.loss += float(F.cross_entropy(logits, labels, reduction="sum"))
             total.images += len(labels)
     return total
+
+
+def _batches(images: Dataset[Any], batch_size: int, num_workers: int = 0) -> DataLoader[Any]:
+    if not len(images):  # type: ignore[arg-type]
+        raise DataError("There is no image to evaluate on. Give data with an evaluation part.")
+    # a generator of its own: a loader without one draws from the global one, which training needs
+    return DataLoader(
+        images, batch_size=batch_size, num_workers=num_workers, generator=torch.Generator()
+    )
 
 
 def _on(model: nn.Module, path: Path | None) -> AbstractContextManager[Any]:
