@@ -121,10 +121,23 @@ class Bench:
         self.folder, self.work = data, work
         work.mkdir(parents=True, exist_ok=True)
         self.path = work / "results.jsonl"
+        self._check_recipe()
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         found = [Result(**json.loads(line)) for line in lines]
         self.results = {result.task: result for result in found}
         self._data: DataBundle | None = None
+
+    def _check_recipe(self) -> None:
+        """Refuse results of another recipe: they do not belong in one table."""
+        now = f"# dense: {DENSE_EPOCHS} epochs, batch {DENSE_BATCH}, rate {DENSE_RATE}\n"
+        now += load_recipe(RECIPE).to_yaml()
+        noted = self.work / "recipe.yaml"
+        if not self.path.exists():
+            noted.write_text(now)
+        elif not noted.exists() or noted.read_text() != now:
+            raise SystemExit(
+                f"{self.work} holds trainings of another {RECIPE} ({noted}). Give another --work."
+            )
 
     def recipe(self, task: Task) -> Recipe:
         """The shipped recipe at a ratio and seed, with the losses of an arm."""

@@ -48,7 +48,7 @@ batches, sorting and the predictors' small layers are what is lost.
 
 def trained(work: Path, dense_epochs: int, epochs: int) -> Path:
     """A checkpoint on digits whose images were free to differ in how many tokens they keep."""
-    folder = work / "checkpoint"
+    folder = work / f"checkpoint-{dense_epochs}-{epochs}"
     if (folder / "recipe.yaml").exists():
         return folder
     mapping = load_recipe(RECIPE).model_dump(mode="json", exclude_none=True)

@@ -85,15 +85,15 @@ def margins(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     nested = pruning_of(model).plan.mode == "remove"
     _, trace = model(**inputs, return_trace=True)
     batch_size = next(v for v in inputs.values() if isinstance(v, Tensor)).shape[0]
-    least = torch.full((batch_size,), float("inf"))
+    least = torch.full((batch_size,), float("inf"), device="cpu")
     there = trace.real
     for stage in trace.stages:
         score, kept = stage.keep_logits[..., 0].float(), stage.decision > 0.5
-        there = torch.ones_like(kept) if there is None else there
-        last = score.masked_fill(~(kept & there), float("inf")).amin(dim=1)
-        first = score.masked_fill(kept | ~there, float("-inf")).amax(dim=1)
+        choice = torch.ones_like(kept) if there is None else there
+        last = score.masked_fill(~(kept & choice), float("inf")).amin(dim=1)
+        first = score.masked_fill(kept | ~choice, float("-inf")).amax(dim=1)
         least = torch.minimum(least, (last - first).cpu())
-        there = there & kept if nested else there
+        there = choice & kept if nested else None
     return least
 
 
@@ -107,7 +107,7 @@ def _decided(
     """The inputs with the widest margins among several batches, and those margins [B]."""
     rows = _batched(example)
     pool: dict[str, list[Tensor]] = {name: [] for name in rows}
-    margin = torch.empty(0)
+    margin = torch.empty(0, device="cpu")
     for _ in range(ROUNDS):
         drawn = _draw(model, example, batch_size, generator)
         margin = torch.cat([margin, margins(model, drawn)])
@@ -137,11 +137,12 @@ def _draw(
         high = known[name].high if name in known else None
         if like.is_floating_point():
             spread, mean = torch.std_mean(like.double().cpu())
-            value = torch.randn(shape, generator=generator) * spread + mean
+            value = torch.randn(shape, generator=generator, device="cpu") * spread + mean
         elif high is not None:
-            value = torch.randint(0, high, shape, generator=generator)
+            value = torch.randint(0, high, shape, generator=generator, device="cpu")
         else:
-            value = like.cpu()[torch.randint(0, len(like), (batch_size,), generator=generator)]
+            rows = torch.randint(0, len(like), (batch_size,), generator=generator, device="cpu")
+            value = like.cpu()[rows]
         drawn[name] = value.to(like.device, like.dtype)
     return drawn
 

@@ -37,9 +37,9 @@ def draw_inputs(spec: ArchSpec, host: nn.Module, batch_size: int) -> dict[str, t
         if example.ones:
             value = torch.ones(shape, dtype=torch.long)
         elif example.high is not None:
-            value = torch.randint(0, example.high, shape, generator=generator)
+            value = torch.randint(0, example.high, shape, generator=generator, device="cpu")
         else:
-            value = torch.randn(shape, generator=generator).to(like.dtype)
+            value = torch.randn(shape, generator=generator, device="cpu").to(like.dtype)
         drawn[name] = value.to(like.device)
     return drawn
 

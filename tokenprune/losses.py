@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Shaped
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from tokenprune.errors import PlanError
@@ -152,6 +152,7 @@ class PruningLoss:
         teacher_logits: Float[Tensor, "B C"] | None = None,
         student_tokens: Float[Tensor, "B N D"] | None = None,
         teacher_tokens: Float[Tensor, "B N D"] | None = None,
+        real: Bool[Tensor, "B N"] | None = None,
     ) -> tuple[Float[Tensor, ""], Mapping[str, Float[Tensor, ""]]]:
         """The loss of a batch; a part whose weight is 0 is not computed.
 
@@ -162,6 +163,7 @@ class PruningLoss:
             teacher_logits: needed unless the weight `distill_logits` is 0.
             student_tokens: final patch tokens; needed unless the weight `distill_tokens` is 0.
             teacher_tokens: as `student_tokens`.
+            real: the trace's; which tokens are no padding, all if None.
 
         Returns:
             The weighted sum, and each part by the name of its weight, unweighted and detached.
@@ -173,7 +175,7 @@ class PruningLoss:
         if self.classification:
             parts["classification"] = self.criterion(_wide(logits), target)
         if self.ratio:
-            parts["ratio"] = ratio_loss(decisions, self.keep_ratios, self.ratio_per_image)
+            parts["ratio"] = ratio_loss(decisions, self.keep_ratios, self.ratio_per_image, real)
         if self.distill_logits:
             if teacher_logits is None:
                 raise self._lacks("distill_logits", "teacher_logits")

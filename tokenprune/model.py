@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from tokenprune.arch import ArchSpec
 from tokenprune.errors import HostError, KeepIndicesError, NotWrappedError, PlanError
 from tokenprune.inputs import CallSignature, ExampleInputs, named_inputs
-from tokenprune.ops.ragged import in_order, one_hot
+from tokenprune.ops.ragged import in_order
 from tokenprune.ops.selection import check_keep_indices
 from tokenprune.passes.base import PREDICTORS
 from tokenprune.passes.bypass import BYPASSES
 from tokenprune.plan import Plan
 from tokenprune.program import PATHS, Path, Programs, Route
-from tokenprune.pruning_trace import PruningTrace, StageTrace
+from tokenprune.pruning_trace import PruningTrace, stage_traces
 from tokenprune.recipe import Recipe
 from tokenprune.stages import StageContext
 from tokenprune.tracing.kept import Unset, buffers_kept, still_unset
@@ -32,6 +32,8 @@ from tokenprune.tracing.traced import Traced, no_autocast_cache, trace_call
 
 ADDED = (PREDICTORS, BYPASSES)
 OWN = (*ADDED, "_pruning", "forward")
+# What belongs to one nn.Module object: its tables, and what compile, replicas and hooks keep there.
+OF_THE_OBJECT = {*vars(nn.Module()), "_compiled_call_impl", "_former_parameters", "_is_replica"}
 
 __all__ = ["ADDED", "PrunedModel", "pruned_class", "pruning_of", "trace_host"]
 
@@ -86,6 +88,11 @@ class PrunedModel(nn.Module):
         Returns:
             What the host returns; with `return_trace`, a pair of that and the trace.
         """
+        if "_is_replica" in self.__dict__:
+            raise HostError(
+                "nn.DataParallel runs replicas of a model in threads, which a wrapped model is not "
+                "made for. Use DistributedDataParallel, one process a device (torchrun)."
+            )
         pruning = self._pruning
         path = pruning.overrides.path or ("mask" if self.training else "gather")
         forced = pruning.overrides.keep_indices is not None
@@ -110,7 +117,7 @@ class PrunedModel(nn.Module):
         output, records, tokens, real = program.run(self, context, **tensors)
         if not return_trace:
             return output
-        traces = _stage_traces(route, records, programs)
+        traces = stage_traces(route, records, programs)
         return output, PruningTrace(traces, tokens, real)
 
     @contextmanager
@@ -130,15 +137,15 @@ class PrunedModel(nn.Module):
             generator: Source of the Gumbel noise, on the model's device.
 
         Raises:
-            ValueError: There is no such path.
+            HostError: There is no such path.
             KeepIndicesError: The sets are out of range, repeated, not nested, or of a wrong shape.
         """
         if path is not None and path not in PATHS:
-            raise ValueError(f"There is no path {path!r}. Choose one of {', '.join(PATHS)}.")
+            raise HostError(f"There is no path {path!r}. Choose one of {', '.join(PATHS)}.")
         was = self._pruning.overrides
         forced = None
         if keep_indices is not None:
-            forced = tuple(in_order(k) for k in _checked_sets(self._pruning, keep_indices))
+            forced = tuple(map(_trimmed, _checked_sets(self._pruning, keep_indices)))
         self._pruning.overrides = Overrides(
             path or was.path, forced or was.keep_indices, generator or was.generator
         )
@@ -186,6 +193,14 @@ class PrunedModel(nn.Module):
         """
         own = {key: value for key, value in state_dict.items() if key.startswith(ADDED)}
         rest = {key: value for key, value in state_dict.items() if key not in own}
+        homeless = [key for key in own if key.partition(".")[0] not in self._modules]
+        if strict and homeless:
+            mode = self._pruning.plan.mode
+            raise RuntimeError(
+                f"The weights hold {homeless[0]!r}, which a {type(self).__name__} wrapped in mode "
+                f"{mode!r} does not have: they are of another mode. Wrap the host in that mode, or "
+                "pass strict=False."
+            )
         found = self._pruning.host.load_state_dict(rest, strict=strict, assign=assign)
         for name in ADDED if own else ():
             part = {k.removeprefix(f"{name}."): v for k, v in own.items() if k.startswith(name)}
@@ -198,9 +213,14 @@ class PrunedModel(nn.Module):
         return found
 
     def __setattr__(self, name: str, value: Any) -> None:
+        state = self.__dict__
+        shared = "_pruning" in state and "_is_replica" not in state and _is_of_the_host(name)
+        before = state.get(name, ...) if shared else ...
         super().__setattr__(name, value)
-        if "_pruning" in self.__dict__ and not name.startswith(OWN):
+        if shared:
             setattr(self._pruning.host, name, value)  # a new head, or a mode, is the host's too
+            if name != "training" and name in self.__dict__ and not _same(before, value):
+                self._pruning.programs.clear()  # its code may have decided by it
 
     def _get_name(self) -> str:
         return f"TokenPruned[{type(self).__name__}]"
@@ -288,6 +308,17 @@ class PrunedModel(nn.Module):
         )
 
 
+def _is_of_the_host(name: str) -> bool:
+    if name == "training":
+        return True
+    return not (name.startswith((*OWN, "__")) or name in OF_THE_OBJECT)
+
+
+def _same(before: Any, after: Any) -> bool:
+    plain = (bool, int, float, str, type(None), tuple)
+    return before is after or (type(before) is type(after) in plain and before == after)
+
+
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _prepare(model: PrunedModel, path: Path, names: tuple[str, ...], *values: Any) -> bool:
     """Trace and rewrite while torch.compile looks on, so that it finds a program and reads on.
@@ -337,34 +368,11 @@ def _checked_sets(pruning: Pruning, sets: Sequence[Tensor]) -> Sequence[Tensor]:
     return sets
 
 
-def _stage_traces(
-    path: Route, records: Sequence[tuple[Tensor, Tensor]], programs: Programs
-) -> list[StageTrace]:
-    if path == "mask":
-        return [
-            StageTrace(logits, decision, None, decision.detach().sum(dim=1).mean())
-            for logits, decision in records
-        ]
-    ragged = path == "ragged"
-    stages, before = [], None
-    patches_seen = programs.num_patches[: len(records)]  # the dense path has no stages
-    for (logits, kept), patches in zip(records, patches_seen, strict=True):
-        if before is not None and programs.plan.mode == "remove":
-            logits = _spread(logits, before, patches)
-        decision = one_hot(kept, logits.new_zeros(logits.shape[0], patches))
-        count = decision.sum(dim=1).mean() if ragged else kept.shape[1]
-        stages.append(StageTrace(logits, decision, kept, count))
-        before = kept
-    return stages
-
-
-def _spread(logits: Tensor, kept: Tensor, num_patches: int) -> Tensor:
-    """[B, N, 2] of [B, K, 2]: removed tokens have no logits of their own any more."""
-    gone = torch.tensor([float("-inf"), 0.0], device=logits.device, dtype=logits.dtype)
-    everyone = gone.expand(logits.shape[0], num_patches + 1, 2)
-    places = torch.where(kept < 0, num_patches, kept)  # padding goes behind the last
-    spread = everyone.scatter(1, places.unsqueeze(-1).expand(-1, -1, 2), logits)
-    return spread[:, :num_patches]
+def _trimmed(kept: Tensor) -> Tensor:
+    """A set [B, K] in order, without columns that say -1 for every image."""
+    kept = in_order(kept)
+    longest = int((kept >= 0).sum(1).max()) if kept.numel() else 0
+    return kept[:, : max(longest, 1)]
 
 
 @cache

@@ -1,6 +1,6 @@
 """The small network that says which tokens can leave."""
 
-from typing import Literal
+from typing import Literal, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -91,16 +91,24 @@ class TokenPredictor(nn.Module):
         features = self.in_proj(hide_dropped(tokens, decision, 1))
         local, shared = features.split([self.dim // 2, self.dim - self.dim // 2], dim=-1)
         context = masked_mean(shared, decision, 1, keepdim=True)
-        first: nn.Linear
-        first, *rest = self.out_proj  # type: ignore[assignment]
-        # the shared half goes through the first layer once an image instead of once a token, which
-        # leaves out a seventh of a predictor's arithmetic
-        own, common = first.weight[:, : local.shape[-1]], first.weight[:, local.shape[-1] :]
-        logits = F.linear(local, own) + F.linear(context, common, first.bias)
+        first, *rest = self.out_proj
+        if _is_plain(first):
+            # the shared half goes through the first layer once an image instead of once a token,
+            # which leaves out a seventh of a predictor's arithmetic
+            own, common = first.weight.tensor_split((local.shape[-1],), dim=1)
+            logits = F.linear(local, own) + F.linear(context, common, first.bias)
+        else:
+            both = [local, context.expand(-1, local.shape[1], -1)]
+            logits = first(torch.cat(both, dim=-1))
         for layer in rest:
             logits = layer(logits)
         wide = torch.promote_types(logits.dtype, torch.float32)
         return F.log_softmax(logits, dim=-1, dtype=wide)
+
+
+def _is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether it is the linear layer we made: not quantised, adapted, pruned or hooked since."""
+    return type(layer) is nn.Linear and not (layer._forward_hooks or layer._forward_pre_hooks)
 
 
 def light_branch(

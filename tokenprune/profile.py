@@ -174,9 +174,11 @@ def profile(model: nn.Module, example_inputs: ExampleInputs | None = None) -> Pr
 
 def _programs(model: nn.Module, example_inputs: ExampleInputs | None) -> Programs:
     if example_inputs is None:
-        for programs in pruning_of(model).programs.values():
-            if _serves(programs, model):
-                return programs  # the signature that `wrap` traced
+        known = list(pruning_of(model).programs.values())
+        usual = [_shapes(programs) == _shapes(known[0]) for programs in known]
+        for programs, like_wrap in zip(known, usual, strict=True):
+            if like_wrap and _serves(programs, model):
+                return programs
     return cast(PrunedModel, model)._programs(pruning_of(model).inputs(example_inputs))
 
 
@@ -188,6 +190,12 @@ def _dense(model: nn.Module, programs: Programs, inputs: Mapping[str, Any]) -> "
         host_graph = _Count(model, programs, {n: n for n in programs.traced.entries.values()})
         known[shapes] = host_graph.over(programs.traced.graph, inputs)
     return known[shapes]
+
+
+def _shapes(programs: Programs) -> list[tuple[int, ...]]:
+    """Of the inputs of one image; the first signature is the one that `wrap` traced."""
+    values = [n.meta["val"] for n in programs.traced.graph.nodes if n.op == "placeholder"]
+    return [tuple(value.shape[1:]) for value in values]
 
 
 def _serves(programs: Programs, model: nn.Module) -> bool:

@@ -1,10 +1,15 @@
 """What happened to the tokens in one call: returned beside the output by `return_trace=True`."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-__all__ = ["PruningTrace", "StageTrace"]
+from tokenprune.ops.ragged import one_hot
+from tokenprune.program import Programs, Route
+
+__all__ = ["PruningTrace", "StageTrace", "stage_traces"]
 
 
 @dataclass
@@ -46,3 +51,34 @@ class PruningTrace:
     stages: list[StageTrace]
     patch_tokens: Tensor
     real: Tensor | None = None
+
+
+def stage_traces(
+    path: Route, records: Sequence[tuple[Tensor, Tensor]], programs: Programs
+) -> list[StageTrace]:
+    """What a program recorded of each stage, in terms of the original patch tokens."""
+    if path == "mask":
+        return [
+            StageTrace(logits, decision, None, decision.detach().sum(dim=1).mean())
+            for logits, decision in records
+        ]
+    ragged = path == "ragged"
+    stages, before = [], None
+    patches_seen = programs.num_patches[: len(records)]  # the dense path has no stages
+    for (logits, kept), patches in zip(records, patches_seen, strict=True):
+        if before is not None and programs.plan.mode == "remove":
+            logits = _spread(logits, before, patches)
+        decision = one_hot(kept, logits.new_zeros(logits.shape[0], patches))
+        count = decision.sum(dim=1).mean() if ragged else kept.shape[1]
+        stages.append(StageTrace(logits, decision, kept, count))
+        before = kept
+    return stages
+
+
+def _spread(logits: Tensor, kept: Tensor, num_patches: int) -> Tensor:
+    """[B, N, 2] of [B, K, 2]: removed tokens have no logits of their own any more."""
+    gone = torch.tensor([float("-inf"), 0.0], device=logits.device, dtype=logits.dtype)
+    everyone = gone.expand(logits.shape[0], num_patches + 1, 2)
+    places = torch.where(kept < 0, num_patches, kept)  # padding goes behind the last
+    spread = everyone.scatter(1, places.unsqueeze(-1).expand(-1, -1, 2), logits)
+    return spread[:, :num_patches]

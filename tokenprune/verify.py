@@ -108,12 +108,13 @@ class _Proof:
         images may keep different numbers of tokens, they do."""
         generator = torch.Generator().manual_seed(0)
         device = next(iter(self.tensors.values())).device
-        kept, sets = torch.empty(self.batch_size, 0), list[Tensor]()
+        kept, sets = torch.empty(self.batch_size, 0, device="cpu"), list[Tensor]()
         for patches in self.num_patches:
             if not sets or self.programs.plan.mode == "bypass":  # where tokens leave, sets nest
-                kept = torch.arange(patches).expand(self.batch_size, -1)
+                kept = torch.arange(patches, device="cpu").expand(self.batch_size, -1)
             count = max(1, min(kept.shape[1] - 1, round(kept.shape[1] * 0.65)))
-            rank = torch.rand(kept.shape, generator=generator) + (kept < 0)  # padding last
+            rank = torch.rand(kept.shape, generator=generator, device="cpu")
+            rank = rank + (kept < 0)  # padding last
             kept = self._shortened(in_order(kept.gather(1, rank.argsort(dim=1)[:, :count])))
             sets.append(kept.to(device))
         return tuple(sets)
@@ -123,9 +124,9 @@ class _Proof:
         if self.pruned != "ragged":
             return kept
         most = (kept >= 0).sum(1, keepdim=True)
-        every_other = torch.arange(self.batch_size)[:, None] % 2
+        every_other = torch.arange(self.batch_size, device="cpu")[:, None] % 2
         fewer = (most - every_other * (most // 4).clamp_min(1)).clamp_min(1)
-        return in_order(kept.where(torch.arange(kept.shape[1]) < fewer, -1))
+        return in_order(kept.where(torch.arange(kept.shape[1], device="cpu") < fewer, -1))
 
     def _run(self, path: Route, context: StageContext | None = None) -> list[Tensor]:
         """The output of a path; on the random kept sets, and then kept, if no context is given."""

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from tokenprune.arch import ArchSpec, describe
 from tokenprune.errors import (
@@ -101,7 +102,7 @@ def wrap(
         call=call,
         restore=restore,
         blank=unset(model),
-        watched=[m for m in model.modules() if not type(m).__module__.startswith("torch.nn")],
+        watched=[module for module in model.modules() if _decides_by_mode(module)],
     )
     with kept_modes(wrapped):
         wrapped.eval()
@@ -133,12 +134,19 @@ def unwrap(model: nn.Module) -> nn.Module:
     return pruning_of(model).host
 
 
+def _decides_by_mode(module: nn.Module) -> bool:
+    """Whether a module's `training` flag may decide what is traced, or how it is rewritten."""
+    looked_at = isinstance(module, _BatchNorm | nn.MultiheadAttention)
+    return looked_at or not type(module).__module__.startswith("torch.nn")
+
+
 def _shell(host: nn.Module) -> PrunedModel:
     """An object of the wrapped class around the host's own parameters, buffers and submodules."""
     cls = pruned_class(type(host))  # type: ignore[arg-type]
     wrapped = cls.__new__(cls)
     wrapped.__dict__.update(host.__dict__)
     wrapped.__dict__["_modules"] = dict(host._modules)
+    wrapped.__dict__.pop("_compiled_call_impl", None)  # a host compiled in place would run instead
     for name, value in host.__dict__.items():
         if name.endswith("_hooks") or "_hooks_with_" in name or "_hooks_always_" in name:
             wrapped.__dict__[name] = value.copy()

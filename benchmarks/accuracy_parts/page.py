@@ -43,7 +43,7 @@ def as_page(results: Sequence["Result"]) -> str:
     if not results:
         return "# Accuracy on real images\n\nNothing is measured yet.\n"
     parts = []
-    for seed in sorted({result.seed for result in results}):
+    for seed in sorted({result.seed for result in results if result.arm == "dense"}):
         parts.append(f"## Seed {seed}\n\n{_table([r for r in results if r.seed == seed])}")
     epochs = next((r.epochs for r in results if r.arm != "dense"), 0)
     dense = ", ".join(

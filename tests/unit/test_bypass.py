@@ -7,6 +7,7 @@ from torch import nn
 
 import tokenprune
 from tokenprune.errors import PlanError, UnsupportedHostError
+from tokenprune.export_check import margins
 from tokenprune.model import pruning_of
 from tokenprune.ops.bypass import (
     Layout,
@@ -239,3 +240,17 @@ def test_a_cube_of_tokens_is_read_as_its_block_reads_it(
     assert len(set(marker.meta["val"].shape[1:])) == 1
     assert programs.grids[0].layout.channels_first == channels_first
     assert "failed while attempting" not in caplog.text
+
+
+@torch.no_grad()
+def test_the_margin_of_stages_on_two_grids(host: nn.Module) -> None:
+    recipe = {"version": 1, "mode": "bypass", "schedule": {"blocks": [0, 2], "keep_ratio": 0.5}}
+    model = tokenprune.wrap(host, recipe, verify=False).eval()
+    inputs = {"x": torch.randn(2, 3, 64, 64)}
+    _, trace = model(**inputs, return_trace=True)
+    gaps = []
+    for stage in trace.stages:
+        score = stage.keep_logits[..., 0].sort(dim=1, descending=True).values
+        last = score.shape[1] // 2 if stage is trace.stages[0] else score.shape[1] // 4
+        gaps.append(score[:, last - 1] - score[:, last])
+    torch.testing.assert_close(margins(model, inputs), torch.stack(gaps).amin(0))

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 import tokenprune
 from tokenprune.cli import main
 from tokenprune.cli.app import app
-from tokenprune.cli.hosts import parse_options, recipe_for, split_name
+from tokenprune.cli.hosts import host_section, parse_options, recipe_for, split_name
 from tokenprune.errors import HostError
 
 SMALL_VIT = ["depth=4", "embed_dim=32", "num_heads=2", "img_size=32", "patch_size=8"]
@@ -175,6 +175,16 @@ def test_names_of_models() -> None:
 def test_options_are_yaml() -> None:
     given = ["depths=[2, 2]", "drop=0.1", "name=a=b", "flag=false"]
     assert parse_options(given) == {"depths": [2, 2], "drop": 0.1, "name": "a=b", "flag": False}
+
+
+def test_options_are_read_as_recipes_are() -> None:
+    assert parse_options(["eps=1e-6", "pool=no"]) == {"eps": 1e-6, "pool": "no"}
+    with pytest.raises(HostError, match=r"value of option .* cannot be read"):
+        parse_options(["x=[1"])
+    with pytest.raises(HostError, match="names no host: kwargs"):
+        host_section("timm:vit_tiny_patch16_224", ["x=[[1]]"])
+    with pytest.raises(HostError, match="names no host: model"):
+        host_section("timm:", [])
 
 
 def spec(mode: Any, *blocks: str) -> tokenprune.ArchSpec:

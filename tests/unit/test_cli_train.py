@@ -1,6 +1,7 @@
 """train, eval, visualize and demo, from the command line to the files they write."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import tokenprune
 from tokenprune.cli.app import app
 from tokenprune.cli.runs import keep_ratios
 from tokenprune.errors import PlanError
+from tokenprune.train import pretraining
 
 VIT = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 3, "num_heads": 2}
 RECIPE = """
@@ -327,3 +329,55 @@ def test_the_demo(recipe: Path, tmp_path: Path) -> None:
         assert str(output / name) in result.stdout
         assert (output / name).exists()
     assert run("eval", output / "checkpoint").exit_code == 0
+
+
+def test_eval_on_other_images_takes_all_of_them(trained: Path, tmp_path: Path) -> None:
+    others = draw_images(tmp_path / "others", "cat", "dog", count=7)
+    assert "14 held-out images of others" in run("eval", trained, "--data", others).stdout
+
+
+def test_a_checkpoint_that_knows_no_images(trained: Path, images: Path, tmp_path: Path) -> None:
+    """What `tokenprune.save` and `convert` write: the published normalisation, and a note."""
+    bare = tmp_path / "bare"
+    shutil.copytree(trained, bare)
+    (bare / "input.json").unlink()
+    result = run("eval", bare)
+    assert result.exit_code == 2
+    assert "does not say on which images it was trained" in result.stderr
+    result = run("eval", bare, "--data", images)
+    assert result.exit_code == 0, result.output
+    assert "20 held-out images" in result.stdout
+    assert "prepared as for the host's published weights" in result.stderr
+
+
+def test_dense_epochs_are_trained_unless_there_is_a_whole_checkpoint(
+    recipe: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that was killed while it wrote its first checkpoint starts all over."""
+    calls: list[int] = []
+    pretrain = pretraining.pretrain
+
+    def counted(host: Any, data: Any, epochs: int, **rest: Any) -> Any:
+        calls.append(epochs)
+        return pretrain(host, data, epochs, **rest)
+
+    monkeypatch.setattr(pretraining, "pretrain", counted)
+    line = ("train", recipe, "--data", images, "--output", tmp_path / "run", "--dense-epochs", "1")
+    for _ in range(2):
+        assert run(*line).exit_code == 0
+        assert calls == [1]
+    for mark in (tmp_path / "run").glob("checkpoint-*/whole"):
+        mark.unlink()
+    assert run(*line).exit_code == 0
+    assert calls == [1, 1]
+
+
+def test_faults_are_found_before_the_dense_host_is_trained(
+    recipe: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pretraining, "pretrain", None)
+    line = ("train", recipe, "--data", images, "--output", tmp_path / "r", "--dense-epochs", "1")
+    assert "train.epochs" in run(*line, "--epochs", "0").stderr
+    other = tmp_path / "other.yaml"
+    other.write_text(RECIPE.replace("[1, 2]", "[1, 7]") + HOST)
+    assert "block 7" in run("train", other, *line[2:]).stderr

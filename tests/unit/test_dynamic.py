@@ -259,3 +259,15 @@ def test_a_host_that_mixes_images_runs_in_one_bucket() -> None:
     output, _ = halve(model, x=x)
     with torch.no_grad(), model.using("mask"):
         assert difference(model(x), output) < 1e-5
+
+
+@torch.no_grad()
+def test_forced_sets_may_have_more_padding_than_any_image_needs(deit: Any) -> None:
+    first = torch.tensor([[0, 2, 5, 7, -1, -1], [1, 3, -1, -1, -1, -1]])
+    second = torch.tensor([[2, 7, -1, -1], [3, -1, -1, -1]])
+    with deit.using(keep_indices=[first, second]):
+        wide, trace = deit(images(2), return_trace=True)
+    with deit.using(keep_indices=[first[:, :4], second[:, :2]]):
+        narrow = deit(images(2))
+    assert torch.equal(wide, narrow)
+    assert [stage.keep_indices.shape[1] for stage in trace.stages] == [4, 2]

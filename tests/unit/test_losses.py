@@ -174,3 +174,12 @@ def test_the_fields_are_those_of_a_recipe() -> None:
 
     loss = PruningLoss(keep_ratios=(0.7,), **LossSection().model_dump())
     assert loss == PruningLoss(keep_ratios=(0.7,))
+
+
+def test_the_whole_loss_counts_shares_of_real_tokens() -> None:
+    """Half of the tokens are padding; of the others three in four are kept, as they should be."""
+    real = torch.arange(8).expand(B, -1) < 4
+    decision = (torch.arange(8).expand(B, -1) < 3).float()
+    loss = PruningLoss(keep_ratios=(0.75,), classification=0, distill_logits=0, distill_tokens=0)
+    assert loss(torch.zeros(B, 2), torch.zeros(B).long(), [decision], real=real)[0].item() == 0
+    assert loss(torch.zeros(B, 2), torch.zeros(B).long(), [decision])[0].item() > 0.1

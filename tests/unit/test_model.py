@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 import tokenprune
 from tokenprune.errors import HostError, KeepIndicesError, PlanError
@@ -279,3 +280,38 @@ def test_what_the_host_kept_from_a_call_of_its_own_is_no_part_of_a_trace() -> No
     kept = pruning_of(again).host.table
     assert torch.equal(again(larger), wanted)
     assert pruning_of(again).host.table is kept
+
+
+def test_what_belongs_to_one_module_object_stays_there(model: Any) -> None:
+    """`compile`, parametrisations and replicas write into the object they are called on."""
+    host = tokenprune.unwrap(model)
+    kind, pruned = type(host), model(IMAGES)
+    model.compile(backend="eager")
+    assert host._compiled_call_impl is None
+    model._compiled_call_impl = None
+    parametrize.register_parametrization(model, "pos_embed", nn.Identity())
+    assert type(host) is kind
+    replica = model._replicate_for_data_parallel()
+    replica.cls_token = torch.zeros(1, 1, 16)
+    assert host.cls_token.requires_grad
+    assert "blocks" in dict(host.named_children())
+    torch.testing.assert_close(model(IMAGES), pruned)
+    with pytest.raises(HostError, match="Use DistributedDataParallel, one process a device"):
+        replica(IMAGES)
+
+
+def test_an_attribute_that_changes_is_read_in_every_mode(model: Any) -> None:
+    """What `reset_classifier` sets decides in the host's Python code: eval must see it too."""
+    model.reset_classifier(5, global_pool="avg")
+    with model.using("gather", keep_indices=[torch.arange(16).expand(2, -1)] * 2):
+        torch.testing.assert_close(model(IMAGES), tokenprune.unwrap(model)(IMAGES))
+
+
+def test_loading_weights_of_another_mode(model: Any) -> None:
+    bypassed = tokenprune.wrap(build(), {**RECIPE, "mode": "bypass"}, verify=False)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        bypassed.cls_token.add_(1)
+    with pytest.raises(RuntimeError, match=r"'token_bypasses.*wrapped in mode 'remove' does not"):
+        model.load_state_dict(bypassed.state_dict())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

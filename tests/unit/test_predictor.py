@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from tokenprune.predictor import TokenPredictor
 
@@ -148,3 +149,30 @@ def test_an_image_is_scored_alone() -> None:
     for image in range(3):
         alone = predictor(tokens[image : image + 1], decision[image : image + 1])
         torch.testing.assert_close(alone[0], together[image])
+
+
+@pytest.mark.parametrize("dim", [1, 2, 7])
+def test_a_first_layer_that_was_replaced_or_hooked_is_called(dim: int) -> None:
+    """Quantisation, adapters and pruning tools put something else there, or hook it."""
+    predictor, tokens = TokenPredictor(dim), torch.randn(B, N, dim)
+    decision = (torch.arange(N) < 3).float().expand(B, -1)
+    wanted = predictor(tokens, decision)
+    calls: list[int] = []
+    handle = predictor.out_proj[0].register_forward_hook(lambda *_: calls.append(1))
+    torch.testing.assert_close(predictor(tokens, decision), wanted)
+    assert calls == [1]
+    handle.remove()
+
+    class Doubled(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    other = Doubled(dim, predictor.out_proj[0].out_features)
+    other.load_state_dict(predictor.out_proj[0].state_dict())
+    predictor.out_proj[0] = other
+    doubled = predictor(tokens, decision)
+    predictor.out_proj[0] = nn.Linear(dim, other.out_features)
+    with torch.no_grad():
+        predictor.out_proj[0].weight.copy_(2 * other.weight)
+        predictor.out_proj[0].bias.copy_(2 * other.bias)
+    torch.testing.assert_close(doubled, predictor(tokens, decision))

@@ -197,3 +197,11 @@ def test_inputs_that_do_not_fit(small: Any) -> None:
         profile(small, torch.zeros(1, 3, 42, 42))
     with pytest.raises(HostError, match="at least one tensor"):
         profile(small, {})
+
+
+def test_a_model_that_was_moved_and_trained_is_counted_as_it_was_wrapped() -> None:
+    model = wrapped(vit(num_classes=5, dynamic_img_size=True))
+    usual = profile(model)
+    model.double().train()
+    model(torch.randn(2, 3, 48, 48, dtype=torch.float64))
+    assert profile(model) == usual

@@ -2,6 +2,7 @@
 
 import math
 import re
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -234,3 +235,46 @@ def test_values_are_let_go_after_their_last_use() -> None:
 
     list(run(host, graph, {"x": torch.zeros(1)}, step))
     assert alive == [1, 1, 1]
+
+
+def test_other_threads_run_torch_as_it_is_while_a_host_is_traced() -> None:
+    """A trace patches torch; another thread computes and differentiates meanwhile."""
+    inside, done = threading.Event(), threading.Event()
+
+    class Waits(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            inside.set()
+            assert done.wait(20)
+            return x + torch.arange(4)
+
+    class Squared(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.save_for_backward(x)
+            return x * x
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return 2 * ctx.saved_tensors[0] * grad
+
+    host = Waits()
+    graphs: list[fx.Graph] = []
+
+    def trace() -> None:
+        graphs.append(trace_call(host, host.forward, {"x": torch.ones(2, 4)}, ()).graph)
+
+    thread = threading.Thread(target=trace)
+    thread.start()
+    try:
+        assert inside.wait(20)
+        layer, leaf = nn.Linear(4, 4), torch.arange(4.0, requires_grad=True)
+        output = Squared.apply(layer(leaf.expand(2, -1)))
+        output.sum().backward()
+    finally:
+        done.set()
+        thread.join()
+    assert type(output) is Tensor
+    assert leaf.grad is not None
+    (graph,) = graphs
+    assert [n.op for n in graph.nodes if n.op != "call_function"] == ["placeholder", "output"]
+    assert len(graph.nodes) == 4  # arange and the sum

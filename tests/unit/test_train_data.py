@@ -165,7 +165,7 @@ def test_file_that_is_no_image_is_named(tmp_path: Path) -> None:
 
 
 def test_arguments_out_of_range(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"held_out must lie in \(0, 1\), got 1\.5"):
+    with pytest.raises(DataError, match=r"held_out must lie in \(0, 1\], got 1\.5"):
         load_data(tmp_path, 8, held_out=1.5)
     with pytest.raises(DataError, match=r"mean has 1 numbers and std 3, .* 3 channels"):
         load_data(None, 8, mean=(0.5,))
@@ -217,3 +217,8 @@ def test_idx_files_that_are_missing_cut_off_or_uneven_are_refused(tmp_path: Path
     (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(b"no gzip")
     with pytest.raises(DataError, match=r"Cannot read .*t10k-images-idx3-ubyte.gz"):
         load_data(tmp_path, 8, in_chans=1)
+
+
+def test_all_of_a_folder_is_to_evaluate_on(tmp_path: Path) -> None:
+    data = load_data(folder(tmp_path, {"cat": 3, "dog": 1}), 16, held_out=1)
+    assert (len(data.train), len(data.eval)) == (0, 4)

@@ -1,6 +1,7 @@
 """`fit`: what a run minimises, moves, logs, evaluates and refuses."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import tokenprune
 from tokenprune.errors import CheckpointError, NotWrappedError, PlanError, RecipeError
 from tokenprune.losses import PruningLoss
 from tokenprune.model import PrunedModel
-from tokenprune.train import DataBundle, PruningTrainer, evaluate, fit, pretrain
+from tokenprune.train import DataBundle, DataError, PruningTrainer, evaluate, fit, pretrain
 from tokenprune.train.arguments import training_arguments
 from tokenprune.train.image_trainer import ImageTrainer
 
@@ -341,3 +342,42 @@ def test_fp16_needs_an_accelerator(tmp_path: Path) -> None:
     chosen = recipe(mixed_precision="fp16")
     with pytest.raises(PlanError, match="'fp16', which needs an accelerator"):
         fit(None, wrapped(timm_host(), chosen), bundle(), tmp_path, progress=False)
+
+
+def test_checkpoints_of_another_program_are_not_deleted(tmp_path: Path) -> None:
+    """A dense host that was trained by plain transformers, say."""
+    theirs = tmp_path / "checkpoint-500" / "model.safetensors"
+    theirs.parent.mkdir()
+    theirs.write_text("weights")
+    chosen = recipe(epochs=1)
+    with pytest.raises(CheckpointError, match="holds checkpoint-500, which another program wrote"):
+        fit(None, wrapped(timm_host(), chosen), bundle(), tmp_path)
+    assert theirs.read_text() == "weights"
+    fit(None, wrapped(timm_host(), chosen), bundle(), tmp_path, resume=False)
+    assert not theirs.exists()
+
+
+def test_other_images_are_another_run(tmp_path: Path) -> None:
+    """As many images in as many classes: MNIST and Fashion-MNIST, say."""
+    chosen, data = recipe(epochs=1), bundle()
+    fit(None, wrapped(timm_host(), chosen), data, tmp_path)
+    for other, says in (
+        ({"class_names": ("cat", "dog", "fox")}, "classes: "),
+        ({"mean": (0.4, 0.5, 0.5)}, "mean: "),
+        ({"train": Labelled(data.train)}, "labels: "),
+    ):
+        with pytest.raises(CheckpointError, match=says):
+            fit(None, wrapped(timm_host(), chosen), replace(data, **other), tmp_path)
+
+
+class Labelled(list[Any]):
+    """A data set that tells its labels apart from its images."""
+
+    labels = (2, 1, 0)
+
+
+def test_data_without_images_to_evaluate_on_is_refused_at_once(tmp_path: Path) -> None:
+    chosen = recipe(epochs=1)
+    with pytest.raises(DataError, match="has no image to evaluate on"):
+        fit(None, wrapped(timm_host(), chosen), replace(bundle(), eval=[]), tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -122,3 +122,13 @@ def test_logits_are_found_in_every_kind_of_output() -> None:
         class_logits(torch.zeros(2, 3, 4), 4)
     with pytest.raises(HostError, match="returned SimpleNamespace"):
         class_logits(SimpleNamespace(last_hidden_state=logits), 4)
+
+
+def test_a_host_without_a_size_of_its_own_takes_any() -> None:
+    """PVT's position is in its convolutions: timm builds it without an image size."""
+    kwargs = {"embed_dims": (8, 16, 16, 16), "num_heads": (1, 2, 2, 2), "depths": (1, 1, 1, 1)}
+    section = HostSection(library="timm", model="pvt_v2_b0", kwargs=kwargs)
+    host = build_host(section, 3, image_size=64).eval()
+    assert host(torch.zeros(2, 3, 64, 64)).shape == (2, 3)
+    cvt = HostSection(library="transformers", model="cvt")
+    assert input_settings(cvt)["image_size"] == 224

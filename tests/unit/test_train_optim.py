@@ -76,12 +76,12 @@ def test_groups_tell_new_parameters_from_the_hosts_and_decay_matrices_only(model
     found = {label: {names[id(p)] for p in group["params"]} for label, group in groups.items()}
 
     assert sum(len(group) for group in found.values()) == len(names)
-    assert groups["predictors"]["lr"] == 0.2
+    assert groups["new"]["lr"] == 0.2
     assert groups["host"]["lr"] == pytest.approx(0.02)
     assert groups["host"]["weight_decay"] == WISHES.weight_decay
     assert groups["host without decay"]["weight_decay"] == 0
-    assert "token_predictors.0.in_proj.1.weight" in found["predictors"]
-    assert "token_predictors.0.in_proj.1.bias" in found["predictors without decay"]
+    assert "token_predictors.0.in_proj.1.weight" in found["new"]
+    assert "token_predictors.0.in_proj.1.bias" in found["new without decay"]
     assert "blocks.0.attn.qkv.weight" in found["host"]
     # matrices in shape, but the host says no
     assert {"cls_token", "pos_embed", "norm.weight"} <= found["host without decay"]
@@ -181,3 +181,18 @@ def test_labels_are_smoothed_once() -> None:
     assert torch.equal(criterion(smooth)(logits, target), expected)
     assert criterion(TrainSection(label_smoothing=0.2, cutmix=1.0)) is F.cross_entropy
     assert criterion(TrainSection()) is F.cross_entropy
+
+
+def test_light_branches_are_new_too() -> None:
+    """They start at random like the predictors, and follow the predictors' rate."""
+    host = timm.create_model(
+        "deit_tiny_patch16_224", img_size=16, patch_size=8, embed_dim=16, depth=2, num_heads=2
+    )
+    recipe = {"version": 1, "mode": "bypass", "schedule": {"blocks": [1], "keep_ratio": 0.5}}
+    model = tokenprune.wrap(host, recipe, verify=False)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = parameter_groups(model, WISHES)
+    new = {names[id(p)] for g in groups if g["name"].startswith("new") for p in g["params"]}
+    added = ("token_predictors", "token_bypasses")
+    assert new == {name for name in names.values() if name.startswith(added)}
+    assert any(name.startswith("token_bypasses") for name in new)

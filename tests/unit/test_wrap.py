@@ -256,3 +256,18 @@ def test_names_at_the_top() -> None:
         assert getattr(tokenprune, name) is not None
     assert tokenprune.convert_dynamicvit is tokenprune.convert.convert_dynamicvit
     assert tokenprune.load_dynamicvit is tokenprune.convert.load_dynamicvit
+
+
+def test_a_host_that_was_compiled_in_place_is_pruned() -> None:
+    host = vit()
+    host.compile(backend="eager")
+    model = tokenprune.wrap(host, RECIPE).eval()
+    _, trace = model(torch.randn(2, 3, 32, 32), return_trace=True)
+    assert trace.stages[0].num_tokens < 16
+
+
+def test_a_default_device_does_not_matter() -> None:
+    host = vit()
+    with torch.device("meta"):
+        model = tokenprune.wrap(host, RECIPE)
+    assert {p.device.type for p in model.parameters()} == {"cpu"}

@@ -101,6 +101,12 @@ def test_training_reaches_everything_that_was_added(row: Row) -> None:
                 model(**row.inputs())
             for module in model.modules():
                 module.train(module.training and not isinstance(module, NORMS))
+            model(**row.inputs())
+            model.train()  # an epoch later, and nobody froze them again
+            with pytest.raises(LeakError, match="takes batch statistics over dropped tokens"):
+                model(**row.inputs())
+            for module in model.modules():
+                module.train(module.training and not isinstance(module, NORMS))
         out, trace = model(**row.inputs(), return_trace=True)
         (logits(out).square().mean() + sum(s.decision.mean() for s in trace.stages)).backward()
         for name, parameter in model.named_parameters():

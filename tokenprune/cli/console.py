@@ -14,7 +14,7 @@ from rich.text import Text
 
 from tokenprune.report.table import Table
 
-__all__ = ["bar", "say", "show", "show_error", "working"]
+__all__ = ["bar", "say", "show", "show_error", "warn", "working"]
 
 # A pipe has no width of its own, and tables must not be cut there.
 PIPE_WIDTH = 140
@@ -54,6 +54,11 @@ def show_error(error: Exception) -> None:
     """Print what went wrong, without a traceback."""
     text = Text.assemble(("error: ", "bold red"), str(error))
     _console(stderr=True).print(text, soft_wrap=True)
+
+
+def warn(message: str) -> None:
+    """Print what the user should know on standard error."""
+    _console(stderr=True).print(Text.assemble(("note: ", "bold"), message), soft_wrap=True)
 
 
 @contextmanager

@@ -1,20 +1,22 @@
 """Models named on the command line: `NAME`, `timm:NAME`, `transformers:CLASS` or `:TYPE`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import yaml
+from pydantic import ValidationError
 from torch import nn
 
 from tokenprune.arch import ArchSpec
 from tokenprune.errors import (
     HostError,
     MissingDependencyError,
+    RecipeError,
     UnsupportedHostError,
     did_you_mean,
 )
 from tokenprune.recipe import Recipe, list_recipes, load_recipe
 from tokenprune.recipe_schema import HostSection
+from tokenprune.recipe_yaml import load_yaml
 
 __all__ = ["build", "host_section", "parse_options", "recipe_for", "split_name"]
 
@@ -52,8 +54,8 @@ def parse_options(texts: Sequence[str]) -> dict[str, Any]:
         if not equals or not key.isidentifier():
             raise HostError(f"An option is written KEY=VALUE, such as img_size=32; found {text!r}.")
         try:
-            options[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+            options[key] = load_yaml(value, f"option {key}")
+        except RecipeError as error:
             raise HostError(f"The value of option {text!r} cannot be read: {error}") from error
     return options
 
@@ -66,15 +68,23 @@ def host_section(name: str, options: Sequence[str]) -> HostSection:
     """
     library, model = split_name(name)
     mapping = {"library": library, "model": model, "kwargs": parse_options(options)}
-    return HostSection.model_validate(mapping)
+    try:
+        return HostSection.model_validate(mapping)
+    except ValidationError as error:
+        faults = "; ".join(
+            f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()
+        )
+        raise HostError(f"{name!r} with options {list(options)} names no host: {faults}") from error
 
 
-def build(name: str, options: Sequence[str] = (), *, pretrained: bool = False) -> nn.Module:
+def build(
+    name: str, options: Sequence[str] | Mapping[str, Any] = (), *, pretrained: bool = False
+) -> nn.Module:
     """Build a host in eval mode.
 
     Args:
         name: As for `split_name`; for transformers a class or a model type.
-        options: KEY=VALUE for timm's `create_model` or the configuration.
+        options: For timm's `create_model` or the configuration: by name, or as texts KEY=VALUE.
         pretrained: With the published weights; timm only, where a name stands for some.
 
     Raises:
@@ -83,7 +93,7 @@ def build(name: str, options: Sequence[str] = (), *, pretrained: bool = False) -
         MissingDependencyError: The library is not installed.
     """
     library, model = split_name(name)
-    keywords = parse_options(options)
+    keywords = dict(options) if isinstance(options, Mapping) else parse_options(options)
     if pretrained and library != "timm":
         raise HostError(
             f"{name!r} names no published weights; only names of timm do. Give a file of weights, "

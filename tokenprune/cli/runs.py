@@ -1,6 +1,5 @@
 """What the commands that train and evaluate share: a recipe's host and images, and a saved run."""
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,11 +14,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 from tokenprune.checkpoint import load, saved_recipe
+from tokenprune.cli.console import warn
 from tokenprune.cli.hosts import build
 from tokenprune.errors import CheckpointError, PlanError
 from tokenprune.recipe import Recipe
 from tokenprune.recipe_schema import HostSection
 from tokenprune.train import DataBundle, DataError, build_host, input_settings, load_data
+from tokenprune.train.data import HELD_OUT
 
 __all__ = [
     "Run",
@@ -139,9 +140,9 @@ def load_host_weights(host: nn.Module, file: Path) -> None:
 
 def write_input(directory: Path, data: str | None, run: Run) -> None:
     """Note beside a checkpoint how its images were prepared, for `reopen`."""
+    directory.mkdir(parents=True, exist_ok=True)
     names = list(run.data.class_names)
-    folder = None if data in (None, "digits") else str(Path(str(data)).resolve())
-    noted = _Input(data=folder, settings=run.settings, class_names=names)
+    noted = _Input(data=_noted(data), settings=run.settings, class_names=names)
     (directory / INPUT).write_text(noted.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
@@ -150,20 +151,32 @@ def reopen(directory: Path, data: str | None) -> Run:
 
     Args:
         directory: What `tokenprune train` or `tokenprune.save` wrote.
-        data: Folder of images; those it was trained with if None.
+        data: Folder of images; those it was trained with if None. Of other images than those, all
+            are evaluated on, unless they lie in train/ and val/.
 
     Raises:
-        CheckpointError: It is no checkpoint, or does not fit the host that its recipe names.
+        CheckpointError: It is no checkpoint, does not fit the host that its recipe names, or does
+            not say on which images it was trained and `data` is None.
         DataError: The images cannot be read, or have other classes.
     """
     recipe = saved_recipe(directory)
     section = host_of(recipe)
     noted = _read_input(directory)
     if noted is None:
-        settings = input_settings(section, recipe.train.image_size)
+        if data is None:
+            raise CheckpointError(
+                f"{str(directory)!r} does not say on which images it was trained (there is no "
+                f"{INPUT}, which `tokenprune train` writes). Give images with --data."
+            )
+        warn(f"{directory} lacks {INPUT}: images are prepared as for the host's published weights")
+        settings = input_settings(section, recipe.train.image_size, pretrained=True)
+        held_out = 1.0
     else:
+        others = data is not None and _noted(data) != noted.data
         settings, data = noted.settings, data or noted.data
-    bundle = load_data(data, **settings, train=recipe.train, seed=recipe.train.seed)
+        held_out = 1.0 if others else HELD_OUT
+    look: dict[str, Any] = {**settings, "held_out": held_out}
+    bundle = load_data(data, **look, train=recipe.train, seed=recipe.train.seed)
     if noted is not None and list(bundle.class_names) != noted.class_names:
         raise DataError(
             f"The model in {str(directory)!r} knows the classes {_short(noted.class_names)}, the "
@@ -187,8 +200,7 @@ def reopen_model(directory: Path) -> Any:
     """
     section, noted = host_of(saved_recipe(directory)), _read_input(directory)
     if noted is None:  # written by `tokenprune.save`: the host as the recipe describes it
-        options = [f"{key}={json.dumps(value)}" for key, value in section.kwargs.items()]
-        return load(directory, build(f"{section.library}:{section.model}", options))
+        return load(directory, build(f"{section.library}:{section.model}", section.kwargs))
     host = build_host(
         section,
         len(noted.class_names),
@@ -235,6 +247,11 @@ def keep_ratios(text: str) -> float | list[float]:
             f"found {text!r}."
         ) from None
     return ratios[0] if len(ratios) == 1 else ratios
+
+
+def _noted(data: str | None) -> str | None:
+    """A folder of images as it is written down; None for scikit-learn's digits."""
+    return None if data in (None, "digits") else str(Path(str(data)).resolve())
 
 
 def _read_input(directory: Path) -> _Input | None:

@@ -8,11 +8,13 @@ import typer
 from tokenprune.checkpoint import save
 from tokenprune.cli.console import bar, say, show, working
 from tokenprune.cli.hosts import host_section
-from tokenprune.errors import HostError
+from tokenprune.errors import HostError, UnsupportedHostError
 from tokenprune.recipe import load_recipe
-from tokenprune.wrap import wrap
+from tokenprune.wrap import unwrap, wrap
 
 __all__ = ["train"]
+
+DENSE_BATCH = 32
 
 
 def train(
@@ -59,6 +61,8 @@ def train(
     from tokenprune.cli.runs import is_main_process, load_host_weights, prepare, write_input
     from tokenprune.cli.scores import score_table
     from tokenprune.train import fit, pretrain
+    from tokenprune.train.arguments import with_overrides
+    from tokenprune.train.run_folder import newest_checkpoint
 
     chosen = load_recipe(recipe)
     if model:
@@ -66,43 +70,50 @@ def train(
         chosen = chosen.model_copy(update={"host": section})
     elif option:
         raise HostError("--option is for building another host; name it with --model.")
+    chosen = with_overrides(chosen, epochs=epochs, batch_size=batch_size)
     folder = output or Path("runs") / (chosen.name or "train")
     published = not (scratch or host_weights or dense_epochs)
     with working("building host, reading images"):
         try:
             run = prepare(chosen, data, pretrained=published, image_size=image_size)
-        except HostError as error:
+        except (HostError, UnsupportedHostError) as error:
             if not published:
                 raise
-            raise HostError(
+            raise type(error)(
                 f"{error}\nIf there are no published weights, start from a file (--host-weights "
                 "FILE), train the dense host first (--dense-epochs N), or take random weights "
                 "(--scratch)."
             ) from error
         if host_weights is not None:
             load_host_weights(run.model, host_weights)
-    resumes = resume and any(folder.glob("checkpoint-*"))
-    if dense_epochs and not resumes:
-        with bar("dense host") as step:
-            pretrain(run.model, run.data, dense_epochs, progress=step, seed=chosen.train.seed)
     with working("wrapping"):
         wrapped = wrap(run.model, chosen)
+    if dense_epochs and not (resume and newest_checkpoint(folder)):
+        with bar("dense host") as step:
+            pretrain(
+                unwrap(wrapped),
+                run.data,
+                dense_epochs,
+                batch_size=batch_size or DENSE_BATCH,
+                progress=step,
+                num_workers=workers,
+                mixed_precision=chosen.train.mixed_precision,
+                seed=chosen.train.seed,
+            )
     with bar("pruned model") as step:
         fit(
             None,
             wrapped,
             run.data,
             folder,
-            epochs=epochs,
-            batch_size=batch_size,
             accumulation_steps=accumulation_steps,
             resume=resume,
             progress=step,
             num_workers=workers,
         )
     if is_main_process():
-        save(wrapped, folder)
         write_input(folder, data, run)
+        save(wrapped, folder)
         with working("evaluating"):
             table = score_table(wrapped, run.data)
         show(table)

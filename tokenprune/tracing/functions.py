@@ -4,6 +4,7 @@ A function mode sees most calls with a proxy. It does not see those of C code th
 first and takes a proxy for the tensor or the number that it says it is.
 """
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import BuiltinFunctionType
@@ -39,12 +40,21 @@ BUILT_IN = tuple(
 INQUIRIES = frozenset({"is_floating_point", "is_complex", "is_tensor", "dim", "get_device"})
 CHECK_WITH = torch._check_with
 ATTENTION = F.multi_head_attention_forward
+APPLY: Any = inspect.getattr_static(autograd.Function, "apply")
 
 
 class Recorder(Protocol):
     """What a tracer gives."""
 
-    executing: bool
+    @property
+    def executing(self) -> bool:
+        """Whether calls run as they are instead of being recorded."""
+        ...
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether this is a thread that does not trace."""
+        ...
 
     def create_proxy(
         self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -87,7 +97,8 @@ def functions_recorded(tracer: Recorder) -> Iterator[None]:
         stack.enter_context(mock.patch.object(F, ATTENTION.__name__, _attention_opened(tracer)))
         stack.enter_context(mock.patch.object(torch, "_check_with", _check_with))
         stack.enter_context(mock.patch.object(torch.jit.ScriptFunction, "__call__", _inside))
-        stack.enter_context(mock.patch.object(autograd.Function, "apply", _no_custom_gradient))
+        no_gradient = classmethod(_no_custom_gradient(tracer))
+        stack.enter_context(mock.patch.object(autograd.Function, "apply", no_gradient))
         stack.enter_context(_Calls(tracer))
         yield
 
@@ -133,5 +144,10 @@ def _inside(function: Any, *args: Any, **kwargs: Any) -> Any:
     return function._torchdynamo_inline(*args, **kwargs)
 
 
-def _no_custom_gradient(*args: Any, **kwargs: Any) -> Any:
-    raise NotImplementedError("a torch.autograd.Function, whose gradient no graph can hold")
+def _no_custom_gradient(tracer: Recorder) -> Callable[..., Any]:
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if tracer.elsewhere:
+            return APPLY.__get__(None, cls)(*args, **kwargs)
+        raise NotImplementedError("a torch.autograd.Function, whose gradient no graph can hold")
+
+    return apply

@@ -8,6 +8,7 @@ from plain numbers (`torch.arange(n)`) become nodes as well, not constants.
 
 import dataclasses
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from linecache import getline
@@ -36,6 +37,8 @@ from tokenprune.tracing.proxy import ValueProxy, concrete
 __all__ = ["Provenance", "ValueTracer", "enter_block"]
 
 MODULE_CALL = nn.Module.__call__
+# Tracing patches torch for the whole process; calls of other threads pass through the patches.
+ONE_AT_A_TIME = threading.RLock()
 MODULE_GETATTR = nn.Module.__getattr__
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 OWN_FILES = ("/torch/", "/tokenprune/", "/unittest/", "/contextlib.py", "/functools.py")
@@ -101,7 +104,8 @@ class ValueTracer(fx.Tracer):
         self.root = root
         self.graph = fx.Graph(tracer_cls=type(self))
         self.fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self.executing = False
+        self._executing = False
+        self._thread = threading.get_ident()
         self.burnt: list[fx.Node] = []
         self.module_outputs: dict[str, fx.Node] = {}
         self.traced_modules: dict[str, bool] = {}
@@ -131,7 +135,7 @@ class ValueTracer(fx.Tracer):
             if isinstance(value, torch.Tensor):
                 value = self.create_proxy("placeholder", name, (), {}, value=value)
             arguments[name] = value
-        with self._patched(), attributes_kept(self.root), caches_emptied(self.root):
+        with ONE_AT_A_TIME, self._patched(), attributes_kept(self.root), caches_emptied(self.root):
             output = forward(**arguments)
             self.create_node("output", "output", (self.create_arg(output),), {})
         return self.graph
@@ -161,6 +165,16 @@ class ValueTracer(fx.Tracer):
             stack.enter_context(functions_recorded(self))
             yield
 
+    @property
+    def elsewhere(self) -> bool:
+        """Whether this is another thread, which has nothing to do with the trace."""
+        return threading.get_ident() != self._thread
+
+    @property
+    def executing(self) -> bool:
+        """Whether calls run as they are instead of being recorded."""
+        return self._executing or self.elsewhere
+
     def _attribute(self, tensor: torch.Tensor) -> Any:
         name = self._names.get(id(tensor))
         if name is None:
@@ -174,11 +188,11 @@ class ValueTracer(fx.Tracer):
         if self.executing:
             return convert(node.meta["val"])
         self.burnt.append(node)
-        self.executing = True
+        self._executing = True
         try:
             return convert(node.meta["val"])
         finally:
-            self.executing = False
+            self._executing = False
 
     def proxy(self, node: fx.Node) -> ValueProxy:
         return ValueProxy(node, self)
@@ -201,7 +215,7 @@ class ValueTracer(fx.Tracer):
     def _evaluate(
         self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any
     ) -> Any:
-        was, self.executing = self.executing, True
+        was, self._executing = self._executing, True
         try:
             if kind == "placeholder":
                 return self.fake_mode.from_tensor(value)
@@ -219,7 +233,7 @@ class ValueTracer(fx.Tracer):
                     return self.fake_mode.from_tensor(value)
                 return MODULE_CALL(self.root.get_submodule(target), *args, **kwargs)
         finally:
-            self.executing = was
+            self._executing = was
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
@@ -316,11 +330,11 @@ class ValueTracer(fx.Tracer):
             if self._in_blocks:
                 raise
             self._forget(last, burnt)
-            was, self.executing = self.executing, True
+            was, self._executing = self._executing, True
             try:
                 value = made_for_real(self.root, self.graph, self._example, m, args, kwargs)
             finally:
-                self.executing = was
+                self._executing = was
             first = next(v for v in self._example.values() if isinstance(v, torch.Tensor))
             if not isinstance(value, torch.Tensor) or value.shape[:1] != first.shape[:1]:
                 raise

@@ -18,6 +18,7 @@ __all__ = ["DataBundle", "load_data"]
 
 DIGITS = "digits"
 HELD_OUT_DIGITS = 360
+HELD_OUT = 0.2  # of each class of a folder that is not divided
 # For images of few pixels: a mirrored 2 is no digit, and half of an 8 is a 3.
 SMALL_CROPS = Crops(scale=(0.6, 1.0), ratio=(0.85, 1.18), flip=False)
 _HALF = 0.5
@@ -75,7 +76,7 @@ def load_data(
     crop_pct: float = 0.875,
     interpolation: str = "bicubic",
     train: TrainSection | None = None,
-    held_out: float = 0.2,
+    held_out: float = HELD_OUT,
     seed: int = 0,
 ) -> DataBundle:
     """Read images; the number of classes comes from them.
@@ -93,16 +94,17 @@ def load_data(
             cropped.
         interpolation: Of the resize: `bilinear` or `bicubic`.
         train: What augmentation a recipe asks for; none if None.
-        held_out: Share of each class held out of a folder without `val/`.
+        held_out: Share of each class held out of a folder without `val/`; 1 for all of it, to
+            evaluate on.
         seed: Of that split and of the augmentation.
 
     Raises:
-        DataError: A missing folder, an empty class, a share outside (0, 1), or another number of
+        DataError: A missing folder, an empty class, a share outside (0, 1], or another number of
             means than channels.
         PlanError: Neither 1 nor 3 channels.
     """
-    if not 0 < held_out < 1:
-        raise DataError(f"held_out must lie in (0, 1), got {held_out}.")
+    if not 0 < held_out <= 1:
+        raise DataError(f"held_out must lie in (0, 1], got {held_out}.")
     half = (_HALF,) * in_chans
     look = tuple(mean or half), tuple(std or half)
     if not len(look[0]) == len(look[1]) == in_chans:

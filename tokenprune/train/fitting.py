@@ -2,6 +2,7 @@
 
 import os
 import time
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,12 +113,16 @@ def fit(
         "host": type(pruning.host).__name__,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "images": num_images,
-        "classes": data.num_classes,
+        "labels": zlib.crc32(repr(getattr(data.train, "labels", None)).encode()),
+        "classes": list(data.class_names),
+        "image_size": data.image_size,
+        "mean": list(data.mean),
+        "std": list(data.std),
         "processes": arguments.world_size,
         "accumulation_steps": accumulation_steps,
     }
     checkpoint = run.begin(description, resume)
-    if trainer.teacher is not None and save_every != "never":
+    if trainer.teacher is not None and (checkpoint is not None or save_every != "never"):
         run.share_weights(trainer.teacher, TEACHER, resumed=checkpoint is not None)
     return run_trainer(trainer, checkpoint)
 

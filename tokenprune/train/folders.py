@@ -23,7 +23,7 @@ def read_folder(root: Path, held_out: float, seed: int) -> tuple[list[str], List
 
     Args:
         root: Holds `train/` and `val/`, each with one subfolder a class; or the classes themselves.
-        held_out: Share of each class kept for evaluation where there is no `val/`.
+        held_out: Share of each class kept for evaluation where there is no `val/`; all if 1.
         seed: Of that split.
 
     Returns:
@@ -55,6 +55,8 @@ def read_folder(root: Path, held_out: float, seed: int) -> tuple[list[str], List
             "subfolder a class, which is split."
         )
     names = _classes(root)
+    if held_out == 1:
+        return names, [], _images(root, names)
     return names, *_split(_images(root, names), names, held_out, seed)
 
 

@@ -1,6 +1,7 @@
 """Hosts by the `host` section of a recipe, and what their two libraries do differently."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from tokenprune.recipe_schema import HostSection
 
 __all__ = ["build_host", "class_logits", "input_settings"]
 
+ANY_SIZE = 224  # of hosts that do not say which they take
 # What a library raises when it cannot build a model from the options it is given.
 _REFUSALS = (
     AssertionError,
@@ -127,7 +129,13 @@ def _timm_host(
         options["img_size"] = wanted["image_size"]
     if drop_path:
         options["drop_path_rate"] = drop_path
-    host: nn.Module = timm.create_model(section.model, pretrained=pretrained, **options)
+    make = partial(timm.create_model, section.model, pretrained=pretrained)
+    try:
+        host: nn.Module = make(**options)
+    except TypeError as error:
+        if "unexpected keyword argument 'img_size'" not in str(error):
+            raise
+        host = make(**{key: value for key, value in options.items() if key != "img_size"})
     return host
 
 
@@ -205,8 +213,9 @@ def _transformers_config(section: HostSection, pretrained: bool) -> Any:
         return AutoConfig.for_model(section.model, **section.kwargs)
     if section.model in CONFIG_MAPPING:
         raise UnsupportedHostError(
-            f"{section.model!r} is a model type, which has no weights. With pretrained=True give "
-            "host.model a checkpoint, such as 'google/vit-base-patch16-224'."
+            f"{section.model!r} is a model type, which has no published weights. Name a "
+            "checkpoint, such as 'google/vit-base-patch16-224', or start from random weights "
+            "(pretrained=False, --scratch)."
         )
     try:
         return AutoConfig.from_pretrained(section.model, **section.kwargs)
@@ -222,7 +231,7 @@ def _transformers_settings(section: HostSection, pretrained: bool) -> dict[str, 
 
     config = _transformers_config(section, pretrained)
     vision = getattr(config, "vision_config", config)
-    size = vision.image_size
+    size = getattr(vision, "image_size", None) or ANY_SIZE
     settings: dict[str, Any] = {
         "image_size": int(size if isinstance(size, int) else size[0]),
         "in_chans": int(getattr(vision, "num_channels", 3)),

@@ -18,6 +18,7 @@ from tokenprune.train.arguments import Progress
 from tokenprune.train.average import WeightAverage
 from tokenprune.train.data import DataBundle
 from tokenprune.train.evaluation import Score, score
+from tokenprune.train.folders import DataError
 from tokenprune.train.hosts import class_logits
 from tokenprune.train.images import EpochView
 from tokenprune.train.mixing import Mixing, criterion
@@ -63,7 +64,12 @@ class ImageTrainer(Trainer):
             wishes: the recipe's section, with epochs and batch size of this run.
             progress: called after each step with its number, the number of all, the latest logs.
             callbacks: further ones.
+
+        Raises:
+            DataError: there is no image to evaluate on.
         """
+        if not len(data.eval):  # type: ignore[arg-type]
+            raise DataError(f"{data.name or 'The data'} has no image to evaluate on. Add some.")
         host_config = dict(vars(getattr(model, "config", None) or nn.Module()))
         super().__init__(
             model=model,

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from tokenprune.passes.base import PREDICTORS
+from tokenprune.model import ADDED
 from tokenprune.recipe_schema import TrainSection
 
 __all__ = ["Schedule", "frozen_names", "make_optimizer", "make_scheduler", "parameter_groups"]
@@ -102,7 +102,7 @@ def parameter_groups(model: nn.Module, wishes: TrainSection) -> list[dict[str, A
     return [
         {
             "params": parameters,
-            "name": f"{'predictors' if new else 'host'}{'' if decays else ' without decay'}",
+            "name": f"{'new' if new else 'host'}{'' if decays else ' without decay'}",
             "lr": wishes.learning_rate * (1.0 if new else wishes.backbone_lr_scale),
             "weight_decay": wishes.weight_decay if decays else 0.0,
         }
@@ -121,11 +121,11 @@ def make_optimizer(model: nn.Module, wishes: TrainSection) -> torch.optim.Optimi
 def make_scheduler(optimizer: torch.optim.Optimizer, schedule: Schedule) -> LambdaLR:
     """The schedule of each of the optimizer's groups."""
     factors: list[Callable[[int], float]] = [
-        schedule.new if group["name"].startswith("predictors") else schedule.host
+        schedule.new if group["name"].startswith("new") else schedule.host
         for group in optimizer.param_groups
     ]
     return LambdaLR(optimizer, factors)
 
 
 def _is_new(name: str) -> bool:
-    return name.startswith(f"{PREDICTORS}.")
+    return name.startswith(ADDED)

@@ -26,6 +26,7 @@ def pretrain(
     warmup_epochs: int = 2,
     seed: int = 0,
     progress: bool | Progress = True,
+    num_workers: int = 0,
     **settings: Any,
 ) -> FitResult:
     """Train a dense host in place by cross entropy; nothing is kept on disk.
@@ -40,6 +41,7 @@ def pretrain(
         warmup_epochs: Over which the rate grows.
         seed: Of data order, dropout and mixing.
         progress: As for `fit`.
+        num_workers: Processes that read images.
         settings: Further fields of `TrainSection`: `mixup`, `clip_grad`, `mixed_precision`, ...
 
     Raises:
@@ -65,6 +67,7 @@ def pretrain(
             save_every="never",
             evaluates=False,
             show_bar=progress is True,
+            num_workers=num_workers,
         )
         trainer = ImageTrainer(
             host, arguments, data, wishes, progress=progress if callable(progress) else None

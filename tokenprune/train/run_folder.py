@@ -16,9 +16,10 @@ from torch import nn
 
 from tokenprune.errors import CheckpointError
 
-__all__ = ["KEPT_CHECKPOINTS", "RunFolder", "mark_whole", "unmark"]
+__all__ = ["KEPT_CHECKPOINTS", "RunFolder", "mark_whole", "newest_checkpoint", "unmark"]
 
 KEPT_CHECKPOINTS = 2
+ANEW = "resume=False (--no-resume)"
 _MARK = "whole"
 _RUN = "run.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -32,6 +33,12 @@ def unmark(checkpoint: Path) -> None:
 def mark_whole(checkpoint: Path) -> None:
     """Everything is written."""
     (checkpoint / _MARK).touch()
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint in a folder, which need not exist; None if there is none."""
+    whole = [path for path in _checkpoints(folder) if (path / _MARK).exists()]
+    return whole[-1] if whole else None
 
 
 class RunFolder:
@@ -50,26 +57,29 @@ class RunFolder:
     def begin(self, description: Mapping[str, Any], resume: bool) -> Path | None:
         """The checkpoint to go on from; None for a fresh start, which deletes those that are there.
 
+        Checkpoints that another program wrote are deleted only without `resume`.
+
         Args:
             description: whatever decides about the weights; a resumed run must share it.
             resume: go on if there is a whole checkpoint.
 
         Raises:
-            CheckpointError: the folder holds a run of another description; says what differs.
+            CheckpointError: the folder holds a run of another description, and says what differs;
+                or checkpoints of another program.
         """
-        newest = self.newest() if resume else None
+        newest = newest_checkpoint(self.path) if resume else None
         if newest is not None:
             self._check(description)
+        elif resume and _checkpoints(self.path) and not (self.path / _RUN).exists():
+            raise CheckpointError(
+                f"{str(self.path)!r} holds {_checkpoints(self.path)[-1].name}, which another "
+                f"program wrote: there is no {_RUN}. Choose another folder; {ANEW} deletes it."
+            )
         self.processes.wait_for_everyone()  # everybody has looked before anything changes
         if newest is None and self.processes.is_main_process:
             self._clear(description)
         self.processes.wait_for_everyone()
         return newest
-
-    def newest(self) -> Path | None:
-        """The newest whole checkpoint; None if there is none."""
-        whole = [path for path in self._checkpoints() if (path / _MARK).exists()]
-        return whole[-1] if whole else None
 
     def share_weights(self, model: nn.Module, name: str, resumed: bool) -> None:
         """Write weights that a resumed run needs and no checkpoint holds; or read them."""
@@ -81,8 +91,10 @@ class RunFolder:
 
     def _clear(self, description: Mapping[str, Any]) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / _RUN).unlink(missing_ok=True)
-        for checkpoint in self._checkpoints():
+        old = _checkpoints(self.path)
+        for checkpoint in old:
+            unmark(checkpoint)
+        for checkpoint in old:
             shutil.rmtree(checkpoint)
         text = json.dumps(description, indent=1, sort_keys=True)
         (self.path / _RUN).write_text(text + "\n", encoding="utf-8")
@@ -93,7 +105,7 @@ class RunFolder:
         except (OSError, ValueError) as error:
             raise CheckpointError(
                 f"{str(self.path)!r} holds checkpoints, but {_RUN} does not say of which run: "
-                f"{error}. Choose another folder, or resume=False to start anew."
+                f"{error}. Choose another folder, or {ANEW} to start anew."
             ) from error
         there, now = _flat(found), _flat(json.loads(json.dumps(description)))
         differing = [
@@ -106,16 +118,17 @@ class RunFolder:
                 "\n  - ".join(
                     [f"{str(self.path)!r} holds another run, which cannot be resumed:", *differing]
                 )
-                + "\nChoose another folder, or resume=False to start anew."
+                + f"\nChoose another folder, or {ANEW} to start anew."
             )
 
-    def _checkpoints(self) -> list[Path]:
-        """Oldest first, by the step in their names."""
-        if not self.path.is_dir():
-            return []
-        found = ((_NAME.fullmatch(path.name), path) for path in self.path.iterdir())
-        steps = [(int(match[1]), path) for match, path in found if match and path.is_dir()]
-        return [path for _, path in sorted(steps)]
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Oldest first, by the step in their names."""
+    if not folder.is_dir():
+        return []
+    found = ((_NAME.fullmatch(path.name), path) for path in folder.iterdir())
+    steps = [(int(match[1]), path) for match, path in found if match and path.is_dir()]
+    return [path for _, path in sorted(steps)]
 
 
 def _flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -103,6 +103,7 @@ class PruningTrainer(ImageTrainer):
             target,
             decisions,
             **self._distillation(student, images, trace),
+            real=trace.real,
         )
         shares = {f"kept_share_{s}": d.detach().mean() for s, d in enumerate(decisions)}
         self._note({**parts, **shares})
