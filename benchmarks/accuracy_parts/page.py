@@ -50,8 +50,18 @@ def as_page(results: Sequence["Result"]) -> str:
         f"seed {r.seed}: {r.epochs} epochs, {r.accuracy:.2%}" for r in results if r.arm == "dense"
     )
     head = HEAD.format(dense=dense, epochs=f"{epochs} epoch{'s' if epochs > 1 else ''}")
+    longer = {
+        r.keep_ratio: (r.accuracy - other.accuracy) * POINTS
+        for r, other in _against(results, "dense longer")
+    }
+    shown = ", ".join(f"{ratio}: {gap:+.2f}" for ratio, gap in sorted(longer.items(), reverse=True))
+    against = f"Learned, to *dense longer*, in points by ratio: {shown}." if shown else ""
+    spent = f"All trainings together took {sum(r.minutes for r in results) / 60:.1f} hours"
+    spent += " on a core each (the dense one on two), beside other work."
     picture = "![accuracy against GMACs](accuracy.png)"
-    return "\n".join([head, "## Bars\n", _bars(results), "", picture, "", *parts, ""])
+    return "\n".join(
+        [head, "## Bars\n", _bars(results), "", against, spent, "", picture, "", *parts, ""]
+    )
 
 
 def _table(results: Sequence["Result"]) -> str:
