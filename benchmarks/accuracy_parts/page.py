@@ -111,7 +111,7 @@ def _against(results: Sequence["Result"], arm: str) -> list[tuple["Result", "Res
         for other in results
         if r.arm == "learned"
         and (other.arm, other.seed) == (arm, r.seed)
-        and (arm == "dense" or other.keep_ratio == r.keep_ratio)
+        and (arm.startswith("dense") or other.keep_ratio == r.keep_ratio)
     ]
 
 
