@@ -337,6 +337,17 @@ def test_what_does_not_fit_together_is_refused(tmp_path: Path) -> None:
     assert not changed(model, before)
 
 
+def test_a_recipe_of_other_ratios_is_not_what_would_be_trained(tmp_path: Path) -> None:
+    model, other = (
+        wrapped(timm_host(), recipe()),
+        recipe().model_dump(mode="json", exclude_none=True),
+    )
+    other["schedule"]["keep_ratio"] = 0.5
+    with pytest.raises(PlanError, match=r"keeps \[0\.5, 0\.25\], the model \[0\.6, 0\.36\]"):
+        fit(other, model, bundle(), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="fp16 works there")
 def test_fp16_needs_an_accelerator(tmp_path: Path) -> None:
     chosen = recipe(mixed_precision="fp16")

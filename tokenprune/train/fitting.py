@@ -10,8 +10,10 @@ from pathlib import Path
 from torch import nn
 from transformers import TrainerCallback
 
+from tokenprune.errors import PlanError
 from tokenprune.model import pruning_of
-from tokenprune.recipe import RecipeSource, load_recipe
+from tokenprune.plan import Plan
+from tokenprune.recipe import Recipe, RecipeSource, load_recipe
 from tokenprune.train.arguments import Progress, SaveEvery, training_arguments, with_overrides
 from tokenprune.train.data import DataBundle
 from tokenprune.train.image_trainer import ImageTrainer
@@ -85,7 +87,11 @@ def fit(
         CheckpointError: `output_dir` holds another run.
     """
     pruning = pruning_of(model)
-    recipe = pruning.recipe if recipe is None else load_recipe(recipe)
+    if recipe is None:
+        recipe = pruning.recipe
+    else:
+        recipe = load_recipe(recipe)
+        _check_ratios(recipe, pruning.plan)
     recipe = with_overrides(recipe, epochs=epochs, batch_size=batch_size)
     num_images = len(data.train)  # type: ignore[arg-type]
     arguments = training_arguments(
@@ -125,6 +131,16 @@ def fit(
     if trainer.teacher is not None and (checkpoint is not None or save_every != "never"):
         run.share_weights(trainer.teacher, TEACHER, resumed=checkpoint is not None)
     return run_trainer(trainer, checkpoint)
+
+
+def _check_ratios(recipe: Recipe, plan: Plan) -> None:
+    """Training aims at the model's ratios, so a recipe must not say others."""
+    wanted = tuple(stage.keep_ratio for stage in recipe.resolved_stages)
+    if len(wanted) == len(plan.keep_ratios) and wanted != plan.keep_ratios:
+        raise PlanError(
+            f"The recipe keeps {list(wanted)}, the model {list(plan.keep_ratios)}. Call "
+            f"model.set_keep_ratio({list(wanted)}) first, or leave out the recipe."
+        )
 
 
 def run_trainer(trainer: ImageTrainer, checkpoint: Path | None = None) -> FitResult:
