@@ -145,7 +145,9 @@ class PrunedModel(nn.Module):
         was = self._pruning.overrides
         forced = None
         if keep_indices is not None:
-            forced = tuple(map(_trimmed, _checked_sets(self._pruning, keep_indices)))
+            forced = tuple(in_order(kept) for kept in _checked_sets(self._pruning, keep_indices))
+            if self._pruning.plan.threshold is not None:
+                forced = tuple(map(_trimmed, forced))
         self._pruning.overrides = Overrides(
             path or was.path, forced or was.keep_indices, generator or was.generator
         )
@@ -369,8 +371,7 @@ def _checked_sets(pruning: Pruning, sets: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 def _trimmed(kept: Tensor) -> Tensor:
-    """A set [B, K] in order, without columns that say -1 for every image."""
-    kept = in_order(kept)
+    """A set [B, K] in order without the columns that say -1 for every image."""
     longest = int((kept >= 0).sum(1).max()) if kept.numel() else 0
     return kept[:, : max(longest, 1)]
 
