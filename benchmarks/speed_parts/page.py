@@ -32,16 +32,22 @@ pruned forward. Bars, for columnar hosts in eager mode: at least 1.00 x the boun
 """
 REMARKS = """## Where a bar is missed, and why
 
-- **Own share.** Most of it is the predictors' own arithmetic: they see every token that is still
-  there, and take 2.9 % of the MACs of DeiT-S after pruning, 1.9 % of LV-ViT-S
-  ([published](published.md)). Selection and gathering add about a point.
+- **Own share** is mostly the predictors' own arithmetic: they see every token that is still there,
+  and take 2.9 % of the MACs of DeiT-S after pruning, 1.9 % of LV-ViT-S ([published](published.md)).
+- **Batch 1** is where noise is largest. Two runs of the same code on 2026-11-22, a quarter of an
+  hour apart, gave DeiT-S 0.82 and 0.86 of the bound, LV-ViT-S 0.92 and 0.82, EVA-02-S 0.83 and
+  0.81; the table has the second, which had more rounds.
+- **Batch 64 and `torch.compile`** were measured before predictors took what tokens share through a
+  layer once an image, which is why their bounds are a little lower.
 - **LV-ViT-S.** Three tenths of its MACs after pruning lie outside the blocks, most of them in the
   convolutions of its stem, which take 27 % of the dense host's time at batch 8 for 21 % of its
   MACs: what pruning saves is the cheaper part.
 - **Large batches of large hosts** have the fewest rounds, since a forward takes up to half a
   minute: the brackets show how far rounds lie apart on this machine, which is a shared one.
 - **Swin-T** keeps its grid: dropped tokens only skip MLPs, and those of one of its four grids. At
-  batch 1 there is nothing to gain.
+  batch 1 there is nothing to gain. At batch 32 the same code gave 0.93x and 0.92x in two runs of
+  this benchmark and 1.2x in five rounds of a loop right after it (1.19x earlier that day): what
+  else the process holds in memory decides more than a tenth of the arithmetic does.
 """
 
 
