@@ -160,7 +160,8 @@ class TrainSection(Section):
     Attributes:
         epochs: passes over the training images.
         batch_size: images per optimiser step, over all processes and accumulation steps.
-        learning_rate: peak rate of new parameters (predictors); cosine decay after the warm-up.
+        learning_rate: peak rate of new parameters (predictors, light branches); a cosine follows
+            the warm-up.
         min_learning_rate: the rate at the end of the cosine.
         backbone_lr_scale: the host's own parameters get `learning_rate` times this.
         frozen_epochs: first epochs in which the host's own parameters do not move.

@@ -45,9 +45,8 @@ REMARKS = """## Where a bar is missed, and why
 - **Large batches of large hosts** have the fewest rounds, since a forward takes up to half a
   minute: the brackets show how far rounds lie apart on this machine, which is a shared one.
 - **Swin-T** keeps its grid: dropped tokens only skip MLPs, and those of one of its four grids. At
-  batch 1 there is nothing to gain. At batch 32 the same code gave 0.93x and 0.92x in two runs of
-  this benchmark and 1.2x in five rounds of a loop right after it (1.19x earlier that day): what
-  else the process holds in memory decides more than a tenth of the arithmetic does.
+  batch 1 there is nothing to gain. At batch 32 two runs of this benchmark gave 0.93x and 0.92x; one
+  of the same day, before predictors were made cheaper, gave 1.19x. Why is not known.
 """
 
 

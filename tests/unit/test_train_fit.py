@@ -338,10 +338,8 @@ def test_what_does_not_fit_together_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_recipe_of_other_ratios_is_not_what_would_be_trained(tmp_path: Path) -> None:
-    model, other = (
-        wrapped(timm_host(), recipe()),
-        recipe().model_dump(mode="json", exclude_none=True),
-    )
+    model = wrapped(timm_host(), recipe())
+    other = recipe().model_dump(mode="json", exclude_none=True)
     other["schedule"]["keep_ratio"] = 0.5
     with pytest.raises(PlanError, match=r"keeps \[0\.5, 0\.25\], the model \[0\.6, 0\.36\]"):
         fit(other, model, bundle(), tmp_path)
