@@ -1,9 +1,10 @@
 """Speed of wrapped hosts against dense ones: writes docs/speed.md, .json and .png.
 
-    OMP_NUM_THREADS=2 python -m benchmarks.speed              all of it, the better part of an hour
+    OMP_NUM_THREADS=2 python -m benchmarks.speed              all of it, about an hour and a half
     OMP_NUM_THREADS=2 python -m benchmarks.speed --only DeiT-S --how eager
     python -m benchmarks.speed --render-only                  write the documents again
 
+`--how kept` is eager with an allocator that gives no memory back to the system (glibc's).
 Rows are kept in docs/speed.json as they come; those that are measured again replace the old ones.
 Nothing else should run on the machine meanwhile.
 """
@@ -20,13 +21,13 @@ import torch
 from rich.console import Console
 
 from benchmarks.speed_parts.hosts import HOSTS
-from benchmarks.speed_parts.measure import How, SpeedRow, measure
 from benchmarks.speed_parts.page import as_page, draw
+from benchmarks.speed_parts.row import How, SpeedRow, rows_of
 
 __all__ = ["main"]
 
 ROOT = Path(__file__).parents[1]
-HOWS: tuple[How, ...] = ("eager", "compile")
+HOWS: tuple[How, ...] = ("eager", "compile", "kept")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for how in () if options.render_only else options.how:
         for host in (host for host in HOSTS if fnmatch(host.name, options.only)):
             batches = tuple(b for b in host.batches if b in options.batch)
-            for row in measure(host, how, batches, options.budget):
+            for row in rows_of(host, how, batches, options.budget, options.processes):
                 rows[_key(row)] = row
                 say(
                     f"{row.host}, {how}, batch {row.batch}: {row.speedup:.3f}x, "
@@ -72,7 +73,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", default="*", metavar="GLOB", help="only hosts of such names")
     parser.add_argument("--how", nargs="+", choices=HOWS, default=list(HOWS), help="which modes")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32, 64], help="sizes")
-    parser.add_argument("--budget", type=float, default=30.0, help="seconds for each batch size")
+    parser.add_argument("--budget", type=float, default=30.0, help="seconds a batch size")
+    parser.add_argument("--processes", type=int, default=3, help="one after the other")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="where documents go")
     parser.add_argument("--render-only", action="store_true", help="measure nothing")
     return parser.parse_args(arguments)

@@ -1,70 +1,67 @@
-"""Measure one host, dense against wrapped, at several batch sizes, eager and compiled."""
+"""Measure one host, dense against wrapped, at several batch sizes, in this process.
+
+    python -m benchmarks.speed_parts.measure HOST eager|compile BUDGET BATCH...
+
+is how `benchmarks.speed` does it, in fresh processes: where a process happens to lie in memory
+matters to every one of its rounds. Each sample is printed as a line of JSON.
+"""
 
 import copy
+import json
+import resource
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import tokenprune
-from benchmarks.speed_parts.hosts import SpeedHost
+from benchmarks.speed_parts.hosts import HOSTS, SpeedHost
 from tokenprune.model import PrunedModel, pruning_of
 from tokenprune.report.measure import interleaved
 
-__all__ = ["How", "SpeedRow", "measure"]
+__all__ = ["Sample", "measure"]
 
-How = Literal["eager", "compile"]
 MOST_ROUNDS, FEWEST_ROUNDS = 15, 3
-SHARE_ROUNDS = 3
 
 
 @dataclass(frozen=True)
-class SpeedRow:
-    """One host at one batch size.
+class Sample:
+    """What one process found out about one host at one batch size.
 
     Attributes:
-        host: its name.
-        columnar: tokens leave.
-        how: eager, or `torch.compile` on both sides.
         batch: images in a forward.
-        dense: median seconds of the dense host.
-        pruned: median seconds of the wrapped one.
-        speedup: median over the rounds of dense / pruned, each round's own.
-        low: smallest of those ratios.
-        high: largest.
         bound: dense MACs / pruned MACs.
-        rounds: how many.
+        dense: seconds of the dense host, a round each.
+        pruned: seconds of the wrapped one in the same rounds.
         outside: share of the pruned forward spent in tokenprune's own functions (predictors,
-            selection, gathering); None where it was not measured.
+            selection, gathering); None under a compiler, which fuses them.
+        dense_kernel: share of the dense host's CPU time spent in the operating system.
+        pruned_kernel: the same of the wrapped one.
     """
 
-    host: str
-    columnar: bool
-    how: How
     batch: int
-    dense: float
-    pruned: float
-    speedup: float
-    low: float
-    high: float
     bound: float
-    rounds: int
+    dense: tuple[float, ...]
+    pruned: tuple[float, ...]
     outside: float | None
+    dense_kernel: float
+    pruned_kernel: float
 
 
 def measure(
-    host: SpeedHost, how: How, batches: tuple[int, ...], budget: float
-) -> Iterator[SpeedRow]:
-    """Rows of one host.
+    host: SpeedHost, compiled: bool, batches: tuple[int, ...], budget: float
+) -> Iterator[Sample]:
+    """Samples of one host.
 
     Args:
         host: which.
-        how: eager or compiled.
+        compiled: `torch.compile` on both sides.
         batches: sizes.
         budget: seconds of measurement at each batch size, about.
     """
@@ -73,33 +70,48 @@ def measure(
     wrapped = tokenprune.wrap(copy.deepcopy(dense), host.recipe, verify=False).eval()
     counted = tokenprune.profile(wrapped)
     sides: dict[str, Callable[[Tensor], Any]] = {"dense": dense, "pruned": wrapped}
-    if how == "compile":
-        torch.compiler.reset()
+    if compiled:
         sides = {name: torch.compile(side, dynamic=True) for name, side in sides.items()}
     # the smallest last: a compiler takes a batch of 1 for a constant
     for batch in sorted(batches, reverse=True):
         images = torch.randn(batch, 3, host.size, host.size)
         with torch.inference_mode():
             calls = {name: partial(side, images) for name, side in sides.items()}
-            outside = _outside(wrapped, images) if how == "eager" else None
             rounds = _rounds(calls, budget)
-            timings = interleaved(calls, rounds=rounds, turn_seconds=0.3)
-        slow, fast = timings["dense"], timings["pruned"]
-        ratios = sorted(a / b for a, b in zip(slow.rounds, fast.rounds, strict=True))
-        yield SpeedRow(
-            *(host.name, host.columnar, how, batch),
-            dense=slow.seconds,
-            pruned=fast.seconds,
-            speedup=ratios[len(ratios) // 2],
-            low=ratios[0],
-            high=ratios[-1],
+            outside = None if compiled else _outside(wrapped, images)
+            metered = {name: _Metered(call) for name, call in calls.items()}
+            timings = interleaved(metered, rounds=rounds, turn_seconds=0.3)
+        yield Sample(
+            batch=batch,
             bound=counted.dense_macs / counted.macs,
-            rounds=rounds,
+            dense=timings["dense"].rounds,
+            pruned=timings["pruned"].rounds,
             outside=outside,
+            dense_kernel=metered["dense"].kernel_share,
+            pruned_kernel=metered["pruned"].kernel_share,
         )
 
 
-def _rounds(calls: dict[str, Callable[[], Any]], budget: float) -> int:
+class _Metered:
+    """A function that notes the CPU time of its calls."""
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        self.call, self.kernel, self.own = call, 0.0, 0.0
+
+    def __call__(self) -> None:
+        before = resource.getrusage(resource.RUSAGE_SELF)
+        self.call()
+        after = resource.getrusage(resource.RUSAGE_SELF)
+        self.kernel += after.ru_stime - before.ru_stime
+        self.own += after.ru_utime - before.ru_utime
+
+    @property
+    def kernel_share(self) -> float:
+        """Share of the operating system."""
+        return self.kernel / (self.kernel + self.own)
+
+
+def _rounds(calls: Mapping[str, Callable[[], Any]], budget: float) -> int:
     for call in calls.values():
         call()
     started = time.perf_counter()
@@ -113,15 +125,11 @@ def _outside(model: nn.Module, images: Tensor) -> float:
     """Share of a forward inside functions of this library that its program calls."""
     if not isinstance(model, PrunedModel):
         raise TypeError(f"{type(model).__name__} is not wrapped")
-    model(images)
-    shares = []
-    for _ in range(SHARE_ROUNDS):
-        spent = [0.0]
-        with _watched(model, spent):
-            started = time.perf_counter()
-            model(images)
-            shares.append(spent[0] / (time.perf_counter() - started))
-    return sorted(shares)[SHARE_ROUNDS // 2]
+    spent = [0.0]
+    with _watched(model, spent):
+        started = time.perf_counter()
+        model(images)
+        return spent[0] / (time.perf_counter() - started)
 
 
 @contextmanager
@@ -149,3 +157,13 @@ def _watched(model: PrunedModel, spent: list[float]) -> Iterator[None]:
     finally:
         for space, before in zip(spaces, was, strict=True):
             space.update(before)
+
+
+def _main(name: str, how: str, budget: str, *batches: str) -> None:
+    host = next(host for host in HOSTS if host.name == name)
+    for sample in measure(host, how == "compile", tuple(map(int, batches)), float(budget)):
+        print(json.dumps(asdict(sample)), flush=True)
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])
