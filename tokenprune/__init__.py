@@ -4,7 +4,7 @@ from tokenprune import errors, losses
 from tokenprune.arch import ArchSpec, ExampleInput, list_adapters, register_adapter
 from tokenprune.checkpoint import load, save
 from tokenprune.convert import convert_dynamicvit, load_dynamicvit
-from tokenprune.export import ExportReport, export
+from tokenprune.exporting import ExportReport, export
 from tokenprune.image_macs import ImageMacs
 from tokenprune.profile import Profile, profile
 from tokenprune.pruning_trace import PruningTrace, StageTrace

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenprune.counting import num_keep
 from tokenprune.errors import RecipeError
 from tokenprune.recipe import Recipe
-from tokenprune.recipe_yaml import dump_yaml, load_yaml
+from tokenprune.recipe.yaml import dump_yaml, load_yaml
 
 ROUNDINGS = st.sampled_from(["floor", "ceil", "round"])
 RATIO = st.floats(1e-6, 1.0)

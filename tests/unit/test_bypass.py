@@ -7,7 +7,7 @@ from torch import nn
 
 import tokenprune
 from tokenprune.errors import PlanError, UnsupportedHostError
-from tokenprune.export_check import margins
+from tokenprune.exporting.check import margins
 from tokenprune.model import pruning_of
 from tokenprune.ops.bypass import (
     Layout,

@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from tokenprune.cli.app import app
 from tokenprune.cli.hosts import host_section, parse_options, recipe_for, split_name
 from tokenprune.errors import HostError
 
+ROOT = Path(__file__).parents[2]
 SMALL_VIT = ["depth=4", "embed_dim=32", "num_heads=2", "img_size=32", "patch_size=8"]
 SMALL_HF = ["num_hidden_layers=4", "hidden_size=32", "intermediate_size=64", "image_size=32"]
 SMALL_HF += ["num_attention_heads=2", "patch_size=8"]
@@ -42,6 +45,11 @@ def test_every_command_has_help() -> None:
         shown = run(command, "--help")
         assert shown.exit_code == 0
         assert f"Usage: tokenprune {command}" in shown.stdout
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    package = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert run("--version").stdout == f"tokenprune {package['version']}\n"
 
 
 def test_recipes_are_listed() -> None:

@@ -353,7 +353,7 @@ def test_a_checkpoint_that_knows_no_images(trained: Path, images: Path, tmp_path
 def test_dense_epochs_are_trained_unless_there_is_a_whole_checkpoint(
     recipe: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run that was killed while it wrote its first checkpoint starts all over."""
+    """A run that was killed while it wrote its first checkpoint starts from the trained host."""
     calls: list[int] = []
     pretrain = pretraining.pretrain
 
@@ -368,8 +368,11 @@ def test_dense_epochs_are_trained_unless_there_is_a_whole_checkpoint(
         assert calls == [1]
     for mark in (tmp_path / "run").glob("checkpoint-*/whole"):
         mark.unlink()
+    (dense,) = (tmp_path / "run" / "dense").glob("checkpoint-*/model.safetensors")
+    written = dense.stat().st_mtime_ns
     assert run(*line).exit_code == 0
     assert calls == [1, 1]
+    assert dense.stat().st_mtime_ns == written
 
 
 def test_faults_are_found_before_the_dense_host_is_trained(

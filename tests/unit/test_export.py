@@ -20,10 +20,10 @@ from tests.unit.export_hosts import HALF, HOSTS, TINY, images, tensors_of, wrapp
 from tests.zoo.sequences import TEXT, texts
 from tokenprune.cli.app import app
 from tokenprune.errors import ExportError, MissingDependencyError, NotWrappedError
-from tokenprune.export_check import compare, margins
-from tokenprune.exported import named_tensors, open_exported
+from tokenprune.exporting import write as export_module
+from tokenprune.exporting.check import compare, margins
+from tokenprune.exporting.run import named_tensors, open_exported
 
-export_module = sys.modules["tokenprune.export"]
 OPTIONS = [part for key, value in TINY.items() for part in ("-o", f"{key}={value}")]
 
 

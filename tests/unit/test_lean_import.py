@@ -41,7 +41,7 @@ def modules_after(code: str) -> set[str]:
 
 def test_import_is_light() -> None:
     loaded = modules_after(f"{IMPORT_THE_CORE}\ntokenprune.list_recipes()")
-    assert {"tokenprune.recipe_yaml", "tokenprune.recipes"} <= loaded
+    assert {"tokenprune.recipe.yaml", "tokenprune.recipes"} <= loaded
     assert loaded.isdisjoint(HEAVY)
 
 

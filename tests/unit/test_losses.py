@@ -170,7 +170,7 @@ def test_a_part_without_its_tensors(missing: str, weight: str) -> None:
 
 
 def test_the_fields_are_those_of_a_recipe() -> None:
-    from tokenprune.recipe_schema import LossSection
+    from tokenprune.recipe.schema import LossSection
 
     loss = PruningLoss(keep_ratios=(0.7,), **LossSection().model_dump())
     assert loss == PruningLoss(keep_ratios=(0.7,))

@@ -13,7 +13,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from tokenprune.errors import PlanError
-from tokenprune.recipe_schema import TrainSection
+from tokenprune.recipe.schema import TrainSection
 from tokenprune.train import DataBundle, DataError, load_data
 from tokenprune.train.images import EpochView
 

@@ -315,6 +315,36 @@ def test_pretraining_trains_a_dense_host(tmp_path: Path) -> None:
     assert not hasattr(host, "token_predictors")
 
 
+def test_pretraining_goes_on_where_it_was_cut_off(tmp_path: Path) -> None:
+    class CutOffError(Exception):
+        pass
+
+    def cut_off(step: int, total: int, logs: dict[str, float]) -> None:
+        if step == 5:
+            raise CutOffError
+
+    def run(folder: str, progress: Any = False, epochs: int = 3) -> tuple[nn.Module, list[float]]:
+        host = timm_host()
+        result = pretrain(
+            *(host, bundle(24), epochs),
+            **{"batch_size": 8, "mixup": 0.5, "output_dir": tmp_path / folder},
+            progress=progress,
+        )
+        return host, [entry["loss"] for entry in result.history if "loss" in entry]
+
+    whole, losses = run("whole")
+    with pytest.raises(CutOffError):
+        run("cut", cut_off)
+    for seen in ([4, 5, 6, 7, 8, 9], []):  # the rest; then nothing is left to train
+        steps: list[int] = []
+        host, again = run("cut", lambda step, total, logs, to=steps: to.append(step))
+        assert steps == seen
+        assert again == losses
+        assert not changed(host, weights(whole))
+    with pytest.raises(CheckpointError, match=r"train.epochs: 3 there, 4 now"):
+        run("cut", epochs=4)
+
+
 def arguments(chosen: tokenprune.Recipe, folder: Path) -> Any:
     return training_arguments(chosen.train, folder, num_images=16, save_every="never")
 

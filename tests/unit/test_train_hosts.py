@@ -10,7 +10,7 @@ import torch
 import tokenprune
 from tokenprune.errors import HostError, PlanError, UnsupportedHostError
 from tokenprune.recipe import load_recipe
-from tokenprune.recipe_schema import HostSection
+from tokenprune.recipe.schema import HostSection
 from tokenprune.train import build_host, input_settings
 from tokenprune.train.hosts import class_logits
 

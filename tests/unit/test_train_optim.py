@@ -15,7 +15,7 @@ from torch import nn
 
 import tokenprune
 from tokenprune.errors import CheckpointError
-from tokenprune.recipe_schema import TrainSection
+from tokenprune.recipe.schema import TrainSection
 from tokenprune.train.average import WeightAverage
 from tokenprune.train.mixing import Mixing, criterion
 from tokenprune.train.optim import (

@@ -1,12 +1,13 @@
 """The commands, and what becomes of an error."""
 
+from importlib import metadata
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from tokenprune.cli.adapters import adapters
-from tokenprune.cli.console import show_error
+from tokenprune.cli.console import say, show_error
 from tokenprune.cli.convert import register as register_convert
 from tokenprune.cli.demo import demo
 from tokenprune.cli.evaluate import evaluate
@@ -43,9 +44,19 @@ app = typer.Typer(
 )
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        say(f"tokenprune {metadata.version('tokenprune-torch')}")
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
     debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True),
+    ] = False,
 ) -> None:
     """Options of all commands."""
 

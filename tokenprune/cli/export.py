@@ -11,9 +11,8 @@ from tokenprune.arch import describe
 from tokenprune.cli.console import bar, show, working
 from tokenprune.cli.hosts import build, recipe_for
 from tokenprune.errors import ExportError, HostError
-from tokenprune.export import ExportReport
-from tokenprune.export import export as write
-from tokenprune.exported import FORMATS, Format, format_of, open_exported
+from tokenprune.exporting import FORMATS, ExportReport, Format, format_of, open_exported
+from tokenprune.exporting import export as write
 from tokenprune.inputs import draw_inputs
 from tokenprune.model import pruning_of
 from tokenprune.profile import profile

@@ -15,8 +15,8 @@ from tokenprune.errors import (
     did_you_mean,
 )
 from tokenprune.recipe import Recipe, list_recipes, load_recipe
-from tokenprune.recipe_schema import HostSection
-from tokenprune.recipe_yaml import load_yaml
+from tokenprune.recipe.schema import HostSection
+from tokenprune.recipe.yaml import load_yaml
 
 __all__ = ["build", "host_section", "parse_options", "recipe_for", "split_name"]
 

@@ -18,7 +18,7 @@ from tokenprune.cli.console import warn
 from tokenprune.cli.hosts import build
 from tokenprune.errors import CheckpointError, PlanError
 from tokenprune.recipe import Recipe
-from tokenprune.recipe_schema import HostSection
+from tokenprune.recipe.schema import HostSection
 from tokenprune.train import DataBundle, DataError, build_host, input_settings, load_data
 from tokenprune.train.data import HELD_OUT
 

@@ -41,10 +41,11 @@ def train(
         Path | None, typer.Option(help="Start from these weights of the dense host.")
     ] = None,
     dense_epochs: Annotated[
-        int, typer.Option(min=0, help="Train the dense host from scratch first.")
+        int, typer.Option(min=0, help="Train the dense host from scratch first, in OUTPUT/dense.")
     ] = 0,
     epochs: Annotated[int | None, typer.Option(help="Instead of the recipe's.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Instead of the recipe's.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Instead of the recipe's.")] = None,
     accumulation_steps: Annotated[
         int, typer.Option(min=1, help="Backward passes to one optimiser step.")
     ] = 1,
@@ -70,7 +71,7 @@ def train(
         chosen = chosen.model_copy(update={"host": section})
     elif option:
         raise HostError("--option is for building another host; name it with --model.")
-    chosen = with_overrides(chosen, epochs=epochs, batch_size=batch_size)
+    chosen = with_overrides(chosen, epochs=epochs, batch_size=batch_size, seed=seed)
     folder = output or Path("runs") / (chosen.name or "train")
     published = not (scratch or host_weights or dense_epochs)
     with working("building host, reading images"):
@@ -99,6 +100,8 @@ def train(
                 num_workers=workers,
                 mixed_precision=chosen.train.mixed_precision,
                 seed=chosen.train.seed,
+                output_dir=folder / "dense",
+                resume=resume,
             )
     with bar("pruned model") as step:
         fit(

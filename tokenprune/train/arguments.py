@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 
 from tokenprune.errors import PlanError
 from tokenprune.recipe import Recipe
-from tokenprune.recipe_schema import TrainSection
+from tokenprune.recipe.schema import TrainSection
 from tokenprune.train.order import steps_per_epoch
 from tokenprune.train.run_folder import KEPT_CHECKPOINTS
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, tensor
 from torch.utils.data import Dataset
 
-from tokenprune.recipe_schema import TrainSection
+from tokenprune.recipe.schema import TrainSection
 from tokenprune.train.folders import DataError, read_folder
 from tokenprune.train.idx import is_idx_folder, read_idx_folder
 from tokenprune.train.images import Crops, ImageSet, eval_transform, train_transform

@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from transformers import TrainerCallback
@@ -21,7 +22,7 @@ from tokenprune.train.run_folder import RunFolder
 from tokenprune.train.trainer import PruningTrainer
 from tokenprune.verify import kept_modes
 
-__all__ = ["FitResult", "fit", "run_trainer"]
+__all__ = ["FitResult", "describe_run", "fit", "run_trainer"]
 
 TEACHER = "teacher.safetensors"
 
@@ -93,11 +94,10 @@ def fit(
         recipe = load_recipe(recipe)
         _check_ratios(recipe, pruning.plan)
     recipe = with_overrides(recipe, epochs=epochs, batch_size=batch_size)
-    num_images = len(data.train)  # type: ignore[arg-type]
     arguments = training_arguments(
         recipe.train,
         Path(output_dir),
-        num_images=num_images,
+        num_images=len(data.train),  # type: ignore[arg-type]
         accumulation_steps=accumulation_steps,
         save_every=save_every,
         show_bar=progress is True,
@@ -117,15 +117,7 @@ def fit(
         "recipe": recipe.model_dump(mode="json", exclude={"description", "host", "name", "source"}),
         "keep_ratios": pruning.plan.keep_ratios,
         "host": type(pruning.host).__name__,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "images": num_images,
-        "labels": zlib.crc32(repr(getattr(data.train, "labels", None)).encode()),
-        "classes": list(data.class_names),
-        "image_size": data.image_size,
-        "mean": list(data.mean),
-        "std": list(data.std),
-        "processes": arguments.world_size,
-        "accumulation_steps": accumulation_steps,
+        **describe_run(trainer),
     }
     checkpoint = run.begin(description, resume)
     if trainer.teacher is not None and (checkpoint is not None or save_every != "never"):
@@ -141,6 +133,22 @@ def _check_ratios(recipe: Recipe, plan: Plan) -> None:
             f"The recipe keeps {list(wanted)}, the model {list(plan.keep_ratios)}. Call "
             f"model.set_keep_ratio({list(wanted)}) first, or leave out the recipe."
         )
+
+
+def describe_run(trainer: ImageTrainer) -> dict[str, Any]:
+    """What decides about the weights besides host and recipe, for `RunFolder`."""
+    data, arguments = trainer.data, trainer.args
+    return {
+        "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
+        "images": len(data.train),  # type: ignore[arg-type]
+        "labels": zlib.crc32(repr(getattr(data.train, "labels", None)).encode()),
+        "classes": list(data.class_names),
+        "image_size": data.image_size,
+        "mean": list(data.mean),
+        "std": list(data.std),
+        "processes": arguments.world_size,
+        "accumulation_steps": arguments.gradient_accumulation_steps,
+    }
 
 
 def run_trainer(trainer: ImageTrainer, checkpoint: Path | None = None) -> FitResult:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tokenprune.errors import HostError, PlanError, UnsupportedHostError, did_you_mean
-from tokenprune.recipe_schema import HostSection
+from tokenprune.recipe.schema import HostSection
 
 __all__ = ["build_host", "class_logits", "input_settings"]
 

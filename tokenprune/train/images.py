@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from tokenprune.errors import PlanError
-from tokenprune.recipe_schema import TrainSection
+from tokenprune.recipe.schema import TrainSection
 from tokenprune.train.folders import DataError
 
 __all__ = ["Crops", "EpochView", "ImageSet", "eval_transform", "train_transform"]

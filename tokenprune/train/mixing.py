@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokenprune.recipe_schema import TrainSection
+from tokenprune.recipe.schema import TrainSection
 
 __all__ = ["Mixing", "criterion"]
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from tokenprune.model import ADDED
-from tokenprune.recipe_schema import TrainSection
+from tokenprune.recipe.schema import TrainSection
 
 __all__ = ["Schedule", "frozen_names", "make_optimizer", "make_scheduler", "parameter_groups"]
 

@@ -1,16 +1,19 @@
 """Train a dense host, where no published weights fit: for the demo and for benchmarks."""
 
+import os
 import tempfile
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from tokenprune.recipe_schema import TrainSection
+from tokenprune.recipe.schema import TrainSection
 from tokenprune.train.arguments import Progress, training_arguments
 from tokenprune.train.data import DataBundle
-from tokenprune.train.fitting import FitResult, run_trainer
+from tokenprune.train.fitting import FitResult, describe_run, run_trainer
 from tokenprune.train.image_trainer import ImageTrainer
+from tokenprune.train.run_folder import RunFolder
 
 __all__ = ["pretrain"]
 
@@ -25,11 +28,13 @@ def pretrain(
     weight_decay: float = 0.05,
     warmup_epochs: int = 2,
     seed: int = 0,
+    output_dir: str | os.PathLike[str] | None = None,
+    resume: bool = True,
     progress: bool | Progress = True,
     num_workers: int = 0,
     **settings: Any,
 ) -> FitResult:
-    """Train a dense host in place by cross entropy; nothing is kept on disk.
+    """Train a dense host in place by cross entropy.
 
     Args:
         host: As its library builds it, not wrapped.
@@ -40,6 +45,8 @@ def pretrain(
         weight_decay: Of AdamW; biases and other parameters of one dimension get none.
         warmup_epochs: Over which the rate grows.
         seed: Of data order, dropout and mixing.
+        output_dir: Checkpoints go here, as those of `fit`; nothing is kept on disk if None.
+        resume: As for `fit`.
         progress: As for `fit`.
         num_workers: Processes that read images.
         settings: Further fields of `TrainSection`: `mixup`, `clip_grad`, `mixed_precision`, ...
@@ -47,6 +54,7 @@ def pretrain(
     Raises:
         PlanError: The host's head has another number of classes than the data.
         DataError: An image cannot be read.
+        CheckpointError: `output_dir` holds another run.
     """
     wishes = TrainSection(
         epochs=epochs,
@@ -59,12 +67,15 @@ def pretrain(
         seed=seed,
         **settings,
     )
-    with tempfile.TemporaryDirectory() as folder:
+    where: AbstractContextManager[str | os.PathLike[str]] = (
+        tempfile.TemporaryDirectory() if output_dir is None else nullcontext(output_dir)
+    )
+    with where as folder:
         arguments = training_arguments(
             wishes,
             Path(folder),
             num_images=len(data.train),  # type: ignore[arg-type]
-            save_every="never",
+            save_every="never" if output_dir is None else "epoch",
             evaluates=False,
             show_bar=progress is True,
             num_workers=num_workers,
@@ -72,4 +83,6 @@ def pretrain(
         trainer = ImageTrainer(
             host, arguments, data, wishes, progress=progress if callable(progress) else None
         )
-        return run_trainer(trainer)
+        run = RunFolder(Path(folder), arguments.distributed_state)
+        description = {"train": wishes.model_dump(mode="json"), "host": type(host).__name__}
+        return run_trainer(trainer, run.begin(description | describe_run(trainer), resume))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.errors import ExportError
-from tokenprune.exported import Run, named_tensors
+from tokenprune.exporting.run import Run, named_tensors
 from tokenprune.model import pruning_of
 from tokenprune.verify import TOLERANCE
 

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.errors import ExportError
-from tokenprune.export_check import compare
-from tokenprune.exported import (
+from tokenprune.exporting.check import compare
+from tokenprune.exporting.run import (
     Format,
     format_of,
     named_tensors,

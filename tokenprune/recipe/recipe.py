@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
 from tokenprune.errors import RecipeError, UnknownRecipeError, did_you_mean
-from tokenprune.recipe_schema import (
+from tokenprune.recipe.schema import (
     HostSection,
     LossSection,
     PredictorSection,
@@ -22,7 +22,7 @@ from tokenprune.recipe_schema import (
     TrainSection,
     check_stages,
 )
-from tokenprune.recipe_yaml import dump_yaml, load_yaml
+from tokenprune.recipe.yaml import dump_yaml, load_yaml
 
 __all__ = ["Recipe", "RecipeSource", "list_recipes", "load_recipe"]
 
