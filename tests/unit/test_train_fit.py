@@ -326,8 +326,12 @@ def test_pretraining_goes_on_where_it_was_cut_off(tmp_path: Path) -> None:
     def run(folder: str, progress: Any = False, epochs: int = 3) -> tuple[nn.Module, list[float]]:
         host = timm_host()
         result = pretrain(
-            *(host, bundle(24), epochs),
-            **{"batch_size": 8, "mixup": 0.5, "output_dir": tmp_path / folder},
+            host,
+            bundle(24),
+            epochs,
+            batch_size=8,
+            mixup=0.5,
+            output_dir=tmp_path / folder,
             progress=progress,
         )
         return host, [entry["loss"] for entry in result.history if "loss" in entry]
