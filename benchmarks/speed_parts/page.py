@@ -43,15 +43,18 @@ REMARKS = """## Where a bar is missed, and why
   pages when the next one is asked for; on this machine that is a large part of the time at batch 32
   (columns *kernel*). Pruning makes most tensors smaller than that limit, so it saves more than
   arithmetic, or less where it does not. *Memory kept* switches it off (`GLIBC_TUNABLES`, see
-  `benchmarks/speed_parts/row.py`; jemalloc and tcmalloc are made for it): both sides get faster,
-  and what is left is arithmetic. That is the fairer comparison; the first table is what one gets
-  without doing anything.
-- **Noise.** The machine is a shared one: look at the brackets. Rounds of one second lie up to a
-  half apart, and medians of two runs of the same code up to a tenth.
+  `benchmarks/speed_parts/row.py`; jemalloc and tcmalloc are made for it), and what is left is
+  arithmetic. That is the fairer comparison; the first table is what one gets without doing
+  anything.
+- **Noise.** The machine is a shared one: look at the brackets. Processes differ too: DeiT-B at
+  batch 8 has no kernel time in either table, so both measure the same, and they say 1.60x and
+  1.31x. Hence the runs in several processes; a miss by a few hundredths is within this noise, and
+  so is a bar that is met by as much.
 - **LV-ViT-S.** Three tenths of its MACs after pruning lie outside the blocks, most of them in the
   convolutions of its stem (`tokenprune inspect timm:lvvit_s`), which get less done in a second than
   the linear layers that pruning saves.
-- **Batch 1.** Half a dozen small operators a stage cost the same whatever they save.
+- **Batch 1.** What a stage adds are many small operators (*own share*), whose start-up costs time
+  that MACs do not count.
 - **Swin-T** keeps its grid: dropped tokens only skip MLPs, and those of one of its four grids.
   There is little to gain, and at batch 1 nothing.
 - **Batch 64 and `torch.compile`** ran in one process each, batch 64 of DeiT-S, EVA-02-S and Swin-T
