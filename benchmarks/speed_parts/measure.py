@@ -2,8 +2,8 @@
 
     python -m benchmarks.speed_parts.measure HOST eager|compile BUDGET BATCH...
 
-is how `benchmarks.speed` does it, in fresh processes: where a process happens to lie in memory
-matters to every one of its rounds. Each sample is printed as a line of JSON.
+is how `benchmarks.speed` does it, in fresh processes, since processes differ more than the rounds
+of one. Each sample is printed as a line of JSON.
 """
 
 import copy

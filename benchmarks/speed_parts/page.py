@@ -48,8 +48,8 @@ REMARKS = """## Where a bar is missed, and why
   anything.
 - **Noise.** The machine is a shared one: look at the brackets. Processes differ too: DeiT-B at
   batch 8 has no kernel time in either table, so both measure the same, and they say 1.60x and
-  1.31x. Hence the runs in several processes; a miss by a few hundredths is within this noise, and
-  so is a bar that is met by as much.
+  1.46x; a process alone (`--processes 1`) once said 1.31x. Hence the runs in several processes; a
+  miss by a few hundredths is within this noise, and so is a bar that is met by as much.
 - **LV-ViT-S.** Three tenths of its MACs after pruning lie outside the blocks, most of them in the
   convolutions of its stem (`tokenprune inspect timm:lvvit_s -r dynamicvit-lvvit-s-k0.7`). What
   pruning saves is linear layers, which a CPU does at a higher rate.
