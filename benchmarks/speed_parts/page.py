@@ -52,7 +52,7 @@ REMARKS = """## Where a bar is missed, and why
   miss by a few hundredths is within this noise, and so is a bar that is met by as much.
 - **LV-ViT-S.** Three tenths of its MACs after pruning lie outside the blocks, most of them in the
   convolutions of its stem (`tokenprune inspect timm:lvvit_s -r dynamicvit-lvvit-s-k0.7`). What
-  pruning saves is linear layers, which a CPU does at a higher rate.
+  pruning saves is all in the blocks.
 - **Batch 1.** What a stage adds are many small operators (*own share*), whose start-up costs time
   that MACs do not count.
 - **Swin-T** keeps its grid: dropped tokens only skip MLPs, and those of one of its four grids.
