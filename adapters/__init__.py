@@ -14,7 +14,7 @@ from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules
 
-from tokenprune.arch import register_adapter
+from tokenprune.hosts.registry import register_adapter
 
 __all__ = ["register_all"]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from tokenprune.arch import ExampleInput
+from tokenprune.hosts.registry import ExampleInput
 
 __all__ = [
     "climb",

@@ -6,8 +6,8 @@ from typing import Literal
 from torch import nn
 
 from tokenprune.adapters._facts import has_module, image_inputs, is_class
-from tokenprune.arch import ArchSpec
 from tokenprune.errors import UnsupportedHostError
+from tokenprune.hosts.registry import ArchSpec
 
 __all__ = ["TimmFamily"]
 

@@ -20,8 +20,8 @@ from tokenprune.adapters._facts import (
 from tokenprune.adapters._probe import BATCH, Watched, watch
 from tokenprune.adapters._signals import image_side, signal_inputs
 from tokenprune.adapters._transformers import config_inputs, nearest_config
-from tokenprune.arch import GENERIC, ArchSpec, ExampleInput
 from tokenprune.errors import UnsupportedHostError
+from tokenprune.hosts.registry import GENERIC, ArchSpec, ExampleInput
 
 __all__ = ["ADAPTER"]
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 from torch import nn
 
 from tokenprune.adapters._facts import from_module, join
-from tokenprune.arch import ArchSpec, describe
+from tokenprune.hosts.registry import ArchSpec, describe
 
 __all__ = ["ADAPTER"]
 

@@ -31,8 +31,8 @@ import tokenprune
 from benchmarks.accuracy_parts.baselines import BaselineTrainer, ClassAttention, RandomScores
 from benchmarks.accuracy_parts.page import as_page, draw
 from tokenprune.cli.runs import host_of
-from tokenprune.model import pruning_of
 from tokenprune.recipe import Recipe, load_recipe
+from tokenprune.runtime.model import pruning_of
 from tokenprune.train import DataBundle, build_host, evaluate, input_settings, load_data, pretrain
 from tokenprune.train.arguments import training_arguments
 from tokenprune.train.fitting import run_trainer

@@ -21,11 +21,11 @@ from torch import Tensor
 
 import tokenprune
 from benchmarks.fidelity import table
-from tokenprune.checkpoint import save
+from tokenprune.checkpoints.directory import save
 from tokenprune.cli.runs import prepare, reopen, write_input
-from tokenprune.model import pruning_of
+from tokenprune.cost.timing import interleaved
 from tokenprune.recipe import Recipe, load_recipe
-from tokenprune.report.measure import interleaved
+from tokenprune.runtime.model import pruning_of
 from tokenprune.train import DataBundle, evaluate, fit, kept_tokens, pretrain
 
 __all__ = ["main"]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.training_parity import leaks, parities, survivals
-from tokenprune.convert import convert_dynamicvit
+from tokenprune.checkpoints.dynamicvit import convert_dynamicvit
 
 __all__ = ["main"]
 

@@ -19,9 +19,9 @@ from torch import nn
 
 import tokenprune
 import tokenprune.models
-from tokenprune.counting import num_keep
-from tokenprune.profile import profile
+from tokenprune.cost.profile import profile
 from tokenprune.recipe import Recipe, load_recipe
+from tokenprune.recipe.counting import num_keep
 
 __all__ = ["DOCUMENT", "PUBLISHED", "TITLES", "Published", "Row", "count", "line", "main", "render"]
 

@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.training_parts.attention import SHAPE, Way, measure_ways
 from benchmarks.training_parts.steps import Kind, make_step, peak_bytes, squares
-from tokenprune.report.measure import Timing, interleaved
+from tokenprune.cost.timing import Timing, interleaved
 
 __all__ = ["main"]
 

@@ -1,16 +1,16 @@
 """Learned token pruning for vision transformers that somebody else wrote."""
 
 from tokenprune import errors, losses
-from tokenprune.arch import ArchSpec, ExampleInput, list_adapters, register_adapter
-from tokenprune.checkpoint import load, save
-from tokenprune.convert import convert_dynamicvit, load_dynamicvit
+from tokenprune.checkpoints.directory import load, save
+from tokenprune.checkpoints.dynamicvit import convert_dynamicvit, load_dynamicvit
+from tokenprune.checks.verify import Certificate, verify
+from tokenprune.cost.image_macs import ImageMacs
+from tokenprune.cost.profile import Profile, profile
 from tokenprune.exporting import ExportReport, export
-from tokenprune.image_macs import ImageMacs
-from tokenprune.profile import Profile, profile
-from tokenprune.pruning_trace import PruningTrace, StageTrace
+from tokenprune.hosts.registry import ArchSpec, ExampleInput, list_adapters, register_adapter
 from tokenprune.recipe import Recipe, list_recipes
-from tokenprune.verify import Certificate, verify
-from tokenprune.wrap import unwrap, wrap
+from tokenprune.runtime.pruning_trace import PruningTrace, StageTrace
+from tokenprune.wrapping import unwrap, wrap
 
 __all__ = [
     "ArchSpec",

@@ -11,9 +11,9 @@ from torch import nn
 import tokenprune
 from benchmarks.atlas_parts.row import CERTIFIED, Row
 from benchmarks.atlas_parts.weights import enliven, parameters_in_millions, weightless
-from tokenprune.arch import ArchSpec, describe
+from tokenprune.checks.verify import Certificate
 from tokenprune.errors import TokenPruneError
-from tokenprune.verify import Certificate
+from tokenprune.hosts.registry import ArchSpec, describe
 
 __all__ = ["Host", "measure"]
 

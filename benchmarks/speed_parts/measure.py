@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 import tokenprune
 from benchmarks.speed_parts.hosts import HOSTS, SpeedHost
-from tokenprune.model import PrunedModel, pruning_of
-from tokenprune.report.measure import interleaved
+from tokenprune.cost.timing import interleaved
+from tokenprune.runtime.model import PrunedModel, pruning_of
 
 __all__ = ["Sample", "measure"]
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tokenprune.cost.timing import interleaved
 from tokenprune.ops.attention import masked_attention, masked_softmax
-from tokenprune.report.measure import interleaved
 
 __all__ = ["SHAPE", "WAYS", "Way", "measure_ways"]
 

@@ -14,8 +14,8 @@ import tokenprune
 from tests.properties.hosts import TOYS
 from tests.properties.theorem_case import BOUNDS, SEED, difference, tensors
 from tests.properties.vit import toughen
-from tokenprune.buckets import divide
-from tokenprune.ops.ragged import above_threshold, in_order, kept_first, one_hot
+from tokenprune.ops.jagged import above_threshold, in_order, kept_first, one_hot
+from tokenprune.runtime.jagged.buckets import divide
 
 NAMES = (
     *("prefix_2", "rope_by_length", "relative_bias", "causal", "additive_mask"),

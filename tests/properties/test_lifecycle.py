@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch import Tensor, nn
 
 import tokenprune
-from tokenprune.counting import num_keep
+from tokenprune.recipe.counting import num_keep
 
 RECIPE = {"version": 1, "schedule": {"blocks": [1, 2], "keep_ratio": 0.7}}
 PATCHES = 16

@@ -16,8 +16,8 @@ from transformers import (
 
 import tokenprune
 from tests.zoo.rows import toughen
+from tokenprune.analysis.padding import behind_real
 from tokenprune.losses import ratio_loss
-from tokenprune.padding import behind_real
 
 LENGTH = 14
 RECIPE = {"version": 1, "schedule": {"blocks": [1, 2], "keep_ratio": 0.6}}

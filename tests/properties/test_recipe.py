@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokenprune.counting import num_keep
 from tokenprune.errors import RecipeError
 from tokenprune.recipe import Recipe
+from tokenprune.recipe.counting import num_keep
 from tokenprune.recipe.yaml import dump_yaml, load_yaml
 
 ROUNDINGS = st.sampled_from(["floor", "ceil", "round"])

@@ -27,9 +27,9 @@ from tests.properties.reference import (
     run_columnar,
 )
 from tests.properties.reference_swin import Swin, run_swin
-from tokenprune.counting import num_keep
 from tokenprune.losses import PruningLoss
 from tokenprune.models import LVViT
+from tokenprune.recipe.counting import num_keep
 
 CLASSES = 7
 RATIOS = (0.7, 0.49, 0.343)

@@ -24,8 +24,8 @@ from tests.properties.theorem_case import (
     sizes,
     tensors,
 )
-from tokenprune.counting import num_keep
-from tokenprune.passes.base import PREDICTORS
+from tokenprune.recipe.counting import num_keep
+from tokenprune.rewrite.rewrite import PREDICTORS
 
 
 @few

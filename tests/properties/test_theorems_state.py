@@ -10,7 +10,7 @@ import torch
 
 import tokenprune
 from tests.properties.theorem_case import Case, same_bits, tensors
-from tokenprune.passes.base import PREDICTORS
+from tokenprune.rewrite.rewrite import PREDICTORS
 
 
 def test_8_state_dict_holds_the_hosts_keys_and_the_predictors(case: Case) -> None:

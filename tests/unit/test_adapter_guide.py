@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
-from tokenprune.arch import ENTRY_POINTS, Adapter, ArchSpec
+from tokenprune.hosts.registry import ENTRY_POINTS, Adapter, ArchSpec
 
 ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "docs" / "adapters.md").read_text()

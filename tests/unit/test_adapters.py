@@ -18,10 +18,10 @@ from tests.zoo.hosts_grid import GRID
 from tests.zoo.images import ODD_IMAGES
 from tests.zoo.rows import Row
 from tests.zoo.sequences import SEQUENCES
-from tokenprune import arch
-from tokenprune.arch import ArchSpec, describe, list_adapters, register_adapter
 from tokenprune.errors import AdapterError, UnknownAdapterError, UnsupportedHostError
-from tokenprune.inputs import draw_inputs
+from tokenprune.hosts import registry as arch
+from tokenprune.hosts.inputs import draw_inputs
+from tokenprune.hosts.registry import ArchSpec, describe, list_adapters, register_adapter
 
 ROWS = [pytest.param(row, id=row.name) for row in ZOO]
 SHIPPED = len(list(Path(tokenprune.adapters.__path__[0]).glob("[!_]*.py")))
@@ -346,7 +346,7 @@ def test_the_folder_under_another_name_is_refused() -> None:
 
 def test_adapters_import_no_model_library() -> None:
     code = (
-        "import sys; from tokenprune.arch import list_adapters; "
+        "import sys; from tokenprune.hosts.registry import list_adapters; "
         f"assert len(list_adapters()) == {SHIPPED}; "
         "assert not {'timm', 'transformers', 'torchvision'} & set(sys.modules), 'heavy import'"
     )

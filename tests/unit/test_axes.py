@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import tokenprune
-from tokenprune.axes import EXTRA, TokenAxes, TokenDim
+from tokenprune.analysis.token_probe import EXTRA, TokenAxes, TokenDim
 from tokenprune.errors import PlanError, UnsupportedHostError
 
 WIDTH, PATCHES, PREFIX = 8, 9, 1

@@ -8,7 +8,6 @@ from torch import nn
 import tokenprune
 from tokenprune.errors import PlanError, UnsupportedHostError
 from tokenprune.exporting.check import margins
-from tokenprune.model import pruning_of
 from tokenprune.ops.bypass import (
     Layout,
     choose_branch,
@@ -17,8 +16,9 @@ from tokenprune.ops.bypass import (
     merge_branches,
     take_tokens,
 )
-from tokenprune.passes.bypass import BYPASSES
-from tokenprune.predictor import light_branch
+from tokenprune.reductions.bypass import BYPASSES
+from tokenprune.runtime.model import pruning_of
+from tokenprune.scorers.learned import light_branch
 
 SWIN = {"img_size": 64, "patch_size": 4, "embed_dim": 16, "depths": (1, 3, 1), "window_size": 4}
 RECIPE = {

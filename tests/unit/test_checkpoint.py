@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor, nn
 
 import tokenprune
-from tokenprune.checkpoint import FACTS, RECIPE, WEIGHTS, load, save
+from tokenprune.checkpoints.directory import FACTS, RECIPE, WEIGHTS, load, save
 from tokenprune.errors import (
     AlreadyWrappedError,
     CheckpointError,
@@ -22,7 +22,7 @@ from tokenprune.errors import (
     NotWrappedError,
     VerificationError,
 )
-from tokenprune.model import pruning_of
+from tokenprune.runtime.model import pruning_of
 
 STAGES: dict[str, Any] = {"version": 1, "schedule": {"blocks": [1, 2], "keep_ratio": 0.6}}
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2}
@@ -195,7 +195,7 @@ def test_a_crash_leaves_no_half_directory(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"tokenprune.checkpoint.{moment}", crash)
+        patch.setattr(f"tokenprune.checkpoints.directory.{moment}", crash)
         with pytest.raises(KeyboardInterrupt):
             save(model, target)
     assert list(tmp_path.iterdir()) == ([target] if there else [])
@@ -353,7 +353,7 @@ def test_a_failed_proof_gives_the_weights_back(
 
     host = vit(seed=1)
     before = weights(host)
-    monkeypatch.setattr(sys.modules["tokenprune.wrap"], "verify_model", refuse)
+    monkeypatch.setattr(sys.modules["tokenprune.wrapping"], "verify_model", refuse)
     with pytest.raises(VerificationError, match="no"):
         load(saved, host)
     assert same(before, weights(host))

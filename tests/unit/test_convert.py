@@ -17,9 +17,9 @@ from typer.testing import CliRunner
 
 import tokenprune
 import tokenprune.models
-from tokenprune.checkpoint import load
+from tokenprune.checkpoints.directory import load
+from tokenprune.checkpoints.dynamicvit import HOSTS, convert_dynamicvit, load_dynamicvit
 from tokenprune.cli.convert import register
-from tokenprune.convert import HOSTS, convert_dynamicvit, load_dynamicvit
 from tokenprune.errors import (
     CheckpointError,
     NonFiniteWeightsError,
@@ -27,8 +27,8 @@ from tokenprune.errors import (
     PlanError,
     TokenPruneError,
 )
-from tokenprune.predictor import TokenPredictor, light_branch
 from tokenprune.recipe import load_recipe
+from tokenprune.scorers.learned import TokenPredictor, light_branch
 
 State = dict[str, Tensor]
 SWIN_DEPTHS = {"swin-tiny": (2, 2, 6, 2), "swin-small": (2, 2, 18, 2), "swin-base": (2, 2, 18, 2)}

@@ -13,10 +13,10 @@ import tokenprune
 from tests.properties.vit import toughen
 from tokenprune.errors import KeepIndicesError, PlanError, RecipeError
 from tokenprune.losses import ratio_loss
-from tokenprune.model import pruning_of
+from tokenprune.ops.jagged import above_threshold
 from tokenprune.ops.packing import merge_packed, pack, take_packed
-from tokenprune.ops.ragged import above_threshold
 from tokenprune.recipe import Recipe
+from tokenprune.runtime.model import pruning_of
 
 SMALL = {"img_size": 32, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 5}
 RECIPE = {

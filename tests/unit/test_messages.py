@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import tokenprune
 from tokenprune import errors
-from tokenprune.arch import describe
+from tokenprune.hosts.registry import describe
 
 RECIPE = {"version": 1, "schedule": {"blocks": [1, 2], "keep_ratio": 0.7}}
 IMAGES = torch.zeros(2, 3, 32, 32)

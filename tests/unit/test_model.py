@@ -10,8 +10,8 @@ from torch.nn.utils import parametrize
 
 import tokenprune
 from tokenprune.errors import HostError, KeepIndicesError, PlanError
-from tokenprune.model import pruning_of
-from tokenprune.passes.base import PREDICTORS
+from tokenprune.rewrite.rewrite import PREDICTORS
+from tokenprune.runtime.model import pruning_of
 
 RECIPE: dict[str, Any] = {"version": 1, "schedule": {"blocks": [1, 2], "keep_ratio": 0.7}}
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import tokenprune
-from tokenprune.convert import load_dynamicvit
+from tokenprune.checkpoints.dynamicvit import load_dynamicvit
+from tokenprune.checkpoints.release import read_release
 from tokenprune.losses import PruningLoss
 from tokenprune.models import LVViT
-from tokenprune.release import read_release
 
 DATA = Path(__file__).parents[1] / "data" / "dynamicvit"
 REMOVE = {"version": 1, "schedule": {"blocks": [1, 2, 3], "keep_ratio": 0.7}}

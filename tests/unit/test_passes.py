@@ -11,9 +11,9 @@ from torch import Tensor, fx, nn
 import tokenprune
 from tokenprune.errors import LeakError, UnsupportedHostError
 from tokenprune.ops.attention import masked_attention
-from tokenprune.passes.base import Pass, Rewrite, run_passes
-from tokenprune.passes.gather import gather_table
-from tokenprune.stages import gather_stage, mask_stage, policy_of
+from tokenprune.rewrite.rewrite import Pass, Rewrite, run_passes
+from tokenprune.rewrite.stages import gather_stage, mask_stage, policy_of
+from tokenprune.rewrite.tables import gather_table
 from tokenprune.tracing.tracer import enter_block
 
 WIDTH, LENGTH = 8, 10

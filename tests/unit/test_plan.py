@@ -4,9 +4,9 @@ from typing import Any, Literal
 
 import pytest
 
-from tokenprune.arch import ArchSpec
+from tokenprune.analysis.plan import Plan, bind
 from tokenprune.errors import PlanError
-from tokenprune.plan import Plan, bind
+from tokenprune.hosts.registry import ArchSpec
 from tokenprune.recipe import Recipe
 
 

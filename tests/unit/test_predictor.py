@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from tokenprune.predictor import TokenPredictor
+from tokenprune.scorers.learned import TokenPredictor
 
 B, N = 2, 6
 

@@ -11,11 +11,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import tokenprune
+from tokenprune.cost.profile import Profile, profile
 from tokenprune.errors import HostError, NotWrappedError
-from tokenprune.profile import Profile, profile
 
 STAGES: dict[str, Any] = {"version": 1, "schedule": {"blocks": [1, 2], "keep_ratio": 0.6}}
-counting = sys.modules["tokenprune.profile"]  # the name `tokenprune.profile` is the function
+counting = sys.modules["tokenprune.cost.profile"]
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2}
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from tokenprune.counting import num_keep
 from tokenprune.errors import RecipeError, UnknownRecipeError
 from tokenprune.recipe import Recipe, list_recipes, load_recipe
+from tokenprune.recipe.counting import num_keep
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 SHIPPED = sorted(path.stem for path in FOLDER.rglob("*.yaml"))

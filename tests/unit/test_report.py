@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from tokenprune.cost.timing import Timing, interleaved
 from tokenprune.errors import HostError, MissingDependencyError
-from tokenprune.pruning_trace import PruningTrace, StageTrace
 from tokenprune.report import measure
 from tokenprune.report.html import Bars, Picture, Text, write_html
-from tokenprune.report.measure import Timing, interleaved
 from tokenprune.report.table import Table
 from tokenprune.report.visualize import DROPPED, LEFT, grid_shape, kept_pixels, pruning_grid
+from tokenprune.runtime.pruning_trace import PruningTrace, StageTrace
 
 
 def trace_of(*decisions: torch.Tensor) -> PruningTrace:

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 import tokenprune
+from tokenprune.analysis.default_recipe import suggest_recipe
 from tokenprune.errors import PlanError
-from tokenprune.model import pruning_of, trace_host
-from tokenprune.suggest import suggest_recipe
+from tokenprune.runtime.model import pruning_of, trace_host
 
 VIT = timm.models.vision_transformer.VisionTransformer
 SWIN = timm.models.swin_transformer.SwinTransformer

@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 from tests.unit.tracing_host import WIDTH, Host, record, replay
 from tokenprune.errors import TraceError
+from tokenprune.tracing.host_graph import trace_call
 from tokenprune.tracing.interpret import run
-from tokenprune.tracing.traced import trace_call
 
 
 def same(ours: Any, theirs: Any) -> bool:

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from tests.unit.tracing_host import WIDTH, Host, record, snapshot
 from tokenprune.errors import HostError, TraceError
-from tokenprune.tracing.traced import Traced, trace_call
+from tokenprune.tracing.host_graph import Traced, trace_call
 from tokenprune.tracing.tracer import enter_block
 
 

@@ -14,7 +14,7 @@ from torch import nn
 import tokenprune
 from tokenprune.errors import CheckpointError, NotWrappedError, PlanError, RecipeError
 from tokenprune.losses import PruningLoss
-from tokenprune.model import PrunedModel
+from tokenprune.runtime.model import PrunedModel
 from tokenprune.train import DataBundle, DataError, PruningTrainer, evaluate, fit, pretrain
 from tokenprune.train.arguments import training_arguments
 from tokenprune.train.image_trainer import ImageTrainer

@@ -10,8 +10,8 @@ from torch import nn
 
 import tokenprune
 from tokenprune.cli.visualize import draw
-from tokenprune.passes.base import PREDICTORS
-from tokenprune.passes.bypass import BYPASSES
+from tokenprune.reductions.bypass import BYPASSES
+from tokenprune.rewrite.rewrite import PREDICTORS
 from tokenprune.train import DataBundle, evaluate, fit
 
 CLASSES = 3

@@ -9,15 +9,17 @@ import torch
 from torch import Tensor, nn
 
 import tokenprune
+from tokenprune.checks.verify import EXACT, Certificate, Check, _Proof, verify
 from tokenprune.errors import (
     HostError,
     NotWrappedError,
     UnsupportedHostError,
     VerificationError,
 )
-from tokenprune.model import pruning_of
-from tokenprune.passes import gather, mask, mixers
-from tokenprune.verify import EXACT, Certificate, Check, _Proof, verify
+from tokenprune.rewrite import mix as mask
+from tokenprune.rewrite import rules as mixers
+from tokenprune.rewrite import tables as gather
+from tokenprune.runtime.model import pruning_of
 
 RECIPE: dict[str, Any] = {"version": 1, "schedule": {"blocks": [1, 2], "keep_ratio": 0.7}}
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2}

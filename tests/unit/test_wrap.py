@@ -17,8 +17,8 @@ from tokenprune.errors import (
     PlanError,
     UnsupportedHostError,
 )
-from tokenprune.model import PrunedModel
-from tokenprune.passes.base import PREDICTORS
+from tokenprune.rewrite.rewrite import PREDICTORS
+from tokenprune.runtime.model import PrunedModel
 
 RECIPE: dict[str, Any] = {"version": 1, "schedule": {"blocks": [1, 2], "keep_ratio": 0.7}}
 BLOCKS = ("blocks.0", "blocks.1", "blocks.2")
@@ -137,7 +137,7 @@ def test_the_generators_state_moves_by_the_predictors_alone() -> None:
     drawn = torch.get_rng_state()
     torch.set_rng_state(state)
     for _ in range(2):
-        tokenprune.predictor.TokenPredictor(16)
+        tokenprune.scorers.learned.TokenPredictor(16)
     assert torch.equal(torch.get_rng_state(), drawn)
 
 
@@ -254,8 +254,8 @@ def test_only_wrapped_models_are_unwrapped(thing: nn.Module) -> None:
 def test_names_at_the_top() -> None:
     for name in tokenprune.__all__:
         assert getattr(tokenprune, name) is not None
-    assert tokenprune.convert_dynamicvit is tokenprune.convert.convert_dynamicvit
-    assert tokenprune.load_dynamicvit is tokenprune.convert.load_dynamicvit
+    assert tokenprune.convert_dynamicvit is tokenprune.checkpoints.dynamicvit.convert_dynamicvit
+    assert tokenprune.load_dynamicvit is tokenprune.checkpoints.dynamicvit.load_dynamicvit
 
 
 def test_a_host_that_was_compiled_in_place_is_pruned() -> None:

@@ -11,7 +11,7 @@ import tokenprune
 from tests.zoo.hosts_grid import GRID
 from tests.zoo.rows import Row, toughen
 from tokenprune.errors import LeakError
-from tokenprune.model import ADDED, pruning_of
+from tokenprune.runtime.model import ADDED, pruning_of
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 BOUND = 1e-4  # of the output's scale, in fp32

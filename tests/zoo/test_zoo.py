@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_leaves
 import tokenprune
 from tests.zoo.hosts import ZOO
 from tests.zoo.rows import Row, toughen
-from tokenprune.counting import num_keep
 from tokenprune.errors import UnsupportedHostError
+from tokenprune.recipe.counting import num_keep
 
 BOUND = 1e-4  # of the output's scale, in fp32
 BOUND_64 = 1e-9

@@ -1,7 +1,7 @@
 """`tokenprune adapters`: who describes which hosts."""
 
-from tokenprune.arch import list_adapters
 from tokenprune.cli.console import show
+from tokenprune.hosts.registry import list_adapters
 from tokenprune.report.table import Table
 
 __all__ = ["adapters"]

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from tokenprune.convert import Converted, convert_dynamicvit
+from tokenprune.checkpoints.dynamicvit import Converted, convert_dynamicvit
 
 __all__ = ["register"]
 

@@ -8,17 +8,17 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from tokenprune.checkpoint import save
+from tokenprune.checkpoints.directory import save
+from tokenprune.checks.verify import verify
 from tokenprune.cli.console import bar, say, show, working
 from tokenprune.cli.demo_report import Figures, accuracy_table, settings_table, speed_table, write
 from tokenprune.cli.inspect import certificate_table, cost_table, stage_table
 from tokenprune.cli.visualize import draw
+from tokenprune.cost.profile import profile
+from tokenprune.cost.timing import interleaved
 from tokenprune.errors import MissingDependencyError
-from tokenprune.profile import profile
 from tokenprune.recipe import load_recipe
-from tokenprune.report.measure import interleaved
-from tokenprune.verify import verify
-from tokenprune.wrap import unwrap, wrap
+from tokenprune.wrapping import unwrap, wrap
 
 __all__ = ["demo"]
 

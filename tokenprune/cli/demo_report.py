@@ -7,10 +7,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tokenprune.counting import counts_in_words
-from tokenprune.profile import Profile
+from tokenprune.cost.profile import Profile
+from tokenprune.cost.timing import Timing
+from tokenprune.recipe.counting import counts_in_words
 from tokenprune.report.html import Bars, Picture, Text, write_html
-from tokenprune.report.measure import Timing
 from tokenprune.report.table import Table
 
 __all__ = ["Figures", "accuracy_table", "settings_table", "speed_table", "write"]

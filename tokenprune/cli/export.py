@@ -7,19 +7,19 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from tokenprune.arch import describe
 from tokenprune.cli.console import bar, show, working
 from tokenprune.cli.hosts import build, recipe_for
+from tokenprune.cost.profile import profile
+from tokenprune.cost.timing import Timing, interleaved
 from tokenprune.errors import ExportError, HostError
 from tokenprune.exporting import FORMATS, ExportReport, Format, format_of, open_exported
 from tokenprune.exporting import export as write
-from tokenprune.inputs import draw_inputs
-from tokenprune.model import pruning_of
-from tokenprune.profile import profile
+from tokenprune.hosts.inputs import draw_inputs
+from tokenprune.hosts.registry import describe
 from tokenprune.recipe import load_recipe
-from tokenprune.report.measure import Timing, interleaved
 from tokenprune.report.table import Table
-from tokenprune.wrap import wrap
+from tokenprune.runtime.model import pruning_of
+from tokenprune.wrapping import wrap
 
 __all__ = ["export"]
 

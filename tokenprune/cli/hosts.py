@@ -6,7 +6,6 @@ from typing import Any
 from pydantic import ValidationError
 from torch import nn
 
-from tokenprune.arch import ArchSpec
 from tokenprune.errors import (
     HostError,
     MissingDependencyError,
@@ -14,6 +13,7 @@ from tokenprune.errors import (
     UnsupportedHostError,
     did_you_mean,
 )
+from tokenprune.hosts.registry import ArchSpec
 from tokenprune.recipe import Recipe, list_recipes, load_recipe
 from tokenprune.recipe.schema import HostSection
 from tokenprune.recipe.yaml import load_yaml

@@ -5,15 +5,15 @@ from typing import Annotated
 import typer
 from torch import nn
 
-from tokenprune.arch import ArchSpec, describe
+from tokenprune.checks.verify import Certificate, verify
 from tokenprune.cli.console import say, show, working
 from tokenprune.cli.hosts import build, recipe_for
-from tokenprune.model import pruning_of
-from tokenprune.profile import Profile, profile
+from tokenprune.cost.profile import Profile, profile
+from tokenprune.hosts.registry import ArchSpec, describe
 from tokenprune.recipe import Recipe, load_recipe
 from tokenprune.report.table import Table
-from tokenprune.verify import Certificate, verify
-from tokenprune.wrap import wrap
+from tokenprune.runtime.model import pruning_of
+from tokenprune.wrapping import wrap
 
 __all__ = ["certificate_table", "cost_table", "inspect", "stage_table"]
 

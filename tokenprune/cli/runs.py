@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from tokenprune.checkpoint import load, saved_recipe
+from tokenprune.checkpoints.directory import load, saved_recipe
 from tokenprune.cli.console import warn
 from tokenprune.cli.hosts import build
 from tokenprune.errors import CheckpointError, PlanError

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from tokenprune.image_macs import ImageMacs
-from tokenprune.model import pruning_of
-from tokenprune.profile import profile
-from tokenprune.program import Path
+from tokenprune.cost.image_macs import ImageMacs
+from tokenprune.cost.profile import profile
 from tokenprune.report.table import Table
+from tokenprune.runtime.model import pruning_of
+from tokenprune.runtime.program import Path
 from tokenprune.train import DataBundle, evaluate, kept_tokens
 
 __all__ = ["PATH_NAMES", "score_table"]

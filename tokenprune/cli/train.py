@@ -5,12 +5,12 @@ from typing import Annotated
 
 import typer
 
-from tokenprune.checkpoint import save
+from tokenprune.checkpoints.directory import save
 from tokenprune.cli.console import bar, say, show, working
 from tokenprune.cli.hosts import host_section
 from tokenprune.errors import HostError, UnsupportedHostError
 from tokenprune.recipe import load_recipe
-from tokenprune.wrap import unwrap, wrap
+from tokenprune.wrapping import unwrap, wrap
 
 __all__ = ["train"]
 

@@ -53,8 +53,8 @@ def draw(model: nn.Module, data: Any, count: int, tile: int = 112) -> Any:
         count: How many images.
         tile: Side of an image, in pixels.
     """
+    from tokenprune.checks.verify import kept_modes
     from tokenprune.train.hosts import class_logits
-    from tokenprune.verify import kept_modes
 
     every = len(data.eval)
     count = min(count, every)

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokenprune.checks.verify import TOLERANCE
 from tokenprune.errors import ExportError
 from tokenprune.exporting.run import Run, named_tensors
-from tokenprune.model import pruning_of
-from tokenprune.verify import TOLERANCE
+from tokenprune.runtime.model import pruning_of
 
 __all__ = ["Deviation", "compare", "margins"]
 

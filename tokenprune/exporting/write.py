@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokenprune.checks.verify import kept_modes
 from tokenprune.errors import ExportError
 from tokenprune.exporting.check import compare
 from tokenprune.exporting.run import (
@@ -28,9 +29,8 @@ from tokenprune.exporting.run import (
     open_exported,
     require_onnx,
 )
-from tokenprune.inputs import ExampleInputs
-from tokenprune.model import Pruning, pruning_of
-from tokenprune.verify import kept_modes
+from tokenprune.hosts.inputs import ExampleInputs
+from tokenprune.runtime.model import Pruning, pruning_of
 
 __all__ = ["ExportReport", "export"]
 

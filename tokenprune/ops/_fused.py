@@ -13,7 +13,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tokenprune.ops._align import dropped_along, finite_if_dropped, is_kept, no_autocast
+from tokenprune.ops.align import dropped_along, finite_if_dropped, is_kept, no_autocast
 
 __all__ = ["MaskedAttention"]
 

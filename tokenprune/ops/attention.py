@@ -6,8 +6,8 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from tokenprune.errors import LeakError
-from tokenprune.ops._align import autocast_dtype
 from tokenprune.ops._fused import MaskedAttention
+from tokenprune.ops.align import autocast_dtype
 from tokenprune.ops.pooling import hide_dropped
 from tokenprune.ops.softmax import masked_softmax
 

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
-from tokenprune.ops._align import is_kept
+from tokenprune.ops.align import is_kept
 from tokenprune.ops.selection import gather_tokens, indices_of
 
 __all__ = [

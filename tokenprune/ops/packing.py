@@ -11,7 +11,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from tokenprune.ops.bypass import TOKENS, Layout, flat_tokens, flat_tokens_back
-from tokenprune.ops.ragged import one_hot
+from tokenprune.ops.jagged import one_hot
 
 __all__ = ["Packed", "merge_packed", "pack", "take_packed"]
 

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from tokenprune.ops._align import along, dropped_along, is_kept, token_dim
+from tokenprune.ops.align import along, dropped_along, is_kept, token_dim
 
 __all__ = [
     "hide_dropped",

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tokenprune.errors import LeakError
-from tokenprune.ops._align import (
+from tokenprune.ops.align import (
     autocast_dtype,
     diagonal,
     dropped_along,

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
-from tokenprune.counting import Rounding
+from tokenprune.recipe.counting import Rounding
 
 __all__ = [
     "HostSection",

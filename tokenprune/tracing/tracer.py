@@ -30,9 +30,9 @@ from torch.utils._pytree import tree_leaves
 from tokenprune.tracing.decompose import DECOMPOSED
 from tokenprune.tracing.functions import functions_recorded
 from tokenprune.tracing.interpret import tensor_attribute
-from tokenprune.tracing.kept import attributes_kept, caches_emptied
 from tokenprune.tracing.opaque import as_traced, made_for_real, mark_opaque
 from tokenprune.tracing.proxy import ValueProxy, concrete
+from tokenprune.tracing.state import attributes_kept, caches_emptied
 
 __all__ = ["Provenance", "ValueTracer", "enter_block"]
 

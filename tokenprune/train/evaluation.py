@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from tokenprune.checks.verify import kept_modes
 from tokenprune.errors import NotWrappedError
-from tokenprune.model import PrunedModel, pruning_of
-from tokenprune.program import Path
+from tokenprune.runtime.model import PrunedModel, pruning_of
+from tokenprune.runtime.program import Path
 from tokenprune.train.data import DataBundle
 from tokenprune.train.folders import DataError
 from tokenprune.train.hosts import class_logits
-from tokenprune.verify import kept_modes
 
 __all__ = ["Score", "evaluate", "kept_tokens", "score"]
 

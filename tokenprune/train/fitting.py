@@ -11,16 +11,16 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
+from tokenprune.analysis.plan import Plan
+from tokenprune.checks.verify import kept_modes
 from tokenprune.errors import PlanError
-from tokenprune.model import pruning_of
-from tokenprune.plan import Plan
 from tokenprune.recipe import Recipe, RecipeSource, load_recipe
+from tokenprune.runtime.model import pruning_of
 from tokenprune.train.arguments import Progress, SaveEvery, training_arguments, with_overrides
 from tokenprune.train.data import DataBundle
 from tokenprune.train.image_trainer import ImageTrainer
 from tokenprune.train.run_folder import RunFolder
 from tokenprune.train.trainer import PruningTrainer
-from tokenprune.verify import kept_modes
 
 __all__ = ["FitResult", "describe_run", "fit", "run_trainer"]
 

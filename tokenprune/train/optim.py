@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from tokenprune.model import ADDED
 from tokenprune.recipe.schema import TrainSection
+from tokenprune.runtime.model import ADDED
 
 __all__ = ["Schedule", "frozen_names", "make_optimizer", "make_scheduler", "parameter_groups"]
 

@@ -12,15 +12,15 @@ from transformers import TrainerCallback, TrainingArguments
 
 from tokenprune.errors import PlanError
 from tokenprune.losses import PruningLoss
-from tokenprune.model import PrunedModel, pruning_of
-from tokenprune.program import Path as ModelPath
-from tokenprune.pruning_trace import PruningTrace
 from tokenprune.recipe import Recipe
+from tokenprune.runtime.model import PrunedModel, pruning_of
+from tokenprune.runtime.program import Path as ModelPath
+from tokenprune.runtime.pruning_trace import PruningTrace
 from tokenprune.train.arguments import Progress
 from tokenprune.train.data import DataBundle
 from tokenprune.train.hosts import class_logits
 from tokenprune.train.image_trainer import ImageTrainer
-from tokenprune.wrap import wrap
+from tokenprune.wrapping import wrap
 
 __all__ = ["PruningTrainer", "frozen_copy"]
 

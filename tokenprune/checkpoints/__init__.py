@@ -1,0 +1,1 @@
+"""Wrapped models on disk: our directories and the DynamicViT authors' files."""

@@ -1,0 +1,352 @@
+"""Save a wrapped model to a directory, and load it into a host again. Never pickle.
+
+The directory holds three files: `model.safetensors` (the host's weights and what tokenprune added),
+`recipe.yaml` (with the keep ratios in force) and `tokenprune.json` (versions, facts about the host,
+and a checksum of the weights).
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from tokenprune.errors import CheckpointError, RecipeError
+from tokenprune.hosts.registry import list_adapters
+from tokenprune.recipe import Recipe
+from tokenprune.runtime.model import ADDED, PrunedModel, Pruning, pruning_of
+from tokenprune.wrapping import wrap
+
+__all__ = ["load", "save", "saved_recipe"]
+
+FORMAT = 1
+WEIGHTS, RECIPE, FACTS = "model.safetensors", "recipe.yaml", "tokenprune.json"
+SHOWN = 8
+
+
+class Facts(BaseModel):
+    """What `tokenprune.json` holds.
+
+    Attributes:
+        format: Of the directory; a larger number is from a newer release.
+        versions: Of Python and of the libraries that took part, for readers.
+        host: Class of the host and what it was described as, for readers and messages.
+        wrap: Options that `wrap` got.
+        aliases: Name of a shared parameter -> the name it is stored under.
+        sha256: Of the weights file.
+    """
+
+    format: int
+    versions: dict[str, str]
+    host: dict[str, Any]
+    wrap: dict[str, Any]
+    aliases: dict[str, str]
+    sha256: str
+
+
+def save(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
+    """Write a wrapped model to a directory.
+
+    The files are written elsewhere and moved into place, so what stands there is a whole checkpoint
+    or none. A checkpoint that is there already is replaced; other files in the directory stay.
+
+    Args:
+        model: What `wrap` returned.
+        directory: Made if it does not exist, parents included.
+
+    Returns:
+        The directory.
+
+    Raises:
+        NotWrappedError: `model` is not wrapped.
+        CheckpointError: Its state holds something that is no tensor, or the path is a file.
+
+    Example:
+        >>> tokenprune.save(model, "runs/deit")
+        >>> model = tokenprune.load("runs/deit", timm.create_model("deit_small_patch16_224"))
+    """
+    pruning = pruning_of(model)
+    target = Path(directory)
+    if target.exists() and not target.is_dir():
+        raise CheckpointError(f"Cannot save to {str(target)!r}: it is a file. Name a directory.")
+    tensors, aliases = _one_name_each(model.state_dict())
+    recipe = _recipe_in_force(pruning).to_yaml().encode()
+    with _moved_into(target) as folder:
+        save_file(tensors, folder / WEIGHTS)
+        (folder / RECIPE).write_bytes(recipe)
+        facts = Facts(
+            format=FORMAT,
+            versions=_versions(),
+            host=_host_facts(pruning, tensors),
+            wrap={"adapter": pruning.spec.adapter, "restore": pruning.restore},
+            aliases=aliases,
+            sha256=_sha256(folder / WEIGHTS),
+        )
+        (folder / FACTS).write_text(facts.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    return target
+
+
+def load(directory: str | os.PathLike[str], host: nn.Module, **options: Any) -> Any:
+    """Load a saved model into a host of the same architecture, wrapped.
+
+    The host gets the saved weights. If anything fails, it keeps its own.
+
+    Args:
+        directory: What `save` wrote.
+        host: A fresh host, built as the saved one was; its weights do not matter.
+        options: Passed to `wrap`: `example_inputs`, `adapter`, `verify`.
+
+    Returns:
+        The wrapped model.
+
+    Raises:
+        CheckpointError: It is no such directory, a file is damaged or of a newer release, or it
+            does not fit the host; lists what is missing, unexpected, or of another shape.
+        AlreadyWrappedError: `host` is wrapped; unwrap it first.
+    """
+    source = Path(directory)
+    facts = _read_facts(source)
+    recipe = _read_recipe(source)
+    tensors = _read_tensors(source, facts)
+    options = {**_wrap_options(facts), **options}
+    if isinstance(host, PrunedModel):
+        return wrap(host, recipe)  # raises
+    state = {name: tensor for name, tensor in tensors.items() if not name.startswith(ADDED)}
+    _check_fit(source, facts, state, host.state_dict(), f"this {type(host).__name__}")
+    with _restored_on_error(host):
+        host.load_state_dict(state)
+        model = wrap(host, recipe, **options)
+        added = {name: tensors[name] for name in tensors.keys() - state.keys()}
+        own = {name: t for name, t in model.state_dict().items() if name.startswith(ADDED)}
+        _check_fit(source, facts, added, own, "what its recipe adds to the host")
+        model.load_state_dict(tensors)
+    return model
+
+
+def saved_recipe(directory: str | os.PathLike[str]) -> Recipe:
+    """The recipe of a checkpoint; its `host` section, if any, says which host to build.
+
+    Raises:
+        CheckpointError: It is no such directory, or the recipe is damaged.
+    """
+    _read_facts(Path(directory))
+    return _read_recipe(Path(directory))
+
+
+def _one_name_each(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors under their first name, in memory of their own; other name -> first name."""
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    first: dict[Any, str] = {}
+    for name, value in state.items():
+        if not isinstance(value, Tensor) or value.is_meta:
+            found = "a tensor without data" if isinstance(value, Tensor) else type(value).__name__
+            raise CheckpointError(
+                f"Cannot save {name!r}: it is {found}. A checkpoint holds tensors only."
+            )
+        shared = (value.data_ptr(), value.shape, value.stride(), value.dtype, value.device)
+        if value.numel() and first.setdefault(shared, name) != name:
+            aliases[name] = first[shared]
+            continue
+        whole = value.untyped_storage().nbytes() == value.numel() * value.element_size()
+        value = value.detach().cpu().contiguous()
+        tensors[name] = value if whole else value.clone()
+    return tensors, aliases
+
+
+def _recipe_in_force(pruning: Pruning) -> Recipe:
+    """The recipe, with what `set_keep_ratio` and `set_threshold` have set."""
+    recipe, ratios = pruning.recipe, pruning.plan.keep_ratios
+    threshold = pruning.plan.threshold
+    if threshold != (recipe.sampling.threshold if recipe.sampling.selection != "topk" else None):
+        sampling = (
+            {"selection": "topk"}
+            if threshold is None
+            else {"selection": "threshold", "threshold": threshold}
+        )
+        recipe = recipe.model_copy(update={"sampling": recipe.sampling.model_copy(update=sampling)})
+    if tuple(stage.keep_ratio for stage in recipe.resolved_stages) == ratios:
+        return recipe
+    stages = [
+        {"block": block, "keep_ratio": ratio}
+        for block, ratio in zip(pruning.plan.blocks, ratios, strict=True)
+    ]
+    mapping = recipe.model_dump(mode="json", exclude_none=True, exclude={"schedule"})
+    return Recipe.parse({**mapping, "stages": stages})
+
+
+def _versions() -> dict[str, str]:
+    packages = {"tokenprune": "tokenprune-torch", "torch": "torch"}
+    packages |= {name: name for name in ("timm", "transformers") if name in sys.modules}
+    found = {"python": ".".join(map(str, sys.version_info[:3]))}
+    for name, distribution in packages.items():
+        try:
+            found[name] = version(distribution)
+        except PackageNotFoundError:  # run from a source tree that was never installed
+            found[name] = "unknown"
+    return found
+
+
+def _host_facts(pruning: Pruning, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    kind = type(pruning.host)
+    shapes = {n: list(t.shape) for n, t in tensors.items() if not n.startswith(ADDED)}
+    return {
+        "class": f"{kind.__module__}.{kind.__qualname__}",
+        "blocks": len(pruning.spec.blocks),
+        "num_prefix_tokens": pruning.plan.num_prefix_tokens,
+        "tensors": len(shapes),
+        "shapes_sha256": hashlib.sha256(json.dumps(sorted(shapes.items())).encode()).hexdigest(),
+    }
+
+
+@contextmanager
+def _moved_into(target: Path) -> Iterator[Path]:
+    """A new folder beside `target` that takes its place when all went well."""
+    target = target.resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = target.parent / f".{target.name}.saving-{uuid.uuid4().hex[:8]}"
+    folder.mkdir()
+    try:
+        yield folder
+        for file in folder.iterdir():
+            _flush(file)
+        if target.exists() and any(target.iterdir()):
+            # The facts come last: until then their checksum does not fit the weights, so `load`
+            # sees a crash right here.
+            for name in (WEIGHTS, RECIPE, FACTS):
+                (folder / name).replace(target / name)
+        else:
+            if target.exists():
+                target.rmdir()
+            folder.rename(target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _flush(file: Path) -> None:
+    with file.open("rb") as handle:
+        os.fsync(handle.fileno())
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _read_facts(source: Path) -> Facts:
+    missing = [name for name in (FACTS, RECIPE, WEIGHTS) if not (source / name).is_file()]
+    if missing:
+        what = "is no directory" if not source.is_dir() else f"lacks {', '.join(missing)}"
+        raise CheckpointError(
+            f"{str(source)!r} is no checkpoint: it {what}. Name a directory that tokenprune.save "
+            "wrote."
+        )
+    try:
+        read = json.loads((source / FACTS).read_text(encoding="utf-8"))
+        if read.get("format", 0) > FORMAT:
+            raise CheckpointError(
+                f"{str(source)!r} has format {read['format']} (written by tokenprune "
+                f"{read.get('versions', {}).get('tokenprune', 'unknown')}); this release reads up "
+                f"to {FORMAT}. Install a newer tokenprune-torch."
+            )
+        return Facts.model_validate(read)
+    except (ValueError, AttributeError, TypeError) as error:
+        raise _damaged(source, FACTS, f"it cannot be read ({error})") from error
+
+
+def _damaged(source: Path, name: str, how: str) -> CheckpointError:
+    return CheckpointError(
+        f"{name} in {str(source)!r} is damaged: {how}. Save the model again or fetch another copy."
+    )
+
+
+def _read_recipe(source: Path) -> Recipe:
+    try:
+        return Recipe.load(source / RECIPE)
+    except RecipeError as error:
+        raise _damaged(source, RECIPE, str(error)) from error
+
+
+def _read_tensors(source: Path, facts: Facts) -> dict[str, Tensor]:
+    try:
+        with safe_open(source / WEIGHTS, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise _damaged(source, WEIGHTS, f"it cannot be read ({error})") from error
+    if _sha256(source / WEIGHTS) != facts.sha256:
+        how = f"its checksum is not the one in {FACTS} (a broken copy, or a save that was cut off)"
+        raise _damaged(source, WEIGHTS, how)
+    shared = {a: tensors[name] for a, name in facts.aliases.items() if name in tensors}
+    return {**tensors, **shared}
+
+
+def _wrap_options(facts: Facts) -> dict[str, Any]:
+    """How the saved model was wrapped; an adapter that is unknown here is not asked for."""
+    known = facts.wrap.get("adapter") in list_adapters()
+    return {name: value for name, value in facts.wrap.items() if known or name != "adapter"}
+
+
+def _check_fit(
+    source: Path,
+    facts: Facts,
+    saved: Mapping[str, Tensor],
+    own: Mapping[str, Tensor],
+    what: str,
+) -> None:
+    groups = {
+        "missing in the checkpoint": own.keys() - saved.keys(),
+        "unexpected": saved.keys() - own.keys(),
+    }
+    if any(tensor.is_meta for tensor in own.values()):
+        raise CheckpointError(
+            "The host is on the meta device and has no memory to load into. Call "
+            'host.to_empty(device="cpu") first.'
+        )
+    lines = [
+        f"{how} ({len(names)}): {_some(sorted(names))}" for how, names in groups.items() if names
+    ]
+    shapes = [
+        f"{name} {list(saved[name].shape)}, not {list(own[name].shape)}"
+        for name in sorted(saved.keys() & own.keys())
+        if saved[name].shape != own[name].shape
+    ]
+    if shapes:
+        lines.append(f"of another shape ({len(shapes)}): {_some(shapes)}")
+    if lines:
+        made = facts.host.get("class", "unknown")
+        raise CheckpointError(
+            "\n  - ".join(
+                [f"The checkpoint {str(source)!r} of a {made} does not fit {what}:", *lines]
+            )
+            + "\nBuild the host as the saved one was built (same model, classes and image size)."
+        )
+
+
+def _some(names: list[str]) -> str:
+    more = len(names) - SHOWN
+    return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+@contextmanager
+def _restored_on_error(host: nn.Module) -> Iterator[None]:
+    """Give the host its own weights back if the block fails."""
+    before = {name: tensor.detach().clone() for name, tensor in host.state_dict().items()}
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for name, tensor in host.state_dict().items():
+                tensor.copy_(before[name])
+        raise

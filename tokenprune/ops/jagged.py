@@ -1,0 +1,186 @@
+"""Kept sets whose size differs between images: which tokens stay, and rows that are only padding.
+
+The numbers of an image's kept tokens are a row of [B, K]: its own first, ascending, then -1 up to
+the longest row of the batch. So a row says by itself which of its places hold a token.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int, Shaped
+from torch import Tensor
+
+from tokenprune.analysis.padding import behind_real
+from tokenprune.ops.attention import masked_attention
+from tokenprune.ops.selection import gather_aligned, gather_tokens, select_topk
+
+__all__ = [
+    "above_threshold",
+    "blank_padding",
+    "gather_table_ragged",
+    "has_padding",
+    "in_order",
+    "kept_first",
+    "kept_policy",
+    "one_hot",
+    "padded_attention",
+    "put_back_ragged",
+    "take_chosen",
+]
+
+
+def above_threshold(
+    keep_logits: Float[Tensor, "B N 2"],
+    threshold: float,
+    there: Shaped[Tensor, "B N"] | None = None,
+    real: Shaped[Tensor, "B N"] | None = None,
+) -> Bool[Tensor, "B N"]:
+    """The tokens whose keep probability is above a threshold; the best one of each image anyway.
+
+    Args:
+        keep_logits: log-probabilities, keep first. NaN counts as the lowest score.
+        threshold: keep probability, in (0, 1).
+        there: which tokens there are: those that no earlier stage dropped. None if all.
+        real: which tokens are no padding of the host's own; only an image without a real token
+            keeps another. None if all are.
+    """
+    ranked = keep_logits if real is None else behind_real(keep_logits, real)
+    wanted = keep_logits[..., 0] > math.log(threshold)
+    if real is not None:
+        wanted = wanted & real.bool()
+    if there is not None:
+        wanted = wanted & there.bool()
+        ranked = ranked.masked_fill(~there.bool().unsqueeze(-1), float("-inf"))
+    best = torch.zeros_like(wanted).scatter(1, select_topk(ranked, 1), True)
+    return torch.where(wanted.any(1, keepdim=True), wanted, best)
+
+
+def kept_first(wanted: Bool[Tensor, "B N"]) -> Int[Tensor, "B K"]:
+    """The places of the wanted tokens, ascending, then -1; K is the largest number of them."""
+    counts = wanted.sum(1, keepdim=True)
+    longest = int(counts.max())
+    order = torch.argsort((~wanted).to(torch.uint8), dim=1, stable=True)[:, :longest]
+    places = torch.arange(longest, device=wanted.device)
+    return torch.where(places < counts, order, -1)
+
+
+def in_order(keep_indices: Shaped[Tensor, "B K"]) -> Shaped[Tensor, "B K"]:
+    """Each row ascending, what is below 0 behind the others."""
+    ordered = keep_indices.sort(dim=1).values
+    return ordered.gather(1, torch.argsort((ordered < 0).to(torch.uint8), dim=1, stable=True))
+
+
+def has_padding(numbers: Int[Tensor, "B K"]) -> bool:
+    """Whether some image has fewer tokens than the row is long; reads values."""
+    return bool((numbers[:, -1:] < 0).any())
+
+
+def kept_policy(
+    numbers: Int[Tensor, "B K"], num_prefix: int, fold: int = 1
+) -> Float[Tensor, "Bf L"] | None:
+    """1 at prefix tokens and kept patches, 0 at padding; None where there is no padding.
+
+    Args:
+        numbers: of the kept tokens.
+        num_prefix: P.
+        fold: rows of the result for each image.
+    """
+    if not has_padding(numbers):
+        return None
+    policy = torch.cat([numbers.new_zeros(numbers.shape[0], num_prefix), numbers], dim=1) >= 0
+    return policy.to(torch.float32).repeat_interleave(fold, 0)
+
+
+def padded_attention(
+    query: Float[Tensor, "..."],
+    key: Float[Tensor, "..."],
+    value: Float[Tensor, "..."],
+    policy: Float[Tensor, "B L"] | None,
+    **options: Any,
+) -> Float[Tensor, "..."]:
+    """`masked_attention` where the hidden keys are padding, in which nothing harmful stands.
+
+    Without a mask of the host's every row sees the kept keys, one at least, so a plain mask over
+    the keys will do: the kernel runs at its own speed. Padded rows then hold something else than
+    with `masked_attention`; nobody reads them.
+
+    Args:
+        query: [B, ..., Lq, d].
+        key: [B, ..., Lk, d].
+        value: [B, ..., Lk, dv].
+        policy: 1 keeps, 0 is padding; None is `scaled_dot_product_attention` itself.
+        options: those of `masked_attention`.
+    """
+    plain = options.get("attn_mask") is None and not options.get("is_causal")
+    if policy is None or not plain or policy.shape[0] != key.shape[0]:
+        return masked_attention(query, key, value, policy, **options)
+    batch, length = policy.shape
+    visible = (policy > 0).reshape(batch, *[1] * (query.ndim - 2), length)
+    given = {name: options[name] for name in ("dropout_p", "scale", "enable_gqa")}
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=visible, **given)
+
+
+def take_chosen(
+    tokens: Float[Tensor, "B L D"], chosen: Int[Tensor, "B K"], num_prefix: int
+) -> Float[Tensor, "B P_plus_K D"]:
+    """The prefix tokens and the patches at `chosen`; the tokens themselves if all are.
+
+    What stands in a padded row is some patch of the same image.
+    """
+    if chosen.shape[1] == tokens.shape[1] - num_prefix and not has_padding(chosen):
+        return tokens
+    return gather_tokens(tokens, chosen.clamp_min(0), num_prefix)
+
+
+def gather_table_ragged(
+    table: Shaped[Tensor, "..."],
+    numbers: Int[Tensor, "B K"],
+    dims: tuple[int, ...],
+    prefix: tuple[int, ...],
+    rank: int,
+    fold: int = 1,
+) -> Shaped[Tensor, "..."]:
+    """`gather_aligned` of rows with padding; the table itself if every token of all is kept."""
+    whole = all(table.shape[d] == p + numbers.shape[1] for d, p in zip(dims, prefix, strict=True))
+    if whole and not has_padding(numbers):
+        return table
+    kept = numbers.clamp_min(0)
+    return gather_aligned(table, kept.repeat_interleave(fold, 0), dims, prefix, rank)
+
+
+def one_hot(numbers: Int[Tensor, "B K"], like: Shaped[Tensor, "B N"]) -> Shaped[Tensor, "B N"]:
+    """1 at the kept tokens, 0 elsewhere, in shape and type of `like`."""
+    numbers = numbers.to(like.device, torch.int64)
+    length = like.shape[1]
+    wide = like.new_zeros(like.shape[0], length + 1)  # padding goes to the place behind the last
+    return wide.scatter(1, torch.where(numbers < 0, length, numbers), 1.0)[:, :length]
+
+
+def put_back_ragged(
+    full: Float[Tensor, "B L D"],
+    tokens: Float[Tensor, "B M D"],
+    numbers: Int[Tensor, "B K"],
+    num_prefix: int,
+) -> Float[Tensor, "B L D"]:
+    """`full` with the prefix and kept tokens replaced by `tokens`; padding goes nowhere."""
+    dtype = torch.promote_types(full.dtype, tokens.dtype)
+    patches, length = full[:, num_prefix:].to(dtype), full.shape[1] - num_prefix
+    wide = torch.cat([patches, patches[:, :1]], dim=1)
+    index = torch.where(numbers < 0, length, numbers).unsqueeze(-1)
+    new = tokens[:, num_prefix:].to(dtype)
+    wide = wide.scatter(1, index.expand_as(new), new)
+    return torch.cat([tokens[:, :num_prefix].to(dtype), wide[:, :length]], dim=1)
+
+
+def blank_padding(
+    x: Float[Tensor, "B ..."], numbers: Int[Tensor, "B K"], num_prefix: int, dim: int
+) -> Float[Tensor, "B ..."]:
+    """`x` with 0 in the rows along `dim` that are padding."""
+    policy = kept_policy(numbers, num_prefix)
+    if policy is None:
+        return x
+    shape = [1] * x.ndim
+    shape[0], shape[dim] = policy.shape
+    return torch.where(policy.reshape(shape) > 0, x, 0.0)

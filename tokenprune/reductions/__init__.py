@@ -1,0 +1,1 @@
+"""What becomes of the tokens that a stage does not keep."""

@@ -1,0 +1,1 @@
+"""The wrapped model: programs, their cache, what a call runs and returns."""

@@ -1,0 +1,1 @@
+"""Calls in which images keep different numbers of tokens."""

@@ -1,0 +1,157 @@
+"""Run a cut graph with the images of a batch sorted into buckets of about equal length."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from tokenprune.errors import UnsupportedHostError
+from tokenprune.rewrite.rewrite import CONTEXT, Rewrite
+from tokenprune.runtime.jagged.cut import Segment, cut
+
+__all__ = ["Bucketed", "divide"]
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Some images of a batch.
+
+    Attributes:
+        images: Their numbers in the batch.
+        longest: Tokens of the one that has most.
+    """
+
+    images: tuple[int, ...]
+    longest: int
+
+
+def divide(counts: Sequence[int], most: int) -> list[Bucket]:
+    """Sort images by length and divide them so that the padded lengths have the smallest sum.
+
+    Exact, by dynamic programming over the distinct lengths. No more buckets than lengths.
+
+    Args:
+        counts: Tokens of each image.
+        most: Largest number of buckets.
+    """
+    order = sorted(range(len(counts)), key=counts.__getitem__)
+    lengths = torch.tensor(sorted(set(counts)))
+    ends = torch.bincount(torch.tensor(counts))[lengths].cumsum(0)
+    starts = torch.cat([ends.new_zeros(1), ends[:-1]])
+    # cost[i, j]: padded tokens of one bucket with the lengths i to j; inf is no bucket
+    cost = ((ends[None] - starts[:, None]) * lengths).double()
+    cost.masked_fill_(torch.ones_like(cost).tril(-1) > 0, float("inf"))
+    best, firsts = cost[0], [torch.zeros_like(lengths)]
+    for _ in range(1, min(most, len(lengths))):
+        before = torch.cat([best.new_full((1,), float("inf")), best[:-1]])
+        best, first = (before[:, None] + cost).min(0)
+        firsts.append(first)
+    buckets, last = list[Bucket](), len(lengths) - 1
+    for first in reversed(firsts):
+        begin = int(first[last])
+        images = tuple(order[int(starts[begin]) : int(ends[last])])
+        buckets.append(Bucket(images, int(lengths[last])))
+        last = begin - 1
+    return buckets[::-1]
+
+
+class Bucketed:
+    """A ragged program: the cut graph, run segment by segment and bucket by bucket.
+
+    Called as `Program.run` is; `torch.compile` leaves it as it is, since its shapes depend on what
+    the images hold. Where images cannot run apart (a graph that holds for one batch size alone, a
+    host that mixes images) there is one bucket.
+    """
+
+    def __init__(
+        self, rewrite: Rewrite, function: Callable[[fx.Graph], Callable[..., Any]]
+    ) -> None:
+        placeholders = rewrite.graph.find_nodes(op="placeholder")
+        self.inputs = {node.name: str(node.target) for node in placeholders}
+        made = cut(rewrite, function)
+        self.segments, self.folds, self.split = made.pieces, dict(made.folds), made.split
+        own = [name for s in self.segments for name in (s.chosen, s.numbers) if name]
+        self.fills = dict.fromkeys(own, -1)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, model: nn.Module, context: Any, **tensors: Tensor) -> Any:
+        given: Mapping[str, Any] = {**tensors, CONTEXT: context}
+        values = {name: given[target] for name, target in self.inputs.items()}
+        result: Any = None
+        for segment in self.segments:
+            buckets = self._buckets(segment, values, context.buckets)
+            parts = [segment.run(model, *self._taken(segment, values, b)) for b in buckets]
+            if not segment.gives:
+                result = parts[0]
+            for position, name in enumerate(segment.gives):
+                made = [part[position] for part in parts]
+                values[name] = made[0] if len(parts) == 1 else self._merged(name, made, buckets)
+            for name in segment.done:
+                del values[name]
+        return result
+
+    def _buckets(
+        self, segment: Segment, values: Mapping[str, Any], most: int
+    ) -> Sequence[Bucket | None]:
+        """None is the whole batch."""
+        if segment.chosen is None or not self.split:
+            return [None]
+        counts = (values[segment.chosen] >= 0).sum(1).tolist()
+        buckets = divide(counts, most)
+        return [None] if len(buckets) == 1 else buckets
+
+    def _taken(
+        self, segment: Segment, values: Mapping[str, Any], bucket: Bucket | None
+    ) -> list[Any]:
+        if bucket is None:
+            return [values[name] for name in segment.takes]
+        return [self._share(segment, name, values[name], bucket) for name in segment.takes]
+
+    def _share(self, segment: Segment, name: str, value: Any, bucket: Bucket) -> Any:
+        """What a bucket gets of a value."""
+        fold = self.folds[name]
+        if fold is None or not isinstance(value, Tensor):
+            return value
+        if name in (segment.chosen, segment.numbers):
+            value = value[:, : bucket.longest]
+        if name in segment.shapes:
+            return value[: len(bucket.images) * abs(fold)]
+        return value.index_select(0, _rows(bucket.images, fold, value.device))
+
+    def _merged(self, name: str, parts: Sequence[Tensor], buckets: Sequence[Any]) -> Tensor:
+        """Results of all buckets as one batch in its own order; short rows are filled up."""
+        fold = self.folds[name]
+        if fold is None:
+            return parts[0]
+        images = [image for bucket in buckets for image in bucket.images]
+        if fold < 0:
+            fold, rest = divmod(parts[0].shape[0], len(buckets[0].images))
+            if rest:
+                raise UnsupportedHostError(
+                    f"Value '{name}' of shape {tuple(parts[0].shape)} cannot be split into "
+                    f"{len(buckets[0].images)} images. Use `selection: topk` for this host."
+                )
+            self.folds[name] = fold
+        sizes = [max(part.shape[d] for part in parts) for d in range(1, parts[0].ndim)]
+        fill = self.fills.get(name, 0)
+        together = torch.cat([_filled(part, sizes, fill) for part in parts])
+        back = sorted(range(len(images)), key=images.__getitem__)
+        return together.index_select(0, _rows(back, fold, together.device))
+
+
+def _rows(images: Sequence[int], fold: int, device: torch.device) -> Tensor:
+    rows = torch.tensor(images, device=device)
+    if fold > 1:
+        rows = (rows[:, None] * fold + torch.arange(fold, device=device)).flatten()
+    return rows
+
+
+def _filled(part: Tensor, sizes: Sequence[int], fill: int) -> Tensor:
+    """`part` made as long as `sizes` say, along all dims but the first."""
+    more = [size - has for size, has in zip(sizes, part.shape[1:], strict=True)]
+    if not any(more):
+        return part
+    return F.pad(part, [n for extra in reversed(more) for n in (0, extra)], value=fill)

@@ -1,0 +1,250 @@
+"""A ragged graph, cut behind each stage's selection into segments that run bucket by bucket.
+
+Between segments every value is that of the whole batch; inside one, of some images. What a segment
+needs of an earlier one is handed on, but for what is cheap to make again (sizes, parameters,
+policies), which each segment makes for itself: a size that counts images is that of its bucket.
+What mixes images (a loss) waits for the last segment, which sees the whole batch again.
+"""
+
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.node import map_arg
+from torch.utils._pytree import tree_leaves
+
+from tokenprune.ops.jagged import kept_policy, take_chosen
+from tokenprune.rewrite.rewrite import Rewrite
+from tokenprune.rewrite.tables import length_after
+from tokenprune.tracing.effects import has_effect
+
+__all__ = ["Segment", "Segments", "cut"]
+
+# Methods that take from a tensor its type and place, never what it holds.
+FACTORIES = frozenset(
+    {
+        *("new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"),
+        *(torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Segments:
+    """A cut graph.
+
+    Attributes:
+        pieces: In the order in which they run.
+        folds: For each value that is handed on, how many rows of its dim 0 are one image: None if
+            it belongs to no image, -1 if that shows when it is made.
+        split: Images can run apart; else all run together, on rows as long as the longest.
+    """
+
+    pieces: tuple["Segment", ...]
+    folds: dict[str, int | None]
+    split: bool
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One piece of a cut graph: a function of (model, *values).
+
+    Attributes:
+        takes: Names of the values that it reads.
+        shapes: Those of them whose shape alone it reads.
+        gives: Names of the values that it returns; empty for the last, which returns the result.
+        chosen: Name of the value that says which tokens the images have in it; None where all
+            images run together.
+        numbers: Name of the value that says the same in original numbering.
+        done: Names that no later segment reads.
+        run: The function.
+    """
+
+    takes: tuple[str, ...]
+    shapes: frozenset[str]
+    gives: tuple[str, ...]
+    chosen: str | None
+    numbers: str | None
+    done: tuple[str, ...]
+    run: Callable[..., Any]
+
+
+def cut(rewrite: Rewrite, function: Callable[[fx.Graph], Callable[..., Any]]) -> "Segments":
+    """Cut a rewritten ragged graph.
+
+    Args:
+        rewrite: After its last pass.
+        function: Makes a Python function of a graph.
+    """
+    return _Cut(rewrite, function).segments()
+
+
+class _Cut:
+    def __init__(
+        self, rewrite: Rewrite, function: Callable[[fx.Graph], Callable[..., Any]]
+    ) -> None:
+        self.rewrite, self.function = rewrite, function
+        self.nodes: list[fx.Node] = list(rewrite.graph.nodes)
+        self.stages = [node for node in self.nodes if node.target is take_chosen]
+        self.mixed = self._mixing_images()
+        self.number = self._numbered()
+
+    def segments(self) -> Segments:
+        count = max(self.number.values()) + 1
+        pieces = [[n for n in self.nodes if self.number[n] == i] for i in range(count)]
+        reads = [self._reads(piece) for piece in pieces]
+        chosen: list[fx.Node] = [node.args[1] for node in self.stages]  # type: ignore[misc]
+        numbers = [record[1] for record in self.rewrite.records]
+        made = []
+        for i, piece in enumerate(pieces):
+            later = [value for others in reads[i + 1 :] for value in others]
+            gives = [value for value in dict.fromkeys(later) if self._changes(i, piece, value)]
+            takes = list(reads[i])
+            made.append(
+                Segment(
+                    takes=tuple(node.name for node in takes),
+                    shapes=frozenset(n.name for n, whole in reads[i].items() if not whole),
+                    gives=tuple(node.name for node in gives),
+                    chosen=self._of_stage(i, chosen),
+                    numbers=self._of_stage(i, numbers),
+                    done=tuple(node.name for node in takes if node not in set(later)),
+                    run=self.function(self._graph(piece, takes, gives)),
+                )
+            )
+        handed_on = dict.fromkeys(value for found in reads for value in found)
+        folds = {node.name: self._fold(node) for node in handed_on}
+        return Segments(tuple(made), folds, self._splits(handed_on))
+
+    def _of_stage(self, segment: int, nodes: Sequence[fx.Node]) -> str | None:
+        """The one of `nodes`, one a stage, that belongs to a segment behind a stage."""
+        if not 1 <= segment <= len(self.stages):
+            return None
+        return nodes[segment - 1].name
+
+    def _numbered(self) -> dict[fx.Node, int]:
+        """Node -> segment: how many stages stand before it; the last is for the whole batch."""
+        number: dict[fx.Node, int] = {}
+        current, last = 0, len(self.stages)
+        for node in self.nodes:
+            current += node.target is take_chosen
+            number[node] = current
+            whole = self._whole(node)
+            if whole is not None:
+                number[node] = number[whole]  # a part is made where the whole is
+            if number[node] != last or self._cheap(node):
+                continue
+            makes_output = node.op == "output" or isinstance(node.target, type)
+            late = any(number[used] > last for used in node.all_input_nodes)
+            if makes_output or late or node in self.mixed:
+                number[node] = last + 1
+        return number
+
+    def _mixing_images(self) -> set[fx.Node]:
+        """Tensors that belong to no image, made of what images hold."""
+        found, holds = set[fx.Node](), set[fx.Node]()  # what holds anything of images
+        for node in self.nodes:
+            made_of = [used for used in node.all_input_nodes if used in holds]
+            given = node.op == "placeholder" and self._fold(node) is not None
+            if not (given or made_of) or self._plain(node) or node.target in FACTORIES:
+                continue
+            holds.add(node)
+            origin = self.rewrite.origin(node)
+            batched = origin is None or origin in self.rewrite.axes.batched
+            if made_of and not batched and self._is_tensor(node):
+                found.add(node)
+        return found
+
+    def _reads(self, piece: Sequence[fx.Node]) -> dict[fx.Node, bool]:
+        """The values that a segment takes; True if it reads more of one than the shape."""
+        own, found, seen = set(piece), dict[fx.Node, bool](), set[fx.Node]()
+
+        def visit(node: fx.Node) -> None:
+            for used in node.all_input_nodes:
+                if self._cheap(used) and used not in seen:
+                    seen.add(used)
+                    visit(used)
+                elif used not in own and not self._cheap(used):
+                    found[used] = found.get(used, False) or not self._plain(node)
+
+        for node in piece:
+            if not self._cheap(node):
+                visit(node)
+        if own and any(node.op == "placeholder" for node in piece):
+            found = {n: True for n in piece if n.op == "placeholder"} | found
+        return found
+
+    def _changes(self, segment: int, piece: Sequence[fx.Node], value: fx.Node) -> bool:
+        """Whether a value is new or other after a segment."""
+        if value.op == "placeholder":
+            return False
+        if self.number[value] == segment:
+            return True
+        writes = (node for node in piece if node.op != "call_module" and has_effect(node))
+        return any(value in node.args[:1] for node in writes)
+
+    def _graph(
+        self, piece: Sequence[fx.Node], takes: Sequence[fx.Node], gives: Sequence[fx.Node]
+    ) -> fx.Graph:
+        graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+        for node in takes:
+            copies[node] = graph.placeholder(node.name)
+
+        def copied(node: fx.Node) -> fx.Node:
+            if node not in copies:  # cheap, or it would have been copied in its turn
+                copies[node] = graph.node_copy(node, copied)
+            return copies[node]
+
+        for node in piece:
+            if node.op == "output":
+                graph.output(map_arg(node.args[0], copied))
+            elif node not in copies and not self._cheap(node):
+                copied(node)
+        if gives or not any(node.op == "output" for node in piece):
+            graph.output(tuple(map(copied, gives)))
+        return graph
+
+    def _cheap(self, node: fx.Node) -> bool:
+        """Whether each segment that reads a node makes it anew."""
+        return node.op == "get_attr" or node.target is kept_policy or self._plain(node)
+
+    def _plain(self, node: fx.Node) -> bool:
+        """Whether a node is numbers, made of the shapes of tensors."""
+        if node.op not in ("call_function", "call_method") or has_effect(node):
+            return False
+        origin = self.rewrite.origin(node)
+        if origin is None:
+            source = node.args[0] if node.target is operator.getitem else None
+            of_size = isinstance(source, fx.Node) and self._plain(source)
+            return of_size or node.target is length_after
+        leaves = tree_leaves(origin.meta.get("val"))
+        return not any(isinstance(leaf, Tensor) for leaf in leaves)
+
+    def _is_tensor(self, node: fx.Node) -> bool:
+        origin = self.rewrite.origin(node)
+        return origin is None or isinstance(origin.meta.get("val"), Tensor)
+
+    def _whole(self, node: fx.Node) -> fx.Node | None:
+        """What holds several tensors, if a node takes one of them."""
+        source = node.args[0] if node.target is operator.getitem else None
+        origin = self.rewrite.origin(source) if isinstance(source, fx.Node) else None
+        several = origin is not None and isinstance(origin.meta.get("val"), tuple | list)
+        return source if several and isinstance(source, fx.Node) else None
+
+    def _fold(self, node: fx.Node) -> int | None:
+        """See `cut`."""
+        if node is self.rewrite.context:
+            return None
+        return -1 if self.rewrite.origin(node) is None else self.rewrite.fold(node)
+
+    def _splits(self, handed_on: Iterable[fx.Node]) -> bool:
+        """Whether images can be told apart in all that happens between two stages."""
+        axes = self.rewrite.axes
+        for node in handed_on:
+            batched = not self._is_tensor(node) or self.rewrite.origin(node) in axes.batched
+            if batched and self._fold(node) is None:
+                return False
+        between = range(1, len(self.stages) + 1)
+        return not axes.batch_bound and not any(self.number[n] in between for n in self.mixed)

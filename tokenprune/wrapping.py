@@ -1,0 +1,189 @@
+"""`wrap` and `unwrap`: the product's one verb and its inverse."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from tokenprune.analysis.default_recipe import suggest_recipe
+from tokenprune.analysis.plan import bind
+from tokenprune.checks.verify import kept_modes
+from tokenprune.checks.verify import verify as verify_model
+from tokenprune.errors import (
+    AlreadyWrappedError,
+    NonFiniteWeightsError,
+    UnsupportedHostError,
+)
+from tokenprune.hosts.inputs import CallSignature, ExampleInputs, named_inputs
+from tokenprune.hosts.registry import ArchSpec, describe
+from tokenprune.recipe import RecipeSource, load_recipe
+from tokenprune.reductions.bypass import BYPASSES
+from tokenprune.rewrite.rewrite import PREDICTORS
+from tokenprune.runtime.model import PrunedModel, Pruning, pruned_class, pruning_of, trace_host
+from tokenprune.scorers.learned import TokenPredictor, light_branch
+from tokenprune.tracing.state import unset
+
+__all__ = ["unwrap", "wrap"]
+
+
+def wrap(
+    model: nn.Module,
+    recipe: RecipeSource | None = None,
+    *,
+    example_inputs: ExampleInputs | None = None,
+    adapter: str | ArchSpec | None = None,
+    restore: bool | None = None,
+    verify: bool = True,
+) -> Any:
+    """Make a vision transformer prune its tokens.
+
+    The result has the host's class, call signature, output type and methods, and shares its
+    parameters. In training every token stays and dropped ones are hidden from the others; in eval
+    they are removed. The host object itself still runs dense.
+
+    Args:
+        model: The host: any timm or transformers model, or another `nn.Module` with a stack of
+            transformer blocks.
+        recipe: A shipped recipe's name, a path, a mapping or a `Recipe`. If None, one is made for
+            the host: three stages that keep 0.7 of the tokens each, in the mode that serves it.
+        example_inputs: A tensor, several, or the arguments by name; drawn at random in the shape
+            the host was built for if None.
+        adapter: An adapter's name, or an `ArchSpec`; found by itself if None.
+        restore: For outputs that hold tokens (`last_hidden_state`, `hidden_states`): True gives
+            every token back in place, dropped ones with the value they had when they were dropped;
+            False leaves only kept tokens in eval. None refuses such an output by name.
+        verify: Prove on this very model that the paths agree.
+
+    Raises:
+        RecipeError: The recipe cannot be read (`UnknownRecipeError`: there is none of that name).
+        PlanError: It does not fit this host.
+        AlreadyWrappedError: `model` is wrapped already.
+        UnsupportedHostError: The host cannot be pruned; the node or module is named.
+        NonFiniteWeightsError: Its weights hold NaN or inf.
+        VerificationError: The paths disagree; the first node where they part is named.
+
+    Example:
+        >>> model = tokenprune.wrap(host, "dynamicvit-deit-small-k0.7")
+        >>> model = tokenprune.wrap(host_without_a_recipe)
+    """
+    if isinstance(model, PrunedModel):
+        raise AlreadyWrappedError(
+            f"This {type(model).__name__} is wrapped already. Use tokenprune.unwrap(model) first, "
+            "or model.set_keep_ratio(...) to prune it otherwise."
+        )
+    if not isinstance(model, nn.Module):
+        raise UnsupportedHostError(f"wrap needs an nn.Module, found {type(model).__name__}.")
+    inner = next((path for path, m in model.named_modules() if isinstance(m, PrunedModel)), None)
+    if inner is not None:
+        raise AlreadyWrappedError(
+            f"Module '{inner}' of this {type(model).__name__} is wrapped already. Use "
+            "tokenprune.unwrap on it first, or wrap only the outer model."
+        )
+    _check_free(model)
+    chosen = None if recipe is None else load_recipe(recipe)
+    spec = describe(model, adapter)
+    if chosen is not None:
+        bind(chosen, spec)
+    _check_finite(model)
+
+    call = CallSignature.of(type(model))
+    example = named_inputs(call, spec, model, example_inputs)
+    with kept_modes(model):
+        model.eval()
+        traced = trace_host(model, spec, example)
+        chosen = chosen or suggest_recipe(model, spec, traced)
+    wrapped, plan = _shell(model), bind(chosen, spec)
+    wrapped.__dict__["_pruning"] = Pruning(
+        host=model,
+        spec=spec,
+        recipe=chosen,
+        plan=plan,
+        call=call,
+        restore=restore,
+        blank=unset(model),
+        watched=[module for module in model.modules() if _decides_by_mode(module)],
+    )
+    with kept_modes(wrapped):
+        wrapped.eval()
+        programs = wrapped._programs(example, traced)
+    modules, widths = wrapped.__dict__["_modules"], [grid.num_channels for grid in programs.grids]
+    modules[PREDICTORS] = nn.ModuleList(
+        TokenPredictor(width, activation=chosen.predictor.activation, **_like(model))
+        for width in widths
+    )
+    if plan.mode == "bypass":
+        modules[BYPASSES] = nn.ModuleDict(
+            {str(block): light_branch(widths[region.stage], **_like(model))
+             for block, region in programs.regions.items()}
+        )  # fmt: skip
+    for name in (PREDICTORS, BYPASSES):
+        if name in modules:
+            modules[name].train(model.training)
+    if verify:
+        verify_model(wrapped, example, gradients=False)
+    return wrapped
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The host of a wrapped model; with its weights as they are now, and no pruning.
+
+    Raises:
+        NotWrappedError: `model` was not returned by `wrap`.
+    """
+    return pruning_of(model).host
+
+
+def _decides_by_mode(module: nn.Module) -> bool:
+    """Whether a module's `training` flag may decide what is traced, or how it is rewritten."""
+    looked_at = isinstance(module, _BatchNorm | nn.MultiheadAttention)
+    return looked_at or not type(module).__module__.startswith("torch.nn")
+
+
+def _shell(host: nn.Module) -> PrunedModel:
+    """An object of the wrapped class around the host's own parameters, buffers and submodules."""
+    cls = pruned_class(type(host))  # type: ignore[arg-type]
+    wrapped = cls.__new__(cls)
+    wrapped.__dict__.update(host.__dict__)
+    wrapped.__dict__["_modules"] = dict(host._modules)
+    wrapped.__dict__.pop("_compiled_call_impl", None)  # a host compiled in place would run instead
+    for name, value in host.__dict__.items():
+        if name.endswith("_hooks") or "_hooks_with_" in name or "_hooks_always_" in name:
+            wrapped.__dict__[name] = value.copy()
+    return wrapped
+
+
+def _check_free(host: nn.Module) -> None:
+    if "forward" in host.__dict__:
+        raise UnsupportedHostError(
+            f"The forward of this {type(host).__name__} was replaced on the object (accelerate and "
+            "some profilers do so). Wrap the model before it is prepared."
+        )
+    taken = [name for name in (PREDICTORS, BYPASSES, "_pruning") if hasattr(host, name)]
+    if taken:
+        raise UnsupportedHostError(
+            f"{type(host).__name__} has an attribute {taken[0]!r} of its own, a name that "
+            "tokenprune needs. Rename it in the host."
+        )
+
+
+def _check_finite(host: nn.Module) -> None:
+    for name, buffer in host.named_buffers():  # -inf is common there: attention masks
+        if buffer.is_floating_point() and not buffer.is_meta and bool(buffer.isnan().any()):
+            raise NonFiniteWeightsError(
+                f"Buffer '{name}' of {type(host).__name__} holds NaN. Load a sound checkpoint "
+                "before wrapping."
+            )
+    for name, tensor in host.named_parameters():
+        if tensor.is_floating_point() and not tensor.is_meta and not torch.isfinite(tensor.sum()):
+            bad = int((~torch.isfinite(tensor)).sum())
+            if bad:
+                raise NonFiniteWeightsError(
+                    f"Parameter '{name}' of {type(host).__name__} holds {bad} values that are NaN "
+                    "or inf. Load a sound checkpoint before wrapping."
+                )
+
+
+def _like(host: nn.Module) -> dict[str, Any]:
+    like = next((p for p in host.parameters() if p.is_floating_point()), torch.empty(0))
+    return {"device": like.device, "dtype": like.dtype}
