@@ -3,13 +3,14 @@
 from tokenprune import errors, losses
 from tokenprune.checkpoints.directory import load, save
 from tokenprune.checkpoints.dynamicvit import convert_dynamicvit, load_dynamicvit
-from tokenprune.checks.verify import Certificate, verify
+from tokenprune.checks.certificate import Certificate
+from tokenprune.checks.verify import verify
 from tokenprune.cost.image_macs import ImageMacs
 from tokenprune.cost.profile import Profile, profile
 from tokenprune.exporting import ExportReport, export
 from tokenprune.hosts.registry import ArchSpec, ExampleInput, list_adapters, register_adapter
 from tokenprune.recipe import Recipe, list_recipes
-from tokenprune.runtime.pruning_trace import PruningTrace, StageTrace
+from tokenprune.rewrite.kept.pruning_trace import PruningTrace, StageTrace
 from tokenprune.wrapping import unwrap, wrap
 
 __all__ = [

@@ -20,6 +20,7 @@ __all__ = [
     "NotWrappedError",
     "PlanError",
     "RecipeError",
+    "RegistrationError",
     "TokenPruneError",
     "TraceError",
     "UnknownAdapterError",
@@ -95,6 +96,10 @@ class ExportError(TokenPruneError, RuntimeError):
 
 class AdapterError(TokenPruneError, ValueError):
     """An architecture adapter is registered twice or describes a host wrongly."""
+
+
+class RegistrationError(TokenPruneError, ValueError):
+    """A scorer, a reduction or an operator rule is registered under a name that is taken."""
 
 
 class UnknownAdapterError(TokenPruneError, LookupError):

@@ -1,14 +1,14 @@
-"""`wrap` and `unwrap`: the product's one verb and its inverse."""
+"""`wrap` and `unwrap`: the public entry points."""
 
+import inspect
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from tokenprune.analysis.default_recipe import suggest_recipe
+from tokenprune.analysis.blocks import find_blocks
 from tokenprune.analysis.plan import bind
-from tokenprune.checks.verify import kept_modes
 from tokenprune.checks.verify import verify as verify_model
 from tokenprune.errors import (
     AlreadyWrappedError,
@@ -17,12 +17,13 @@ from tokenprune.errors import (
 )
 from tokenprune.hosts.inputs import CallSignature, ExampleInputs, named_inputs
 from tokenprune.hosts.registry import ArchSpec, describe
+from tokenprune.methods import method_of, with_default_stages
 from tokenprune.recipe import RecipeSource, load_recipe
-from tokenprune.reductions.bypass import BYPASSES
-from tokenprune.rewrite.rewrite import PREDICTORS
-from tokenprune.runtime.model import PrunedModel, Pruning, pruned_class, pruning_of, trace_host
-from tokenprune.scorers.learned import TokenPredictor, light_branch
-from tokenprune.tracing.state import unset
+from tokenprune.runtime.model import PRUNING, PUBLIC, PrunedModel, pruned_class, pruning_of
+from tokenprune.runtime.pruning import Pruning, added_names
+from tokenprune.scorers.protocol import SCORERS
+from tokenprune.tracing.host_graph import trace
+from tokenprune.tracing.state import kept_modes, lazy_attributes
 
 __all__ = ["unwrap", "wrap"]
 
@@ -39,14 +40,17 @@ def wrap(
     """Make a vision transformer prune its tokens.
 
     The result has the host's class, call signature, output type and methods, and shares its
-    parameters. In training every token stays and dropped ones are hidden from the others; in eval
-    they are removed. The host object itself still runs dense.
+    parameters. In training every token stays and dropped ones are hidden from the others, so that
+    the predictors learn; in eval they are removed. Scorers without parameters remove them in
+    training too. The host object itself still runs dense.
 
     Args:
         model: The host: any timm or transformers model, or another `nn.Module` with a stack of
             transformer blocks.
         recipe: A shipped recipe's name, a path, a mapping or a `Recipe`. If None, one is made for
             the host: three stages that keep 0.7 of the tokens each, in the mode that serves it.
+            `random-k0.7`, `token-norm-k0.7` and `key-norm-k0.7` (any ratio) choose tokens without
+            a learned predictor, on any host.
         example_inputs: A tensor, several, or the arguments by name; drawn at random in the shape
             the host was built for if None.
         adapter: An adapter's name, or an `ArchSpec`; found by itself if None.
@@ -84,6 +88,7 @@ def wrap(
     chosen = None if recipe is None else load_recipe(recipe)
     spec = describe(model, adapter)
     if chosen is not None:
+        method_of(chosen, spec)
         bind(chosen, spec)
     _check_finite(model)
 
@@ -91,35 +96,35 @@ def wrap(
     example = named_inputs(call, spec, model, example_inputs)
     with kept_modes(model):
         model.eval()
-        traced = trace_host(model, spec, example)
-        chosen = chosen or suggest_recipe(model, spec, traced)
-    wrapped, plan = _shell(model), bind(chosen, spec)
-    wrapped.__dict__["_pruning"] = Pruning(
+        traced = trace(model, example)
+        blocks = find_blocks(model, traced, spec)
+        chosen = with_default_stages(chosen, model, spec, traced, blocks)
+    plan, budget = bind(chosen, spec)
+    pruning = Pruning(
         host=model,
         spec=spec,
         recipe=chosen,
+        method=method_of(chosen, spec),
         plan=plan,
+        budget=budget,
         call=call,
         restore=restore,
-        blank=unset(model),
         watched=[module for module in model.modules() if _decides_by_mode(module)],
+        lazy=lazy_attributes(model),
     )
+    wrapped = _shell(model)
+    wrapped.__dict__[PRUNING] = pruning
     with kept_modes(wrapped):
         wrapped.eval()
-        programs = wrapped._programs(example, traced)
-    modules, widths = wrapped.__dict__["_modules"], [grid.num_channels for grid in programs.grids]
-    modules[PREDICTORS] = nn.ModuleList(
-        TokenPredictor(width, activation=chosen.predictor.activation, **_like(model))
-        for width in widths
-    )
-    if plan.mode == "bypass":
-        modules[BYPASSES] = nn.ModuleDict(
-            {str(block): light_branch(widths[region.stage], **_like(model))
-             for block, region in programs.regions.items()}
-        )  # fmt: skip
-    for name in (PREDICTORS, BYPASSES):
-        if name in modules:
-            modules[name].train(model.training)
+        programs = pruning.programs(example, traced, blocks)
+    like = _like(model)
+    scorers = [
+        pruning.method.scorer.make(grid.num_channels, chosen.predictor, **like)
+        for grid in programs.analysis.grids
+    ]
+    added = {SCORERS: nn.ModuleList(scorers), **programs.reduction.modules(**like)}
+    for name, module in added.items():
+        wrapped.__dict__["_modules"][name] = module.train(model.training)
     if verify:
         verify_model(wrapped, example, gradients=False)
     return wrapped
@@ -159,10 +164,15 @@ def _check_free(host: nn.Module) -> None:
             f"The forward of this {type(host).__name__} was replaced on the object (accelerate and "
             "some profilers do so). Wrap the model before it is prepared."
         )
-    taken = [name for name in (PREDICTORS, BYPASSES, "_pruning") if hasattr(host, name)]
+    taken = [name for name in (*added_names(), PRUNING, *PUBLIC) if hasattr(host, name)]
     if taken:
         raise UnsupportedHostError(
             f"{type(host).__name__} has an attribute {taken[0]!r} of its own, a name that "
+            "tokenprune needs. Rename it in the host."
+        )
+    if "return_trace" in inspect.signature(type(host).forward).parameters:
+        raise UnsupportedHostError(
+            f"The forward of {type(host).__name__} has an argument 'return_trace', a name that "
             "tokenprune needs. Rename it in the host."
         )
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenprune.losses import distill_logits
-from tokenprune.runtime.program import Path as ModelPath
+from tokenprune.rewrite.settings import Path as ModelPath
 from tokenprune.train.hosts import class_logits
 from tokenprune.train.image_trainer import ImageTrainer
 

@@ -17,7 +17,7 @@ from tokenprune.report import measure
 from tokenprune.report.html import Bars, Picture, Text, write_html
 from tokenprune.report.table import Table
 from tokenprune.report.visualize import DROPPED, LEFT, grid_shape, kept_pixels, pruning_grid
-from tokenprune.runtime.pruning_trace import PruningTrace, StageTrace
+from tokenprune.rewrite.kept.pruning_trace import PruningTrace, StageTrace
 
 
 def trace_of(*decisions: torch.Tensor) -> PruningTrace:

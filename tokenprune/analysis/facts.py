@@ -1,12 +1,13 @@
-"""What the probe of token axes finds (`axes.py`), and what the passes read."""
+"""What is known about each node of a traced graph; one record a node."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from torch import fx
 
-__all__ = ["Aligned", "TokenAxes", "TokenDim"]
+__all__ = ["NO_FACTS", "Aligned", "Facts", "NodeFacts", "TokenDim"]
 
 
 class TokenDim(NamedTuple):
@@ -19,40 +20,46 @@ class TokenDim(NamedTuple):
 class Aligned(NamedTuple):
     """An argument that was made for all tokens: `dims` maps its token dims to what they count.
 
-    `rank` is that of the tensor it is combined with; the gathered tensor is a batch of that rank.
-    `fold` is how many rows of that tensor's dim 0 are one image.
+    `rank` is that of the tensor it is combined with; the gathered tensor is a batch of that rank,
+    with `rows_per_image` rows of dim 0 for each image.
     """
 
     dims: Mapping[int, TokenDim]
     rank: int
-    fold: int = 1
+    rows_per_image: int = 1
 
 
-@dataclass
-class TokenAxes:
-    """What the probe found. Nodes are those of the probed graph."""
+def _none() -> Mapping[Any, Any]:
+    return MappingProxyType({})
 
-    dims: dict[fx.Node, dict[int, TokenDim]] = field(default_factory=dict)
-    """Token dims of each tensor that holds tokens."""
-    folded: set[fx.Node] = field(default_factory=set)
-    """Tensors with a dim that counts tokens times something else (batch, heads)."""
-    batch_first: set[fx.Node] = field(default_factory=set)
-    """Tensors whose dim 0, and no other, counts images."""
-    batch_fold: dict[fx.Node, int] = field(default_factory=dict)
-    """Tensors whose dim 0, and no other, counts images times something else (heads): how many."""
-    batched: set[fx.Node] = field(default_factory=set)
-    """Tensors some dim of which counts images, alone or times something else."""
-    aligned: dict[fx.Node, dict[fx.Node, Aligned]] = field(default_factory=dict)
-    """Consumer -> argument -> how that argument must be gathered."""
-    sizes: set[fx.Node] = field(default_factory=set)
-    """Numbers that change with the number of tokens."""
-    table_sizes: dict[fx.Node, dict[int, TokenDim]] = field(default_factory=dict)
-    """Shapes of aligned tables that are read as numbers: those dims follow the tokens."""
-    tables: set[fx.Node] = field(default_factory=set)
-    """Tensors that take only their size from the tokens: made at full length, then gathered."""
-    counts: set[fx.Node] = field(default_factory=set)
-    """Sums over a padding mask: how many real tokens there are."""
-    real: fx.Node | None = None
-    """Which tokens are no padding: [B, L] or [B, N]."""
-    batch_bound: bool = False
-    """A decision or a burnt-in size depends on the batch size."""
+
+@dataclass(frozen=True)
+class NodeFacts:
+    """What the probes found out about one node.
+
+    Attributes:
+        dims: Its token dims, if it holds tokens.
+        folded: One of its dims counts tokens times something else (batch, heads).
+        batched: One of its dims counts images, alone or times something else.
+        rows_per_image: Rows of dim 0 for each image, if dim 0, and no other, counts images: 1, or
+            more where it counts images times something else (heads); None elsewhere.
+        follows_tokens: A number that changes with the number of tokens.
+        whole_table: A tensor that takes only its size from the tokens: made at full length.
+        counts_real: A sum over a padding mask: how many real tokens there are.
+        gathers: Argument -> how it must be gathered before this node reads it.
+        length_of: The shape of an aligned table, read as numbers: these dims follow the tokens.
+    """
+
+    dims: Mapping[int, TokenDim] = field(default_factory=_none)
+    folded: bool = False
+    batched: bool = False
+    rows_per_image: int | None = None
+    follows_tokens: bool = False
+    whole_table: bool = False
+    counts_real: bool = False
+    gathers: Mapping[fx.Node, Aligned] = field(default_factory=_none)
+    length_of: Mapping[int, TokenDim] = field(default_factory=_none)
+
+
+NO_FACTS = NodeFacts()
+Facts = Mapping[fx.Node, NodeFacts]

@@ -1,4 +1,4 @@
-"""Padded tokens: where a traced graph says which tokens are real, and how they are ranked last.
+"""Padded tokens: where a traced graph says which tokens are real.
 
 A host that takes texts of different lengths gets them padded to one length N, with a mask that
 says which tokens are real. The counts of the stages stay shares of N, since all rows of a tensor
@@ -7,32 +7,39 @@ tokens than one that fills all N places.
 """
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
-import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
-from tokenprune.tracing.host_graph import Traced
+from tokenprune.analysis.operators import Kind, kind_of
+from tokenprune.tracing.host_graph import HostGraph
 
-__all__ = ["about_padding", "behind_real", "find_real", "real_patches"]
+__all__ = ["about_padding", "find_real"]
 
 
-def about_padding(traced: Traced, argument: str | None, num_prefix: int) -> list[fx.Node]:
+def about_padding(
+    root: nn.Module, traced: HostGraph, argument: str | None, shapes: Collection[tuple[int, ...]]
+) -> list[fx.Node]:
     """The nodes that hold anything of a padding mask: the input `argument`, or the mask of ones
-    that a host makes for itself when it is given none."""
+    that a host makes when it is given none.
+
+    Args:
+        shapes: Of a mask over all tokens or over the patches: [B, L] and [B, N].
+    """
     if argument is None:
         return []
-    given = _given(traced, argument)
+    given = [node for name, node in traced.inputs.items() if name == argument]
     own = [
         node
         for node in traced.graph.nodes
-        if node.target in (torch.ones, torch.ones_like, "new_ones")
-        and tuple(node.meta["val"].shape) in _shapes(traced, num_prefix)
+        if kind_of(root, node) is Kind.ONES and tuple(node.meta["val"].shape) in shapes
     ]
     return _made_of(traced.graph, given or own)
 
 
-def find_real(traced: Traced, argument: str, num_prefix: int) -> fx.Node | None:
+def find_real(
+    traced: HostGraph, argument: str, first: fx.Node, shapes: Collection[tuple[int, ...]]
+) -> fx.Node | None:
     """The node that says which tokens are real: [B, L] or [B, N], zero or False where padded.
 
     The input itself if it has that shape. Else the last such tensor that the host made of it before
@@ -40,31 +47,22 @@ def find_real(traced: Traced, argument: str, num_prefix: int) -> fx.Node | None:
 
     Args:
         argument: Name of the mask among the host's inputs.
-        num_prefix: P.
+        first: The entry of the first block.
+        shapes: [B, L] and [B, N].
     """
     nodes = list(traced.graph.nodes)
-    before = set(nodes[: min(map(nodes.index, traced.entries.values()))])
+    before = set(nodes[: nodes.index(first)])
+    given = [node for name, node in traced.inputs.items() if name == argument]
     fitting = [
         node
-        for node in _made_of(traced.graph, _given(traced, argument))
+        for node in _made_of(traced.graph, given)
         if node in before
         and isinstance(node.meta.get("val"), Tensor)
         and not node.meta["val"].is_floating_point()
-        and tuple(node.meta["val"].shape) in _shapes(traced, num_prefix)
+        and tuple(node.meta["val"].shape) in shapes
     ]
-    given = [node for node in fitting if node.op == "placeholder"]
-    return next(reversed(given or fitting), None)
-
-
-def _given(traced: Traced, argument: str) -> list[fx.Node]:
-    nodes = traced.graph.find_nodes(op="placeholder")
-    return [node for node in nodes if node.target == argument]
-
-
-def _shapes(traced: Traced, num_prefix: int) -> tuple[tuple[int, int], ...]:
-    """[B, L] and [B, N]."""
-    batch, length = traced.markers[0].meta["val"].shape[:2]
-    return (batch, length), (batch, length - num_prefix)
+    inputs = [node for node in fitting if node.op == "placeholder"]
+    return next(reversed(inputs or fitting), None)
 
 
 def _made_of(graph: fx.Graph, sources: Sequence[fx.Node]) -> list[fx.Node]:
@@ -77,18 +75,3 @@ def _made_of(graph: fx.Graph, sources: Sequence[fx.Node]) -> list[fx.Node]:
             if node.target is operator.setitem and isinstance(node.args[0], fx.Node):
                 found[node.args[0]] = None
     return list(found)
-
-
-def real_patches(mask: Tensor, num_patches: int) -> Tensor:
-    """[B, N], True where a patch token is real, of a mask over all tokens or over the patches."""
-    return mask[:, mask.shape[1] - num_patches :] > 0
-
-
-def behind_real(keep_logits: Tensor, real: Tensor) -> Tensor:
-    """[B, N, 2] scores in which every padded token comes behind every real one.
-
-    Above -inf, which marks tokens that left before.
-    """
-    lowest = torch.finfo(keep_logits.dtype).min
-    scores = torch.nan_to_num(keep_logits, nan=lowest / 4, neginf=lowest / 4)
-    return torch.where(real.unsqueeze(-1), scores.clamp_min(lowest / 4), lowest / 2)

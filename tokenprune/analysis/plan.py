@@ -1,56 +1,74 @@
-"""A recipe bound to one host: pure numbers, no modules, no tensors."""
+"""A recipe bound to one host: its structure, and apart from it the numbers of a call."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Literal
 
+from tokenprune.analysis.sites import Site
 from tokenprune.errors import PlanError
 from tokenprune.hosts.registry import ArchSpec
 from tokenprune.recipe import Recipe
 from tokenprune.recipe.counting import Rounding, num_keep
 
-__all__ = ["Plan", "bind"]
+__all__ = ["Budget", "Plan", "bind"]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Where a host is pruned, and how much is kept there.
+    """Where a host is pruned: what programs depend on. Never changes after `wrap`.
 
     Attributes:
-        mode: `remove` or `bypass`.
-        blocks: The block before which each stage stands.
+        sites: The place of each stage.
+        num_prefix: P.
+    """
+
+    sites: tuple[Site, ...]
+    num_prefix: int
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """The block of each stage."""
+        return tuple(site.block for site in self.sites)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much is kept: what a call depends on.
+
+    Attributes:
         keep_ratios: Kept share of the original patch tokens, for each stage.
-        num_prefix_tokens: P.
         rounding: How a share of N becomes a count.
         threshold: Keep probability above which a token stays in eval, whatever the ratios say; None
             keeps the best tokens of each image, as many as the ratios say.
-        buckets: With a threshold, into how many groups of like length a batch is sorted at most.
+        buckets: With a threshold, into how many groups of similar length a batch is sorted at most.
     """
 
-    mode: Literal["remove", "bypass"]
-    blocks: tuple[int, ...]
     keep_ratios: tuple[float, ...]
-    num_prefix_tokens: int
-    rounding: Rounding
+    rounding: Rounding = "floor"
     threshold: float | None = None
     buckets: int = 4
+
+    @property
+    def keeps_all(self) -> bool:
+        """Nothing is pruned, in any image."""
+        return self.threshold is None and min(self.keep_ratios) == 1.0
 
     def counts(self, num_patches: Sequence[int]) -> tuple[int, ...]:
         """K of each stage, out of the N patches that each sees."""
         pairs = zip(num_patches, self.keep_ratios, strict=True)
         return tuple(num_keep(patches, ratio, self.rounding) for patches, ratio in pairs)
 
-    def with_keep_ratio(self, keep_ratio: float | Sequence[float]) -> "Plan":
-        """The same stages with other ratios.
+    def with_keep_ratio(self, keep_ratio: float | Sequence[float], plan: Plan) -> "Budget":
+        """The same with other ratios.
 
         Args:
             keep_ratio: One ratio r for the base of r, r^2, r^3, ..., or one for each stage.
+            plan: Where the stages are.
 
         Raises:
             PlanError: A ratio is out of (0, 1], they grow, or their number is wrong.
         """
-        stages = len(self.blocks)
+        stages = len(plan.sites)
         asked = f"asked for keep_ratio={keep_ratio!r}"
         if isinstance(keep_ratio, int | float):
             ratios = tuple(float(f"{float(keep_ratio) ** (s + 1):.12g}") for s in range(stages))
@@ -63,8 +81,8 @@ class Plan:
                 ) from None
         if len(ratios) != stages:
             raise PlanError(
-                f"{asked}: {len(ratios)} ratios, but the plan has {stages} stages, before blocks "
-                f"{list(self.blocks)}. Give one ratio per stage, or one number r for r, r^2, ..."
+                f"{asked}: {len(ratios)} ratios, but the plan has {stages} stages, at blocks "
+                f"{list(plan.blocks)}. Give one ratio per stage, or one number r for r, r^2, ..."
             )
         if not all(0.0 < ratio <= 1.0 for ratio in ratios):
             raise PlanError(f"{asked}: every ratio must lie in (0, 1].")
@@ -75,8 +93,8 @@ class Plan:
             )
         return replace(self, keep_ratios=ratios)
 
-    def with_threshold(self, threshold: float | None) -> "Plan":
-        """The same stages, where tokens stay by their keep probability.
+    def with_threshold(self, threshold: float | None) -> "Budget":
+        """The same, where tokens stay by their keep probability.
 
         Raises:
             PlanError: The threshold does not lie in (0, 1).
@@ -90,34 +108,26 @@ class Plan:
         return replace(self, threshold=threshold)
 
 
-def bind(recipe: Recipe, spec: ArchSpec) -> Plan:
-    """Fit a recipe to a host.
+def bind(recipe: Recipe, spec: ArchSpec) -> tuple[Plan, Budget]:
+    """Fit a recipe with stages to a host.
 
     Raises:
-        PlanError: The host has no such block, or needs the other mode.
+        PlanError: The host has no such block.
     """
-    stages = recipe.resolved_stages
-    blocks = tuple(stage.block for stage in stages)
-    outside = [block for block in blocks if block >= len(spec.blocks)]
-    named = f"recipe {recipe.name!r}" if recipe.name else "the recipe"
+    stages, sampling = recipe.resolved_stages, recipe.sampling
+    outside = [stage.block for stage in stages if stage.block >= len(spec.blocks)]
     if outside:
+        named = f"recipe {recipe.name!r}" if recipe.name else "the recipe"
         raise PlanError(
-            f"{named} prunes before blocks {outside}, but the host has {len(spec.blocks)} blocks "
+            f"{named} prunes at blocks {outside}, but the host has {len(spec.blocks)} blocks "
             f"(0 to {len(spec.blocks) - 1}), found by adapter {spec.adapter!r}. Name blocks that "
             "exist."
         )
-    if (recipe.mode, spec.mode) == ("remove", "bypass"):
-        raise PlanError(
-            f"{named} has `mode: remove`, but this host (adapter {spec.adapter!r}) needs "
-            "`mode: bypass`: it keeps a grid of tokens, from which none can be removed. Change the "
-            "recipe's mode or pick another recipe."
-        )
-    return Plan(
-        mode=recipe.mode,
-        blocks=blocks,
-        keep_ratios=tuple(stage.keep_ratio for stage in stages),
-        num_prefix_tokens=spec.num_prefix_tokens,
-        rounding=recipe.sampling.rounding,
-        threshold=recipe.sampling.threshold if recipe.sampling.selection == "threshold" else None,
-        buckets=recipe.sampling.buckets,
+    plan = Plan(tuple(Site(stage.block, recipe.place) for stage in stages), spec.num_prefix_tokens)
+    budget = Budget(
+        tuple(stage.keep_ratio for stage in stages),
+        sampling.rounding,
+        sampling.threshold if sampling.selection == "threshold" else None,
+        sampling.buckets,
     )
+    return plan, budget

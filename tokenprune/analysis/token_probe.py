@@ -1,207 +1,125 @@
-"""Find which dims of which tensors count tokens, by running the graph with other numbers of them.
+"""Find which dims of which tensors count tokens, by running a graph with other numbers of them.
 
-No operator is known here by name. The graph runs twice more on fake tensors: once with another
-batch size, once with another number of tokens after every stage (a distinct prime more each, so
-that each size says which stage it follows). A dim whose size moved by exactly that number counts
-tokens. A node that fails on the second run combines tokens with a tensor that was made for all of
-them (a RoPE table, a relative-position bias, an attention mask): that tensor is gathered too, and
-the run goes on.
+No operator is known here by name, but for two kinds that run with tables of any length. The graph
+runs on fake tensors with another number of tokens after every stage (a distinct prime more each, so
+that each size tells which stage it follows). A dim whose size moved by exactly that number counts
+tokens. A node that fails combines tokens with a tensor that was made for all of them (a RoPE table,
+a relative-position bias, an attention mask): that tensor is gathered too, and the run goes on.
 """
 
-import logging
-import operator
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from itertools import chain, combinations
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_leaves
 
-from tokenprune.analysis.facts import Aligned, TokenAxes, TokenDim
+from tokenprune.analysis.batch_probe import BatchFacts, holds_no_tensor, probe_batch
+from tokenprune.analysis.facts import Aligned, Facts, NodeFacts, TokenDim
+from tokenprune.analysis.operators import Kind, kind_of
 from tokenprune.errors import UnsupportedHostError
+from tokenprune.tracing.host_graph import HostGraph
 from tokenprune.tracing.interpret import Environment, evaluate, quiet_trials, run
-from tokenprune.tracing.tracer import enter_block
 
-__all__ = ["Aligned", "TokenAxes", "TokenDim", "find_token_axes", "stage_markers"]
+__all__ = ["find_facts"]
 
-# Extra tokens per stage in the second run: primes, so that no multiple or sum looks like another.
+# Extra tokens per stage: primes, so that no multiple or sum looks like another.
 EXTRA = tuple(n for n in range(211, 1000) if all(n % d for d in range(2, 32)))
-EXTRA_BATCH = 3
-SUMS = frozenset({torch.sum, "sum"})
-# Operators that run with tables shorter than the tokens, and leave tokens out.
-LENIENT = frozenset({operator.setitem, torch.gather, "gather"})
-
-
-def stage_markers(graph: fx.Graph, blocks: Sequence[int]) -> dict[int, fx.Node]:
-    """Stage -> the node that marks the tokens entering its block."""
-    stages = {block: stage for stage, block in enumerate(blocks)}
-    found = {
-        stages[node.args[1]]: node
-        for node in graph.nodes
-        if node.target is enter_block and node.args[1] in stages
-    }
-    return dict(sorted(found.items()))
 
 
 @quiet_trials()
-def find_token_axes(
+def find_facts(
     root: nn.Module,
-    graph: fx.Graph,
-    fake_mode: FakeTensorMode,
-    burnt: Sequence[fx.Node],
-    blocks: Sequence[int],
+    traced: HostGraph,
+    markers: Sequence[fx.Node],
     num_prefix: int,
     *,
     padding: Collection[fx.Node] = (),
     tokens_leave: bool = True,
-) -> TokenAxes:
-    """Probe `graph`, whose nodes carry the value of their trace in `meta["val"]`.
+) -> tuple[Facts, bool]:
+    """Probe a graph whose nodes carry the value of their trace in `meta["val"]`.
 
     Args:
-        burnt: Nodes whose value Python decided by while tracing.
-        blocks: The block before which each stage prunes.
-        num_prefix: P, the prefix tokens that enter each of those blocks.
+        markers: Of the tokens that each stage prunes.
+        num_prefix: P, the prefix tokens among them.
         padding: Nodes that hold anything of the host's padding mask.
-        tokens_leave: False in bypass mode, where every tensor keeps its size.
+        tokens_leave: False where every tensor keeps its size.
+
+    Returns:
+        One record for each node; and whether the graph holds for its batch size only.
 
     Raises:
         UnsupportedHostError: A node cannot run with fewer tokens; its place in the host is named.
     """
-    axes = TokenAxes()
-    with torch.no_grad(), fake_mode, _quiet():
-        _probe_batch(root, graph, burnt, axes)
-        if tokens_leave:
-            markers = stage_markers(graph, blocks)
-            _TokenProbe(root, graph, markers, num_prefix, axes, padding).probe()
-    return axes
+    with torch.no_grad(), traced.fake_mode:
+        batch = probe_batch(root, traced)
+        probe = None
+        lengths: dict[fx.Node, dict[int, TokenDim]] = {}
+        while tokens_leave and (probe is None or not probe.finished):
+            probe = _Run(root, traced, markers, num_prefix, batch, padding, lengths)
+            probe.run()
+            lengths = probe.length_of
+    facts = {node: _record(node, batch, probe) for node in traced.graph.nodes}
+    return facts, batch.bound
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """A probe expects failures; torch logs each with a traceback of forty lines."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    was, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = was
+def _record(node: fx.Node, batch: BatchFacts, probe: "_Run | None") -> NodeFacts:
+    batched, rows = node in batch.batched, batch.rows_per_image.get(node)
+    if probe is None:
+        return NodeFacts(batched=batched, rows_per_image=rows)
+    return NodeFacts(
+        dims=probe.dims.get(node, {}),
+        folded=node in probe.folded,
+        batched=batched,
+        rows_per_image=rows,
+        follows_tokens=node in probe.sizes,
+        whole_table=node in probe.tables,
+        counts_real=node in probe.counts,
+        gathers=probe.gathers.get(node, {}),
+        length_of=probe.length_of.get(node, {}),
+    )
 
 
-def _probe_batch(
-    root: nn.Module, graph: fx.Graph, burnt: Sequence[fx.Node], axes: TokenAxes
-) -> None:
-    """Run with more images: finds batch dims, and decisions that would have been other ones."""
-    inputs = {node.target: node.meta["val"] for node in graph.nodes if node.op == "placeholder"}
-    batch = next(iter(inputs.values())).shape[0]
-    more = {
-        name: value.new_empty(batch + EXTRA_BATCH, *value.shape[1:])
-        if value.ndim and value.shape[0] == batch
-        else value
-        for name, value in inputs.items()
-    }
-    moved: set[fx.Node] = set()
-    try:
-        for node, value in run(root, graph, more):
-            if node.op == "output":
-                continue
-            base = node.meta["val"]
-            if isinstance(base, torch.Tensor):
-                differ = [d for d in range(base.ndim) if base.shape[d] != value.shape[d]]
-                if differ:
-                    axes.batched.add(node)
-                if differ == [0] and base.shape[0] == batch:
-                    axes.batch_first.add(node)
-                elif differ == [0] and base.shape[0] % batch == 0:
-                    axes.batch_fold[node] = base.shape[0] // batch
-            elif _plain(base) and value != base:
-                moved.add(node)
-    except (
-        Exception
-    ):  # whatever a host raises here says one thing: its graph holds for one batch size
-        axes.batch_bound = True
-        axes.batch_first = {
-            node
-            for node in graph.nodes
-            if isinstance(node.meta.get("val"), torch.Tensor)
-            and node.meta["val"].ndim
-            and node.meta["val"].shape[0] == batch
-        }
-        return
+class _Run:
+    """One run with other token counts.
 
-    def moves(side: Any) -> bool:
-        return any(isinstance(leaf, fx.Node) and leaf in moved for leaf in tree_leaves(side))
-
-    seen = set(burnt)
-    queue = list(burnt)
-    while queue:
-        node = queue.pop()
-        if node in moved:
-            axes.batch_bound = True
-            return
-        if node.target is operator.getitem:
-            continue  # one size picked out of a shape: it did not move, whatever its neighbours did
-        if node.target in (operator.eq, operator.ne) and all(map(moves, node.args)):
-            continue  # both sides moved, and are equal or not as before
-        scalars = [n for n in node.all_input_nodes if n not in seen and _plain(n.meta["val"])]
-        seen.update(scalars)
-        queue.extend(scalars)
-
-
-def _numbers_behind(node: fx.Node) -> Iterator[fx.Node]:
-    """The plain numbers that went into a node, the nearest first; tensors are not looked behind."""
-    queue, seen = [node], {node}
-    while queue:
-        for used in queue.pop(0).all_input_nodes:
-            several = isinstance(used.meta["val"], tuple | list)
-            if used not in seen and (several or _plain(used.meta["val"])):
-                seen.add(used)
-                queue.append(used)
-                if _plain(used.meta["val"]):
-                    yield used
-
-
-def _plain(value: Any) -> bool:
-    return not any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(value))
-
-
-class _TokenProbe:
-    """The run with other token counts."""
+    Args:
+        length_of: Shapes of tables, read as numbers, that follow the tokens; as far as earlier
+            runs found out. A run that finds another stops, with `finished` False.
+    """
 
     def __init__(
         self,
         root: nn.Module,
-        graph: fx.Graph,
-        markers: Mapping[int, fx.Node],
+        traced: HostGraph,
+        markers: Sequence[fx.Node],
         num_prefix: int,
-        axes: TokenAxes,
+        batch: BatchFacts,
         padding: Collection[fx.Node],
+        length_of: Mapping[fx.Node, dict[int, TokenDim]],
     ) -> None:
-        self.root, self.graph, self.prefix, self.axes = root, graph, num_prefix, axes
+        self.root, self.traced, self.prefix, self.batch = root, traced, num_prefix, batch
         self.padding = padding
-        self.markers = {node: stage for stage, node in markers.items()}
+        self.markers = {node: stage for stage, node in enumerate(markers)}
+        self.length_of = dict(length_of)
+        self.dims: dict[fx.Node, dict[int, TokenDim]] = {}
+        self.gathers: dict[fx.Node, dict[fx.Node, Aligned]] = {}
+        self.folded, self.sizes = set[fx.Node](), set[fx.Node]()
+        self.tables, self.counts = set[fx.Node](), set[fx.Node]()
         self.follows: dict[fx.Node, int] = {}  # the latest stage whose tokens a node's data holds
         self.passed: dict[fx.Node, int] = {}  # the latest stage entered before each node
         self.latest = -1
         self.full = 0  # N, patches before the first stage
+        self.finished = False
 
-    def probe(self) -> None:
-        """Run, and run again whenever a size turned out to follow the tokens after all."""
-        while not self._runs_through():
-            self.follows.clear()
-            for found in (self.axes.dims, self.axes.aligned, self.axes.folded):
-                found.clear()
-
-    def _runs_through(self) -> bool:
-        self.latest = -1
-        inputs = {n.target: n.meta["val"] for n in self.graph.nodes if n.op == "placeholder"}
-        for node, value in run(self.root, self.graph, inputs, self._step):
+    def run(self) -> None:
+        """Run until the end, or until one more size turns out to follow the tokens."""
+        inputs = {name: node.meta["val"] for name, node in self.traced.inputs.items()}
+        for node, value in run(self.root, self.traced.graph, inputs, self._step):
             tensor = node.op != "output" and isinstance(value, torch.Tensor)
             if tensor and not self._classify(node, value):
-                return False
-        return True
+                return
+        self.finished = True
 
     def _step(self, node: fx.Node, env: Environment) -> Any:
         base = node.meta["val"]
@@ -209,9 +127,9 @@ class _TokenProbe:
         stage = self.markers.get(node)
         if stage is not None:
             return self._enter(node, stage, base)
-        if node in self.axes.table_sizes:
-            self.axes.sizes.add(node)
-            dims = self.axes.table_sizes[node]
+        if node in self.length_of:
+            self.sizes.add(node)
+            dims = self.length_of[node]
             return torch.Size(
                 n + (EXTRA[dims[d].stage] if d in dims else 0) for d, n in enumerate(base)
             )
@@ -219,31 +137,32 @@ class _TokenProbe:
         counted = None if sources or self.latest < 0 else self._counted(node)
         if counted is not None:
             self.follows[node] = self.latest
-            self.axes.aligned[node] = counted
-            self.axes.counts.add(node)
+            self.gathers[node] = counted
+            self.counts.add(node)
             trial = {n: self._gathered(env[n], counted.get(n)) for n in node.all_input_nodes}
             return evaluate(self.root, node, trial)
-        if sources and (not _plain(base) or node.target is operator.setitem):
+        any_length = kind_of(self.root, node) is Kind.ANY_LENGTH
+        if sources and (not holds_no_tensor(base) or any_length):
             self.follows[node] = max(sources)
-            if node.target in LENIENT:
+            if any_length:
                 return self._align(node, env, None)
             try:
                 return evaluate(self.root, node, env)
             except Exception as error:
                 return self._align(node, env, error)
-        if _plain(base):
+        if holds_no_tensor(base):
             value = evaluate(self.root, node, env)
             if value != base:
-                self.axes.sizes.add(node)
+                self.sizes.add(node)
             return value
-        if not any(n in self.axes.sizes for n in node.all_input_nodes):
+        if not any(n in self.sizes for n in node.all_input_nodes):
             return evaluate(self.root, node, env)
-        self.axes.tables.add(node)
+        self.tables.add(node)
         return base
 
     def _counted(self, node: fx.Node) -> dict[fx.Node, Aligned] | None:
         """How to gather what `node` adds up, if it counts real tokens: those that left are none."""
-        if node.target not in SUMS or node not in self.padding:
+        if kind_of(self.root, node) is not Kind.SUM or node not in self.padding:
             return None
         source = node.all_input_nodes[0]
         found = list(self._alignments(source.meta["val"], self.latest, {0, self.prefix}, 0))
@@ -270,23 +189,23 @@ class _TokenProbe:
         """Gather whichever arguments make the node run, and note them.
 
         Args:
-            error: What the node said without; None if it has not been tried, since it takes tables
-                of any length.
+            error: What the node raised without; None if it has not been tried, since it takes
+                tables of any length.
         """
         stage = self.follows[node]
         offsets = {
             dim.prefix
             for source in node.all_input_nodes
-            for dim in self.axes.dims.get(source, {}).values()
+            for dim in self.dims.get(source, {}).values()
         }
-        holding = [n for n in node.all_input_nodes if n in self.axes.dims]
+        holding = [n for n in node.all_input_nodes if n in self.dims]
         rank = max((env[n].ndim for n in holding), default=0)
-        fold = max((self.axes.batch_fold.get(n, 1) for n in holding), default=1)
+        rows = max((self.batch.rows_per_image.get(n, 1) for n in holding), default=1)
         options: dict[fx.Node, list[Aligned]] = {}
         for source in node.all_input_nodes:
             value = env.get(source)
             if source not in self.follows and isinstance(value, torch.Tensor):
-                found = list(self._alignments(value, stage, offsets, rank, fold))
+                found = list(self._alignments(value, stage, offsets, rank, rows))
                 if found:
                     options[source] = found
         for choice in _choices(options):
@@ -296,7 +215,7 @@ class _TokenProbe:
             except Exception:
                 continue
             if self._as_expected(node, value, stage):
-                self.axes.aligned[node] = choice
+                self.gathers[node] = choice
                 return value
         if error is None:
             return evaluate(self.root, node, env)
@@ -306,13 +225,13 @@ class _TokenProbe:
         ) from error
 
     def _alignments(
-        self, value: torch.Tensor, stage: int, offsets: set[int], rank: int, fold: int = 1
+        self, value: torch.Tensor, stage: int, offsets: set[int], rank: int, rows: int = 1
     ) -> Iterator[Aligned]:
         sizes = {self.full + offset: offset for offset in offsets}
         dims = {d: TokenDim(stage, sizes[n]) for d, n in enumerate(value.shape) if n in sizes}
         subsets = chain.from_iterable(combinations(dims, n) for n in range(len(dims), 0, -1))
         for subset in subsets:
-            yield Aligned({d: dims[d] for d in subset}, max(rank, value.ndim), fold)
+            yield Aligned({d: dims[d] for d in subset}, max(rank, value.ndim), rows)
 
     def _gathered(self, value: Any, aligned: Aligned | None) -> Any:
         if aligned is None:
@@ -329,22 +248,22 @@ class _TokenProbe:
         return moves <= {0, EXTRA[stage]}
 
     def _resize(self, node: fx.Node) -> bool:
-        """Let the sizes of tables behind `node`'s numbers follow the tokens; False if none can.
+        """Let the sizes of tables that went into `node` follow the tokens; False if none can.
 
         A host that splits its tokens by the length of a RoPE table means the length that the table
         has once it is gathered.
         """
         lengths = {self.full + p: p for p in range(self.prefix + 1)}
         found = False
-        for number in _numbers_behind(node):
+        for number in _numbers_in(node):
             shape = number.meta["val"]
             table = number.all_input_nodes[0] if number.all_input_nodes else None
             stage = self.passed.get(number, -1)
             of_table = isinstance(shape, torch.Size) and table not in self.follows
-            if of_table and stage >= 0 and number not in self.axes.table_sizes:
+            if of_table and stage >= 0 and number not in self.length_of:
                 dims = {d: TokenDim(stage, lengths[n]) for d, n in enumerate(shape) if n in lengths}
                 if dims:
-                    self.axes.table_sizes[number] = dims
+                    self.length_of[number] = dims
                     found = True
         return found
 
@@ -372,10 +291,23 @@ class _TokenProbe:
             if stages:
                 dims[d] = TokenDim(stages[0], old - self.full)
             elif new != old:
-                self.axes.folded.add(node)
+                self.folded.add(node)
         if dims:
-            self.axes.dims[node] = dims
+            self.dims[node] = dims
         return True
+
+
+def _numbers_in(node: fx.Node) -> Iterator[fx.Node]:
+    """The plain numbers that went into a node, the nearest first, but not those inside tensors."""
+    queue, seen = [node], {node}
+    while queue:
+        for used in queue.pop(0).all_input_nodes:
+            several = isinstance(used.meta["val"], tuple | list)
+            if used not in seen and (several or holds_no_tensor(used.meta["val"])):
+                seen.add(used)
+                queue.append(used)
+                if holds_no_tensor(used.meta["val"]):
+                    yield used
 
 
 def _choices(options: Mapping[fx.Node, Sequence[Aligned]]) -> Iterator[dict[fx.Node, Aligned]]:

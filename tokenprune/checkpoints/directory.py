@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from tokenprune.errors import CheckpointError, RecipeError
 from tokenprune.hosts.registry import list_adapters
 from tokenprune.recipe import Recipe
-from tokenprune.runtime.model import ADDED, PrunedModel, Pruning, pruning_of
+from tokenprune.runtime.model import PrunedModel, pruning_of
+from tokenprune.runtime.pruning import Pruning, added_names
 from tokenprune.wrapping import wrap
 
 __all__ = ["load", "save", "saved_recipe"]
@@ -123,13 +124,13 @@ def load(directory: str | os.PathLike[str], host: nn.Module, **options: Any) -> 
     options = {**_wrap_options(facts), **options}
     if isinstance(host, PrunedModel):
         return wrap(host, recipe)  # raises
-    state = {name: tensor for name, tensor in tensors.items() if not name.startswith(ADDED)}
+    state = {name: tensor for name, tensor in tensors.items() if not name.startswith(added_names())}
     _check_fit(source, facts, state, host.state_dict(), f"this {type(host).__name__}")
     with _restored_on_error(host):
         host.load_state_dict(state)
         model = wrap(host, recipe, **options)
         added = {name: tensors[name] for name in tensors.keys() - state.keys()}
-        own = {name: t for name, t in model.state_dict().items() if name.startswith(ADDED)}
+        own = {name: t for name, t in model.state_dict().items() if name.startswith(added_names())}
         _check_fit(source, facts, added, own, "what its recipe adds to the host")
         model.load_state_dict(tensors)
     return model
@@ -168,8 +169,8 @@ def _one_name_each(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[st
 
 def _recipe_in_force(pruning: Pruning) -> Recipe:
     """The recipe, with what `set_keep_ratio` and `set_threshold` have set."""
-    recipe, ratios = pruning.recipe, pruning.plan.keep_ratios
-    threshold = pruning.plan.threshold
+    recipe, ratios = pruning.recipe, pruning.budget.keep_ratios
+    threshold = pruning.budget.threshold
     if threshold != (recipe.sampling.threshold if recipe.sampling.selection != "topk" else None):
         sampling = (
             {"selection": "topk"}
@@ -201,11 +202,11 @@ def _versions() -> dict[str, str]:
 
 def _host_facts(pruning: Pruning, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     kind = type(pruning.host)
-    shapes = {n: list(t.shape) for n, t in tensors.items() if not n.startswith(ADDED)}
+    shapes = {n: list(t.shape) for n, t in tensors.items() if not n.startswith(added_names())}
     return {
         "class": f"{kind.__module__}.{kind.__qualname__}",
         "blocks": len(pruning.spec.blocks),
-        "num_prefix_tokens": pruning.plan.num_prefix_tokens,
+        "num_prefix_tokens": pruning.plan.num_prefix,
         "tensors": len(shapes),
         "shapes_sha256": hashlib.sha256(json.dumps(sorted(shapes.items())).encode()).hexdigest(),
     }

@@ -20,10 +20,11 @@ from tokenprune.checkpoints.release import Layout, Source, count_blocks, read_re
 from tokenprune.errors import CheckpointError, PlanError
 from tokenprune.recipe import Recipe, list_recipes, load_recipe
 from tokenprune.recipe.counting import num_keep
-from tokenprune.reductions.bypass import BYPASSES
-from tokenprune.rewrite.rewrite import PREDICTORS
-from tokenprune.runtime.model import ADDED, pruning_of
-from tokenprune.scorers.learned import TokenPredictor, light_branch
+from tokenprune.reductions.bypass import BYPASSES, light_branch
+from tokenprune.runtime.model import pruning_of
+from tokenprune.runtime.pruning import added_names
+from tokenprune.scorers.learned import TokenPredictor
+from tokenprune.scorers.protocol import SCORERS
 from tokenprune.wrapping import wrap
 
 __all__ = ["Converted", "convert_dynamicvit", "load_dynamicvit"]
@@ -140,7 +141,7 @@ def load_dynamicvit(model: nn.Module, source: Source) -> None:
     file, _ = read_release(source)
     _, weights = rename(file, source)
     own = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    if all(name.startswith(ADDED) for name in weights):
+    if all(name.startswith(added_names()) for name in weights):
         given = {name.partition(".")[0] for name in weights}
         own = {name: shape for name, shape in own.items() if name.partition(".")[0] in given}
     _check_fit(weights, own, f"this {type(model).__name__}", source)
@@ -254,8 +255,7 @@ def _expected(recipe: Recipe, weights: Mapping[str, Tensor]) -> dict[str, torch.
     level = next(level for level, end in enumerate(ends) if end > blocks[0])
     width = weights["patch_embed.proj.weight"].shape[0] * 2**level
     parts: dict[str, nn.Module] = {
-        f"{PREDICTORS}.{stage}": TokenPredictor(width, device="meta")
-        for stage in range(len(blocks))
+        f"{SCORERS}.{stage}": TokenPredictor(width, device="meta") for stage in range(len(blocks))
     }
     if recipe.mode == "bypass":
         for block in range(blocks[0], ends[level]):

@@ -1,33 +1,16 @@
-"""Prove on one model that its three paths agree: the theorems of docs/theorems.md, run for real."""
-
-import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import fields, is_dataclass, replace
-from typing import Any
+"""Prove on one model that its paths agree."""
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
-from tokenprune.checks.certificate import Certificate, Check
-from tokenprune.errors import UnsupportedHostError, VerificationError
+from tokenprune.checks.certificate import Certificate
+from tokenprune.checks.proof import Theorems
+from tokenprune.errors import UnsupportedHostError
 from tokenprune.hosts.inputs import ExampleInputs
-from tokenprune.ops.jagged import blank_padding, in_order
-from tokenprune.ops.selection import gather_aligned
-from tokenprune.rewrite.rewrite import CONTEXT
-from tokenprune.rewrite.stages import StageContext
-from tokenprune.runtime.model import ADDED, PrunedModel, pruning_of
-from tokenprune.runtime.program import Program, Programs, Route
-from tokenprune.tracing.interpret import run
-from tokenprune.tracing.state import attributes_kept, buffers_kept
+from tokenprune.runtime.model import pruning_of
+from tokenprune.tracing.state import attributes_kept, buffers_kept, kept_modes
 
-__all__ = ["Certificate", "Check", "kept_modes", "verify"]
-
-# Largest difference, relative to the output's scale, that rounding alone may cause.
-EXACT = 1e-9
-TOLERANCE = {torch.float64: EXACT, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+__all__ = ["verify"]
 
 
 def verify(
@@ -43,337 +26,37 @@ def verify(
     Raises:
         NotWrappedError: `model` is not wrapped.
         UnsupportedHostError: It has no weights: it is on the meta device.
-        VerificationError: A theorem does not hold; the first node where the paths part is named.
+        VerificationError: A theorem does not hold; the first node where the paths differ is named.
     """
     pruning = pruning_of(model)
     inputs = pruning.inputs(example_inputs)
-    bare = next((name for name, p in model.named_parameters() if p.is_meta), None)
-    if bare is not None:
+    meta_param = next((name for name, p in model.named_parameters() if p.is_meta), None)
+    if meta_param is not None:
         raise UnsupportedHostError(
-            f"Parameter '{bare}' of {type(model).__name__} is on the meta device and holds no "
-            "weights, so nothing can be verified. Load the weights first, or pass verify=False to "
-            "wrap, which is enough for profile."
+            f"Parameter '{meta_param}' of {type(model).__name__} is on the meta device and holds "
+            "no weights, so nothing can be verified. Load the weights first, or pass verify=False "
+            "to wrap, which is enough for profile."
         )
     with kept_modes(model), attributes_kept(pruning.host), buffers_kept(model):
         model.eval()
-        proof = _Proof(model, inputs)  # type: ignore[arg-type]
+        theorems = Theorems(model, inputs)
         with torch.no_grad():
-            checks = [*proof.identity(), *proof.paths(), *proof.contents(), *proof.images()]
+            checks = [
+                *theorems.identity(),
+                *theorems.paths(),
+                *theorems.contents(),
+                *theorems.images(),
+            ]
         if gradients:
-            checks += proof.gradients()
+            checks += theorems.gradients()
     return Certificate(
         host=type(model).__name__,
         adapter=pruning.spec.adapter,
-        mode=pruning.plan.mode,
-        num_patches=proof.num_patches[0],
-        patches_per_stage=proof.num_patches,
-        num_prefix_tokens=pruning.plan.num_prefix_tokens,
-        num_keep=pruning.plan.counts(proof.num_patches),
-        threshold=pruning.plan.threshold,
+        mode=pruning.method.reduction.name,
+        num_patches=theorems.num_patches[0],
+        patches_per_stage=theorems.num_patches,
+        num_prefix_tokens=pruning.plan.num_prefix,
+        num_keep=pruning.budget.counts(theorems.num_patches),
+        threshold=pruning.budget.threshold,
         checks=tuple(checks),
     )
-
-
-@contextmanager
-def kept_modes(model: nn.Module) -> Iterator[None]:
-    """Give every module its own training flag back afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
-class _Proof:
-    """The checks of one model on one input."""
-
-    def __init__(self, model: PrunedModel, inputs: Mapping[str, Any]) -> None:
-        self.model, self.inputs, self.host = model, inputs, pruning_of(model).host
-        self.programs: Programs = model._programs(inputs)
-        self.num_patches = self.programs.num_patches
-        self.tensors = {n: v for n, v in inputs.items() if isinstance(v, Tensor)}
-        first = next(iter(self.tensors.values()))
-        self.batch_size = int(first.shape[0]) if first.ndim else 1
-        differ = pruning_of(model).plan.threshold is not None
-        self.pruned: Route = "ragged" if differ else "gather"
-        self.sets = self._random_sets()
-        self.context = StageContext(num_keep=(), sample=False, keep_indices=self.sets)
-        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-        self.bound = TOLERANCE.get(dtype, TOLERANCE[torch.float32])
-        self.outputs: dict[Route, list[Tensor]] = {}
-
-    def _random_sets(self) -> tuple[Tensor, ...]:
-        """Nested kept sets that leave out about a third each time, but always something; where
-        images may keep different numbers of tokens, they do."""
-        generator = torch.Generator().manual_seed(0)
-        device = next(iter(self.tensors.values())).device
-        kept, sets = torch.empty(self.batch_size, 0, device="cpu"), list[Tensor]()
-        for patches in self.num_patches:
-            if not sets or self.programs.plan.mode == "bypass":  # where tokens leave, sets nest
-                kept = torch.arange(patches, device="cpu").expand(self.batch_size, -1)
-            count = max(1, min(kept.shape[1] - 1, round(kept.shape[1] * 0.65)))
-            rank = torch.rand(kept.shape, generator=generator, device="cpu")
-            rank = rank + (kept < 0)  # padding last
-            kept = self._shortened(in_order(kept.gather(1, rank.argsort(dim=1)[:, :count])))
-            sets.append(kept.to(device))
-        return tuple(sets)
-
-    def _shortened(self, kept: Tensor) -> Tensor:
-        """Every other image keeps a quarter less, if images may differ."""
-        if self.pruned != "ragged":
-            return kept
-        most = (kept >= 0).sum(1, keepdim=True)
-        every_other = torch.arange(self.batch_size, device="cpu")[:, None] % 2
-        fewer = (most - every_other * (most // 4).clamp_min(1)).clamp_min(1)
-        return in_order(kept.where(torch.arange(kept.shape[1], device="cpu") < fewer, -1))
-
-    def _run(self, path: Route, context: StageContext | None = None) -> list[Tensor]:
-        """The output of a path; on the random kept sets, and then kept, if no context is given."""
-        if context is None and path in self.outputs:
-            return self.outputs[path]
-        tensors = self._output(path, context or self.context, self.tensors)
-        if path == "mask" and self.programs.restore is False:
-            tensors = self._without_dropped(tensors)
-        if context is None:
-            self.outputs[path] = tensors
-        return tensors
-
-    def _output(
-        self, path: Route, context: StageContext, tensors: Mapping[str, Tensor]
-    ) -> list[Tensor]:
-        program = self.programs.get(self.host, path)
-        try:
-            output, *_ = program.run(self.model, context, **tensors)
-        except RuntimeError as error:
-            at, inputs = None, {CONTEXT: context, **tensors}
-            with suppress(RuntimeError):
-                for node, _ in run(self.model, program.rewrite.graph, inputs):
-                    at = node.next
-            raise VerificationError(
-                f"{type(self.model).__name__} cannot be pruned: its {path} path fails at "
-                f"{program.rewrite.where(at) if at else 'its first node'}: {error}. Leave this "
-                "host dense, or prune it behind that node."
-            ) from error
-        return _tensors(output)
-
-    def _without_dropped(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The rows of a mask path's output that the gather path returns."""
-        nodes = _returned(self.programs.traced.graph.output_node().args[0])
-        pairs = zip(nodes, tensors, strict=True)
-        kept = (self._kept_rows(node, value) for node, value in pairs)
-        return [t if k is None else k for k, t in zip(kept, tensors, strict=True)]
-
-    def identity(self) -> Iterator[Check]:
-        """Theorem 1: with every token kept, the pruned graph is the host, bit for bit."""
-        whole = StageContext(self.num_patches, sample=False)
-        fast = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)  # another kernel, with other rounding
-        try:
-            dense = _tensors(self.host.forward(**self.inputs))
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fast)
-        pruned = self._run(self.pruned, whole)
-        check = Check("keep_ratio 1 is the host", _difference(pruned, dense), 0.0)
-        if not check.passed:
-            self._refuse(check, "the gather path with every token kept is not the host")
-        yield check
-
-    def paths(self) -> Iterator[Check]:
-        """Theorem 2: the mask path on kept rows is the gather path."""
-        yield self._compared(
-            "mask = gather on random kept sets",
-            lambda proof: _difference(proof._run("mask"), proof._run(proof.pruned)),
-            lambda proof: f"mask and gather path part {proof._first_difference()}",
-        )
-
-    def contents(self) -> Iterator[Check]:
-        """Theorem 3: what dropped tokens (in bypass mode: branches not taken) hold is not read."""
-        yield self._compared(
-            "dropped tokens may hold NaN and inf",
-            lambda proof: _difference(
-                proof._run("mask", replace(proof.context, poison=True)), proof._run("mask")
-            ),
-            lambda proof: "the contents of dropped tokens reach the output",
-        )
-
-    def images(self) -> Iterator[Check]:
-        """Theorem 4: an image does not depend on the others of its batch."""
-        if not self.programs.axes.batch_bound:
-            yield self._compared(
-                "an image alone = in a batch",
-                _Proof._alone_and_together,
-                lambda proof: "an image's output depends on the other images of its batch",
-            )
-
-    def _compared(
-        self, name: str, measure: Callable[["_Proof"], float], what: Callable[["_Proof"], str]
-    ) -> Check:
-        """Compare in the model's precision; if that says no, rounding that the host itself blows
-        up, or a real difference? Double precision tells."""
-        proof, check = self, Check(name, measure(self), self.bound)
-        if not check.passed and self.bound > EXACT:
-            proof = _Proof(copy.deepcopy(self.model).double(), _double(self.inputs))
-            name = f"{name}, in float64 (float32: {check.error:.1e})"
-            check = Check(name, measure(proof), EXACT)
-        if not check.passed:
-            proof._refuse(check, what(proof))
-        return check
-
-    def _alone_and_together(self) -> float:
-        if self.batch_size == 1:
-            alone, batch = self._run(self.pruned), self._beside_another()
-        else:
-            alone, batch = self._last_alone(), self._run(self.pruned)
-        size = max(self.batch_size, 2)
-        image = slice(self.batch_size - 1, self.batch_size)
-        together = [t[image] if t.ndim and t.shape[0] == size else None for t in batch]
-        pairs = [(a, b) for a, b in zip(alone, together, strict=True) if b is not None]
-        return _difference([self._as_long(a, b) for a, b in pairs], [b for _, b in pairs])
-
-    def _as_long(self, alone: Tensor, together: Tensor) -> Tensor:
-        """Rows of an image alone, with the empty ones that it has beside longer images."""
-        if self.pruned != "ragged" or self.programs.restore is not False:
-            return alone
-        sizes = zip(together.shape, alone.shape, strict=True)
-        more = [max(long - short, 0) for long, short in sizes]
-        return F.pad(alone, [n for extra in reversed(more) for n in (0, extra)])
-
-    def _last_alone(self) -> list[Tensor]:
-        """The gather path's output for the last image of the batch, which keeps fewest tokens if
-        images differ."""
-        one = {n: v[-1:] if self._batched(v) else v for n, v in self.tensors.items()}
-        sets = tuple(kept[-1:, kept[-1] >= 0] for kept in self.sets)
-        return self._output(self.pruned, replace(self.context, keep_indices=sets), one)
-
-    def _beside_another(self) -> list[Tensor]:
-        """The gather path's output for the one image and, as a second one, its mirror image."""
-        two = {
-            n: torch.cat([v, v.flip(-1)]) if self._batched(v) else v
-            for n, v in self.tensors.items()
-        }
-        pairs = zip(self.sets, self.num_patches, strict=True)
-        sets = tuple(torch.cat([kept, patches - 1 - kept.flip(1)]) for kept, patches in pairs)
-        context = replace(self.context, keep_indices=sets)
-        return self._output(self.pruned, context, two)
-
-    def _batched(self, value: Tensor) -> bool:
-        return value.shape[:1] == (self.batch_size,)
-
-    def gradients(self) -> Iterator[Check]:
-        """Theorems 6 and 7: every predictor parameter gets a finite gradient."""
-        added = [p for name, p in self.model.named_parameters() if name.startswith(ADDED)]
-        parameters = [p for p in added if p.requires_grad]
-        context = StageContext((), sample=True, generator=_generator(parameters[0].device))
-        program = self.programs.get(self.host, "mask")
-        output, records, *_ = program.run(self.model, context, **self.tensors)
-        loss = sum(t.float().square().mean() for t in _tensors(output) if t.requires_grad)
-        loss = loss + sum(decision.mean() for _, decision in records)
-        found = torch.autograd.grad(loss, parameters, allow_unused=True)
-        missing = sum(g is None or not bool(torch.isfinite(g).all()) for g in found)
-        check = Check("predictor parameters without a finite gradient", float(missing), 0.0)
-        if not check.passed:
-            self._refuse(check, "the predictors cannot be trained")
-        yield check
-
-    def _refuse(self, check: Check, what: str) -> None:
-        raise VerificationError(
-            f"{type(self.model).__name__} cannot be pruned safely: {what}. Check '{check.name}': "
-            f"difference {check.error:.2e} relative to the output's scale, allowed "
-            f"{check.bound:.0e}. Leave this host dense, or prune it behind that node."
-        )
-
-    def _first_difference(self) -> str:
-        """Run both paths in step and name the first node whose kept rows differ."""
-        mask, gather = (self.programs.get(self.host, p) for p in ("mask", self.pruned))
-        theirs = self._values(gather)
-        ahead: dict[fx.Node, Any] = {}
-        for origin, ours in self._values(mask):
-            while origin not in ahead:
-                step = next(theirs, None)
-                if step is None:
-                    break
-                ahead[step[0]] = step[1]
-            other = ahead.pop(origin, None)
-            if isinstance(ours, Tensor) and isinstance(other, Tensor):
-                kept = self._kept_rows(origin, ours)
-                if kept is None or kept.shape != other.shape:
-                    continue
-                other = self._blank(origin, other)
-                if not _difference([kept], [other]) <= self.bound:
-                    where = origin.meta["where"]
-                    return f"first at node '{origin.name}' ({origin.target}) of {where}"
-        return "at the output"
-
-    def _values(self, program: Program) -> Iterator[tuple[fx.Node, Any]]:
-        inputs = {CONTEXT: self.context, **self.tensors}
-        for node, value in run(self.model, program.rewrite.graph, inputs):
-            origin = program.rewrite.origin(node)
-            if origin is not None:
-                yield origin, value
-
-    def _kept_rows(self, origin: fx.Node, value: Tensor) -> Tensor | None:
-        dims = self.programs.axes.dims.get(origin, {})
-        if not dims:
-            return None if origin in self.programs.axes.folded else value
-        if origin not in self.programs.axes.batch_first or 0 in dims:
-            return None
-        kept = self.sets[max(dim.stage for dim in dims.values())]
-        prefix = tuple(dim.prefix for dim in dims.values())
-        rows = gather_aligned(value, kept.clamp_min(0), tuple(dims), prefix, value.ndim)
-        return self._blank(origin, rows)
-
-    def _blank(self, origin: fx.Node, rows: Tensor) -> Tensor:
-        """`rows` without what stands where an image has no token."""
-        for d, dim in self.programs.axes.dims.get(origin, {}).items():
-            rows = blank_padding(rows, self.sets[dim.stage], dim.prefix, d)
-        return rows
-
-
-def _double(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-        for name, value in inputs.items()
-    }
-
-
-def _returned(output: Any) -> list[fx.Node]:
-    """The nodes whose values an output holds: those that went into its objects, in order."""
-    found: list[fx.Node] = []
-    for leaf in tree_leaves(output):
-        if isinstance(leaf, fx.Node) and isinstance(leaf.target, type):
-            found += _returned((leaf.args, dict(leaf.kwargs)))
-        elif isinstance(leaf, fx.Node):
-            found.append(leaf)
-    return found
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    """The tensors of an output, those inside plain dataclasses included."""
-    found: list[Tensor] = []
-    for leaf in tree_leaves(output):
-        if isinstance(leaf, Tensor):
-            found.append(leaf)
-        elif is_dataclass(leaf) and not isinstance(leaf, type):
-            found += _tensors([getattr(leaf, field.name) for field in fields(leaf)])
-    return found
-
-
-def _difference(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
-    """Largest difference relative to the scale of `theirs`; inf if shapes or NaNs differ."""
-    worst = 0.0
-    if len(ours) != len(theirs):
-        return float("inf")
-    for a, b in zip(ours, theirs, strict=True):
-        if a.shape != b.shape:
-            return float("inf")
-        if torch.equal(a, b) or not b.numel():
-            continue
-        scale = b.double().abs().max().clamp_min(1e-6)
-        error = float(((a.double() - b.double()).abs().max() / scale).item())
-        worst = max(worst, error) if error == error else float("inf")
-    return worst
-
-
-def _generator(device: torch.device) -> torch.Generator:
-    return torch.Generator(device).manual_seed(0)

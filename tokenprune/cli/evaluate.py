@@ -7,7 +7,7 @@ import typer
 
 from tokenprune.cli.console import show, working
 from tokenprune.errors import HostError
-from tokenprune.runtime.program import PATHS
+from tokenprune.rewrite.settings import PATHS
 
 __all__ = ["evaluate"]
 

@@ -5,7 +5,8 @@ from typing import Annotated
 import typer
 from torch import nn
 
-from tokenprune.checks.verify import Certificate, verify
+from tokenprune.checks.certificate import Certificate
+from tokenprune.checks.verify import verify
 from tokenprune.cli.console import say, show, working
 from tokenprune.cli.hosts import build, recipe_for
 from tokenprune.cost.profile import Profile, profile
@@ -47,7 +48,7 @@ def inspect(
         wrapped = wrap(host, chosen, adapter=spec, verify=False)
         counted = profile(wrapped)
     chosen = pruning_of(wrapped).recipe
-    show(stage_table(chosen, counted, pruning_of(wrapped).plan.counts(counted.patches_per_stage)))
+    show(stage_table(chosen, counted, pruning_of(wrapped).budget.counts(counted.patches_per_stage)))
     show(cost_table(counted))
     if proof:
         with working("proving"):

@@ -7,8 +7,8 @@ from torch import nn
 from tokenprune.cost.image_macs import ImageMacs
 from tokenprune.cost.profile import profile
 from tokenprune.report.table import Table
+from tokenprune.rewrite.settings import Path
 from tokenprune.runtime.model import pruning_of
-from tokenprune.runtime.program import Path
 from tokenprune.train import DataBundle, evaluate, kept_tokens
 
 __all__ = ["PATH_NAMES", "score_table"]
@@ -36,7 +36,7 @@ def score_table(
     """
     counted = profile(model)
     pruned, note = f"{counted.gmacs:.4g}", ""
-    if "gather" in paths and pruning_of(model).plan.threshold is not None:
+    if "gather" in paths and pruning_of(model).budget.threshold is not None:
         costs = ImageMacs(model)(kept_tokens(model, data, batch_size)) / 1e9
         pruned = f"{costs.mean():.4g}"
         note = f"mean of images that cost {costs.min():.4g} to {costs.max():.4g} GMACs"

@@ -53,7 +53,7 @@ def draw(model: nn.Module, data: Any, count: int, tile: int = 112) -> Any:
         count: How many images.
         tile: Side of an image, in pixels.
     """
-    from tokenprune.checks.verify import kept_modes
+    from tokenprune.tracing.state import kept_modes
     from tokenprune.train.hosts import class_logits
 
     every = len(data.eval)

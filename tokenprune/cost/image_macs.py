@@ -1,16 +1,15 @@
 """What each image of a batch cost, where images keep different numbers of tokens."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from tokenprune.analysis.plan import Budget
 from tokenprune.cost.profile import profile
 from tokenprune.errors import PlanError
 from tokenprune.hosts.inputs import ExampleInputs
-from tokenprune.runtime.model import pruning_of
-from tokenprune.runtime.pruning_trace import PruningTrace
+from tokenprune.rewrite.kept.pruning_trace import PruningTrace
 
 __all__ = ["ImageMacs"]
 
@@ -39,8 +38,6 @@ class ImageMacs:
             NotWrappedError: `model` is not wrapped.
             PlanError: It has fewer than four patch tokens at a stage.
         """
-        pruning = pruning_of(model)
-        plan = pruning.plan
         now = profile(model, example_inputs)
         self.dense, patches = now.dense_macs, now.patches_per_stage
         if min(patches) < 4:
@@ -52,22 +49,19 @@ class ImageMacs:
 
         def cost(counts: Sequence[int]) -> float:
             shares = tuple(k / n for k, n in zip(counts, patches, strict=True))
-            pruning.plan = replace(plan, keep_ratios=shares, rounding="round", threshold=None)
-            return float(profile(model, example_inputs).macs)
+            budget = Budget(shares, rounding="round")
+            return float(profile(model, example_inputs, budget=budget).macs)
 
         self._points: list[tuple[int, int, int]] = []
         self._steps: list[tuple[float, float]] = []
-        try:
-            before = self._least = cost(low)
-            for s, (least, most) in enumerate(zip(low, high, strict=True)):
-                middle = (least + most) // 2
-                # earlier stages at their most, later ones at their least: sets are nested
-                halfway, full = (cost([*high[:s], k, *low[s + 1 :]]) for k in (middle, most))
-                self._points.append((least, middle, most))
-                self._steps.append((halfway - before, full - before))
-                before = full
-        finally:
-            pruning.plan = plan
+        before = self._least = cost(low)
+        for s, (least, most) in enumerate(zip(low, high, strict=True)):
+            middle = (least + most) // 2
+            # earlier stages at their most, later ones at their least: sets are nested
+            halfway, full = (cost([*high[:s], k, *low[s + 1 :]]) for k in (middle, most))
+            self._points.append((least, middle, most))
+            self._steps.append((halfway - before, full - before))
+            before = full
 
     def __call__(self, kept: PruningTrace | Tensor) -> Tensor:
         """MACs of images.

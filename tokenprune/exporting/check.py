@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenprune.checks.verify import TOLERANCE
+from tokenprune.checks.proof import TOLERANCE
 from tokenprune.errors import ExportError
 from tokenprune.exporting.run import Run, named_tensors
 from tokenprune.runtime.model import pruning_of
@@ -82,7 +82,7 @@ def margins(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
         [B] the least distance, over the stages, of the score of the last kept token from that of
         the first dropped one, in log-probability; inf where nothing is dropped.
     """
-    nested = pruning_of(model).plan.mode == "remove"
+    nested = pruning_of(model).method.reduction.nested
     _, trace = model(**inputs, return_trace=True)
     batch_size = next(v for v in inputs.values() if isinstance(v, Tensor)).shape[0]
     least = torch.full((batch_size,), float("inf"), device="cpu")

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenprune.checks.verify import kept_modes
 from tokenprune.errors import ExportError
 from tokenprune.exporting.check import compare
 from tokenprune.exporting.run import (
@@ -30,7 +29,9 @@ from tokenprune.exporting.run import (
     require_onnx,
 )
 from tokenprune.hosts.inputs import ExampleInputs
-from tokenprune.runtime.model import Pruning, pruning_of
+from tokenprune.runtime.model import pruning_of
+from tokenprune.runtime.pruning import Pruning
+from tokenprune.tracing.state import kept_modes
 
 __all__ = ["ExportReport", "export"]
 
@@ -189,8 +190,8 @@ def _check_exportable(
             f"Parameter '{narrow}' of {host} is bfloat16, which onnxruntime cannot run here. "
             "Call model.float() or model.half() first, or export as pt2."
         )
-    programs = model._programs(example)  # type: ignore[operator]
-    if programs.axes.batch_bound:
+    programs = pruning_of(model).programs(example)
+    if programs.analysis.batch_bound:
         raise ExportError(
             f"The forward of {host} does something else for each batch size, so no file could "
             "serve them all. Run this model with tokenprune."

@@ -1,7 +1,9 @@
-"""Operators: small pure functions on tensors, each a leaf of the traced graph."""
+"""Operators: small pure functions on tensors, each one node of a rewritten graph."""
 
 from tokenprune.ops.attention import masked_attention
 from tokenprune.ops.gumbel import sample_decision
+from tokenprune.ops.kept_sets import check_keep_indices
+from tokenprune.ops.moving import gather_aligned, gather_tokens, scatter_tokens
 from tokenprune.ops.pooling import (
     hide_dropped,
     masked_amax,
@@ -9,13 +11,7 @@ from tokenprune.ops.pooling import (
     masked_mean,
     masked_sum,
 )
-from tokenprune.ops.selection import (
-    check_keep_indices,
-    gather_aligned,
-    gather_tokens,
-    scatter_tokens,
-    select_topk,
-)
+from tokenprune.ops.selection import select_topk
 from tokenprune.ops.softmax import masked_softmax
 
 __all__ = [

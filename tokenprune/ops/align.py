@@ -16,6 +16,7 @@ __all__ = [
     "finite_if_dropped",
     "is_kept",
     "no_autocast",
+    "policy_of",
     "token_dim",
 ]
 
@@ -26,6 +27,12 @@ def is_kept(policy: Float[Tensor, "B L"]) -> Bool[Tensor, "B L"]:
     A hard policy holds exactly 0 and 1; with soft samples the token counts as kept above one half.
     """
     return policy > 0.5
+
+
+def policy_of(decision: Float[Tensor, "B N"], num_prefix: int) -> Float[Tensor, "B L"]:
+    """The policy of all L = P + N tokens: prefix tokens are always kept."""
+    ones = decision.new_ones(decision.shape[0], num_prefix)
+    return torch.cat([ones, decision], dim=1)
 
 
 def token_dim(x: Shaped[Tensor, "..."], policy: Float[Tensor, "B L"], dim: int) -> int:

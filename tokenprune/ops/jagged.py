@@ -1,96 +1,44 @@
-"""Kept sets whose size differs between images: which tokens stay, and rows that are only padding.
+"""Kept sets whose size differs between images, as rows that end in padding.
 
 The numbers of an image's kept tokens are a row of [B, K]: its own first, ascending, then -1 up to
 the longest row of the batch. So a row says by itself which of its places hold a token.
 """
 
-import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from tokenprune.analysis.padding import behind_real
 from tokenprune.ops.attention import masked_attention
-from tokenprune.ops.selection import gather_aligned, gather_tokens, select_topk
+from tokenprune.ops.moving import gather_aligned, gather_tokens
+from tokenprune.ops.selection import has_padding
 
 __all__ = [
-    "above_threshold",
     "blank_padding",
-    "gather_table_ragged",
-    "has_padding",
-    "in_order",
-    "kept_first",
+    "gather_table_jagged",
     "kept_policy",
-    "one_hot",
     "padded_attention",
-    "put_back_ragged",
+    "put_back_jagged",
     "take_chosen",
 ]
 
 
-def above_threshold(
-    keep_logits: Float[Tensor, "B N 2"],
-    threshold: float,
-    there: Shaped[Tensor, "B N"] | None = None,
-    real: Shaped[Tensor, "B N"] | None = None,
-) -> Bool[Tensor, "B N"]:
-    """The tokens whose keep probability is above a threshold; the best one of each image anyway.
-
-    Args:
-        keep_logits: log-probabilities, keep first. NaN counts as the lowest score.
-        threshold: keep probability, in (0, 1).
-        there: which tokens there are: those that no earlier stage dropped. None if all.
-        real: which tokens are no padding of the host's own; only an image without a real token
-            keeps another. None if all are.
-    """
-    ranked = keep_logits if real is None else behind_real(keep_logits, real)
-    wanted = keep_logits[..., 0] > math.log(threshold)
-    if real is not None:
-        wanted = wanted & real.bool()
-    if there is not None:
-        wanted = wanted & there.bool()
-        ranked = ranked.masked_fill(~there.bool().unsqueeze(-1), float("-inf"))
-    best = torch.zeros_like(wanted).scatter(1, select_topk(ranked, 1), True)
-    return torch.where(wanted.any(1, keepdim=True), wanted, best)
-
-
-def kept_first(wanted: Bool[Tensor, "B N"]) -> Int[Tensor, "B K"]:
-    """The places of the wanted tokens, ascending, then -1; K is the largest number of them."""
-    counts = wanted.sum(1, keepdim=True)
-    longest = int(counts.max())
-    order = torch.argsort((~wanted).to(torch.uint8), dim=1, stable=True)[:, :longest]
-    places = torch.arange(longest, device=wanted.device)
-    return torch.where(places < counts, order, -1)
-
-
-def in_order(keep_indices: Shaped[Tensor, "B K"]) -> Shaped[Tensor, "B K"]:
-    """Each row ascending, what is below 0 behind the others."""
-    ordered = keep_indices.sort(dim=1).values
-    return ordered.gather(1, torch.argsort((ordered < 0).to(torch.uint8), dim=1, stable=True))
-
-
-def has_padding(numbers: Int[Tensor, "B K"]) -> bool:
-    """Whether some image has fewer tokens than the row is long; reads values."""
-    return bool((numbers[:, -1:] < 0).any())
-
-
 def kept_policy(
-    numbers: Int[Tensor, "B K"], num_prefix: int, fold: int = 1
+    numbers: Int[Tensor, "B K"], num_prefix: int, rows_per_image: int = 1
 ) -> Float[Tensor, "Bf L"] | None:
     """1 at prefix tokens and kept patches, 0 at padding; None where there is no padding.
 
     Args:
         numbers: of the kept tokens.
         num_prefix: P.
-        fold: rows of the result for each image.
+        rows_per_image: of the result.
     """
     if not has_padding(numbers):
         return None
     policy = torch.cat([numbers.new_zeros(numbers.shape[0], num_prefix), numbers], dim=1) >= 0
-    return policy.to(torch.float32).repeat_interleave(fold, 0)
+    return policy.to(torch.float32).repeat_interleave(rows_per_image, 0)
 
 
 def padded_attention(
@@ -134,31 +82,23 @@ def take_chosen(
     return gather_tokens(tokens, chosen.clamp_min(0), num_prefix)
 
 
-def gather_table_ragged(
+def gather_table_jagged(
     table: Shaped[Tensor, "..."],
     numbers: Int[Tensor, "B K"],
     dims: tuple[int, ...],
     prefix: tuple[int, ...],
     rank: int,
-    fold: int = 1,
+    rows_per_image: int = 1,
 ) -> Shaped[Tensor, "..."]:
     """`gather_aligned` of rows with padding; the table itself if every token of all is kept."""
     whole = all(table.shape[d] == p + numbers.shape[1] for d, p in zip(dims, prefix, strict=True))
     if whole and not has_padding(numbers):
         return table
     kept = numbers.clamp_min(0)
-    return gather_aligned(table, kept.repeat_interleave(fold, 0), dims, prefix, rank)
+    return gather_aligned(table, kept.repeat_interleave(rows_per_image, 0), dims, prefix, rank)
 
 
-def one_hot(numbers: Int[Tensor, "B K"], like: Shaped[Tensor, "B N"]) -> Shaped[Tensor, "B N"]:
-    """1 at the kept tokens, 0 elsewhere, in shape and type of `like`."""
-    numbers = numbers.to(like.device, torch.int64)
-    length = like.shape[1]
-    wide = like.new_zeros(like.shape[0], length + 1)  # padding goes to the place behind the last
-    return wide.scatter(1, torch.where(numbers < 0, length, numbers), 1.0)[:, :length]
-
-
-def put_back_ragged(
+def put_back_jagged(
     full: Float[Tensor, "B L D"],
     tokens: Float[Tensor, "B M D"],
     numbers: Int[Tensor, "B K"],

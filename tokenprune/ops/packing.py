@@ -1,4 +1,4 @@
-"""Bypass mode with kept sets of different sizes: the kept tokens of a batch in rows without gaps.
+"""Bypass with kept sets of different sizes: the kept tokens of a batch in rows without gaps.
 
 What dropped tokens go around acts on each token alone, so it does not matter which tokens share a
 row: no padding is needed but that of the last row.
@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
-from tokenprune.ops.bypass import TOKENS, Layout, flat_tokens, flat_tokens_back
-from tokenprune.ops.jagged import one_hot
+from tokenprune.ops.layout import TOKENS, Layout, flat_tokens, flat_tokens_back
+from tokenprune.ops.selection import one_hot
 
 __all__ = ["Packed", "merge_packed", "pack", "take_packed"]
 
@@ -90,6 +90,6 @@ def merge_packed(
         return branch
     tokens = flat_tokens(x, layout)
     light = bypass(tokens.flatten(0, 1).index_select(0, packed.dropped)).to(branch.dtype)
-    kept = flat_tokens(branch, layout._replace(fold=1)).flatten(0, 1)[: packed.num_kept]
+    kept = flat_tokens(branch, layout._replace(rows_per_image=1)).flatten(0, 1)[: packed.num_kept]
     merged = torch.cat([kept, light]).index_select(0, packed.back)
     return flat_tokens_back(merged.reshape(tokens.shape), x, layout)

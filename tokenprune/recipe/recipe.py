@@ -11,6 +11,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
 from tokenprune.errors import RecipeError, UnknownRecipeError, did_you_mean
+from tokenprune.recipe.names import check_known, named_recipe, named_recipes
 from tokenprune.recipe.schema import (
     HostSection,
     LossSection,
@@ -54,8 +55,12 @@ class Recipe(Section):
         source: the paper or measurement that the recipe comes from.
         mode: `remove` gathers dropped tokens away; `bypass` keeps the grid, and dropped tokens skip
             the MLP.
+        scorer: what says which tokens stay; `learned` is DynamicViT's predictor.
+        place: where in its block a stage stands: `entry`, or `middle` after attention's residual
+            sum.
         stages: pruning points, blocks strictly increasing, ratios never growing.
         schedule: the short form, one ratio for several blocks; exactly one of the two is given.
+            Without `blocks` the recipe fits any host: see `ScheduleSection`.
         predictor: see `PredictorSection`.
         sampling: see `SamplingSection`.
         loss: see `LossSection`.
@@ -67,7 +72,9 @@ class Recipe(Section):
     name: str = ""
     description: str = ""
     source: str = ""
-    mode: Literal["remove", "bypass"] = "remove"
+    mode: str = "remove"
+    scorer: str = "learned"
+    place: Literal["entry", "middle"] = "entry"
     stages: Annotated[tuple[Stage, ...], Field(strict=False)] | None = None
     schedule: ScheduleSection | None = None
     predictor: PredictorSection = PredictorSection()
@@ -75,6 +82,16 @@ class Recipe(Section):
     loss: LossSection = LossSection()
     train: TrainSection = TrainSection()
     host: HostSection | None = None
+
+    @field_validator("mode")
+    @classmethod
+    def _mode_exists(cls, mode: str) -> str:
+        return check_known("mode", mode)
+
+    @field_validator("scorer")
+    @classmethod
+    def _scorer_exists(cls, scorer: str) -> str:
+        return check_known("scorer", scorer)
 
     @field_validator("stages")
     @classmethod
@@ -92,7 +109,8 @@ class Recipe(Section):
 
     @property
     def resolved_stages(self) -> tuple[Stage, ...]:
-        """The stages, whichever of `stages` and `schedule` the recipe gives."""
+        """The stages, whichever of `stages` and `schedule` the recipe gives; none if it leaves
+        the blocks to the host."""
         if self.schedule is not None:
             return self.schedule.stages
         return self.stages or ()
@@ -174,7 +192,11 @@ RecipeSource: TypeAlias = Recipe | str | os.PathLike[str] | Mapping[str, Any]
 
 
 def list_recipes() -> list[str]:
-    """Names of the shipped recipes, sorted."""
+    """Names of the shipped recipes, sorted; those that fit any host last, with the ratio 0.7."""
+    return [*_shipped_files(), *named_recipes()]
+
+
+def _shipped_files() -> list[str]:
     names = (entry.name for entry in files(_RECIPES).iterdir())
     return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
 
@@ -203,9 +225,12 @@ def load_recipe(source: RecipeSource) -> Recipe:
         )
     if _is_path(source):
         return Recipe.load(source)
-    known = list_recipes()
-    if source not in known:
-        raise UnknownRecipeError(f"No recipe is named {source!r}. {did_you_mean(source, known)}")
+    if source not in _shipped_files():
+        named = named_recipe(source)
+        if named is not None:
+            return Recipe.parse(named, where=f"recipe {source!r}")
+        hint = did_you_mean(source, list_recipes())
+        raise UnknownRecipeError(f"No recipe is named {source!r}. {hint}")
     text = files(_RECIPES).joinpath(f"{source}.yaml").read_text(encoding="utf-8")
     return Recipe.from_text(text, where=f"recipe {source!r}")
 

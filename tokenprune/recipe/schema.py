@@ -74,26 +74,28 @@ class ScheduleSection(Section):
     """Stages that each keep the same share of what the stage before kept: r, r^2, r^3, ...
 
     Attributes:
-        blocks: where the stages stand, strictly increasing.
+        blocks: where the stages stand, strictly increasing. Left out, `wrap` puts three stages at
+            a quarter, a half and three quarters of the host's blocks.
         keep_ratio: r, in (0, 1].
     """
 
-    blocks: Annotated[tuple[_Block, ...], Field(strict=False)]
+    blocks: Annotated[tuple[_Block, ...], Field(strict=False)] | None = None
     keep_ratio: _Ratio
 
     @field_validator("blocks")
     @classmethod
-    def _in_order(cls, blocks: tuple[int, ...]) -> tuple[int, ...]:
-        check_blocks(blocks)
+    def _in_order(cls, blocks: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if blocks is not None:
+            check_blocks(blocks)
         return blocks
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        """The stages written out."""
+        """The stages written out; none if the blocks are left to the host."""
         return tuple(
             # twelve digits: 0.7 ** 2 is 0.48999999999999994, and a recipe means 0.49
             Stage(block=block, keep_ratio=float(f"{self.keep_ratio ** (index + 1):.12g}"))
-            for index, block in enumerate(self.blocks)
+            for index, block in enumerate(self.blocks or ())
         )
 
 

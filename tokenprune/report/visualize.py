@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokenprune.errors import HostError, MissingDependencyError
-from tokenprune.runtime.pruning_trace import PruningTrace
+from tokenprune.rewrite.kept.pruning_trace import PruningTrace
 
 __all__ = ["grid_shape", "kept_pixels", "pruning_grid"]
 

@@ -1,8 +1,9 @@
-"""What a host does with its padding mask behind a stage."""
+"""What a host does with its padding mask after a stage."""
 
 import torch
 
-from tokenprune.rewrite.rewrite import Pass, Rewrite
+from tokenprune.rewrite.passes import Pass
+from tokenprune.rewrite.rewrite import Rewrite
 
 __all__ = ["CountRealTokens"]
 
@@ -12,8 +13,7 @@ class CountRealTokens(Pass):
     nothing is 0, not NaN."""
 
     def apply(self, rewrite: Rewrite) -> None:
-        for count in rewrite.axes.counts:
-            node = rewrite.copy_of(count)
+        for node in [node for node in rewrite.nodes() if rewrite.facts(node).counts_real]:
             readers = list(node.users)
             some = rewrite.insert_after(node, torch.clamp_min, node, 1)
             for reader in readers:

@@ -2,11 +2,12 @@
 
 import operator
 
+from tokenprune.analysis.blocks import site_marker
 from tokenprune.errors import UnsupportedHostError
-from tokenprune.ops.bypass import Layout, flat_tokens
-from tokenprune.rewrite.rewrite import Pass, Rewrite
+from tokenprune.ops.layout import Layout, flat_tokens
+from tokenprune.rewrite.passes import Pass
+from tokenprune.rewrite.rewrite import Rewrite
 from tokenprune.tracing.effects import has_effect
-from tokenprune.tracing.tracer import enter_block
 
 __all__ = ["Emit"]
 
@@ -15,14 +16,12 @@ class Emit(Pass):
     """Return (host output, stage records, patch tokens, which patches are real).
 
     Args:
-        final: Path of the module whose output holds the final tokens.
-        channels_first: A grid of tokens is [B, D, H, W] in this host.
         tokens_allowed: The output may hold tokens: none leave, or the caller said what to do.
+        layout: Of the final tokens, if they are not [B, L, D].
     """
 
-    def __init__(self, final: str, channels_first: bool, tokens_allowed: bool) -> None:
-        self.final, self.channels_first = final, channels_first
-        self.tokens_allowed = tokens_allowed
+    def __init__(self, tokens_allowed: bool, layout: Layout | None = None) -> None:
+        self.tokens_allowed, self.layout = tokens_allowed, layout
 
     def requires(self, rewrite: Rewrite) -> None:
         if self.tokens_allowed:
@@ -38,27 +37,20 @@ class Emit(Pass):
             )
 
     def apply(self, rewrite: Rewrite) -> None:
-        final = rewrite.copy_of(rewrite.traced.module_outputs[self.final])
-        if rewrite.plan.mode == "bypass":
-            tokens = rewrite.insert_after(final, flat_tokens, final, self._layout(rewrite))
-        else:
-            tokens = final
-        if rewrite.plan.num_prefix_tokens:
-            patches = (slice(None), slice(rewrite.plan.num_prefix_tokens, None))
+        tokens = final = rewrite.copy_of(rewrite.analysis.final)
+        if self.layout is not None:
+            tokens = rewrite.insert_after(final, flat_tokens, final, self.layout)
+        if rewrite.num_prefix:
+            patches = (slice(None), slice(rewrite.num_prefix, None))
             tokens = rewrite.insert_after(tokens, operator.getitem, tokens, patches)
-        found = (tuple(rewrite.records), tokens, rewrite.real_patches())
+        records = tuple((record.keep_logits, record.kept) for record in rewrite.records)
+        found = (records, tokens, rewrite.real_patches())
         rewrite.output.args = ((rewrite.output.args[0], *found),)
-        for node in list(rewrite.graph.nodes):
-            if node.target is enter_block:
-                node.replace_all_uses_with(node.args[0])
+        for node in rewrite.nodes():
+            if node.target is site_marker:
+                rewrite.dissolve(node)
         rewrite.graph.eliminate_dead_code(has_effect)
 
-    def _layout(self, rewrite: Rewrite) -> Layout:
-        """As the tokens of the last stage lie, if it is a grid too."""
-        shape = rewrite.traced.module_outputs[self.final].meta["val"].shape
-        fold = max(shape[0] // rewrite.traced.batch_size, 1)
-        return Layout(fold, self.channels_first and len(shape) == 4)
-
     def ensures(self, rewrite: Rewrite) -> None:
-        if any(node.target is enter_block for node in rewrite.graph.nodes):
-            raise RuntimeError("a block marker was left in the graph")
+        if any(node.target is site_marker for node in rewrite.graph.nodes):
+            raise RuntimeError("a site marker was left in the graph")

@@ -1,45 +1,50 @@
-"""Outputs that hold tokens, given back on the original grid: a dropped token keeps its last value.
+"""Outputs that hold tokens: given back on the original grid, or left as the kept tokens alone.
 
-A token that a stage drops skips the blocks behind it. What comes after the last block (a final
-norm) acts on each token alone, so it runs once more, on the restored tokens.
+A token that a stage drops skips the blocks after it, so it keeps its last value. What comes after
+the last block (a final norm) acts on each token alone, so it runs once more, on restored tokens.
 """
 
 from typing import Any
 
-import torch
-from torch import Tensor, fx
+from torch import fx
 from torch.fx.node import map_arg
 
+from tokenprune.analysis.operators import mixes
 from tokenprune.errors import UnsupportedHostError
-from tokenprune.ops.selection import scatter_tokens
-from tokenprune.rewrite.rewrite import Pass, Rewrite
-from tokenprune.rewrite.rules import mixes
-from tokenprune.rewrite.stages import policy_of
+from tokenprune.rewrite.kept import KeptSet
+from tokenprune.rewrite.passes import Pass
+from tokenprune.rewrite.rewrite import Rewrite
 
-__all__ = ["RestoreOutputs", "put_back", "put_back_masked"]
-
-
-def put_back(full: Tensor, tokens: Tensor, kept: Tensor, num_prefix: int) -> Tensor:
-    """[B, P + N, D]: `full` with prefix and kept tokens replaced by `tokens` [B, P + K, D]."""
-    patches = scatter_tokens(full[:, num_prefix:], tokens[:, num_prefix:], kept)
-    return torch.cat([tokens[:, :num_prefix].to(patches.dtype), patches], dim=1)
+__all__ = ["BlankPadding", "RestoreOutputs"]
 
 
-def put_back_masked(full: Tensor, tokens: Tensor, decision: Tensor, num_prefix: int) -> Tensor:
-    """The mask path's `put_back`: `tokens` where kept, `full` where dropped."""
-    kept = policy_of(decision, num_prefix).unsqueeze(-1) > 0.5
-    return torch.where(kept, tokens, full)
+class BlankPadding(Pass):
+    """Rows of an output that hold no token are 0 (`restore=False`).
+
+    Args:
+        kept: The kept set of the path.
+    """
+
+    def __init__(self, kept: KeptSet) -> None:
+        self.kept = kept
+
+    def apply(self, rewrite: Rewrite) -> None:
+        site = rewrite.output_site()
+        for _, node in rewrite.token_outputs():
+            if rewrite.facts(node).rows_per_image == 1:
+                for user in [u for u in node.users if u is site or isinstance(u.target, type)]:
+                    user.replace_input_with(node, self.kept.blank(rewrite, user, node))
 
 
 class RestoreOutputs(Pass):
     """Replace each output that holds tokens by its restored version.
 
     Args:
-        put: `put_back` or `put_back_masked`, to match what the stages recorded.
+        kept: The kept set of the path.
     """
 
-    def __init__(self, put: Any) -> None:
-        self.put = put
+    def __init__(self, kept: KeptSet) -> None:
+        self.kept = kept
 
     def apply(self, rewrite: Rewrite) -> None:
         site = rewrite.output_site()
@@ -48,19 +53,16 @@ class RestoreOutputs(Pass):
         done: dict[fx.Node, fx.Node] = {}
 
         def restored(node: fx.Node) -> fx.Node:
-            dims = rewrite.dims(node)
+            dims = rewrite.facts(node).dims
             if isinstance(node.target, type) and node not in done:  # an output inside another
-                with rewrite.graph.inserting_before(site):
-                    done[node] = rewrite.graph.node_copy(node, restored)
+                done[node] = rewrite.copy_again(site, node, restored)
             if not dims:
                 return done.get(node, node)
             if node not in done:
                 if node in streams:
                     (dim,) = dims.values()
-                    before, chosen = full[dim.stage], rewrite.records[dim.stage][1]
-                    done[node] = rewrite.insert(
-                        site, self.put, before, node, chosen, rewrite.plan.num_prefix_tokens
-                    )
+                    before = full[dim.stage]
+                    done[node] = self.kept.put_back(rewrite, site, before, node, dim.stage)
                 else:
                     done[node] = self._again(rewrite, site, node, restored)
             return done[node]
@@ -69,34 +71,33 @@ class RestoreOutputs(Pass):
         site.kwargs = map_arg(site.kwargs, restored)
 
     def _residual_stream(self, rewrite: Rewrite) -> list[fx.Node]:
-        """Where tokens stand between blocks, in a layout that can be put back: [B, P + K, D]."""
-        traced, prefix = rewrite.traced, rewrite.plan.num_prefix_tokens
-        found = [traced.module_outputs[path] for path in traced.blocks]
+        """Where tokens are between blocks, in a layout that can be put back: [B, P + K, D]."""
+        analysis = rewrite.analysis
+        found = [block.call.output for block in analysis.blocks.values()]
         return [
             node
-            for node in (*found, *traced.markers.values())
-            if [(d, dim.prefix) for d, dim in rewrite.axes.dims.get(node, {}).items()]
-            == [(1, prefix)]
+            for node in (*found, *analysis.markers)
+            if node is not None
+            and [(d, dim.prefix) for d, dim in analysis.facts[node].dims.items()]
+            == [(1, rewrite.num_prefix)]
         ]
 
     def _before_each_drop(self, rewrite: Rewrite, site: fx.Node) -> list[fx.Node]:
         """Per stage, all tokens as they entered it, those dropped before at their last value."""
         full: list[fx.Node] = []
-        for stage, entering in enumerate(rewrite.entering):
+        for stage, record in enumerate(rewrite.records):
+            entering = record.entering
             if stage:
-                chosen = rewrite.records[stage - 1][1]
-                entering = rewrite.insert(
-                    site, self.put, full[-1], entering, chosen, rewrite.plan.num_prefix_tokens
-                )
+                entering = self.kept.put_back(rewrite, site, full[-1], entering, stage - 1)
             full.append(entering)
         return full
 
     def _again(self, rewrite: Rewrite, site: fx.Node, node: fx.Node, restored: Any) -> fx.Node:
         origin = rewrite.origin(node)
-        if origin is None or mixes(rewrite.root, origin) or origin in rewrite.axes.aligned:
+        gathers = rewrite.facts(node).gathers
+        if origin is None or mixes(rewrite.root, origin) or gathers:
             raise UnsupportedHostError(
                 f"An output holds tokens that {rewrite.where(node)} has mixed, so they cannot be "
                 "given back in place. Wrap with restore=False to get the kept tokens only."
             )
-        with rewrite.graph.inserting_before(site):
-            return rewrite.graph.node_copy(node, restored)
+        return rewrite.copy_again(site, node, restored)

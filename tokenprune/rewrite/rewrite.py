@@ -1,110 +1,143 @@
-"""The contract of a pass, and the working copy of a graph that passes edit."""
+"""The working copy of a graph that passes edit."""
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple, cast
 
 from torch import fx, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
-from tokenprune.analysis.padding import real_patches
-from tokenprune.analysis.plan import Plan
-from tokenprune.analysis.token_probe import Aligned, TokenAxes, TokenDim
-from tokenprune.errors import LeakError, UnsupportedHostError
-from tokenprune.tracing.host_graph import Traced
+from tokenprune.analysis.analysis import Analysis
+from tokenprune.analysis.facts import NO_FACTS, Aligned, NodeFacts, TokenDim
+from tokenprune.ops.selection import real_patches
+from tokenprune.rewrite.settings import SETTINGS
 
-__all__ = ["CONTEXT", "PREDICTORS", "Pass", "Rewrite", "run_passes"]
+__all__ = ["FACTS", "ORIGIN", "Rewrite", "StageRecord"]
 
-PREDICTORS = "token_predictors"
-CONTEXT = "tokenprune_context"  # a name that no host gives an argument
+FACTS, ORIGIN = "tokens", "origin"
+"""Keys in the `meta` of a copied node: its `NodeFacts`, and the traced node it is a copy of."""
+
+
+class StageRecord(NamedTuple):
+    """The nodes of one stage.
+
+    Attributes:
+        entering: The tokens as they come in.
+        keep_logits: Their scores.
+        kept: Which of them are kept, as the path's kept set says it.
+    """
+
+    entering: fx.Node
+    keep_logits: fx.Node
+    kept: fx.Node
 
 
 class Rewrite:
     """A copy of a traced graph under rewriting. The traced graph itself never changes.
 
     Attributes:
+        root: Holds the modules.
+        analysis: What is known about the traced graph.
         graph: The copy.
-        context: Placeholder that carries the call's `StageContext`.
-        records: Per stage, what the emitted graph returns beside the host's output.
-        entering: Per stage, the tokens as they come in.
-        real: What `real_patches` made.
+        settings: Placeholder of the call's `CallSettings`.
+        output: The output node of the copy.
+        records: Of the stages put in so far.
     """
 
-    def __init__(self, root: nn.Module, traced: Traced, axes: TokenAxes, plan: Plan) -> None:
-        self.root, self.traced, self.axes, self.plan = root, traced, axes, plan
+    def __init__(self, root: nn.Module, analysis: Analysis) -> None:
+        self.root, self.analysis = root, analysis
         self.graph = fx.Graph()
-        self.context = self.graph.placeholder(CONTEXT)
+        self.settings = self.graph.placeholder(SETTINGS)
         self._copies: dict[fx.Node, fx.Node] = {}
-        output = self.graph.graph_copy(traced.graph, self._copies)
-        self._origins = {copy: node for node, copy in self._copies.items()}
+        traced = analysis.traced.graph
+        output = self.graph.graph_copy(traced, self._copies)
         self.output = self.graph.output(output)
-        self.output.meta = dict(traced.graph.output_node().meta)
-        self.records: list[tuple[fx.Node, ...]] = []
-        self.entering: list[fx.Node] = []
-        self.real: fx.Node | None = None
+        self.output.meta = dict(traced.output_node().meta)
+        for origin, copy in self._copies.items():
+            copy.meta |= {ORIGIN: origin, FACTS: analysis.facts[origin]}
+        self.records: list[StageRecord] = []
+        self._made: dict[Hashable, fx.Node] = {}
+
+    @property
+    def num_prefix(self) -> int:
+        """P."""
+        return self.analysis.plan.num_prefix
 
     def copy_of(self, node: fx.Node) -> fx.Node:
         """The copy of a traced node."""
         return self._copies[node]
 
-    def origin(self, node: fx.Node) -> fx.Node | None:
-        """The traced node behind `node`; None for what a pass put in."""
-        return self._origins.get(node)
+    def markers(self) -> list[fx.Node]:
+        """The marker of each stage."""
+        return [self.copy_of(marker) for marker in self.analysis.markers]
 
-    def replaced(self, old: fx.Node, new: fx.Node) -> None:
-        """Let `new` stand for `old` everywhere, facts about its dims included."""
-        origin = self._origins.pop(old, None)
-        if origin is not None:
-            self._origins[new] = origin
-            self._copies[origin] = new
+    def origin(self, node: Any) -> fx.Node | None:
+        """The traced node that `node` is a copy of; None for what a pass put in."""
+        return node.meta.get(ORIGIN) if isinstance(node, fx.Node) else None
+
+    def facts(self, node: Any) -> NodeFacts:
+        """What is known about a node of the copy."""
+        known = node.meta.get(FACTS) if isinstance(node, fx.Node) else None
+        return known or NO_FACTS
+
+    def replace(self, old: fx.Node, new: fx.Node) -> None:
+        """Put `new` in the place of `old`, which goes; facts included."""
+        old.replace_all_uses_with(new)
+        for key in (ORIGIN, FACTS, "val"):
+            if key in old.meta:
+                new.meta[key] = old.meta[key]
+        if ORIGIN in old.meta:
+            self._copies[old.meta[ORIGIN]] = new
+        self.graph.erase_node(old)
+
+    def dissolve(self, marker: fx.Node) -> None:
+        """Take an identity out of the graph."""
+        tokens = marker.all_input_nodes[0]
+        marker.replace_all_uses_with(tokens)
+        self._copies[marker.meta[ORIGIN]] = tokens
+        self.graph.erase_node(marker)
+
+    def copy_again(self, before: fx.Node, node: fx.Node, argument: Any) -> fx.Node:
+        """Compute a node once more, before another, with arguments mapped by `argument`."""
+        with self.graph.inserting_before(before):
+            again = self.graph.node_copy(node, argument)
+        again.meta = {k: v for k, v in node.meta.items() if k not in (ORIGIN, FACTS)}
+        return again
 
     def nodes(self) -> list[fx.Node]:
         """The nodes that come from the host, in order, as they are now."""
-        return [node for node in self.graph.nodes if node in self._origins]
-
-    def dims(self, node: Any) -> dict[int, TokenDim]:
-        """Token dims of a node of the copy; empty if it holds no tokens."""
-        origin = self._origins.get(node) if isinstance(node, fx.Node) else None
-        return self.axes.dims.get(origin, {}) if origin is not None else {}
+        return [node for node in self.graph.nodes if ORIGIN in node.meta]
 
     def dims_read(self, consumer: fx.Node, node: Any) -> dict[int, TokenDim]:
         """Token dims of `node` as `consumer` reads it: those it is gathered along count too."""
-        aligned = self.axes.aligned.get(self._origins[consumer], {})
-        found = aligned.get(self._origins[node]) if node in self._origins else None
-        return self.dims(node) or dict(found.dims if found else {})
+        origin = self.origin(node)
+        found = self.facts(consumer).gathers.get(origin) if origin is not None else None
+        return dict(self.facts(node).dims or (found.dims if found else {}))
 
-    def rank(self, node: Any) -> int:
+    def rank(self, node: fx.Node) -> int:
         """Rank of the tensor that `node` held when it was traced."""
-        return int(self._origins[node].meta["val"].ndim)
+        return int(node.meta["val"].ndim)
 
     def traced_module(self, node: fx.Node) -> nn.Module:
         """The module that a `call_module` node calls."""
         return self.root.get_submodule(str(node.target))
 
-    def fold(self, node: fx.Node) -> int | None:
-        """How many rows of dim 0 are one image; None if dim 0 does not count images alone."""
-        origin = self._origins.get(node)
-        if origin in self.axes.batch_first:
-            return 1
-        return self.axes.batch_fold.get(origin) if origin is not None else None
-
     def where(self, node: fx.Node) -> str:
         """The node and its place in the host, for messages."""
         return f"'{node.name}' ({node.target}) at {node.meta.get('where')}"
 
-    def marker(self, stage: int) -> fx.Node:
-        return self.copy_of(self.traced.markers[stage])
+    def once(self, key: Hashable, make: Callable[[], fx.Node]) -> fx.Node:
+        """What `make` made when it was first asked for under this key."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     def real_patches(self) -> fx.Node | None:
         """A node with [B, N], True where a patch is no padding; None if the host was not told."""
-        if self.axes.real is None:
+        if self.analysis.real is None:
             return None
-        if self.real is None:
-            mask = self.copy_of(self.axes.real)
-            tokens = self.traced.markers[0].meta["val"]
-            patches = int(tokens.shape[1]) - self.plan.num_prefix_tokens
-            self.real = self.insert_after(mask, real_patches, mask, patches)
-        return self.real
+        mask = self.copy_of(self.analysis.real)
+        patches = self.analysis.num_patches[0]
+        return self.once("real", lambda: self.insert_after(mask, real_patches, mask, patches))
 
     def insert(
         self, before: fx.Node, target: Callable[..., Any], *args: Any, **kwargs: Any
@@ -124,6 +157,11 @@ class Rewrite:
         node.meta["where"] = after.meta.get("where")
         return node
 
+    def module(self, before: fx.Node, path: str) -> fx.Node:
+        """A node that holds a module of ours, put before another."""
+        with self.graph.inserting_before(before):
+            return self.graph.get_attr(path)
+
     def output_site(self) -> fx.Node:
         """The node whose arguments are the host's output: the output object's maker, if there is
         one, else the graph's output."""
@@ -142,20 +180,15 @@ class Rewrite:
             for field, leaf in named
             if isinstance(leaf, fx.Node)
             for node in _made_of(leaf)
-            if self.dims(node)
+            if self.facts(node).dims
         ]
-
-    def predictor(self, before: fx.Node, stage: int) -> fx.Node:
-        """A node that holds the predictor module of `stage`."""
-        with self.graph.inserting_before(before):
-            return self.graph.get_attr(f"{PREDICTORS}.{stage}")
 
     def alignments(self) -> list[tuple[fx.Node, fx.Node, Aligned]]:
         """(consumer, argument, how to gather it), in the order of the graph."""
         return [
             (node, self.copy_of(source), aligned)
             for node in self.nodes()
-            for source, aligned in self.axes.aligned.get(self._origins[node], {}).items()
+            for source, aligned in self.facts(node).gathers.items()
         ]
 
 
@@ -164,43 +197,3 @@ def _made_of(node: fx.Node) -> list[fx.Node]:
     if not isinstance(node.target, type):
         return [node]
     return [inner for used in node.all_input_nodes for inner in _made_of(used)]
-
-
-class Pass(ABC):
-    """One edit of a graph.
-
-    `requires` looks at what comes in and raises before anything is changed; `apply` edits;
-    `ensures` looks at the result.
-    """
-
-    def requires(self, rewrite: Rewrite) -> None:  # noqa: B027 - most passes need nothing
-        """Raise if this graph cannot be edited."""
-
-    @abstractmethod
-    def apply(self, rewrite: Rewrite) -> None:
-        """Edit the copy."""
-
-    def ensures(self, rewrite: Rewrite) -> None:  # noqa: B027 - lint has seen the graph
-        """Raise if the result is not what the pass promises."""
-
-
-def run_passes(rewrite: Rewrite, passes: Sequence[Pass]) -> fx.Graph:
-    """Run `passes` in order, each checked before and after.
-
-    Raises:
-        LeakError: A node mixes tokens in a way no rule can mask.
-        UnsupportedHostError: Anything else that stands in the way; the pass is named.
-    """
-    for each in passes:
-        each.requires(rewrite)
-        try:
-            each.apply(rewrite)
-            rewrite.graph.lint()
-        except LeakError:
-            raise
-        except (RuntimeError, LookupError, TypeError) as error:
-            raise UnsupportedHostError(
-                f"{type(each).__name__} failed on this host: {type(error).__name__}: {error}"
-            ) from error
-        each.ensures(rewrite)
-    return rewrite.graph

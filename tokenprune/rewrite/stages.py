@@ -1,200 +1,226 @@
 """What runs at a stage: called from the rewritten graphs, once per stage and forward.
 
-Every path asks the same predictor. The mask path returns a decision over all N patches; the gather
-path returns the tokens that stay and where they came from; the ragged path, on which images keep
-different numbers of tokens, which ones those are.
+Every path asks the same scorer (`score`) and chooses by the same rule (`choose`). They differ in
+what they do with the choice: a decision over all patches, fewer tokens, or rows with padding.
 """
 
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tokenprune.analysis.padding import behind_real
-from tokenprune.ops.bypass import poisonous
+from tokenprune.ops.align import policy_of
 from tokenprune.ops.gumbel import sample_decision
-from tokenprune.ops.jagged import above_threshold, has_padding, kept_first, one_hot
-from tokenprune.ops.selection import gather_tokens, select_topk
+from tokenprune.ops.moving import gather_tokens, poisonous
+from tokenprune.ops.selection import (
+    above_threshold,
+    has_padding,
+    indices_of,
+    kept_first,
+    one_hot,
+    real_first,
+    top_k,
+)
+from tokenprune.rewrite.settings import CallSettings
 
 __all__ = [
-    "StageContext",
+    "choose",
+    "decide",
+    "fill_dropped",
     "forced_set",
-    "gather_stage",
-    "mask_stage",
-    "policy_of",
-    "ragged_stage",
+    "patch_keys",
+    "present_gathered",
+    "present_jagged",
+    "present_masked",
+    "score",
+    "select_gathered",
+    "select_jagged",
 ]
 
 
-@dataclass(frozen=True)
-class StageContext:
-    """The settings of one forward.
-
-    Attributes:
-        num_keep: K of each stage.
-        sample: Draw decisions with Gumbel noise (training).
-        threshold: Without noise, each image keeps the tokens whose keep probability is above this;
-            None takes the top K of every image.
-        buckets: Into how many groups of like length the images of a batch are sorted at most.
-        temperature: Of the Gumbel-softmax.
-        hard: 0/1 decisions.
-        keep_indices: Kept sets forced from outside, per stage: [B, K] in original numbering,
-            ascending, then -1 where an image has fewer.
-        generator: Source of the noise.
-        poison: `verify` only: overwrite dropped tokens with NaN and inf, to see that nobody reads
-            them.
-    """
-
-    num_keep: tuple[int, ...]
-    sample: bool
-    threshold: float | None = None
-    buckets: int = 4
-    temperature: float = 1.0
-    hard: bool = True
-    keep_indices: tuple[Tensor, ...] | None = None
-    generator: torch.Generator | None = None
-    poison: bool = False
-
-
-def mask_stage(
-    predictor: nn.Module,
-    tokens: Tensor,
-    previous: Tensor | None,
-    context: StageContext,
-    stage: int,
-    num_prefix: int,
-    real: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Decide about every patch, removing none.
+def score(
+    scorer: nn.Module, tokens: Tensor, present: Tensor | None, num_prefix: int, **needed: Any
+) -> Tensor:
+    """keep_logits [B, N, 2] of the patch tokens among `tokens` [B, P + N, D].
 
     Args:
-        tokens: [B, P + N, D].
+        present: [B, N] 1 where a patch is there and real; None if all are.
+        needed: What else the scorer reads.
+    """
+    return scorer(tokens[:, num_prefix:], present, **needed)  # type: ignore[no-any-return]
+
+
+def patch_keys(key: Tensor, key_dim: int, num_prefix: int, rows_per_image: int) -> Tensor:
+    """The keys of the patch tokens, [B, H, N, d], however an attention lays them out."""
+    key = key.movedim(key_dim, -2)
+    batch = key.shape[0] // rows_per_image
+    return key.reshape(batch, -1, *key.shape[-2:])[:, :, num_prefix:]
+
+
+def choose(
+    keep_logits: Tensor,
+    settings: CallSettings,
+    stage: int,
+    present: Tensor | None,
+    real: Tensor | None,
+) -> Tensor:
+    """Which tokens stay, where no noise is drawn and no set is forced: [B, N] bool.
+
+    Args:
+        keep_logits: [B, N, 2].
+        present: [B, N] bool: what no earlier stage dropped; None if all of them.
+        real: [B, N] bool: what is no padding; None if all of them.
+    """
+    if settings.threshold is not None:
+        return above_threshold(keep_logits, settings.threshold, present, real)
+    ranked = keep_logits if real is None else real_first(keep_logits, real)
+    if present is not None:
+        ranked = ranked.masked_fill(~present.unsqueeze(-1), float("-inf"))
+    return top_k(ranked, settings.num_keep[stage])
+
+
+def forced_set(settings: CallSettings, stage: int) -> Tensor | None:
+    """The kept set forced on a stage, [B, K]; None if the scorer decides."""
+    return None if settings.keep_indices is None else settings.keep_indices[stage]
+
+
+def present_masked(previous: Tensor | None, real: Tensor, tokens: Tensor) -> Tensor:
+    """[B, N] 1 where a patch was kept by the stage before and is no padding."""
+    return real.to(tokens.dtype) if previous is None else previous * real
+
+
+def decide(
+    keep_logits: Tensor,
+    previous: Tensor | None,
+    settings: CallSettings,
+    stage: int,
+    real: Tensor | None = None,
+) -> Tensor:
+    """The decision [B, N] about every patch, 0 wherever `previous` is.
+
+    Args:
+        keep_logits: [B, N, 2].
         previous: [B, N] decision of the stage before; None at the first.
         real: [B, N] True where a patch is no padding; None if none is.
-
-    Returns:
-        keep_logits [B, N, 2], decision [B, N] (never keeping what `previous` dropped), the tokens.
     """
-    patches = tokens[:, num_prefix:]
-    there = previous
-    if real is not None:
-        there = real.to(tokens.dtype) if previous is None else previous * real
-    keep_logits = predictor(patches, there)
     if previous is None:
         previous = keep_logits.new_ones(keep_logits.shape[:2])
-    if context.keep_indices is not None:
-        decision = one_hot(context.keep_indices[stage], previous)
-    elif context.sample:
-        decision = sample_decision(
+    forced = forced_set(settings, stage)
+    if forced is not None:
+        return one_hot(forced, previous)
+    if settings.sample:
+        return sample_decision(
             keep_logits,
             previous if real is None else previous * real,
-            temperature=context.temperature,
-            hard=context.hard,
-            generator=context.generator,
+            temperature=settings.temperature,
+            hard=settings.hard,
+            generator=settings.generator,
         )
-    elif context.threshold is not None:
-        wanted = above_threshold(keep_logits, context.threshold, previous > 0.5, real)
-        decision = wanted.to(previous.dtype)
-    else:
-        ranked = keep_logits if real is None else behind_real(keep_logits, real)
-        still = ranked.masked_fill((previous < 0.5).unsqueeze(-1), float("-inf"))
-        decision = one_hot(select_topk(still, context.num_keep[stage]), previous)
-    if context.poison:
-        kept = policy_of(decision, num_prefix).unsqueeze(-1) > 0.5
-        tokens = torch.where(kept, tokens, poisonous(tokens))
-    return keep_logits, decision, tokens
+    return choose(keep_logits, settings, stage, previous > 0.5, real).to(previous.dtype)
 
 
-def gather_stage(
-    predictor: nn.Module,
+def fill_dropped(
+    tokens: Tensor, decision: Tensor, settings: CallSettings, num_prefix: int
+) -> Tensor:
+    """The tokens [B, P + N, D]; `verify` fills dropped ones with NaN and inf to detect leaks."""
+    if not settings.poison:
+        return tokens
+    kept = policy_of(decision, num_prefix).unsqueeze(-1) > 0.5
+    return torch.where(kept, tokens, poisonous(tokens))
+
+
+def _real_there(real: Tensor | None, numbers: Tensor | None) -> Tensor | None:
+    """`real` for the patches that are still there."""
+    return real if real is None or numbers is None else real.gather(1, numbers.clamp_min(0))
+
+
+def _own_numbers(keep_logits: Tensor) -> Tensor:
+    """[B, N]: before the first stage, patch i is number i."""
+    batch, patches = keep_logits.shape[:2]
+    return torch.arange(patches, device=keep_logits.device).expand(batch, -1)
+
+
+def present_gathered(previous: Tensor | None, real: Tensor, tokens: Tensor) -> Tensor:
+    """[B, N'] 1 where one of the patches that are still there is no padding."""
+    there = real if previous is None else real.gather(1, previous)
+    return there.to(tokens.dtype)
+
+
+def select_gathered(
     tokens: Tensor,
-    kept: Tensor | None,
-    context: StageContext,
+    keep_logits: Tensor,
+    previous: Tensor | None,
+    settings: CallSettings,
     stage: int,
     num_prefix: int,
     real: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Remove the patches that are not kept.
 
     Args:
         tokens: [B, P + N', D], N' patches still there.
-        kept: [B, N'] their original numbers; None at the first stage.
+        keep_logits: [B, N', 2].
+        previous: [B, N'] their original numbers; None at the first stage.
         real: [B, N] True where a patch is no padding, by original number; None if none is.
 
     Returns:
-        tokens [B, P + K, D], their numbers [B, K] ascending, and keep_logits [B, N', 2].
+        tokens [B, P + K, D], and their numbers [B, K], ascending.
     """
-    patches = tokens[:, num_prefix:]
-    there = real if real is None or kept is None else real.gather(1, kept)
-    keep_logits = predictor(patches, None if there is None else there.to(tokens.dtype))
-    if kept is None:
-        kept = torch.arange(patches.shape[1], device=tokens.device).expand(tokens.shape[0], -1)
-    if context.keep_indices is not None:
-        forced = context.keep_indices[stage].to(kept.device)
-        chosen = torch.searchsorted(kept.contiguous(), forced.contiguous())
-    elif context.num_keep[stage] == patches.shape[1]:
-        return tokens, kept, keep_logits
+    numbers = _own_numbers(keep_logits) if previous is None else previous
+    forced = forced_set(settings, stage)
+    if forced is not None:
+        forced = forced.to(numbers.device)
+        places = torch.searchsorted(numbers.contiguous(), forced.contiguous())
+    elif settings.num_keep[stage] == keep_logits.shape[1]:
+        return tokens, numbers
     else:
-        ranked = keep_logits if there is None else behind_real(keep_logits, there)
-        chosen = select_topk(ranked, context.num_keep[stage])
-    return gather_tokens(tokens, chosen, num_prefix), kept.gather(1, chosen), keep_logits
+        chosen = choose(keep_logits, settings, stage, None, _real_there(real, previous))
+        places = indices_of(chosen, settings.num_keep[stage])
+    return gather_tokens(tokens, places, num_prefix), numbers.gather(1, places)
 
 
-def ragged_stage(
-    predictor: nn.Module,
-    tokens: Tensor,
-    numbers: Tensor | None,
-    context: StageContext,
+def present_jagged(numbers: Tensor | None, real: Tensor | None, tokens: Tensor) -> Tensor | None:
+    """[B, N'] 1 where a row holds a token, and one that is no padding of the host's own; None
+    where all do."""
+    there = None if numbers is None or not has_padding(numbers) else numbers >= 0
+    real = _real_there(real, numbers)
+    seen = real if there is None or real is None else real & there
+    seen = there if seen is None else seen
+    return None if seen is None else seen.to(tokens.dtype)
+
+
+def select_jagged(
+    keep_logits: Tensor,
+    previous: Tensor | None,
+    settings: CallSettings,
     stage: int,
-    num_prefix: int,
     real: Tensor | None = None,
     forced: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Choose the patches of each image that stay; `take_chosen` then removes the others.
 
     Args:
-        tokens: [B, P + N', D], N' patches of the image that has most.
-        numbers: [B, N'] their original numbers, -1 where a row holds no token; None at the first
+        keep_logits: [B, N', 2], N' patches of the image that has most.
+        previous: [B, N'] their original numbers, -1 where a row holds no token; None at the first
             stage.
         real: [B, N] True where a patch is no padding, by original number; None if none is.
-        forced: What `forced_set` returned, for the images in `tokens`.
+        forced: The forced set of the images in `keep_logits`, if there is one.
 
     Returns:
-        Where the chosen ones stand among the N', [B, K]: ascending, then -1 where an image keeps
-        fewer than the one that keeps most; their original numbers [B, K]; keep_logits [B, N', 2].
+        The places of the chosen ones among the N', [B, K]: ascending, then -1 where an image keeps
+        fewer than the one that keeps most; and their original numbers [B, K].
     """
-    patches = tokens[:, num_prefix:]
-    if numbers is None:
-        there = None
-        numbers = torch.arange(patches.shape[1], device=tokens.device).expand(tokens.shape[0], -1)
-    else:
-        there = numbers >= 0 if has_padding(numbers) else None
-    if real is not None:
-        real = real.gather(1, numbers.clamp_min(0))
-    seen = real if there is None or real is None else real & there
-    seen = there if seen is None else seen
-    keep_logits = predictor(patches, None if seen is None else seen.to(tokens.dtype))
+    numbers = _own_numbers(keep_logits) if previous is None else previous
     if forced is not None:
-        last = torch.iinfo(numbers.dtype).max  # behind all numbers, as padding is
+        last = torch.iinfo(numbers.dtype).max  # after all numbers, as padding is
         ascending = torch.where(numbers < 0, last, numbers).contiguous()
         forced = forced.to(numbers.device, torch.int64)
         places = torch.searchsorted(ascending, forced.contiguous())
-        chosen = torch.where(forced < 0, -1, places)
-    elif context.threshold is not None:
-        chosen = kept_first(above_threshold(keep_logits, context.threshold, there, real))
+        places = torch.where(forced < 0, -1, places)
     else:
-        ranked = keep_logits if real is None else behind_real(keep_logits, real)
-        chosen = select_topk(ranked, context.num_keep[stage])
-    chosen_numbers = torch.where(chosen < 0, -1, numbers.gather(1, chosen.clamp_min(0)))
-    return chosen, chosen_numbers, keep_logits
-
-
-def forced_set(context: StageContext, stage: int) -> Tensor | None:
-    """The kept set forced on a stage, [B, K]; None if the predictor decides."""
-    return None if context.keep_indices is None else context.keep_indices[stage]
-
-
-def policy_of(decision: Tensor, num_prefix: int) -> Tensor:
-    """[B, P + N] policy: prefix tokens always stay."""
-    ones = decision.new_ones(decision.shape[0], num_prefix)
-    return torch.cat([ones, decision], dim=1)
+        padded = previous is not None and has_padding(numbers)
+        present = numbers >= 0 if padded else None
+        wanted = choose(keep_logits, settings, stage, present, _real_there(real, numbers))
+        fixed = settings.threshold is None
+        places = indices_of(wanted, settings.num_keep[stage]) if fixed else kept_first(wanted)
+    return places, torch.where(places < 0, -1, numbers.gather(1, places.clamp_min(0)))

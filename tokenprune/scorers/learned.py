@@ -1,6 +1,6 @@
-"""The small network that says which tokens can leave."""
+"""DynamicViT's predictor: a small network that learns which tokens to keep."""
 
-from typing import Literal, TypeGuard
+from typing import Any, ClassVar, Literal, Self, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -8,13 +8,17 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tokenprune.ops.pooling import hide_dropped, masked_mean
+from tokenprune.recipe.schema import PredictorSection
+from tokenprune.scorers.protocol import Scorer
+from tokenprune.scorers.registry import LEARNED, register_scorer
 
-__all__ = ["TokenPredictor", "light_branch"]
+__all__ = ["TokenPredictor"]
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU}
 
 
-class TokenPredictor(nn.Module):
+@register_scorer(LEARNED)
+class TokenPredictor(Scorer):
     """Keep log-probabilities from each token and the mean of the tokens that are still kept.
 
     DynamicViT (Rao et al., 2021), eq. 1 to 5: a projection, of which one half of the channels
@@ -22,6 +26,8 @@ class TokenPredictor(nn.Module):
     parameters lie where the published checkpoints have them: `in_conv` is `in_proj`, `out_conv`
     is `out_proj`.
     """
+
+    probabilistic: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -66,8 +72,13 @@ class TokenPredictor(nn.Module):
         )
         self.reset_parameters()
 
+    @classmethod
+    def make(cls, dim: int, section: PredictorSection, **like: Any) -> Self:
+        """See `Scorer.make`."""
+        return cls(dim, activation=section.activation, **like)
+
     def reset_parameters(self) -> None:
-        """Draw the weights anew."""
+        """Draw the weights again."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=self.init_std)
@@ -76,21 +87,15 @@ class TokenPredictor(nn.Module):
                 module.reset_parameters()
 
     def forward(
-        self, tokens: Float[Tensor, "B N D"], decision: Float[Tensor, "B N"] | None = None
+        self,
+        tokens: Float[Tensor, "B N D"],
+        present: Float[Tensor, "B N"] | None = None,
+        **needed: Any,
     ) -> Float[Tensor, "B N 2"]:
-        """Score patch tokens.
-
-        Args:
-            tokens: patch tokens, no prefix tokens among them.
-            decision: which of them earlier stages kept; None when dropped ones are gone already.
-
-        Returns:
-            Log-probabilities, keep first, in fp32 or better also under autocast. Those of kept
-            tokens do not depend on what dropped tokens hold.
-        """
-        features = self.in_proj(hide_dropped(tokens, decision, 1))
+        """Log-probabilities, keep first, in fp32 or better also under autocast."""
+        features = self.in_proj(hide_dropped(tokens, present, 1))
         local, shared = features.split([self.dim // 2, self.dim - self.dim // 2], dim=-1)
-        context = masked_mean(shared, decision, 1, keepdim=True)
+        context = masked_mean(shared, present, 1, keepdim=True)
         first, *rest = self.out_proj
         if _is_plain(first):
             # the shared half goes through the first layer once an image instead of once a token,
@@ -109,20 +114,3 @@ class TokenPredictor(nn.Module):
 def _is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether it is the linear layer we made: not quantised, adapted, pruned or hooked since."""
     return type(layer) is nn.Linear and not (layer._forward_hooks or layer._forward_pre_hooks)
-
-
-def light_branch(
-    dim: int,
-    *,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-) -> nn.Sequential:
-    """What a dropped token goes through instead of the MLP in bypass mode: norm and one projection.
-
-    DynamicViT, T-PAMI version, section 3.5. Starts near zero, so that a dropped token at first just
-    keeps its value.
-    """
-    project = nn.Linear(dim, dim, device=device, dtype=dtype)
-    nn.init.trunc_normal_(project.weight, std=0.02)
-    nn.init.zeros_(project.bias)
-    return nn.Sequential(nn.LayerNorm(dim, device=device, dtype=dtype), project)

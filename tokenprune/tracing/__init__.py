@@ -1,1 +1,1 @@
-"""Tracing of a host's forward into a graph with guards."""
+"""A host's forward as a torch.fx graph."""

@@ -1,156 +1,161 @@
-"""One traced call of a host: its graph, and what else a rewrite needs to know about it."""
+"""One traced call of a host: its graph, and the stretch of it that each module call made."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from tokenprune.analysis.token_probe import stage_markers
 from tokenprune.errors import HostError, TokenPruneError, TraceError
 from tokenprune.tracing.effects import has_effect
-from tokenprune.tracing.tracer import ValueTracer, enter_block
+from tokenprune.tracing.state import buffers_kept, no_autocast_cache
+from tokenprune.tracing.tracer import NUMBER, ValueTracer
 
-__all__ = ["Traced", "no_autocast_cache", "trace_call"]
+__all__ = ["DATA_DEPENDENT", "HostGraph", "ModuleCall", "trace", "untraceable"]
+
+DATA_DEPENDENT = "Python asks for a value of a tensor, which differs from call to call"
+
+
+class ModuleCall(NamedTuple):
+    """One call of a module.
+
+    Attributes:
+        path: Of the module.
+        number: Which of its calls it is, from 0.
+        inputs: Its tensor arguments, in order; None for one that nobody reads.
+        output: The first tensor that it returned; None if there is none, or nobody reads it.
+        first: The first node that it made; None if it made none that is left.
+        last: The last one.
+    """
+
+    path: str
+    number: int
+    inputs: tuple[fx.Node | None, ...]
+    output: fx.Node | None
+    first: fx.Node | None
+    last: fx.Node | None
+
+    def nodes(self) -> Iterator[fx.Node]:
+        """The nodes that it made, in order."""
+        node = self.first
+        while node is not None:
+            yield node
+            node = None if node is self.last else node.next
 
 
 @dataclass(frozen=True)
-class Traced:
+class HostGraph:
     """The graph of one call signature.
 
     Attributes:
         host: Class of the host.
-        graph: As the host wrote it, with a marker at the entry of each block.
+        graph: As the host wrote it, less what it computes and nobody reads.
         fake_mode: The mode that the values in `node.meta["val"]` belong to.
-        burnt: Nodes whose value Python decided by.
-        blocks: Paths of the blocks.
-        markers: Stage -> marker of the tokens that enter its block.
-        entries: Block -> marker, for all blocks.
-        module_outputs: Module path -> node of its first output.
-        modes: Module path -> `training` of each module that was traced through.
         batch_size: B.
+        specialized: Nodes whose value Python read.
+        calls: Module path -> its calls, in order.
     """
 
     host: str
     graph: fx.Graph
     fake_mode: FakeTensorMode
-    burnt: tuple[fx.Node, ...]
-    blocks: tuple[str, ...]
-    markers: Mapping[int, fx.Node]
-    entries: Mapping[int, fx.Node]
-    module_outputs: Mapping[str, fx.Node]
-    modes: Mapping[str, bool]
     batch_size: int
+    specialized: tuple[fx.Node, ...]
+    calls: Mapping[str, tuple[ModuleCall, ...]]
 
-    def at(self, stages: Sequence[int]) -> "Traced":
-        """The same trace with stages before these blocks.
+    @property
+    def inputs(self) -> dict[str, fx.Node]:
+        """Placeholders by the names of the host's arguments."""
+        return {str(node.target): node for node in self.graph.find_nodes(op="placeholder")}
 
-        Raises:
-            TraceError: Such a block takes no tensor.
-        """
-        markers = stage_markers(self.graph, stages)
-        missing = [stages[s] for s in range(len(stages)) if s not in markers]
-        if missing:
-            raise TraceError(
-                f"Blocks {missing} ({', '.join(self.blocks[b] for b in missing)}) take no tensor "
-                f"in the forward of {self.host}, so nothing can be pruned before them."
-            )
-        return replace(self, markers=markers)
+    def output_of(self, path: str) -> fx.Node | None:
+        """What the last call of a module returned; None if it does not run or returns no tensor."""
+        outputs = [call.output for call in self.calls.get(path, ()) if call.output is not None]
+        return outputs[-1] if outputs else None
 
 
-def trace_call(
-    root: nn.Module,
-    forward: Callable[..., Any],
-    arguments: Mapping[str, Any],
-    blocks: Sequence[str],
-    stages: Sequence[int] = (),
-    token_argument: int = 0,
-) -> Traced:
-    """Trace `forward(**arguments)`.
+def trace(host: nn.Module, arguments: Mapping[str, Any]) -> HostGraph:
+    """Trace `host.forward(**arguments)`; the host is left as it was.
 
     Args:
-        root: Holds the modules; left as it was.
-        arguments: Tensors become inputs, everything else is burnt in.
-        blocks: Paths of the blocks.
-        stages: The block before which each stage prunes.
-        token_argument: Which tensor argument of a block holds the tokens.
+        arguments: Tensors become inputs, everything else is specialized on.
 
     Raises:
-        HostError: The host itself refuses these arguments.
+        HostError: The host itself refuses these arguments, or returns no tensor.
         TraceError: Its code cannot be traced; the line of its source is named.
     """
-    tracer = ValueTracer(root, blocks, token_argument)
+    tracer = ValueTracer(host)
     try:
-        graph = tracer.record(forward, arguments)
+        with no_autocast_cache(), buffers_kept(host):
+            graph = tracer.record(host.forward, arguments)
     except TokenPruneError:
         raise
     except Exception as error:
-        raise _explained(error, tracer, root, arguments) from error
+        raise _explained(error, tracer, host, arguments) from error
     if not graph.output_node().all_input_nodes:
         raise HostError(
-            f"{type(root).__name__} returns no tensor for the input {_shapes(arguments)}. Wrap a "
+            f"{type(host).__name__} returns no tensor for the input {_shapes(arguments)}. Wrap a "
             "model whose output is a tensor, or holds some in tuples, dicts or dataclasses."
         )
-    _drop_dead(graph, tracer)
+    read = set(tracer.specialized)
+    graph.eliminate_dead_code(lambda node: node in read or has_effect(node))
     first = next(node for node in graph.nodes if node.op == "placeholder")
-    traced = Traced(
-        host=type(root).__name__,
+    return HostGraph(
+        host=type(host).__name__,
         graph=graph,
         fake_mode=tracer.fake_mode,
-        burnt=tuple(tracer.burnt),
-        blocks=tuple(blocks),
-        markers={},
-        entries=stage_markers(graph, range(len(blocks))),
-        module_outputs=tracer.module_outputs,
-        modes={"": root.training, **tracer.traced_modules},
         batch_size=int(first.meta["val"].shape[0]),
+        specialized=tuple(tracer.specialized),
+        calls=_calls(graph, tracer),
     )
-    return traced.at(stages)
 
 
-def _drop_dead(graph: fx.Graph, tracer: ValueTracer) -> None:
-    """Take out what the host computes and nobody reads; what Python decided by is read."""
-    read = set(tracer.burnt)
-    graph.eliminate_dead_code(
-        lambda node: node in read or node.target is enter_block or has_effect(node)
-    )
-    alive = set(graph.nodes)
-    gone = [path for path, node in tracer.module_outputs.items() if node not in alive]
-    for path in gone:
-        del tracer.module_outputs[path]
-
-
-@contextmanager
-def no_autocast_cache() -> Iterator[None]:
-    """Autocast keeps the weights it has cast; those cast under fake tensors must not be kept."""
-    was = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(was)
+def _calls(graph: fx.Graph, tracer: ValueTracer) -> dict[str, tuple[ModuleCall, ...]]:
+    """The recorded calls, in terms of the nodes that are left."""
+    nodes = list(graph.nodes)
+    alive, numbers = set(nodes), [node.meta[NUMBER] for node in nodes]
+    calls: dict[str, list[ModuleCall]] = {}
+    for path, inputs, output, start, stop in sorted(tracer.calls, key=lambda call: call.start):
+        begin, end = bisect_left(numbers, start), bisect_left(numbers, stop)
+        made = nodes[begin:end]
+        known = calls.setdefault(path, [])
+        known.append(
+            ModuleCall(
+                path,
+                len(known),
+                tuple(node if node in alive else None for node in inputs),
+                output if output in alive else None,
+                made[0] if made else None,
+                made[-1] if made else None,
+            )
+        )
+    return {path: tuple(found) for path, found in calls.items()}
 
 
 def _explained(
     error: Exception, tracer: ValueTracer, root: nn.Module, arguments: Mapping[str, Any]
 ) -> TokenPruneError:
-    shapes = _shapes(arguments)
-    frame = tracer.host_frame(error)
+    shapes, line = _shapes(arguments), tracer.failed_at(error)
     if isinstance(error, DataDependentOutputException):
-        said = "Python asks for a value of a tensor, which differs from call to call"
+        said = DATA_DEPENDENT
     else:
         said = f"{type(error).__name__}: {error}".rstrip(" .:")
     if _refused_by_host(error):
         return HostError(
-            f"{type(root).__name__} refused the input {shapes} at {frame}. It said: {said}. Give "
+            f"{type(root).__name__} refused the input {shapes} at {line}. It said: {said}. Give "
             "it an input that it takes by itself."
         )
+    return untraceable(type(root).__name__, shapes, line, said)
+
+
+def untraceable(host: str, shapes: Mapping[str, Any], line: Any, reason: str) -> TraceError:
+    """The error for a line of the host's source that no graph can hold."""
     return TraceError(
-        f"The forward of {type(root).__name__} cannot be traced for the input {shapes}: stopped at "
-        f"{frame}. Reason: {said}."
+        f"The forward of {host} cannot be traced for the input {dict(shapes)}: stopped at {line}. "
+        f"Reason: {reason}."
     )
 
 

@@ -16,13 +16,13 @@ __all__ = ["OPAQUE", "evaluate", "quiet_trials", "run", "tensor_attribute"]
 
 Environment = dict[fx.Node, Any]
 OPAQUE = "opaque"
-"""Mark of a node (in `meta`) that calls a module whose code decides by what tensors hold."""
+"""Key in the `meta` of a node that calls a module whose code decides by what tensors hold: the line
+of the host's source that asks."""
 
 
 @contextmanager
 def quiet_trials() -> Iterator[None]:
-    """For nodes that are run to see whether they fail: torch writes each failure under fake tensors
-    to its log as an error, which is none here."""
+    """Silence torch's log while nodes are run to see whether they fail under fake tensors."""
     log = logging.getLogger("torch._subclasses.fake_tensor")
     was, log.disabled = log.disabled, True
     try:
@@ -36,8 +36,8 @@ def tensor_attribute(root: nn.Module, path: str) -> Any:
     return operator.attrgetter(path)(root)
 
 
-def _unseen(node: fx.Node, given: Any) -> torch.Tensor | None:
-    """What an opaque node returns for fake tensors: the traced shape, for as many images."""
+def _opaque_output(node: fx.Node, given: Any) -> torch.Tensor | None:
+    """An opaque node's output for fake tensors: of the traced shape, for as many images."""
     tensors = [leaf for leaf in tree_leaves(given) if isinstance(leaf, torch.Tensor)]
     if OPAQUE not in node.meta or not any(isinstance(t, FakeTensor) for t in tensors):
         return None
@@ -55,9 +55,9 @@ def evaluate(root: nn.Module, node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
         return node.target(*args, **kwargs)  # type: ignore[operator]
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    unseen = _unseen(node, (args, kwargs))
-    if unseen is not None:
-        return unseen
+    opaque = _opaque_output(node, (args, kwargs))
+    if opaque is not None:
+        return opaque
     return root.get_submodule(str(node.target))(*args, **kwargs)
 
 

@@ -1,7 +1,7 @@
 """Modules that decide by what tensors hold: one node, which runs the module itself.
 
-They stand in front of the first block (SigLIP 2 resizes its position embeddings to the size of each
-image). Under fake tensors they cannot run; there the shape that they made of the example tells.
+They can only come before the first block (SigLIP 2 resizes its position embeddings to the size of
+each image). Under fake tensors they cannot run; their shape is then that of the example's output.
 """
 
 from collections.abc import Mapping
@@ -15,10 +15,10 @@ from tokenprune.errors import HostError
 from tokenprune.tracing.interpret import OPAQUE, run
 from tokenprune.tracing.proxy import ValueProxy
 
-__all__ = ["as_traced", "made_for_real", "mark_opaque"]
+__all__ = ["OPAQUE", "as_traced", "run_on_example"]
 
 
-def made_for_real(
+def run_on_example(
     root: nn.Module,
     graph: fx.Graph,
     example: Mapping[str, Any],
@@ -26,18 +26,13 @@ def made_for_real(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    """What `module` makes of the example itself; the graph so far is run to get there."""
+    """The output of `module` on the example itself; the graph so far is run to get there."""
     env = dict(run(root, graph, example))
 
     def real(argument: Any) -> Any:
         return env[argument.node] if type(argument) is ValueProxy else argument
 
     return module(*map_aggregate(args, real), **map_aggregate(kwargs, real))
-
-
-def mark_opaque(node: fx.Node) -> None:
-    """Say of a node that its value cannot be had under fake tensors."""
-    node.meta[OPAQUE] = True
 
 
 def as_traced(value: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:

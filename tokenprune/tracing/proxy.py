@@ -2,8 +2,8 @@
 
 Python's questions (`if`, `len`, `int`, unpacking) are answered from that value, so a host's
 control flow needs no rewriting. Sizes stay symbolic in the graph. Each answer that Python turned
-into a plain number is reported to the tracer (`burn`), because the graph only holds for inputs that
-give the same.
+into a plain number is reported to the tracer (`specialize`), because the graph only holds for
+inputs that give the same.
 """
 
 import operator
@@ -50,20 +50,20 @@ class ValueProxy(fx.Proxy):
             return found
         return self.tracer.create_proxy("call_function", getattr, (self, name), {})
 
-    def _burn(self, convert: Callable[[Any], Any]) -> Any:
-        return self.tracer.burn(self.node, convert)  # type: ignore[attr-defined]
+    def _specialize(self, convert: Callable[[Any], Any]) -> Any:
+        return self.tracer.specialize(self.node, convert)  # type: ignore[attr-defined]
 
     def __bool__(self) -> bool:
-        return bool(self._burn(bool))
+        return bool(self._specialize(bool))
 
     def __int__(self) -> int:
-        return int(self._burn(int))
+        return int(self._specialize(int))
 
     def __index__(self) -> int:
-        return int(self._burn(operator.index))
+        return int(self._specialize(operator.index))
 
     def __float__(self) -> float:
-        return float(self._burn(float))
+        return float(self._specialize(float))
 
     def __len__(self) -> int:
         if isinstance(self.val, torch.Tensor):
@@ -96,7 +96,7 @@ class ValueProxy(fx.Proxy):
         return f"ValueProxy({self.node.name})"
 
     def __round__(self, digits: int | None = None) -> Any:
-        return self._burn(lambda value: round(value, digits))
+        return self._specialize(lambda value: round(value, digits))
 
 
 class _Method:

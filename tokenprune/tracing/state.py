@@ -1,4 +1,4 @@
-"""Give a host back what running it may change: its attributes and the values of its buffers."""
+"""Put back what running a host may change: attributes, buffers, modes, autocast's cache."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +7,16 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["Unset", "attributes_kept", "buffers_kept", "caches_emptied", "still_unset", "unset"]
+__all__ = [
+    "LazyAttributes",
+    "attributes_kept",
+    "buffers_kept",
+    "caches_emptied",
+    "hide_lazy_tensors",
+    "kept_modes",
+    "lazy_attributes",
+    "no_autocast_cache",
+]
 
 
 @contextmanager
@@ -37,7 +46,7 @@ def attributes_kept(root: nn.Module) -> Iterator[None]:
 @contextmanager
 def caches_emptied(root: nn.Module) -> Iterator[None]:
     """Hide what hosts have computed from their parameters and keep for the next call (LeViT's
-    position biases): a trace computes it anew. To be used inside `attributes_kept`."""
+    position biases): a trace computes it again. To be used inside `attributes_kept`."""
     for module in root.modules():
         for name, value in vars(module).items():
             if "cache" in name and isinstance(value, dict) and _all_tensors(value):
@@ -45,18 +54,21 @@ def caches_emptied(root: nn.Module) -> Iterator[None]:
     yield
 
 
-Unset = list[tuple[nn.Module, str]]
+LazyAttributes = list[tuple[nn.Module, str]]
 
 
-def unset(root: nn.Module) -> Unset:
+def lazy_attributes(root: nn.Module) -> LazyAttributes:
     """The attributes of a host that are None: some get a tensor in the first call."""
     return [(m, name) for m in root.modules() for name, value in vars(m).items() if value is None]
 
 
 @contextmanager
-def still_unset(attributes: Unset) -> Iterator[None]:
-    """Show a trace None where a host has kept a tensor since (the table of its newest length): the
-    next call may put another one there, so it is no constant of a graph."""
+def hide_lazy_tensors(attributes: LazyAttributes) -> Iterator[None]:
+    """Set lazy attributes back to None during a trace.
+
+    A host may have kept a tensor there (the table of its newest length) which the next call
+    replaces, so it is no constant of a graph.
+    """
     found = [(m, name, vars(m).get(name)) for m, name in attributes]
     kept = [(m, name, value) for m, name, value in found if isinstance(value, torch.Tensor)]
     for module, name, _ in kept:
@@ -83,6 +95,28 @@ def buffers_kept(root: nn.Module) -> Iterator[None]:
             for buffer, values in before:
                 if not torch.equal(buffer, values):
                     buffer.copy_(values)
+
+
+@contextmanager
+def kept_modes(model: nn.Module) -> Iterator[None]:
+    """Give every module its own training flag back afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextmanager
+def no_autocast_cache() -> Iterator[None]:
+    """Autocast keeps the weights it has cast; those cast under fake tensors must not be kept."""
+    was = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(was)
 
 
 def _same(ours: dict[Any, Any], theirs: dict[Any, Any]) -> bool:

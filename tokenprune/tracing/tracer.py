@@ -7,12 +7,9 @@ from plain numbers (`torch.arange(n)`) become nodes as well, not constants.
 """
 
 import dataclasses
-import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from linecache import getline
-from traceback import walk_tb
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -30,40 +27,38 @@ from torch.utils._pytree import tree_leaves
 from tokenprune.tracing.decompose import DECOMPOSED
 from tokenprune.tracing.functions import functions_recorded
 from tokenprune.tracing.interpret import tensor_attribute
-from tokenprune.tracing.opaque import as_traced, made_for_real, mark_opaque
+from tokenprune.tracing.opaque import OPAQUE, as_traced, run_on_example
+from tokenprune.tracing.provenance import failed_at, where_called
 from tokenprune.tracing.proxy import ValueProxy, concrete
 from tokenprune.tracing.state import attributes_kept, caches_emptied
 
-__all__ = ["Provenance", "ValueTracer", "enter_block"]
+__all__ = ["NUMBER", "RecordedCall", "ValueTracer"]
 
 MODULE_CALL = nn.Module.__call__
 # Tracing patches torch for the whole process; calls of other threads pass through the patches.
 ONE_AT_A_TIME = threading.RLock()
 MODULE_GETATTR = nn.Module.__getattr__
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-OWN_FILES = ("/torch/", "/tokenprune/", "/unittest/", "/contextlib.py", "/functools.py")
+NUMBER = "number"
+"""Key in a node's `meta`: nodes are numbered in the order in which the host made them."""
 
 
-class Provenance(NamedTuple):
-    """Where in the host a node comes from; what error messages speak of."""
+class RecordedCall(NamedTuple):
+    """One call of a module.
 
-    module: str
-    """Path of the innermost module whose forward made the node, "" for the host itself."""
-    file: str
-    line: int
+    Attributes:
+        path: Of the module.
+        inputs: Its tensor arguments, in order.
+        output: The first tensor that it returned; None if there is none.
+        start: Number of the first node that it made.
+        stop: One more than the number of the last.
+    """
 
-    def __str__(self) -> str:
-        where = f"module '{self.module}'" if self.module else "the host's own forward"
-        return f"{where} ({self.file}:{self.line}: {getline(self.file, self.line).strip()})"
-
-
-def enter_block(tokens: torch.Tensor, block: int) -> torch.Tensor:
-    """Marker of the tokens that enter block `block`; passes put stages here."""
-    return tokens
-
-
-def _of_host(file: str) -> bool:
-    return not any(part in file for part in OWN_FILES) and not file.startswith("<")
+    path: str
+    inputs: tuple[fx.Node, ...]
+    output: fx.Node | None
+    start: int
+    stop: int
 
 
 def _named_tensors(root: nn.Module) -> Iterator[tuple[int, str]]:
@@ -94,40 +89,32 @@ class ValueTracer(fx.Tracer):
 
     Args:
         root: The host; nothing of it is changed, and patches last only as long as the trace.
-        blocks: Paths of the modules whose tokens are marked with `enter_block`, in the order they
-            run; a module that runs several times is named as often.
-        token_argument: Which of their tensor arguments that is.
     """
 
-    def __init__(self, root: nn.Module, blocks: Sequence[str], token_argument: int = 0) -> None:
+    def __init__(self, root: nn.Module) -> None:
         super().__init__()
         self.root = root
         self.graph = fx.Graph(tracer_cls=type(self))
         self.fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._executing = False
         self._thread = threading.get_ident()
-        self.burnt: list[fx.Node] = []
-        self.module_outputs: dict[str, fx.Node] = {}
-        self.traced_modules: dict[str, bool] = {}
+        self.specialized: list[fx.Node] = []
+        self.calls: list[RecordedCall] = []
         self.tensor_attrs = {}
         self.submodule_paths = {module: name for name, module in root.named_modules()}
-        self._token_argument = token_argument
-        self._blocks: dict[nn.Module, list[int]] = {}  # several numbers: a block called repeatedly
-        for number, block in enumerate(blocks):
-            self._blocks.setdefault(root.get_submodule(block), []).append(number)
         self._names = dict(_named_tensors(root))
         self._attributes: dict[str, ValueProxy] = {}
         self._modules_entered: list[str] = []
         self._failed_in = ""
         self._example: Mapping[str, Any] = {}
-        self._in_blocks = False
+        self._count = 0
 
     def record(self, forward: Callable[..., Any], example: Mapping[str, Any]) -> fx.Graph:
         """Trace `forward(**example)`.
 
         Args:
             forward: The host's forward, bound.
-            example: Name -> tensor (becomes an input) or any other value (burnt in).
+            example: Name -> tensor (becomes an input) or any other value (specialized on).
         """
         self._example = example
         arguments = {}
@@ -183,11 +170,11 @@ class ValueTracer(fx.Tracer):
             self._attributes[name] = self.create_proxy("get_attr", name, (), {})
         return self._attributes[name]
 
-    def burn(self, node: fx.Node, convert: Callable[[Any], Any]) -> Any:
-        """What `convert` (bool, int, float, ...) makes of `node`'s value: Python decides by it."""
+    def specialize(self, node: fx.Node, convert: Callable[[Any], Any]) -> Any:
+        """`convert` (bool, int, float, ...) applied to `node`'s value, which Python reads."""
         if self.executing:
             return convert(node.meta["val"])
-        self.burnt.append(node)
+        self.specialized.append(node)
         self._executing = True
         try:
             return convert(node.meta["val"])
@@ -237,7 +224,11 @@ class ValueTracer(fx.Tracer):
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
-        node.meta["where"] = self._provenance()
+        node.meta["where"] = where_called(
+            self._modules_entered[-1] if self._modules_entered else ""
+        )
+        node.meta[NUMBER] = self._count
+        self._count += 1
         node.meta.pop("nn_module_stack", None)
         return node
 
@@ -291,10 +282,9 @@ class ValueTracer(fx.Tracer):
         path = self.submodule_paths.get(m)  # type: ignore[union-attr]
         if path is None:  # made inside forward (a loss module): its own calls are recorded
             return forward(*args, **kwargs)
+        start = self._count
         self._modules_entered.append(path)
         try:
-            if m in self._blocks:
-                args, kwargs = self._mark(self._next_block(m, path), args, kwargs)
             if self.is_leaf_module(m, path) and _holds_tensor((args, kwargs)):
                 output = self.create_proxy("call_module", path, args, kwargs)
             else:
@@ -306,8 +296,9 @@ class ValueTracer(fx.Tracer):
         finally:
             self._modules_entered.pop()
         first = output[0] if type(output) in (tuple, list) and output else output
-        if type(first) is ValueProxy:
-            self.module_outputs[path] = first.node
+        made = first.node if type(first) is ValueProxy else None
+        given = tuple(v.node for v in (*args, *kwargs.values()) if _is_tensor(v))
+        self.calls.append(RecordedCall(path, given, made, start, self._count))
         return output
 
     def _inside(
@@ -318,79 +309,44 @@ class ValueTracer(fx.Tracer):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """Trace through a module; or, in front of the first block, make it one node if its code
-        decides by what tensors hold and it returns one tensor, a row for each image."""
-        self.traced_modules[path] = m.training
-        if m is self.root or self._in_blocks:
+        """Trace through a module; or make it one node, if its code decides by what tensors hold
+        and it returns one tensor with a row for each image."""
+        if m is self.root:
             return forward(*args, **kwargs)
-        last, burnt = next(reversed(self.graph.nodes), None), len(self.burnt)
+        start, specialized = self._count, len(self.specialized)
         try:
             return forward(*args, **kwargs)
-        except (DataDependentOutputException, DynamicOutputShapeException):
-            if self._in_blocks:
-                raise
-            self._forget(last, burnt)
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            refusal = failed_at(error, self._failed_in or path)
+            self._forget(start, specialized)
             was, self._executing = self._executing, True
             try:
-                value = made_for_real(self.root, self.graph, self._example, m, args, kwargs)
+                value = run_on_example(self.root, self.graph, self._example, m, args, kwargs)
             finally:
                 self._executing = was
             first = next(v for v in self._example.values() if isinstance(v, torch.Tensor))
             if not isinstance(value, torch.Tensor) or value.shape[:1] != first.shape[:1]:
                 raise
         output = self.create_proxy("call_module", path, args, kwargs, value=value)
-        mark_opaque(output.node)
+        output.node.meta[OPAQUE] = refusal
         rest = tuple(value.shape[1:])
         return self.create_proxy("call_function", as_traced, (output, rest), {})
 
-    def _forget(self, last: fx.Node | None, burnt: int) -> None:
-        """Take back all that was recorded behind node `last`."""
+    def _forget(self, start: int, specialized: int) -> None:
+        """Take back what was recorded from node number `start` on."""
         for node in reversed(self.graph.nodes):
-            if node is last:
+            if node.meta[NUMBER] < start:
                 break
             self.graph.erase_node(node)
         known = set(self.graph.nodes)
         self._attributes = {n: p for n, p in self._attributes.items() if p.node in known}
-        self.module_outputs = {p: n for p, n in self.module_outputs.items() if n in known}
-        del self.burnt[burnt:]
+        self.calls = [call for call in self.calls if call.start < start]
+        del self.specialized[specialized:]
 
-    def _next_block(self, module: nn.Module, path: str) -> int:
-        if not self._blocks[module]:
-            raise NotImplementedError(
-                f"block '{path}' runs more often than the adapter's `blocks` name it"
-            )
-        return self._blocks[module].pop(0)
+    def failed_at(self, error: BaseException) -> Any:
+        """The line of the host's source that led to `error`."""
+        return failed_at(error, self._failed_in)
 
-    def _mark(
-        self, block: int, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        self._in_blocks = True
 
-        def marked(tokens: Any) -> Any:
-            return self.create_proxy("call_function", enter_block, (tokens, block), {})
-
-        given: dict[Any, Any] = dict(enumerate(args))
-        given.update(kwargs)
-        tensors = [
-            name
-            for name, value in given.items()
-            if type(value) is ValueProxy and isinstance(value.val, torch.Tensor)
-        ]
-        if len(tensors) <= self._token_argument:
-            return args, kwargs
-        name = tensors[self._token_argument]
-        given[name] = marked(given[name])
-        return tuple(given[i] for i in range(len(args))), {key: given[key] for key in kwargs}
-
-    def _provenance(self) -> Provenance:
-        frame = sys._getframe(1)
-        while frame.f_back is not None and not _of_host(frame.f_code.co_filename):
-            frame = frame.f_back
-        module = self._modules_entered[-1] if self._modules_entered else ""
-        return Provenance(module, frame.f_code.co_filename, frame.f_lineno)
-
-    def host_frame(self, error: BaseException) -> Provenance:
-        """The innermost line of the host's source that led to `error`."""
-        frames = [(f.f_code.co_filename, n) for f, n in walk_tb(error.__traceback__)]
-        file, line = next((f for f in reversed(frames) if _of_host(f[0])), frames[-1])
-        return Provenance(self._failed_in, file, line)
+def _is_tensor(value: Any) -> bool:
+    return type(value) is ValueProxy and isinstance(value.val, torch.Tensor)

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from tokenprune.checks.verify import kept_modes
 from tokenprune.errors import NotWrappedError
+from tokenprune.rewrite.settings import Path
 from tokenprune.runtime.model import PrunedModel, pruning_of
-from tokenprune.runtime.program import Path
+from tokenprune.tracing.state import kept_modes
 from tokenprune.train.data import DataBundle
 from tokenprune.train.folders import DataError
 from tokenprune.train.hosts import class_logits

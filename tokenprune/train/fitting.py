@@ -11,11 +11,11 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
-from tokenprune.analysis.plan import Plan
-from tokenprune.checks.verify import kept_modes
+from tokenprune.analysis.plan import Budget
 from tokenprune.errors import PlanError
 from tokenprune.recipe import Recipe, RecipeSource, load_recipe
 from tokenprune.runtime.model import pruning_of
+from tokenprune.tracing.state import kept_modes
 from tokenprune.train.arguments import Progress, SaveEvery, training_arguments, with_overrides
 from tokenprune.train.data import DataBundle
 from tokenprune.train.image_trainer import ImageTrainer
@@ -92,7 +92,7 @@ def fit(
         recipe = pruning.recipe
     else:
         recipe = load_recipe(recipe)
-        _check_ratios(recipe, pruning.plan)
+        _check_ratios(recipe, pruning.budget)
     recipe = with_overrides(recipe, epochs=epochs, batch_size=batch_size)
     arguments = training_arguments(
         recipe.train,
@@ -115,7 +115,7 @@ def fit(
     run = RunFolder(Path(output_dir), arguments.distributed_state)
     description = {
         "recipe": recipe.model_dump(mode="json", exclude={"description", "host", "name", "source"}),
-        "keep_ratios": pruning.plan.keep_ratios,
+        "keep_ratios": pruning.budget.keep_ratios,
         "host": type(pruning.host).__name__,
         **describe_run(trainer),
     }
@@ -125,12 +125,12 @@ def fit(
     return run_trainer(trainer, checkpoint)
 
 
-def _check_ratios(recipe: Recipe, plan: Plan) -> None:
+def _check_ratios(recipe: Recipe, budget: Budget) -> None:
     """Training aims at the model's ratios, so a recipe must not say others."""
     wanted = tuple(stage.keep_ratio for stage in recipe.resolved_stages)
-    if len(wanted) == len(plan.keep_ratios) and wanted != plan.keep_ratios:
+    if len(wanted) == len(budget.keep_ratios) and wanted != budget.keep_ratios:
         raise PlanError(
-            f"The recipe keeps {list(wanted)}, the model {list(plan.keep_ratios)}. Call "
+            f"The recipe keeps {list(wanted)}, the model {list(budget.keep_ratios)}. Call "
             f"model.set_keep_ratio({list(wanted)}) first, or leave out the recipe."
         )
 

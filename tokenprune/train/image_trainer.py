@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, default_collate
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from tokenprune.recipe.schema import TrainSection
-from tokenprune.runtime.program import Path as ModelPath
+from tokenprune.rewrite.settings import Path as ModelPath
 from tokenprune.train.arguments import Progress
 from tokenprune.train.average import WeightAverage
 from tokenprune.train.data import DataBundle

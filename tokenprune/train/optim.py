@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from tokenprune.recipe.schema import TrainSection
-from tokenprune.runtime.model import ADDED
+from tokenprune.runtime.pruning import added_names
 
 __all__ = ["Schedule", "frozen_names", "make_optimizer", "make_scheduler", "parameter_groups"]
 
@@ -128,4 +128,4 @@ def make_scheduler(optimizer: torch.optim.Optimizer, schedule: Schedule) -> Lamb
 
 
 def _is_new(name: str) -> bool:
-    return name.startswith(ADDED)
+    return name.startswith(added_names())

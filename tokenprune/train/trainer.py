@@ -13,9 +13,9 @@ from transformers import TrainerCallback, TrainingArguments
 from tokenprune.errors import PlanError
 from tokenprune.losses import PruningLoss
 from tokenprune.recipe import Recipe
+from tokenprune.rewrite.kept.pruning_trace import PruningTrace
+from tokenprune.rewrite.settings import Path as ModelPath
 from tokenprune.runtime.model import PrunedModel, pruning_of
-from tokenprune.runtime.program import Path as ModelPath
-from tokenprune.runtime.pruning_trace import PruningTrace
 from tokenprune.train.arguments import Progress
 from tokenprune.train.data import DataBundle
 from tokenprune.train.hosts import class_logits
@@ -73,7 +73,7 @@ class PruningTrainer(ImageTrainer):
             )
         super().__init__(model, args, data, recipe.train, progress=progress, callbacks=callbacks)
         self.loss = PruningLoss(
-            keep_ratios=pruning.plan.keep_ratios,
+            keep_ratios=pruning.budget.keep_ratios,
             criterion=self.criterion,
             **recipe.loss.model_dump(),
         )

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from tokenprune.errors import UnsupportedHostError
-from tokenprune.rewrite.rewrite import CONTEXT, Rewrite
+from tokenprune.rewrite.rewrite import Rewrite
+from tokenprune.rewrite.settings import SETTINGS
 from tokenprune.runtime.jagged.cut import Segment, cut
 
 __all__ = ["Bucketed", "divide"]
@@ -59,7 +60,7 @@ def divide(counts: Sequence[int], most: int) -> list[Bucket]:
 
 
 class Bucketed:
-    """A ragged program: the cut graph, run segment by segment and bucket by bucket.
+    """A jagged program: the cut graph, run segment by segment and bucket by bucket.
 
     Called as `Program.run` is; `torch.compile` leaves it as it is, since its shapes depend on what
     the images hold. Where images cannot run apart (a graph that holds for one batch size alone, a
@@ -72,23 +73,24 @@ class Bucketed:
         placeholders = rewrite.graph.find_nodes(op="placeholder")
         self.inputs = {node.name: str(node.target) for node in placeholders}
         made = cut(rewrite, function)
-        self.segments, self.folds, self.split = made.pieces, dict(made.folds), made.split
+        self.segments, self.rows, self.split = made.pieces, made.rows_per_image, made.split
         own = [name for s in self.segments for name in (s.chosen, s.numbers) if name]
         self.fills = dict.fromkeys(own, -1)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def __call__(self, model: nn.Module, context: Any, **tensors: Tensor) -> Any:
-        given: Mapping[str, Any] = {**tensors, CONTEXT: context}
+    def __call__(self, model: nn.Module, settings: Any, **tensors: Tensor) -> Any:
+        given: Mapping[str, Any] = {**tensors, SETTINGS: settings}
         values = {name: given[target] for name, target in self.inputs.items()}
         result: Any = None
         for segment in self.segments:
-            buckets = self._buckets(segment, values, context.buckets)
+            buckets = self._buckets(segment, values, settings.buckets)
             parts = [segment.run(model, *self._taken(segment, values, b)) for b in buckets]
             if not segment.gives:
                 result = parts[0]
             for position, name in enumerate(segment.gives):
                 made = [part[position] for part in parts]
-                values[name] = made[0] if len(parts) == 1 else self._merged(name, made, buckets)
+                whole = buckets[0] is None
+                values[name] = made[0] if whole else self._merged(name, made, buckets)
             for name in segment.done:
                 del values[name]
         return result
@@ -106,46 +108,48 @@ class Bucketed:
     def _taken(
         self, segment: Segment, values: Mapping[str, Any], bucket: Bucket | None
     ) -> list[Any]:
-        if bucket is None:
+        if bucket is None or segment.chosen is None:
             return [values[name] for name in segment.takes]
-        return [self._share(segment, name, values[name], bucket) for name in segment.takes]
+        batch = values[segment.chosen].shape[0]
+        return [self._share(segment, name, values[name], bucket, batch) for name in segment.takes]
 
-    def _share(self, segment: Segment, name: str, value: Any, bucket: Bucket) -> Any:
+    def _share(self, segment: Segment, name: str, value: Any, bucket: Bucket, batch: int) -> Any:
         """What a bucket gets of a value."""
-        fold = self.folds[name]
-        if fold is None or not isinstance(value, Tensor):
+        per_image = self.rows[name]
+        if per_image is None or not isinstance(value, Tensor):
             return value
+        if per_image < 0:
+            per_image = value.shape[0] // batch
         if name in (segment.chosen, segment.numbers):
             value = value[:, : bucket.longest]
         if name in segment.shapes:
-            return value[: len(bucket.images) * abs(fold)]
-        return value.index_select(0, _rows(bucket.images, fold, value.device))
+            return value[: len(bucket.images) * per_image]
+        return value.index_select(0, _rows(bucket.images, per_image, value.device))
 
     def _merged(self, name: str, parts: Sequence[Tensor], buckets: Sequence[Any]) -> Tensor:
         """Results of all buckets as one batch in its own order; short rows are filled up."""
-        fold = self.folds[name]
-        if fold is None:
+        per_image = self.rows[name]
+        if per_image is None:
             return parts[0]
         images = [image for bucket in buckets for image in bucket.images]
-        if fold < 0:
-            fold, rest = divmod(parts[0].shape[0], len(buckets[0].images))
+        if per_image < 0:
+            per_image, rest = divmod(parts[0].shape[0], len(buckets[0].images))
             if rest:
                 raise UnsupportedHostError(
                     f"Value '{name}' of shape {tuple(parts[0].shape)} cannot be split into "
                     f"{len(buckets[0].images)} images. Use `selection: topk` for this host."
                 )
-            self.folds[name] = fold
         sizes = [max(part.shape[d] for part in parts) for d in range(1, parts[0].ndim)]
         fill = self.fills.get(name, 0)
         together = torch.cat([_filled(part, sizes, fill) for part in parts])
         back = sorted(range(len(images)), key=images.__getitem__)
-        return together.index_select(0, _rows(back, fold, together.device))
+        return together.index_select(0, _rows(back, per_image, together.device))
 
 
-def _rows(images: Sequence[int], fold: int, device: torch.device) -> Tensor:
+def _rows(images: Sequence[int], per_image: int, device: torch.device) -> Tensor:
     rows = torch.tensor(images, device=device)
-    if fold > 1:
-        rows = (rows[:, None] * fold + torch.arange(fold, device=device)).flatten()
+    if per_image > 1:
+        rows = (rows[:, None] * per_image + torch.arange(per_image, device=device)).flatten()
     return rows
 
 

@@ -1,8 +1,8 @@
-"""A ragged graph, cut behind each stage's selection into segments that run bucket by bucket.
+"""A jagged graph, cut after each stage's selection into segments that run bucket by bucket.
 
-Between segments every value is that of the whole batch; inside one, of some images. What a segment
-needs of an earlier one is handed on, but for what is cheap to make again (sizes, parameters,
-policies), which each segment makes for itself: a size that counts images is that of its bucket.
+Between segments every value holds the whole batch; inside one, some images. What a segment needs
+of an earlier one is handed on, but for what is cheap to compute again (sizes, parameters,
+policies), which each segment computes for itself: a size that counts images is its bucket's.
 What mixes images (a loss) waits for the last segment, which sees the whole batch again.
 """
 
@@ -11,25 +11,19 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
+from tokenprune.analysis.operators import Kind, known_kind
 from tokenprune.ops.jagged import kept_policy, take_chosen
+from tokenprune.ops.moving import length_after
 from tokenprune.rewrite.rewrite import Rewrite
-from tokenprune.rewrite.tables import length_after
 from tokenprune.tracing.effects import has_effect
 
 __all__ = ["Segment", "Segments", "cut"]
 
-# Methods that take from a tensor its type and place, never what it holds.
-FACTORIES = frozenset(
-    {
-        *("new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"),
-        *(torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like),
-    }
-)
+_FACTORIES = (Kind.FACTORY, Kind.ONES)
 
 
 @dataclass(frozen=True)
@@ -38,13 +32,13 @@ class Segments:
 
     Attributes:
         pieces: In the order in which they run.
-        folds: For each value that is handed on, how many rows of its dim 0 are one image: None if
-            it belongs to no image, -1 if that shows when it is made.
+        rows_per_image: Of dim 0 of each value that is handed on; None if it belongs to no image, -1
+            if that shows when it is computed.
         split: Images can run apart; else all run together, on rows as long as the longest.
     """
 
     pieces: tuple["Segment", ...]
-    folds: dict[str, int | None]
+    rows_per_image: dict[str, int | None]
     split: bool
 
 
@@ -73,7 +67,7 @@ class Segment:
 
 
 def cut(rewrite: Rewrite, function: Callable[[fx.Graph], Callable[..., Any]]) -> "Segments":
-    """Cut a rewritten ragged graph.
+    """Cut a rewritten jagged graph.
 
     Args:
         rewrite: After its last pass.
@@ -97,7 +91,7 @@ class _Cut:
         pieces = [[n for n in self.nodes if self.number[n] == i] for i in range(count)]
         reads = [self._reads(piece) for piece in pieces]
         chosen: list[fx.Node] = [node.args[1] for node in self.stages]  # type: ignore[misc]
-        numbers = [record[1] for record in self.rewrite.records]
+        numbers = [record.kept for record in self.rewrite.records]
         made = []
         for i, piece in enumerate(pieces):
             later = [value for others in reads[i + 1 :] for value in others]
@@ -115,17 +109,17 @@ class _Cut:
                 )
             )
         handed_on = dict.fromkeys(value for found in reads for value in found)
-        folds = {node.name: self._fold(node) for node in handed_on}
-        return Segments(tuple(made), folds, self._splits(handed_on))
+        rows = {node.name: self._rows(node) for node in handed_on}
+        return Segments(tuple(made), rows, self._splits(handed_on))
 
     def _of_stage(self, segment: int, nodes: Sequence[fx.Node]) -> str | None:
-        """The one of `nodes`, one a stage, that belongs to a segment behind a stage."""
+        """The one of `nodes`, one a stage, of the stage before a segment."""
         if not 1 <= segment <= len(self.stages):
             return None
         return nodes[segment - 1].name
 
     def _numbered(self) -> dict[fx.Node, int]:
-        """Node -> segment: how many stages stand before it; the last is for the whole batch."""
+        """Node -> segment: how many stages come before it; the last is for the whole batch."""
         number: dict[fx.Node, int] = {}
         current, last = 0, len(self.stages)
         for node in self.nodes:
@@ -147,12 +141,13 @@ class _Cut:
         found, holds = set[fx.Node](), set[fx.Node]()  # what holds anything of images
         for node in self.nodes:
             made_of = [used for used in node.all_input_nodes if used in holds]
-            given = node.op == "placeholder" and self._fold(node) is not None
-            if not (given or made_of) or self._plain(node) or node.target in FACTORIES:
+            given = node.op == "placeholder" and self._rows(node) is not None
+            factory = node.op != "placeholder" and known_kind(node.target) in _FACTORIES
+            if not (given or made_of) or self._plain(node) or factory:
                 continue
             holds.add(node)
-            origin = self.rewrite.origin(node)
-            batched = origin is None or origin in self.rewrite.axes.batched
+            own = self.rewrite.origin(node) is None
+            batched = own or self.rewrite.facts(node).batched
             if made_of and not batched and self._is_tensor(node):
                 found.add(node)
         return found
@@ -193,7 +188,7 @@ class _Cut:
             copies[node] = graph.placeholder(node.name)
 
         def copied(node: fx.Node) -> fx.Node:
-            if node not in copies:  # cheap, or it would have been copied in its turn
+            if node not in copies:  # cheap, else it is copied already
                 copies[node] = graph.node_copy(node, copied)
             return copies[node]
 
@@ -207,7 +202,7 @@ class _Cut:
         return graph
 
     def _cheap(self, node: fx.Node) -> bool:
-        """Whether each segment that reads a node makes it anew."""
+        """True if cheap enough to compute again in every segment."""
         return node.op == "get_attr" or node.target is kept_policy or self._plain(node)
 
     def _plain(self, node: fx.Node) -> bool:
@@ -233,18 +228,19 @@ class _Cut:
         several = origin is not None and isinstance(origin.meta.get("val"), tuple | list)
         return source if several and isinstance(source, fx.Node) else None
 
-    def _fold(self, node: fx.Node) -> int | None:
-        """See `cut`."""
-        if node is self.rewrite.context:
+    def _rows(self, node: fx.Node) -> int | None:
+        """See `Segments.rows_per_image`."""
+        if node is self.rewrite.settings:
             return None
-        return -1 if self.rewrite.origin(node) is None else self.rewrite.fold(node)
+        own = self.rewrite.origin(node) is None
+        return -1 if own else self.rewrite.facts(node).rows_per_image
 
     def _splits(self, handed_on: Iterable[fx.Node]) -> bool:
         """Whether images can be told apart in all that happens between two stages."""
-        axes = self.rewrite.axes
         for node in handed_on:
-            batched = not self._is_tensor(node) or self.rewrite.origin(node) in axes.batched
-            if batched and self._fold(node) is None:
+            batched = not self._is_tensor(node) or self.rewrite.facts(node).batched
+            if batched and self._rows(node) is None:
                 return False
         between = range(1, len(self.stages) + 1)
-        return not axes.batch_bound and not any(self.number[n] in between for n in self.mixed)
+        bound = self.rewrite.analysis.batch_bound
+        return not bound and not any(self.number[n] in between for n in self.mixed)

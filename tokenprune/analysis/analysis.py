@@ -1,0 +1,134 @@
+"""Everything that the rewriter reads about one trace and one plan."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import fx, nn
+
+from tokenprune.analysis.blocks import Block, Blocks
+from tokenprune.analysis.facts import Facts
+from tokenprune.analysis.grids import Grid, site_grids
+from tokenprune.analysis.padding import about_padding, find_real
+from tokenprune.analysis.plan import Plan
+from tokenprune.analysis.sites import PLACES
+from tokenprune.analysis.token_probe import find_facts
+from tokenprune.errors import PlanError, TraceError, UnsupportedHostError
+from tokenprune.hosts.registry import ArchSpec
+from tokenprune.tracing.host_graph import HostGraph
+
+__all__ = ["Analysis", "analyse"]
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What is known about one trace, for one plan.
+
+    Attributes:
+        traced: The trace.
+        blocks: Number -> block, for those that run.
+        plan: Where the stages are.
+        markers: Of the tokens that each stage prunes.
+        grids: The tokens that each stage sees.
+        facts: One record for each node.
+        final: The node that holds the tokens after the last block and its norm.
+        real: The node that says which tokens are no padding, [B, L] or [B, N]; None if the host was
+            not told.
+        batch_bound: The graph holds for its batch size only.
+    """
+
+    traced: HostGraph
+    blocks: Blocks
+    plan: Plan
+    markers: tuple[fx.Node, ...]
+    grids: tuple[Grid, ...]
+    facts: Facts
+    final: fx.Node
+    real: fx.Node | None
+    batch_bound: bool
+
+    @property
+    def num_patches(self) -> tuple[int, ...]:
+        """N of each stage; all the same where tokens leave."""
+        return tuple(grid.num_patches for grid in self.grids)
+
+
+def analyse(
+    root: nn.Module,
+    traced: HostGraph,
+    blocks: Blocks,
+    plan: Plan,
+    spec: ArchSpec,
+    *,
+    tokens_leave: bool,
+) -> Analysis:
+    """Probe a trace whose blocks are found.
+
+    Args:
+        tokens_leave: Whether the reduction removes tokens; otherwise every tensor keeps its size.
+
+    Raises:
+        TraceError: The block of a stage takes no tensor.
+        PlanError: A stage sees no patch tokens; or, where tokens leave, stages see different ones.
+        UnsupportedHostError: A node cannot run with fewer tokens, or the final norm does not run.
+    """
+    missing = [block for block in plan.blocks if block not in blocks]
+    if missing:
+        raise TraceError(
+            f"Blocks {missing} ({', '.join(spec.blocks[b] for b in missing)}) take no tensor in "
+            f"the forward of {traced.host}, so nothing can be pruned before them."
+        )
+    staged = [blocks[site.block] for site in plan.sites]
+    places = [PLACES[site.place] for site in plan.sites]
+    markers = tuple(p.mark(traced, block) for p, block in zip(places, staged, strict=True))
+    grids = site_grids(root, traced.batch_size, staged, plan.num_prefix)
+    if tokens_leave:
+        _check_one_stretch(blocks, staged)
+    final = _final(root, traced, blocks, spec)
+    mask = spec.padding_mask if tokens_leave else None  # else no padding displaces real tokens
+    batch, length = markers[0].meta["val"].shape[:2]
+    shapes = ((batch, length), (batch, length - plan.num_prefix))
+    facts, batch_bound = find_facts(
+        root,
+        traced,
+        markers,
+        plan.num_prefix,
+        padding=about_padding(root, traced, mask, shapes),
+        tokens_leave=tokens_leave,
+    )
+    first = min((block.entry for block in blocks.values()), key=list(traced.graph.nodes).index)
+    real = find_real(traced, mask, first, shapes) if mask else None
+    return Analysis(traced, blocks, plan, markers, grids, facts, final, real, batch_bound)
+
+
+def _final(root: nn.Module, traced: HostGraph, blocks: Blocks, spec: ArchSpec) -> fx.Node:
+    """The output of the final norm, or of the last block if there is no norm."""
+    if spec.norm is None:
+        last = blocks.get(len(spec.blocks) - 1)
+        found = last.call.output if last else None
+    else:
+        paths = {module: path for path, module in root.named_modules()}
+        found = traced.output_of(paths[root.get_submodule(spec.norm)])
+    if found is None:
+        raise UnsupportedHostError(
+            f"Module '{spec.norm or spec.blocks[-1]}', whose output should be the final tokens, "
+            "returns no tensor in the host's forward. Pass adapter=ArchSpec(..., norm=...) with "
+            "the right path."
+        )
+    return found
+
+
+def _check_one_stretch(blocks: Blocks, staged: Sequence[Block]) -> None:
+    """Where tokens leave, all stages must see the same tokens."""
+    first = _entering(staged[0])
+    for stage, block in enumerate(staged):
+        if _entering(block) != first:
+            same = [number for number, other in blocks.items() if _entering(other) == first]
+            raise PlanError(
+                f"Stage {stage} (block {block.number}) sees tokens of shape {_entering(block)}, "
+                f"stage 0 (block {staged[0].number}) of {first}: the host changes its grid in "
+                f"between. Put all stages into one stretch, such as blocks {same[0]} to {same[-1]}."
+            )
+
+
+def _entering(block: Block) -> tuple[int, ...]:
+    return tuple(block.entry.meta["val"].shape[1:])

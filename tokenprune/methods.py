@@ -1,0 +1,108 @@
+"""Methods: one choice at each seam. The only file that asks which reduction or scorer it is."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from tokenprune.analysis.blocks import Blocks
+from tokenprune.errors import PlanError
+from tokenprune.hosts.registry import ArchSpec
+from tokenprune.recipe import Recipe
+from tokenprune.reductions import Reduction, reduction_by_name
+from tokenprune.rewrite.settings import Path
+from tokenprune.scorers import Scorer, scorer_by_name
+from tokenprune.tracing.host_graph import HostGraph
+
+__all__ = ["Method", "method_of", "with_default_stages"]
+
+KEEP_RATIO = 0.7
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a recipe prunes with.
+
+    Attributes:
+        scorer: What says which tokens stay.
+        reduction: What becomes of the others.
+    """
+
+    scorer: type[Scorer]
+    reduction: type[Reduction]
+
+    def path(self, training: bool) -> Path:
+        """The path that runs: scores that are probabilities are learned on the mask path; others
+        have nothing to learn, so training gathers too, which costs less than dense training."""
+        return "mask" if training and self.scorer.probabilistic else "gather"
+
+    def check_threshold(self, threshold: float | None) -> None:
+        """Raise PlanError if a threshold has nothing to be compared with."""
+        if threshold is not None and not self.scorer.probabilistic:
+            raise PlanError(
+                f"asked for threshold={threshold}, but the scores of {self.scorer.__name__} are no "
+                "probabilities. Use keep ratios, or `scorer: learned`."
+            )
+
+
+def method_of(recipe: Recipe, spec: ArchSpec) -> Method:
+    """The method of a recipe, for one host.
+
+    Raises:
+        PlanError: It does not serve this host, or its parts do not fit each other.
+    """
+    method = Method(scorer_by_name(recipe.scorer), reduction_by_name(recipe.mode))
+    named = f"recipe {recipe.name!r}" if recipe.name else "the recipe"
+    if method.reduction.removes and not reduction_by_name(spec.mode).removes:
+        raise PlanError(
+            f"{named} has `mode: {recipe.mode}`, but this host (adapter {spec.adapter!r}) needs "
+            f"`mode: {spec.mode}`: it keeps a grid of tokens, from which none can be removed. "
+            "Change the recipe's mode or pick another recipe."
+        )
+    if recipe.place not in method.reduction.places:
+        raise PlanError(
+            f"{named} has `place: {recipe.place}`, but stages of `mode: {recipe.mode}` can be at "
+            f"{' or '.join(sorted(method.reduction.places))} only. Change the one or the other."
+        )
+    if recipe.sampling.selection == "threshold":
+        method.check_threshold(recipe.sampling.threshold)
+    return method
+
+
+def with_default_stages(
+    recipe: Recipe | None, host: nn.Module, spec: ArchSpec, traced: HostGraph, blocks: Blocks
+) -> Recipe:
+    """A recipe that leaves its blocks to the host, with three stages: at a quarter, a half and
+    three quarters of the blocks that can have one.
+
+    Args:
+        recipe: None for one that keeps 0.7 of the tokens at each stage.
+        host: The model.
+        spec: What its adapter says; of its mode, unless the recipe gives one.
+        traced: One call of its forward in eval mode.
+        blocks: The blocks in it.
+
+    Raises:
+        PlanError: There are too few blocks.
+    """
+    if recipe is not None and recipe.resolved_stages:
+        return recipe
+    schedule = {"keep_ratio": KEEP_RATIO}
+    recipe = recipe or Recipe.parse({"version": 1, "schedule": schedule})
+    mode = recipe.mode if "mode" in recipe.model_fields_set else spec.mode
+    reduction = reduction_by_name(mode)
+    candidates, needed = reduction.candidates(host, traced, blocks, spec)
+    if len(candidates) <= reduction.skipped:
+        raise PlanError(
+            f"A host needs at least {needed} to be pruned, but among the {len(spec.blocks)} blocks "
+            f"that adapter {spec.adapter!r} found in {type(host).__name__} there are "
+            f"{len(candidates)}."
+        )
+    places = (max(reduction.skipped, len(candidates) * part // 4) for part in (1, 2, 3))
+    chosen = sorted({candidates[place] for place in places})
+    keep_ratio = KEEP_RATIO if recipe.schedule is None else recipe.schedule.keep_ratio
+    ratios = reduction.ratios(keep_ratio, len(chosen))
+    stages = [
+        {"block": b, "keep_ratio": float(f"{r:.3g}")} for b, r in zip(chosen, ratios, strict=True)
+    ]
+    mapping = recipe.model_dump(mode="json", exclude_none=True, exclude={"schedule"})
+    return Recipe.parse({**mapping, "mode": mode, "stages": stages})

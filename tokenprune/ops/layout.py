@@ -1,0 +1,49 @@
+"""How a tensor holds the tokens of each image: in rows, on a grid, channels first or last."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Shaped
+from torch import Tensor
+
+__all__ = ["TOKENS", "Layout", "flat_tokens", "flat_tokens_back"]
+
+
+class Layout(NamedTuple):
+    """How a tensor holds the L tokens of each image, D channels each.
+
+    Attributes:
+        rows_per_image: Rows of dim 0 per image: 1, or as many as the windows or pixels that a host
+            counts there too.
+        channels_first: [B, D, ...] instead of [B, ..., D].
+    """
+
+    rows_per_image: int = 1
+    channels_first: bool = False
+
+    def gathered(self, shape: torch.Size, count: int) -> tuple[int, ...]:
+        """The shape of `take_tokens`: every dim that counts tokens is 1 but one, which is K."""
+        inner = (1,) * (len(shape) - 3) + (count,) if len(shape) > 2 else (count,)
+        batch = shape[0] // self.rows_per_image
+        if self.channels_first:
+            return (batch, shape[1], *inner)
+        return (batch, *inner, shape[-1])
+
+
+TOKENS = Layout()
+
+
+def flat_tokens(x: Shaped[Tensor, "..."], layout: Layout = TOKENS) -> Shaped[Tensor, "B L D"]:
+    """[B, L, D] tokens of a grid, row by row; [B, L, D] is returned as it is."""
+    if layout.channels_first:
+        x = x.flatten(2).transpose(1, 2)
+    return x.reshape(x.shape[0] // layout.rows_per_image, -1, x.shape[-1])
+
+
+def flat_tokens_back(tokens: Shaped[Tensor, "B L D"], x: Tensor, layout: Layout) -> Tensor:
+    """`flat_tokens` back in the shape of `x`."""
+    if not layout.channels_first:
+        return tokens.reshape(x.shape)
+    inner = math.prod(x.shape[2:])
+    return tokens.reshape(x.shape[0], inner, x.shape[1]).transpose(1, 2).reshape(x.shape)

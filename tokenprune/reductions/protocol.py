@@ -1,0 +1,95 @@
+"""The seam of reductions: what becomes of the tokens that a stage does not keep.
+
+One is made for each trace (`Reduction(root, analysis)`): what it finds in the graph it keeps.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+from torch import nn
+
+from tokenprune.analysis.analysis import Analysis
+from tokenprune.analysis.blocks import Blocks
+from tokenprune.analysis.plan import Budget
+from tokenprune.hosts.registry import ArchSpec
+from tokenprune.rewrite.passes import Pass
+from tokenprune.rewrite.settings import PathName
+from tokenprune.scorers import Scorer
+from tokenprune.tracing.host_graph import HostGraph
+
+__all__ = ["Proof", "Reduction"]
+
+
+class Proof(NamedTuple):
+    """Two paths that must compute the same on the same kept sets."""
+
+    name: str
+    left: PathName
+    right: PathName
+
+
+class Reduction(ABC):
+    """What becomes of dropped tokens, in one traced graph.
+
+    Attributes:
+        name: As recipes (`mode`), certificates and profiles write it.
+        places: Where in a block its stages can stand.
+        nested: A stage chooses among what the stage before kept; otherwise tokens may come back.
+        removes: Tensors have fewer tokens after a stage. Where not, every host can be served.
+        skipped: How many of its `candidates` a default recipe leaves out at the front.
+        added: State-dict prefixes of the modules it adds beside the scorers.
+        proofs: Paths that must agree.
+    """
+
+    name: ClassVar[str]
+    places: ClassVar[frozenset[str]] = frozenset({"entry"})
+    nested: ClassVar[bool]
+    removes: ClassVar[bool]
+    skipped: ClassVar[int] = 0
+    added: ClassVar[tuple[str, ...]] = ()
+    proofs: ClassVar[tuple[Proof, ...]] = (
+        Proof("mask = gather on random kept sets", "mask", "gather"),
+    )
+
+    def __init__(self, root: nn.Module, analysis: Analysis) -> None:
+        """Look for what it needs.
+
+        Raises:
+            PlanError: A stage where it can do nothing.
+            UnsupportedHostError: A host that it cannot serve.
+        """
+        self.analysis = analysis
+
+    @classmethod
+    @abstractmethod
+    def candidates(
+        cls, root: nn.Module, traced: HostGraph, blocks: Blocks, spec: ArchSpec
+    ) -> tuple[Sequence[int], str]:
+        """Blocks at which a default recipe may put stages; and what a host needs to have one."""
+
+    @classmethod
+    @abstractmethod
+    def ratios(cls, keep_ratio: float, stages: int) -> list[float]:
+        """Keep ratios of the stages of a default recipe."""
+
+    @abstractmethod
+    def passes(self, path: PathName, scorer: type[Scorer], restore: bool | None) -> Sequence[Pass]:
+        """The edits that make a path's graph of the host's.
+
+        Args:
+            restore: Outputs that hold tokens come back in place (True), or hold the kept ones only
+                (False); None refuses them.
+        """
+
+    @abstractmethod
+    def modules(self, **like: Any) -> Mapping[str, nn.Module]:
+        """The modules that it adds to the host, by name.
+
+        Args:
+            like: Device and dtype of their parameters.
+        """
+
+    @abstractmethod
+    def tokens_in(self, budget: Budget) -> Mapping[int, int]:
+        """Block -> patch tokens that its MLP runs on, where no shape tells (for `profile`)."""

@@ -1,0 +1,70 @@
+"""Remove: dropped tokens leave, or are hidden from all others while training (DynamicViT)."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from torch import nn
+
+from tokenprune.analysis.blocks import Blocks
+from tokenprune.analysis.plan import Budget
+from tokenprune.hosts.registry import ArchSpec
+from tokenprune.reductions.protocol import Reduction
+from tokenprune.reductions.registry import register_reduction
+from tokenprune.rewrite.counts import CountRealTokens
+from tokenprune.rewrite.emit import Emit
+from tokenprune.rewrite.kept import KEPT_SETS
+from tokenprune.rewrite.mix import HideDropped
+from tokenprune.rewrite.outputs import BlankPadding, RestoreOutputs
+from tokenprune.rewrite.passes import Pass
+from tokenprune.rewrite.select import SelectAtSites
+from tokenprune.rewrite.settings import PathName
+from tokenprune.rewrite.tables import GatherAligned, KeepTablesWhole, ResizeTables
+from tokenprune.scorers import Scorer
+from tokenprune.tracing.host_graph import HostGraph
+
+__all__ = ["Remove"]
+
+
+@register_reduction()
+class Remove(Reduction):
+    """Serves hosts whose tokens are one sequence."""
+
+    name: ClassVar[str] = "remove"
+    places: ClassVar[frozenset[str]] = frozenset({"entry", "middle"})
+    nested: ClassVar[bool] = True
+    removes: ClassVar[bool] = True
+    skipped: ClassVar[int] = 1  # no block has looked yet at what leaves at block 0
+
+    @classmethod
+    def candidates(
+        cls, root: nn.Module, traced: HostGraph, blocks: Blocks, spec: ArchSpec
+    ) -> tuple[Sequence[int], str]:
+        """See `Reduction.candidates`: all blocks."""
+        return range(len(spec.blocks)), "two blocks"
+
+    @classmethod
+    def ratios(cls, keep_ratio: float, stages: int) -> list[float]:
+        """r, r^2, r^3, ..."""
+        return [keep_ratio ** (stage + 1) for stage in range(stages)]
+
+    def passes(self, path: PathName, scorer: type[Scorer], restore: bool | None) -> Sequence[Pass]:
+        """See `Reduction.passes`."""
+        if path == "dense":
+            return [Emit(tokens_allowed=True)]
+        kept = KEPT_SETS[path]
+        edits: list[Pass] = [SelectAtSites(kept, scorer, tokens_leave=True), CountRealTokens()]
+        if kept.removes:
+            edits = [KeepTablesWhole(), *edits, ResizeTables()]
+        edits.append(HideDropped(kept))
+        if kept.removes:
+            edits.append(GatherAligned(kept))
+        edits.append(RestoreOutputs(kept) if restore else BlankPadding(kept))
+        return [*edits, Emit(tokens_allowed=restore is not None)]
+
+    def modules(self, **like: Any) -> Mapping[str, nn.Module]:
+        """See `Reduction.modules`; none."""
+        return {}
+
+    def tokens_in(self, budget: Budget) -> Mapping[int, int]:
+        """See `Reduction.tokens_in`; the shapes tell."""
+        return {}

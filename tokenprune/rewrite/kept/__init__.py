@@ -1,0 +1,11 @@
+"""How each path says which tokens are left: one file a path."""
+
+from tokenprune.rewrite.kept.gathered import Gathered
+from tokenprune.rewrite.kept.jagged import Jagged
+from tokenprune.rewrite.kept.masked import Masked
+from tokenprune.rewrite.kept.protocol import KeptSet
+from tokenprune.rewrite.settings import PathName
+
+__all__ = ["KEPT_SETS", "Gathered", "Jagged", "KeptSet", "Masked"]
+
+KEPT_SETS: dict[PathName, KeptSet] = {kept.name: kept for kept in (Masked(), Gathered(), Jagged())}

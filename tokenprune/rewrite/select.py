@@ -1,0 +1,77 @@
+"""Put scorer and selection where each stage stands."""
+
+from torch import fx
+
+from tokenprune.analysis.analysis import Analysis
+from tokenprune.analysis.sites import PLACES
+from tokenprune.errors import PlanError
+from tokenprune.ops.layout import flat_tokens
+from tokenprune.rewrite.kept import KeptSet
+from tokenprune.rewrite.passes import Pass
+from tokenprune.rewrite.rewrite import Rewrite, StageRecord
+from tokenprune.rewrite.stages import patch_keys, score
+from tokenprune.scorers import Need, Scorer
+from tokenprune.scorers.protocol import SCORERS
+
+__all__ = ["SelectAtSites", "nearest_keys"]
+
+
+class SelectAtSites(Pass):
+    """Score the tokens of each stage, and choose.
+
+    Args:
+        kept: The kept set of the path.
+        scorer: What the stages ask.
+        tokens_leave: The chosen tokens go on instead of all of them, and bound what later stages
+            can choose. Otherwise the graph is left as it is, and the choice is only recorded.
+    """
+
+    def __init__(self, kept: KeptSet, scorer: type[Scorer], tokens_leave: bool) -> None:
+        self.kept, self.scorer, self.tokens_leave = kept, scorer, tokens_leave
+
+    def apply(self, rewrite: Rewrite) -> None:
+        for stage, marker in enumerate(rewrite.markers()):
+            tokens = marker.all_input_nodes[0]
+            if not self.tokens_leave:
+                layout = rewrite.analysis.grids[stage].layout
+                tokens = rewrite.insert(marker, flat_tokens, tokens, layout)
+            bound = rewrite.records[-1].kept if self.tokens_leave and rewrite.records else None
+            scorer = rewrite.module(marker, f"{SCORERS}.{stage}")
+            present = self.kept.present(rewrite, marker, tokens, bound)
+            needed = {}
+            if Need.NOISE in self.scorer.needs:
+                needed["generator"] = rewrite.insert(marker, getattr, rewrite.settings, "generator")
+            if Need.KEYS in self.scorer.needs:
+                key, *how = nearest_keys(rewrite.analysis, stage)
+                needed["keys"] = rewrite.insert(marker, patch_keys, rewrite.copy_of(key), *how)
+            keep_logits = rewrite.insert(
+                marker, score, scorer, tokens, present, rewrite.num_prefix, **needed
+            )
+            left, kept = self.kept.select(rewrite, marker, tokens, keep_logits, bound, stage)
+            rewrite.records.append(StageRecord(tokens, keep_logits, kept))
+            if self.tokens_leave:
+                rewrite.replace(marker, left)
+
+
+def nearest_keys(analysis: Analysis, stage: int) -> tuple[fx.Node, int, int, int]:
+    """The keys of the attention nearest before a stage: node, dim of the tokens, P, rows an image.
+
+    Raises:
+        PlanError: There is none, or its keys are not the tokens that enter the stage.
+    """
+    site, grid = analysis.plan.sites[stage], analysis.grids[stage]
+    block = analysis.blocks[site.block]
+    attention, where = PLACES[site.place].attention(analysis.blocks, block)
+    if attention is not None:
+        shape = attention.key.meta["val"].shape
+        if shape[attention.key_dim] == grid.length and not shape[0] % analysis.traced.batch_size:
+            rows = shape[0] // analysis.traced.batch_size
+            return attention.key, attention.key_dim, analysis.plan.num_prefix, rows
+    found = "found no attention"
+    if attention is not None:
+        found = f"found keys of shape {tuple(attention.key.meta['val'].shape)}"
+    raise PlanError(
+        f"Stage {stage} (block {site.block}) reads the keys of its {grid.length} tokens in the "
+        f"nearest attention, that of {where}, but {found} there. Use stages at later blocks, "
+        "`place: middle`, or a scorer that reads tokens only, such as token-norm."
+    )

@@ -1,0 +1,47 @@
+"""What one call asks for: the argument of every rewritten graph beside the host's own."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+__all__ = ["PATHS", "SETTINGS", "CallSettings", "Path", "PathName"]
+
+Path = Literal["dense", "mask", "gather"]
+PATHS: tuple[Path, ...] = ("dense", "mask", "gather")
+PathName = Path | Literal["jagged"]
+"""`jagged` is the gather path where images keep different numbers of tokens."""
+
+SETTINGS = "tokenprune_settings"
+"""Name of the placeholder; no host has such an argument."""
+
+
+@dataclass(frozen=True)
+class CallSettings:
+    """The settings of one forward.
+
+    Attributes:
+        num_keep: K of each stage.
+        sample: Draw decisions with Gumbel noise (training).
+        threshold: Without noise, each image keeps the tokens whose keep probability is above this;
+            None takes the top K of every image.
+        buckets: Into how many groups of similar length the images of a batch are sorted at most.
+        temperature: Of the Gumbel-softmax.
+        hard: 0/1 decisions.
+        keep_indices: Kept sets forced from outside, per stage: [B, K] in original numbering,
+            ascending, then -1 where an image has fewer.
+        generator: Source of the noise.
+        poison: `verify` only: overwrite dropped tokens with NaN and inf, to see that nobody reads
+            them.
+    """
+
+    num_keep: tuple[int, ...]
+    sample: bool
+    threshold: float | None = None
+    buckets: int = 4
+    temperature: float = 1.0
+    hard: bool = True
+    keep_indices: tuple[Tensor, ...] | None = None
+    generator: torch.Generator | None = None
+    poison: bool = False

@@ -1,0 +1,88 @@
+"""Programs by the signature of the call that they were traced for."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tokenprune.errors import HostError
+from tokenprune.runtime.program import Programs
+
+__all__ = ["ProgramCache", "Signature", "signature_of"]
+
+
+class Signature(NamedTuple):
+    """What a trace depends on.
+
+    Attributes:
+        key: All that a branch of the host's Python code may depend on, but for the batch size.
+        batch_size: B.
+    """
+
+    key: tuple[Any, ...]
+    batch_size: int
+
+
+def signature_of(arguments: Mapping[str, Any], watched: list[nn.Module]) -> Signature:
+    """The signature of a call.
+
+    Args:
+        arguments: By name.
+        watched: Modules whose `training` flag the host's Python code may read.
+
+    Raises:
+        HostError: There is no tensor among them, or something that no trace can be kept under.
+    """
+    tensors = [value for value in arguments.values() if isinstance(value, Tensor)]
+    if not tensors:
+        raise HostError("A wrapped model must be called with at least one tensor.")
+    batch_size = tensors[0].shape[0] if tensors[0].ndim else 1
+    device = tensors[0].device.type
+    autocast = device != "meta" and torch.is_autocast_enabled(device)
+    modes = tuple([module.training for module in watched])
+    key = [modes, autocast, torch.get_autocast_dtype(device) if autocast else None]
+    for name, value in arguments.items():
+        if isinstance(value, Tensor):
+            shape = tuple(value.shape)
+            batched = bool(shape) and shape[0] == batch_size
+            value = (batched, shape[1:] if batched else shape, value.dtype, value.device)
+        elif not isinstance(value, bool | int | float | str):
+            raise HostError(
+                f"Argument {name!r} is a {type(value).__name__}; a wrapped model takes "
+                "tensors, numbers, strings and flags."
+            )
+        key.append((name, value))
+    return Signature(tuple(key), batch_size)
+
+
+class ProgramCache:
+    """Signature -> programs. Those that hold for one batch size only are kept under that too."""
+
+    def __init__(self) -> None:
+        self._known: dict[Any, Programs] = {}
+
+    def find(self, signature: Signature) -> Programs | None:
+        """The programs for calls of this signature, if there are any."""
+        found = self._known.get(signature.key)
+        if found is not None and not _serves(found, signature):
+            found = self._known.get(signature)
+        return found
+
+    def add(self, signature: Signature, programs: Programs) -> None:
+        """Keep new programs."""
+        key = signature if signature.key in self._known else signature.key
+        self._known[key] = programs
+
+    def all(self) -> list[Programs]:
+        """All programs; the first are those that `wrap` traced."""
+        return list(self._known.values())
+
+    def clear(self) -> None:
+        """Forget them: the next call traces again."""
+        self._known.clear()
+
+
+def _serves(programs: Programs, signature: Signature) -> bool:
+    analysis = programs.analysis
+    return not analysis.batch_bound or analysis.traced.batch_size == signature.batch_size

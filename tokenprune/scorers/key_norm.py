@@ -1,0 +1,33 @@
+"""The norm of each token's attention keys as its score."""
+
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tokenprune.scorers.protocol import Need, Scorer, as_keep_logits
+from tokenprune.scorers.registry import register_scorer
+
+__all__ = ["KeyNorm"]
+
+
+@register_scorer("key-norm")
+class KeyNorm(Scorer):
+    """Keeps the tokens whose keys are small: their L2 norm, averaged over the heads.
+
+    At an entry these are the keys of the block before, so the first stage can't be at block 0.
+    """
+
+    needs: ClassVar[Need] = Need.KEYS
+
+    def forward(
+        self,
+        tokens: Float[Tensor, "B N D"],
+        present: Float[Tensor, "B N"] | None = None,
+        **needed: Any,
+    ) -> Float[Tensor, "B N 2"]:
+        """See `Scorer.forward`."""
+        keys: Float[Tensor, "B H N d"] = needed["keys"]
+        wide = torch.promote_types(keys.dtype, torch.float32)
+        return as_keep_logits(-torch.linalg.vector_norm(keys, dim=-1, dtype=wide).mean(1))

@@ -1,0 +1,78 @@
+"""The seam of scorers: what a stage asks about its tokens.
+
+A scorer is a module, one for each stage, at `token_predictors.{stage}`. It says what it reads from
+the host's graph beside the patch tokens; the rewriter hands that over on every path.
+"""
+
+from abc import ABC, abstractmethod
+from enum import Flag, auto
+from typing import Any, ClassVar, Self
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tokenprune.recipe.schema import PredictorSection
+
+__all__ = ["SCORERS", "Need", "Scorer", "as_keep_logits"]
+
+SCORERS = "token_predictors"
+"""Where the scorers of a wrapped model are: the first part of their state-dict keys."""
+
+
+class Need(Flag):
+    """What a scorer reads beside the patch tokens, as keyword arguments of its `forward`."""
+
+    NOTHING = 0
+    KEYS = auto()
+    """`keys` [B, H, N, d]: the keys of the patch tokens in the nearest attention: that of the same
+    block at its middle, that of the block before at an entry."""
+    NOISE = auto()
+    """`generator`: the source of random numbers that `using(generator=...)` gave, or None."""
+
+
+class Scorer(nn.Module, ABC):
+    """Scores the patch tokens that enter a stage.
+
+    Attributes:
+        needs: What it reads beside the tokens.
+        probabilistic: Its scores are log-probabilities, from which training draws decisions and
+            which a threshold can be compared with. Otherwise only their order counts: every stage
+            keeps its best K, in training too.
+    """
+
+    needs: ClassVar[Need] = Need.NOTHING
+    probabilistic: ClassVar[bool] = False
+
+    @classmethod
+    def make(cls, dim: int, section: PredictorSection, **like: Any) -> Self:
+        """One scorer for a stage whose tokens have `dim` channels.
+
+        Args:
+            dim: D.
+            section: `predictor` of the recipe.
+            like: Device and dtype of parameters.
+        """
+        return cls()
+
+    @abstractmethod
+    def forward(
+        self,
+        tokens: Float[Tensor, "B N D"],
+        present: Float[Tensor, "B N"] | None = None,
+        **needed: Any,
+    ) -> Float[Tensor, "B N 2"]:
+        """Scores of keeping and of dropping each token, fp32 or better.
+
+        Args:
+            tokens: patch tokens; no prefix tokens are among them.
+            present: 1 for tokens that are there and real, 0 for dropped and padded ones; None if
+                all are. Scores of present tokens must not depend on what the others hold.
+            needed: what `needs` asks for.
+        """
+
+
+def as_keep_logits(score: Float[Tensor, "B N"]) -> Float[Tensor, "B N 2"]:
+    """Scores of keeping as the pair that a stage reads, in fp32 or better."""
+    wide = score.to(torch.promote_types(score.dtype, torch.float32))
+    return torch.stack([wide, -wide], dim=-1)

@@ -1,0 +1,42 @@
+"""Where in the host a node comes from; what error messages speak of."""
+
+import sys
+from linecache import getline
+from traceback import walk_tb
+from typing import NamedTuple
+
+__all__ = ["Provenance", "failed_at", "where_called"]
+
+OWN_FILES = ("/torch/", "/tokenprune/", "/unittest/", "/contextlib.py", "/functools.py")
+
+
+class Provenance(NamedTuple):
+    """A line of the host's source."""
+
+    module: str
+    """Path of the innermost module whose forward made the node, "" for the host itself."""
+    file: str
+    line: int
+
+    def __str__(self) -> str:
+        where = f"module '{self.module}'" if self.module else "the host's own forward"
+        return f"{where} ({self.file}:{self.line}: {getline(self.file, self.line).strip()})"
+
+
+def where_called(module: str) -> Provenance:
+    """The innermost line of the host's source that is running, in the forward of `module`."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and not _of_host(frame.f_code.co_filename):
+        frame = frame.f_back
+    return Provenance(module, frame.f_code.co_filename, frame.f_lineno)
+
+
+def failed_at(error: BaseException, module: str) -> Provenance:
+    """The innermost line of the host's source that led to `error`, in the forward of `module`."""
+    frames = [(f.f_code.co_filename, n) for f, n in walk_tb(error.__traceback__)]
+    file, line = next((f for f in reversed(frames) if _of_host(f[0])), frames[-1])
+    return Provenance(module, file, line)
+
+
+def _of_host(file: str) -> bool:
+    return not any(part in file for part in OWN_FILES) and not file.startswith("<")
