@@ -8,7 +8,7 @@ from torch import nn
 
 from tokenprune.adapters._facts import from_module
 from tokenprune.adapters.generic import ADAPTER as GENERIC
-from tokenprune.hosts.registry import ArchSpec
+from tokenprune.hosts.spec import ArchSpec
 
 __all__ = ["Corrected"]
 

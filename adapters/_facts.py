@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from tokenprune.hosts.registry import ExampleInput
+from tokenprune.hosts.spec import ExampleInput
 
 __all__ = [
     "climb",

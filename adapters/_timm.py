@@ -7,7 +7,7 @@ from torch import nn
 
 from tokenprune.adapters._facts import has_module, image_inputs, is_class
 from tokenprune.errors import UnsupportedHostError
-from tokenprune.hosts.registry import ArchSpec
+from tokenprune.hosts.spec import ArchSpec
 
 __all__ = ["TimmFamily"]
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from tokenprune.adapters._facts import climb, from_module, image_example, is_class, parent
 from tokenprune.errors import UnsupportedHostError
-from tokenprune.hosts.registry import ArchSpec, ExampleInput
+from tokenprune.hosts.spec import ArchSpec, ExampleInput
 
 __all__ = ["TransformersFamily", "config_inputs", "nearest_config", "text_inputs"]
 

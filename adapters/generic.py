@@ -21,7 +21,8 @@ from tokenprune.adapters._probe import BATCH, Watched, watch
 from tokenprune.adapters._signals import image_side, signal_inputs
 from tokenprune.adapters._transformers import config_inputs, nearest_config
 from tokenprune.errors import UnsupportedHostError
-from tokenprune.hosts.registry import GENERIC, ArchSpec, ExampleInput
+from tokenprune.hosts.registry import GENERIC
+from tokenprune.hosts.spec import ArchSpec, ExampleInput
 
 __all__ = ["ADAPTER"]
 

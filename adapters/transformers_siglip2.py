@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 
 from tokenprune.adapters._transformers import TransformersFamily, text_inputs
-from tokenprune.hosts.registry import ExampleInput
+from tokenprune.hosts.spec import ExampleInput
 
 __all__ = ["ADAPTER"]
 

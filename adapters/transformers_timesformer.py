@@ -3,7 +3,7 @@
 from typing import Any
 
 from tokenprune.adapters._corrected import Corrected
-from tokenprune.hosts.registry import ArchSpec
+from tokenprune.hosts.spec import ArchSpec
 
 __all__ = ["ADAPTER"]
 

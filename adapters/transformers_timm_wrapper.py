@@ -5,7 +5,8 @@ from dataclasses import replace
 from torch import nn
 
 from tokenprune.adapters._facts import from_module, join
-from tokenprune.hosts.registry import ArchSpec, describe
+from tokenprune.hosts.registry import describe
+from tokenprune.hosts.spec import ArchSpec
 
 __all__ = ["ADAPTER"]
 

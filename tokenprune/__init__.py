@@ -7,7 +7,8 @@ from tokenprune.checks.verify import Certificate, verify
 from tokenprune.cost.image_macs import ImageMacs
 from tokenprune.cost.profile import Profile, profile
 from tokenprune.exporting import ExportReport, export
-from tokenprune.hosts.registry import ArchSpec, ExampleInput, list_adapters, register_adapter
+from tokenprune.hosts.registry import list_adapters, register_adapter
+from tokenprune.hosts.spec import ArchSpec, ExampleInput
 from tokenprune.recipe import Recipe, list_recipes
 from tokenprune.runtime.pruning_trace import PruningTrace, StageTrace
 from tokenprune.wrapping import unwrap, wrap

@@ -16,7 +16,8 @@ from tokenprune.errors import (
     UnsupportedHostError,
 )
 from tokenprune.hosts.inputs import CallSignature, ExampleInputs, named_inputs
-from tokenprune.hosts.registry import ArchSpec, describe
+from tokenprune.hosts.registry import describe
+from tokenprune.hosts.spec import ArchSpec
 from tokenprune.recipe import RecipeSource, load_recipe
 from tokenprune.reductions.bypass import BYPASSES
 from tokenprune.rewrite.rewrite import PREDICTORS

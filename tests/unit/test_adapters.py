@@ -21,7 +21,8 @@ from tests.zoo.sequences import SEQUENCES
 from tokenprune.errors import AdapterError, UnknownAdapterError, UnsupportedHostError
 from tokenprune.hosts import registry as arch
 from tokenprune.hosts.inputs import draw_inputs
-from tokenprune.hosts.registry import ArchSpec, describe, list_adapters, register_adapter
+from tokenprune.hosts.registry import describe, list_adapters, register_adapter
+from tokenprune.hosts.spec import ArchSpec
 
 ROWS = [pytest.param(row, id=row.name) for row in ZOO]
 SHIPPED = len(list(Path(tokenprune.adapters.__path__[0]).glob("[!_]*.py")))

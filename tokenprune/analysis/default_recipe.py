@@ -6,7 +6,7 @@ from torch import nn
 
 from tokenprune.analysis.tails import prunable_blocks
 from tokenprune.errors import PlanError
-from tokenprune.hosts.registry import ArchSpec
+from tokenprune.hosts.spec import ArchSpec
 from tokenprune.recipe import Recipe
 from tokenprune.tracing.host_graph import Traced
 

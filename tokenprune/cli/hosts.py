@@ -13,7 +13,7 @@ from tokenprune.errors import (
     UnsupportedHostError,
     did_you_mean,
 )
-from tokenprune.hosts.registry import ArchSpec
+from tokenprune.hosts.spec import ArchSpec
 from tokenprune.recipe import Recipe, list_recipes, load_recipe
 from tokenprune.recipe.schema import HostSection
 from tokenprune.recipe.yaml import load_yaml

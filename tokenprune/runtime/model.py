@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tokenprune.analysis.plan import Plan
 from tokenprune.errors import HostError, KeepIndicesError, NotWrappedError, PlanError
 from tokenprune.hosts.inputs import CallSignature, ExampleInputs, named_inputs
-from tokenprune.hosts.registry import ArchSpec
+from tokenprune.hosts.spec import ArchSpec
 from tokenprune.ops.jagged import in_order
 from tokenprune.ops.selection import check_keep_indices
 from tokenprune.recipe import Recipe
