@@ -3,7 +3,6 @@
 import importlib.util
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,7 +24,7 @@ from tokenprune.hosts.registry import describe, list_adapters, register_adapter
 from tokenprune.hosts.spec import ArchSpec
 
 ROWS = [pytest.param(row, id=row.name) for row in ZOO]
-SHIPPED = len(list(Path(tokenprune.adapters.__path__[0]).glob("[!_]*.py")))
+SHIPPED = 40
 ODD = (*ODD_IMAGES, *SEQUENCES)  # what only their own adapters can tell, or the generic alone
 
 

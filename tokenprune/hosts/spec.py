@@ -34,7 +34,7 @@ class ArchSpec:
         norm: Path of the norm after the last block, if any: its output is `patch_tokens`.
         padding_mask: Name of the argument that says which tokens are real (1) and which only fill
             up (0), if the host takes one. Padded tokens are never kept in place of real ones.
-        mode: The mode that serves this host.
+        mode: The mode that fits this host.
         token_argument: Which tensor argument of a block holds the tokens, counted from 0; not the
             first one in hosts with two streams.
         inputs: Argument name -> example, for hosts that are wrapped without `example_inputs`.
