@@ -28,7 +28,7 @@ def export(
     model: Annotated[
         str,
         typer.Argument(
-            help="timm name, timm:NAME, transformers:CLASS or transformers:TYPE; or a folder that "
+            help="timm name, timm:NAME, transformers:CLASS, :TYPE or :CHECKPOINT; or a folder that "
             "`tokenprune train` wrote."
         ),
     ],
@@ -47,7 +47,7 @@ def export(
     ] = None,
     adapter: Annotated[str, typer.Option(help="Name of an adapter; found if none is given.")] = "",
     pretrained: Annotated[
-        bool, typer.Option("--pretrained", help="Start from the published weights (timm).")
+        bool, typer.Option("--pretrained", help="Start from the published weights.")
     ] = False,
     host_weights: Annotated[
         Path | None, typer.Option(help="Start from these weights of the dense host.")

@@ -23,7 +23,7 @@ def inspect(
     model: Annotated[
         str,
         typer.Argument(
-            help="timm name, timm:NAME, transformers:CLASS or transformers:TYPE. No weights are "
+            help="timm name, timm:NAME, transformers:CLASS, :TYPE or :CHECKPOINT. No weights are "
             "loaded."
         ),
     ],

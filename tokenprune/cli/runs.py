@@ -15,11 +15,11 @@ from torch import nn
 
 from tokenprune.checkpoints.directory import load, saved_recipe
 from tokenprune.cli.console import warn
-from tokenprune.cli.hosts import build
 from tokenprune.errors import CheckpointError, PlanError
+from tokenprune.hosts.build import build_host, input_settings
 from tokenprune.recipe import Recipe
 from tokenprune.recipe.schema import HostSection
-from tokenprune.train import DataBundle, DataError, build_host, input_settings, load_data
+from tokenprune.train import DataBundle, DataError, load_data
 from tokenprune.train.data import HELD_OUT
 
 __all__ = [
@@ -200,7 +200,7 @@ def reopen_model(directory: Path) -> Any:
     """
     section, noted = host_of(saved_recipe(directory)), _read_input(directory)
     if noted is None:  # written by `tokenprune.save`: the host as the recipe describes it
-        return load(directory, build(f"{section.library}:{section.model}", section.kwargs))
+        return load(directory, build_host(section))
     host = build_host(
         section,
         len(noted.class_names),
