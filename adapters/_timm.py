@@ -54,7 +54,7 @@ class TimmFamily:
         blocks = self._blocks(host)
         if not blocks:
             raise UnsupportedHostError(
-                f"Adapter {self.name!r} found no blocks in {type(host).__name__}. It serves "
+                f"Adapter {self.name!r} found no blocks in {type(host).__name__}. It describes "
                 f"{', '.join(self.classes)} of {self.home}; try adapter='generic' or pass an "
                 "ArchSpec."
             )

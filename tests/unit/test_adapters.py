@@ -62,7 +62,7 @@ class Layer(nn.Module):
 
 
 class Plain(nn.Module):
-    """A host in nobody's manner: a class and two storage tokens, layers that run in `order`."""
+    """A host of no known family: a class and two storage tokens, layers that run in `order`."""
 
     def __init__(self, order: tuple[int, ...] = (0, 1, 2), image_size: int | None = 16) -> None:
         super().__init__()
@@ -193,7 +193,7 @@ def test_a_host_without_attention_is_refused(model: str) -> None:
         describe(host)
 
 
-def test_generic_describes_a_host_in_nobodys_manner() -> None:
+def test_generic_describes_a_host_of_no_known_family() -> None:
     spec = describe(Plain())
     assert spec.adapter == "generic"
     assert spec.blocks == ("stages.0.0", "stages.0.1", "stages.1.0")
