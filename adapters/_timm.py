@@ -20,6 +20,7 @@ class TimmFamily:
         name: Of the adapter.
         home: Module that defines the host classes.
         classes: Names of the host classes; their subclasses count too.
+        unless: Attribute that is true on hosts of these classes which the family does not describe.
         block: Name of the block class, with its module if that is another one, where blocks are
             in several stages and are counted over all of them; None where they are the children of
             `host.blocks`.
@@ -34,6 +35,7 @@ class TimmFamily:
     name: str
     home: str
     classes: tuple[str, ...]
+    unless: str = ""
     block: str | None = None
     last_of: str | None = None
     prefix: int | str = "num_prefix_tokens"
@@ -42,8 +44,8 @@ class TimmFamily:
     mode: Literal["remove", "bypass"] = "remove"
 
     def matches(self, host: nn.Module) -> bool:
-        """Whether a class of the host is one of the family's."""
-        return is_class(host, self.home, self.classes)
+        """Whether a class of the host is one of the family's, and `unless` is false."""
+        return is_class(host, self.home, self.classes) and not getattr(host, self.unless, False)
 
     def describe(self, host: nn.Module) -> ArchSpec:
         """The facts about `host`.

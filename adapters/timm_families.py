@@ -32,6 +32,9 @@ ADAPTERS = (
     ),
     # EVA-02, DINOv3, RoPE-ViT and the perception encoders too.
     _row("eva", "Eva"),
+    # Tokens are removed in the last stage, after which they are averaged. Convolutional variants
+    # keep a grid in every stage; the generic adapter describes them.
+    _row("levit", "Levit", unless="use_conv", block="LevitBlock", last_of="stages", norm=None),
     # Tokens are removed in the last stage, after which the class token is read.
     _row(
         "pit",
