@@ -1,7 +1,8 @@
-"""Architecture adapters: facts about hosts, a file a family; installed as `tokenprune.adapters`.
+"""Architecture adapters: facts about families of hosts; installed as `tokenprune.adapters`.
 
-Every module here whose name has no leading underscore holds an `ADAPTER`. None of them imports timm
-or transformers: a host is known by the names of its classes.
+Every module here whose name has no leading underscore holds `ADAPTERS`: `timm_families` and
+`transformers_families` are tables with one row a family, and a family that needs code has its own
+file. None of them imports timm or transformers: a host is known by the names of its classes.
 """
 
 if __name__ != "tokenprune.adapters":
@@ -21,11 +22,13 @@ __all__ = ["register_all"]
 
 @cache
 def register_all() -> None:
-    """Register the shipped adapters; a second call does nothing.
+    """Register the shipped adapters in the order of their names; a second call does nothing.
 
     Raises:
         AdapterError: A name is taken already.
     """
-    for module in sorted(module.name for module in iter_modules(__path__)):
-        if not module.startswith("_"):
-            register_adapter(import_module(f"{__name__}.{module}").ADAPTER)
+    names = [module.name for module in iter_modules(__path__) if not module.name.startswith("_")]
+    modules = [import_module(f"{__name__}.{name}") for name in names]
+    shipped = [adapter for module in modules for adapter in module.ADAPTERS]
+    for adapter in sorted(shipped, key=lambda adapter: adapter.name):
+        register_adapter(adapter)

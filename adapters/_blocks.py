@@ -1,4 +1,4 @@
-"""Find the transformer blocks of a host nobody described, by what its modules are made of."""
+"""Find the transformer blocks of a host that no family matches, by what its modules contain."""
 
 import re
 from collections import defaultdict
@@ -24,7 +24,7 @@ LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
 @dataclass(frozen=True)
 class Stack:
-    """Blocks whose containers stand in the same place of the host, in order.
+    """Blocks whose containers have the same path, numbers aside, in order.
 
     Attributes:
         kinds: Names of their classes.
@@ -76,10 +76,10 @@ def is_attention(module: nn.Module) -> bool:
 
 
 def is_block(module: nn.Module) -> bool:
-    """Whether `module` holds a token mixer, and a feed-forward part beside it.
+    """Whether `module` holds a token mixer and a feed-forward part.
 
-    An attention is known by its query projection. Any other mixer is believed if the module calls
-    something its feed-forward part and something beside it a mixer.
+    An attention is recognised by its query projection; any other mixer by its name, if another
+    child has the name of a feed-forward part.
     """
     inside: set[nn.Module] = set()
     for child in module.modules():
@@ -90,5 +90,5 @@ def is_block(module: nn.Module) -> bool:
     if not inside:
         names = [name for name, _ in module.named_children()]
         return any(map(FEED_FORWARD.search, names)) and any(map(MIXER.search, names))
-    beside = [m for m in module.modules() if m not in inside and isinstance(m, LINEAR)]
-    return len(beside) >= 2
+    others = [m for m in module.modules() if m not in inside and isinstance(m, LINEAR)]
+    return len(others) >= 2

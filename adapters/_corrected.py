@@ -1,4 +1,4 @@
-"""Families that the generic adapter describes, all but a fact or two."""
+"""Families that the generic adapter describes, except for a fact or two."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 
 from tokenprune.adapters._facts import from_module
-from tokenprune.adapters.generic import ADAPTER as GENERIC
-from tokenprune.hosts.registry import ArchSpec
+from tokenprune.adapters.generic import Generic
+from tokenprune.hosts.spec import ArchSpec
 
 __all__ = ["Corrected"]
 
@@ -20,13 +20,13 @@ class Corrected:
     Attributes:
         name: Of the adapter.
         home: The modeling module.
-        facts: What to say instead of what the generic adapter found: fields of `ArchSpec`, made
-            from the host and what was found.
+        facts: Fields of `ArchSpec` that replace what the generic adapter found, made from the
+            host.
     """
 
     name: str
     home: str
-    facts: Callable[[Any, ArchSpec], Mapping[str, Any]]
+    facts: Callable[[Any], Mapping[str, Any]]
 
     def matches(self, host: nn.Module) -> bool:
         """Whether a class of the host comes from the family's modeling module."""
@@ -38,5 +38,4 @@ class Corrected:
         Raises:
             UnsupportedHostError: The generic adapter finds no blocks.
         """
-        found = GENERIC.describe(host)
-        return replace(found, adapter=self.name, **self.facts(host, found))
+        return replace(Generic().describe(host), adapter=self.name, **self.facts(host))

@@ -1,13 +1,12 @@
-"""Small questions about a host, answered from its classes, attributes and configuration."""
+"""Small facts about a host, read from its classes, attributes and configuration."""
 
 import inspect
-import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
 
-from tokenprune.hosts.registry import ExampleInput
+from tokenprune.hosts.spec import ExampleInput
 
 __all__ = [
     "climb",
@@ -87,7 +86,7 @@ def conv_channels(module: nn.Module) -> int | None:
 
 
 def image_inputs(host: nn.Module) -> dict[str, ExampleInput]:
-    """Input of a host in timm's manner: the size it was built for, else that of its weights."""
+    """Input of a host built like timm's: of the size it was built for, else that of its weights."""
     embed = getattr(host, "patch_embed", None)
     configured = getattr(host, "pretrained_cfg", None) or getattr(host, "default_cfg", None) or {}
     usual = tuple(configured.get("input_size") or ())
@@ -97,8 +96,3 @@ def image_inputs(host: nn.Module) -> dict[str, ExampleInput]:
         channels = usual[0] if usual else 3
     example = image_example(channels, built_size) or image_example(channels, usual[1:])
     return {first_argument(host): example} if example else {}
-
-
-def pattern(path: str) -> str:
-    """`path` with every number replaced, so that siblings look the same."""
-    return re.sub(r"\d+", "#", path)

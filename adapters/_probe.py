@@ -1,4 +1,4 @@
-"""Run a copy of a host without weights (on the meta device) and watch what enters its blocks."""
+"""Run a copy of a host without weights (on the meta device) and record what enters its blocks."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from tokenprune.hosts.registry import ExampleInput
+from tokenprune.hosts.spec import ExampleInput
 
 __all__ = ["BATCH", "Watched", "watch"]
 
@@ -18,7 +18,7 @@ BATCH = 2
 
 @dataclass
 class Watched:
-    """What one forward showed.
+    """What one forward recorded.
 
     Attributes:
         entered: Blocks in the order they ran, with the shape of their first tensor, [B, ...].
@@ -43,7 +43,7 @@ def watch(
         inputs: What the host takes.
 
     Returns:
-        What was seen, or in words why the host does not run so.
+        What was recorded, or the reason why the host does not run without weights.
     """
     seen = Watched()
     try:
@@ -57,7 +57,7 @@ def watch(
             host.get_submodule(norm).register_forward_hook(_note_norm(seen))
         with torch.no_grad():
             host(**{name: _draw(example) for name, example in inputs.items()})
-    except Exception as error:  # any host: whatever it raises is an answer
+    except Exception as error:  # a host may raise anything
         return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     return seen
 
@@ -65,8 +65,8 @@ def watch(
 def _weightless(host: nn.Module) -> nn.Module:
     """A copy whose tensors are all on the meta device.
 
-    Hosts keep tables they have made, on themselves or in a cache of their library. In a copy, and
-    under another device than the user's, those of this run are never taken for real ones.
+    Hosts keep tables they have made, on themselves or in a cache of their library. The tables of
+    this run are in a copy and under another device than the user's, so no later call reads them.
     """
     memo: dict[int, Any] = {}
     for module in host.modules():

@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 
 from tokenprune.adapters._facts import image_example
-from tokenprune.hosts.registry import ExampleInput
+from tokenprune.hosts.spec import ExampleInput
 
 __all__ = ["image_side", "signal_inputs"]
 
@@ -34,7 +34,7 @@ def _shape(config: Any, main: str) -> tuple[int, ...] | None:
         return (frames, *image.shape) if frames and image else None
     if main == "input_values" and known("num_mel_bins"):  # a spectrogram [time, bins]
         return (config.max_length, config.num_mel_bins)
-    if main == "input_values" and known("conv_stride"):  # raw sound, shortened by convolutions
+    if main == "input_values" and known("conv_stride"):  # raw sound, before strided convolutions
         return (FRAMES * config.inputs_to_logits_ratio,)
     if main == "input_features" and known("feature_projection_input_dim"):  # [time, features]
         return (FRAMES, config.feature_projection_input_dim)

@@ -1,4 +1,4 @@
-"""What timm's vision transformers have in common."""
+"""What the vision transformers of timm have in common."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -7,43 +7,45 @@ from torch import nn
 
 from tokenprune.adapters._facts import has_module, image_inputs, is_class
 from tokenprune.errors import UnsupportedHostError
-from tokenprune.hosts.registry import ArchSpec
+from tokenprune.hosts.spec import ArchSpec
 
 __all__ = ["TimmFamily"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TimmFamily:
-    """Adapter of the hosts of one module that follow timm's manners.
+    """Adapter of the hosts of one module that are built like timm's.
 
     Attributes:
         name: Of the adapter.
         home: Module that defines the host classes.
         classes: Names of the host classes; their subclasses count too.
-        block: Name of the block class, with its module if that is another one, where blocks stand
+        unless: Attribute that is true on hosts of these classes which the family does not describe.
+        block: Name of the block class, with its module if that is another one, where blocks are
             in several stages and are counted over all of them; None where they are the children of
             `host.blocks`.
         last_of: Path of the stages of which only the last one's blocks count; None for all blocks.
-        prefix: Prefix tokens that enter the blocks; None where the host's `num_prefix_tokens` says.
+        prefix: Prefix tokens that enter the blocks, or the attribute of the host that counts them.
         token_argument: Which tensor argument of a block holds the tokens.
         norm: Path of the final norm over all tokens, which may be an `nn.Identity`; None if there
             is none.
-        mode: The mode that serves the family.
+        mode: The mode that fits the family.
     """
 
     name: str
     home: str
     classes: tuple[str, ...]
+    unless: str = ""
     block: str | None = None
     last_of: str | None = None
-    prefix: int | None = None
+    prefix: int | str = "num_prefix_tokens"
     token_argument: int = 0
     norm: str | None = "norm"
     mode: Literal["remove", "bypass"] = "remove"
 
     def matches(self, host: nn.Module) -> bool:
-        """Whether a class of the host is one of the family's."""
-        return is_class(host, self.home, self.classes)
+        """Whether a class of the host is one of the family's, and `unless` is false."""
+        return is_class(host, self.home, self.classes) and not getattr(host, self.unless, False)
 
     def describe(self, host: nn.Module) -> ArchSpec:
         """The facts about `host`.
@@ -54,7 +56,7 @@ class TimmFamily:
         blocks = self._blocks(host)
         if not blocks:
             raise UnsupportedHostError(
-                f"Adapter {self.name!r} found no blocks in {type(host).__name__}. It serves "
+                f"Adapter {self.name!r} found no blocks in {type(host).__name__}. It describes "
                 f"{', '.join(self.classes)} of {self.home}; try adapter='generic' or pass an "
                 "ArchSpec."
             )
@@ -75,7 +77,7 @@ class TimmFamily:
         return f"{self.last_of}.{name}."
 
     def _prefix(self, host: nn.Module) -> int:
-        return int(getattr(host, "num_prefix_tokens", 0)) if self.prefix is None else self.prefix
+        return self.prefix if isinstance(self.prefix, int) else int(getattr(host, self.prefix, 0))
 
     def _blocks(self, host: nn.Module) -> tuple[str, ...]:
         if self.block is not None:

@@ -8,7 +8,7 @@ from torch import nn
 
 from tokenprune.adapters._facts import climb, from_module, image_example, is_class, parent
 from tokenprune.errors import UnsupportedHostError
-from tokenprune.hosts.registry import ArchSpec, ExampleInput
+from tokenprune.hosts.spec import ArchSpec, ExampleInput
 
 __all__ = ["TransformersFamily", "config_inputs", "nearest_config", "text_inputs"]
 
@@ -23,7 +23,7 @@ def nearest_config(host: nn.Module, path: str) -> Any:
 
 
 def text_inputs(host: nn.Module) -> dict[str, ExampleInput]:
-    """The text that a host of two towers (CLIP and its kin) takes beside the image, or {}."""
+    """The text that a host with two towers (such as CLIP) takes with the image, or {}."""
     if getattr(host, "main_input_name", None) != "input_ids":
         return {}
     config: Any = host.config
@@ -53,9 +53,9 @@ class TransformersFamily:
         norm: Name of the final norm over all tokens, a child of a module above the blocks; None if
             there is none, or it sees the pooled token only.
         padding_mask: Argument that says which patches are real.
-        mode: The mode that serves the family.
+        mode: The mode that fits the family.
         inputs: Overrides `config_inputs`.
-        marks: What the configuration of an image part has, and that of a text part has not.
+        marks: Attribute that the configuration of an image part has, and a text part's has not.
     """
 
     name: str

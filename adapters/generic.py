@@ -1,4 +1,4 @@
-"""Adapter of last resort: looks at the host's modules, then runs a copy without weights."""
+"""Adapter for all other hosts: looks at the modules, then runs a copy without weights."""
 
 import inspect
 import re
@@ -21,9 +21,10 @@ from tokenprune.adapters._probe import BATCH, Watched, watch
 from tokenprune.adapters._signals import image_side, signal_inputs
 from tokenprune.adapters._transformers import config_inputs, nearest_config
 from tokenprune.errors import UnsupportedHostError
-from tokenprune.hosts.registry import GENERIC, ArchSpec, ExampleInput
+from tokenprune.hosts.registry import GENERIC
+from tokenprune.hosts.spec import ArchSpec, ExampleInput
 
-__all__ = ["ADAPTER"]
+__all__ = ["ADAPTERS", "Generic"]
 
 NORMS = ("norm", "layernorm", "ln", "final_norm", "final_layernorm", "post_layernorm", "ln_post")
 PREFIX = re.compile(
@@ -35,16 +36,16 @@ PADDING_MASK = "attention_mask"
 
 
 class Generic:
-    """Describes any host that has a stack of transformer blocks; `verify` says if it is right."""
+    """Describes any host that has a stack of transformer blocks; `verify` tests the result."""
 
     name = GENERIC
 
     def matches(self, host: nn.Module) -> bool:
-        """Every host may be tried."""
+        """Always."""
         return True
 
     def describe(self, host: nn.Module) -> ArchSpec:
-        """What can be found out about `host`; `notes` says what was found and how.
+        """The facts about `host`; `notes` says how they were found.
 
         Raises:
             UnsupportedHostError: It has no stack of transformer blocks, or runs none of them.
@@ -64,24 +65,24 @@ class Generic:
         notes += [f"left out: {other}, from {other.blocks[0]}" for other in stacks[1:]]
         inputs = _inputs(host, blocks[0])
         norm = _norm(host, blocks[-1])
-        # a mask of ones changes nothing but that hosts look into it, where there are no values
+        # hosts read the values of a mask, and on the meta device there are none
         shown = {name: example for name, example in inputs.items() if name != PADDING_MASK}
         seen = watch(host, blocks, norm, shown) if shown else "no input shape is known"
         if isinstance(seen, str):
             notes.append(f"not run without weights, so widths alone decide the mode: {seen}")
             widths = {_width(host.get_submodule(path)) for path in blocks}
-            columnar = len(widths) == 1
+            plain = len(widths) == 1
             notes.append(f"widths of the blocks: {sorted(widths)}")
         else:
             blocks = _ran(host, seen, blocks)
-            columnar = _columnar(seen)
+            plain = _is_plain(seen)
             if norm is not None and seen.normed != seen.entered[-1][1]:
                 notes.append(f"{norm} does not see every token")
                 norm = None
             notes.append(_in_words(seen))
         local = next((path for path in blocks if _reads_neighbours(host.get_submodule(path))), None)
-        if columnar and local:
-            columnar = False
+        if plain and local:
+            plain = False
             notes.append(f"tokens stay on their places: {local} holds a convolution over them")
         prefix, how = _prefix(host, blocks[0], inputs, seen)
         return ArchSpec(
@@ -90,7 +91,7 @@ class Generic:
             num_prefix_tokens=prefix,
             norm=norm,
             padding_mask=_padding_mask(host, blocks[0]),
-            mode="remove" if columnar else "bypass",
+            mode="remove" if plain else "bypass",
             inputs=inputs,
             notes=(*notes, f"{prefix} prefix tokens: {how}"),
         )
@@ -115,8 +116,8 @@ def _inputs(host: nn.Module, block: str) -> Mapping[str, ExampleInput]:
 
 
 def _padding_mask(host: nn.Module, block: str) -> str | None:
-    """The usual name, if the host takes it and the blocks do not see images: beside an image it is
-    that of a text."""
+    """`attention_mask`, if the host takes it and the blocks do not see images: with an image, it is
+    the mask of a text."""
     takes = PADDING_MASK in inspect.signature(host.forward).parameters
     return PADDING_MASK if takes and image_side(nearest_config(host, block)) is None else None
 
@@ -130,7 +131,7 @@ def _reads_neighbours(block: nn.Module) -> bool:
 
 
 def _ran(host: nn.Module, seen: Watched, blocks: tuple[str, ...]) -> tuple[str, ...]:
-    """The blocks that ran, in the order they did; one that ran again counts again."""
+    """The blocks in the order they ran; a block that ran twice is listed twice."""
     runs = tuple(path for path, _ in seen.entered)
     if not runs:
         raise UnsupportedHostError(
@@ -140,7 +141,7 @@ def _ran(host: nn.Module, seen: Watched, blocks: tuple[str, ...]) -> tuple[str, 
     return runs
 
 
-def _columnar(seen: Watched) -> bool:
+def _is_plain(seen: Watched) -> bool:
     shapes = {shape for _, shape in seen.entered}
     batch, *inner = next(iter(shapes))
     return len(shapes) == 1 and len(inner) == 2 and batch == BATCH
@@ -200,4 +201,4 @@ def _width(block: nn.Module) -> int:
     return 0
 
 
-ADAPTER = Generic()
+ADAPTERS = (Generic(),)

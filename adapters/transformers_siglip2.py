@@ -5,16 +5,16 @@ from typing import Any
 from torch import nn
 
 from tokenprune.adapters._transformers import TransformersFamily, text_inputs
-from tokenprune.hosts.registry import ExampleInput
+from tokenprune.hosts.spec import ExampleInput
 
-__all__ = ["ADAPTER"]
+__all__ = ["ADAPTERS"]
 
 
 def patch_inputs(host: nn.Module, config: Any) -> dict[str, ExampleInput]:
     """Patches [N, channels * side^2], all of them real, of an image whose grid is 1 x 1.
 
     The grid only says how position embeddings are resized: any grid of at most N patches is valid,
-    and this is the one that can be told without a way to give numbers.
+    and an `ExampleInput` can only hold ones.
     """
     side, count = config.patch_size, config.num_patches
     image = {
@@ -25,12 +25,14 @@ def patch_inputs(host: nn.Module, config: Any) -> dict[str, ExampleInput]:
     return {**text_inputs(host), **image}
 
 
-ADAPTER = TransformersFamily(
-    name="transformers/siglip2",
-    home="transformers.models.siglip2.modeling_siglip2",
-    block="Siglip2EncoderLayer",
-    prefix=0,
-    norm="post_layernorm",
-    padding_mask="pixel_attention_mask",
-    inputs=patch_inputs,
+ADAPTERS = (
+    TransformersFamily(
+        name="transformers/siglip2",
+        home="transformers.models.siglip2.modeling_siglip2",
+        block="Siglip2EncoderLayer",
+        prefix=0,
+        norm="post_layernorm",
+        padding_mask="pixel_attention_mask",
+        inputs=patch_inputs,
+    ),
 )

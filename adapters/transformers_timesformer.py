@@ -3,19 +3,20 @@
 from typing import Any
 
 from tokenprune.adapters._corrected import Corrected
-from tokenprune.hosts.registry import ArchSpec
 
-__all__ = ["ADAPTER"]
+__all__ = ["ADAPTERS"]
 
 
-def facts(host: Any, found: ArchSpec) -> dict[str, Any]:
-    """Tokens can leave only where space and time are one sequence."""
+def facts(host: Any) -> dict[str, Any]:
+    """Tokens can be removed only where space and time are one sequence."""
     joint = host.config.attention_type == "joint_space_time"
     return {"mode": "remove" if joint else "bypass", "num_prefix_tokens": 1}
 
 
-ADAPTER = Corrected(
-    name="transformers/timesformer",
-    home="transformers.models.timesformer.modeling_timesformer",
-    facts=facts,
+ADAPTERS = (
+    Corrected(
+        name="transformers/timesformer",
+        home="transformers.models.timesformer.modeling_timesformer",
+        facts=facts,
+    ),
 )

@@ -1,13 +1,14 @@
-"""Adapter of transformers' wrapper around timm models: the facts are those of the model inside."""
+"""Adapter of transformers' wrapper around timm models: the facts of the model inside."""
 
 from dataclasses import replace
 
 from torch import nn
 
 from tokenprune.adapters._facts import from_module, join
-from tokenprune.hosts.registry import ArchSpec, describe
+from tokenprune.hosts.registry import describe
+from tokenprune.hosts.spec import ArchSpec
 
-__all__ = ["ADAPTER"]
+__all__ = ["ADAPTERS"]
 
 HOME = "transformers.models.timm_wrapper.modeling_timm_wrapper"
 INNER = "timm_model"
@@ -40,4 +41,4 @@ class TimmWrapper:
         )
 
 
-ADAPTER = TimmWrapper()
+ADAPTERS = (TimmWrapper(),)

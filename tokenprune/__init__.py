@@ -8,7 +8,8 @@ from tokenprune.checks.verify import verify
 from tokenprune.cost.image_macs import ImageMacs
 from tokenprune.cost.profile import Profile, profile
 from tokenprune.exporting import ExportReport, export
-from tokenprune.hosts.registry import ArchSpec, ExampleInput, list_adapters, register_adapter
+from tokenprune.hosts.registry import list_adapters, register_adapter
+from tokenprune.hosts.spec import ArchSpec, ExampleInput
 from tokenprune.recipe import Recipe, list_recipes
 from tokenprune.rewrite.kept.pruning_trace import PruningTrace, StageTrace
 from tokenprune.wrapping import unwrap, wrap

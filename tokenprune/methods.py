@@ -6,7 +6,7 @@ from torch import nn
 
 from tokenprune.analysis.blocks import Blocks
 from tokenprune.errors import PlanError
-from tokenprune.hosts.registry import ArchSpec
+from tokenprune.hosts.spec import ArchSpec
 from tokenprune.recipe import Recipe
 from tokenprune.reductions import Reduction, reduction_by_name
 from tokenprune.rewrite.settings import Path

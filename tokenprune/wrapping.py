@@ -16,7 +16,8 @@ from tokenprune.errors import (
     UnsupportedHostError,
 )
 from tokenprune.hosts.inputs import CallSignature, ExampleInputs, named_inputs
-from tokenprune.hosts.registry import ArchSpec, describe
+from tokenprune.hosts.registry import describe
+from tokenprune.hosts.spec import ArchSpec
 from tokenprune.methods import method_of, with_default_stages
 from tokenprune.recipe import RecipeSource, load_recipe
 from tokenprune.runtime.model import PRUNING, PUBLIC, PrunedModel, pruned_class, pruning_of

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from tokenprune.losses import distill_logits
 from tokenprune.rewrite.settings import Path as ModelPath
-from tokenprune.train.hosts import class_logits
 from tokenprune.train.image_trainer import ImageTrainer
+from tokenprune.train.logits import class_logits
 
 __all__ = ["BaselineTrainer", "ClassAttention", "RandomScores"]
 

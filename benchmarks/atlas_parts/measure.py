@@ -13,7 +13,8 @@ from benchmarks.atlas_parts.row import CERTIFIED, Row
 from benchmarks.atlas_parts.weights import enliven, parameters_in_millions, weightless
 from tokenprune.checks.verify import Certificate
 from tokenprune.errors import TokenPruneError
-from tokenprune.hosts.registry import ArchSpec, describe
+from tokenprune.hosts.registry import describe
+from tokenprune.hosts.spec import ArchSpec
 
 __all__ = ["Host", "measure"]
 

@@ -16,7 +16,7 @@ from tests.properties import odd_blocks as blocks
 from tests.properties import odd_hosts as odd
 from tests.properties import vit
 from tests.properties.vit import DEPTH, PATCH, SIZES, Block, Vit, pixels, toughen
-from tokenprune.hosts.registry import ArchSpec
+from tokenprune.hosts.spec import ArchSpec
 
 __all__ = ["GAPS", "PREFIXES", "TOYS", "Toy"]
 

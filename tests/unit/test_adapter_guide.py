@@ -6,7 +6,8 @@ from pathlib import Path
 
 from torch import nn
 
-from tokenprune.hosts.registry import ENTRY_POINTS, Adapter, ArchSpec
+from tokenprune.hosts.registry import ENTRY_POINTS, Adapter
+from tokenprune.hosts.spec import ArchSpec
 
 ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "docs" / "adapters.md").read_text()

@@ -129,7 +129,7 @@ def test_options_of_wrap_are_kept(tmp_path: Path) -> None:
     assert (again.spec.adapter, again.restore) == ("generic", True)
 
 
-def test_an_adapter_nobody_knows_is_found_anew(tmp_path: Path) -> None:
+def test_an_unknown_adapter_is_replaced_by_the_one_that_matches(tmp_path: Path) -> None:
     spec = tokenprune.ArchSpec(
         adapter="by hand", blocks=("blocks.0", "blocks.1", "blocks.2"), num_prefix_tokens=1
     )
@@ -183,7 +183,9 @@ def test_the_hosts_own_checkpoint_still_loads(saved: Path) -> None:
 
 
 @pytest.mark.parametrize("there", [False, True], ids=["new", "over an old one"])
-@pytest.mark.parametrize("moment", ["save_file", "_sha256", "_flush"])
+@pytest.mark.parametrize(
+    "moment", ["checkpoints.directory.save_file", "checkpoints.directory._sha256", "files._flush"]
+)
 def test_a_crash_leaves_no_half_directory(
     moment: str, there: bool, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -195,7 +197,7 @@ def test_a_crash_leaves_no_half_directory(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"tokenprune.checkpoints.directory.{moment}", crash)
+        patch.setattr(f"tokenprune.{moment}", crash)
         with pytest.raises(KeyboardInterrupt):
             save(model, target)
     assert list(tmp_path.iterdir()) == ([target] if there else [])

@@ -6,7 +6,7 @@ import pytest
 
 from tokenprune.analysis.plan import Plan, bind
 from tokenprune.errors import PlanError
-from tokenprune.hosts.registry import ArchSpec
+from tokenprune.hosts.spec import ArchSpec
 from tokenprune.recipe import Recipe
 
 

@@ -12,10 +12,10 @@ from tokenprune.errors import HostError, PlanError, UnsupportedHostError
 from tokenprune.recipe import load_recipe
 from tokenprune.recipe.schema import HostSection
 from tokenprune.train import build_host, input_settings
-from tokenprune.train.hosts import class_logits
+from tokenprune.train.logits import class_logits
 
 TIMM: dict[str, Any] = {"patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
-HF: dict[str, Any] = {"patch_size": 8, "hidden_size": 16, "intermediate_size": 32}
+HF: dict[str, Any] = {"patch_size": 8, "hidden_size": 16}
 HF |= {"num_hidden_layers": 2, "num_attention_heads": 2}
 
 
@@ -25,6 +25,9 @@ def timm_section(model: str = "vit_tiny_patch16_224", **kwargs: Any) -> HostSect
 
 def hf_section(model: str = "vit", **kwargs: Any) -> HostSection:
     return HostSection(library="transformers", model=model, kwargs={**HF, **kwargs})
+
+
+BERT = HostSection(library="transformers", model="bert")
 
 
 @pytest.mark.parametrize(
@@ -94,7 +97,8 @@ def test_a_saved_checkpoint_of_transformers_is_a_host(tmp_path: Path) -> None:
         (hf_section("vitt?"), {}, UnsupportedHostError, r"checkpoint .vitt\?.*Did you mean .vit"),
         (hf_section("vit"), {"pretrained": True}, UnsupportedHostError, "is a model type"),
         (timm_section(widht=3), {}, HostError, r"cannot build .*'widht': 3.*TypeError"),
-        (hf_section("bert"), {}, HostError, r"transformers cannot build 'bert'"),
+        (hf_section(hiden_size=8), {}, HostError, "ViTConfig has no option 'hiden_size'. Did you"),
+        (BERT, {}, HostError, r"transformers cannot build 'bert'"),
     ],
 )
 def test_faults_are_named(

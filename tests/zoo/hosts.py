@@ -1,7 +1,7 @@
 """The zoo: one tiny host, without trained weights, for every family and variant that is supported.
 
 A row is data: how to build the host, what it takes, and the facts its adapter must find. Behaviours
-are tests over all rows, in this folder; a new family is one file in `adapters/` and one row here.
+are tests over all rows, in this folder; a new family is one adapter and one row here.
 """
 
 from collections.abc import Callable

@@ -13,7 +13,7 @@ from tokenprune.analysis.plan import Plan
 from tokenprune.analysis.sites import PLACES
 from tokenprune.analysis.token_probe import find_facts
 from tokenprune.errors import PlanError, TraceError, UnsupportedHostError
-from tokenprune.hosts.registry import ArchSpec
+from tokenprune.hosts.spec import ArchSpec
 from tokenprune.tracing.host_graph import HostGraph
 
 __all__ = ["Analysis", "analyse"]

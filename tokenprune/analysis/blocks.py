@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 
 from tokenprune.analysis.operators import Kind, argument, attends, kind_of
-from tokenprune.hosts.registry import ArchSpec
+from tokenprune.hosts.spec import ArchSpec
 from tokenprune.tracing.host_graph import DATA_DEPENDENT, HostGraph, ModuleCall, untraceable
 from tokenprune.tracing.opaque import OPAQUE
 from tokenprune.tracing.provenance import Provenance

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 from tokenprune.analysis.sites import Site
 from tokenprune.errors import PlanError
-from tokenprune.hosts.registry import ArchSpec
+from tokenprune.hosts.spec import ArchSpec
 from tokenprune.recipe import Recipe
 from tokenprune.recipe.counting import Rounding, num_keep
 

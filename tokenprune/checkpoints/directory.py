@@ -8,11 +8,10 @@ and a checksum of the weights).
 import hashlib
 import json
 import os
-import shutil
 import sys
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from tokenprune.checkpoints.fit import check_fit
 from tokenprune.errors import CheckpointError, RecipeError
+from tokenprune.files import all_or_nothing
 from tokenprune.hosts.registry import list_adapters
 from tokenprune.recipe import Recipe
 from tokenprune.runtime.model import PrunedModel, pruning_of
@@ -34,7 +35,6 @@ __all__ = ["load", "save", "saved_recipe"]
 
 FORMAT = 1
 WEIGHTS, RECIPE, FACTS = "model.safetensors", "recipe.yaml", "tokenprune.json"
-SHOWN = 8
 
 
 class Facts(BaseModel):
@@ -60,7 +60,7 @@ class Facts(BaseModel):
 def save(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
     """Write a wrapped model to a directory.
 
-    The files are written elsewhere and moved into place, so what stands there is a whole checkpoint
+    The files are written elsewhere and moved into place, so the directory holds a whole checkpoint
     or none. A checkpoint that is there already is replaced; other files in the directory stay.
 
     Args:
@@ -84,7 +84,8 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
         raise CheckpointError(f"Cannot save to {str(target)!r}: it is a file. Name a directory.")
     tensors, aliases = _one_name_each(model.state_dict())
     recipe = _recipe_in_force(pruning).to_yaml().encode()
-    with _moved_into(target) as folder:
+    # the facts come last: until then their checksum does not fit the weights, and `load` says so
+    with all_or_nothing(target, last=FACTS) as folder:
         save_file(tensors, folder / WEIGHTS)
         (folder / RECIPE).write_bytes(recipe)
         facts = Facts(
@@ -125,13 +126,22 @@ def load(directory: str | os.PathLike[str], host: nn.Module, **options: Any) -> 
     if isinstance(host, PrunedModel):
         return wrap(host, recipe)  # raises
     state = {name: tensor for name, tensor in tensors.items() if not name.startswith(added_names())}
-    _check_fit(source, facts, state, host.state_dict(), f"this {type(host).__name__}")
+    if any(tensor.is_meta for tensor in host.state_dict().values()):
+        raise CheckpointError(
+            "The host is on the meta device and has no memory to load into. Call "
+            'host.to_empty(device="cpu") first.'
+        )
+    made = facts.host.get("class", "unknown")
+    head = f"The checkpoint {str(source)!r} of a {made} does not fit"
+    tail = "Build the host as the saved one was built (same model, classes and image size)."
+    check = partial(check_fit, source="checkpoint", tail=tail)
+    check(state, host.state_dict(), head=f"{head} this {type(host).__name__}:")
     with _restored_on_error(host):
         host.load_state_dict(state)
         model = wrap(host, recipe, **options)
         added = {name: tensors[name] for name in tensors.keys() - state.keys()}
         own = {name: t for name, t in model.state_dict().items() if name.startswith(added_names())}
-        _check_fit(source, facts, added, own, "what its recipe adds to the host")
+        check(added, own, head=f"{head} what its recipe adds to the host:")
         model.load_state_dict(tensors)
     return model
 
@@ -212,35 +222,6 @@ def _host_facts(pruning: Pruning, tensors: Mapping[str, Tensor]) -> dict[str, An
     }
 
 
-@contextmanager
-def _moved_into(target: Path) -> Iterator[Path]:
-    """A new folder beside `target` that takes its place when all went well."""
-    target = target.resolve()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = target.parent / f".{target.name}.saving-{uuid.uuid4().hex[:8]}"
-    folder.mkdir()
-    try:
-        yield folder
-        for file in folder.iterdir():
-            _flush(file)
-        if target.exists() and any(target.iterdir()):
-            # The facts come last: until then their checksum does not fit the weights, so `load`
-            # sees a crash right here.
-            for name in (WEIGHTS, RECIPE, FACTS):
-                (folder / name).replace(target / name)
-        else:
-            if target.exists():
-                target.rmdir()
-            folder.rename(target)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _flush(file: Path) -> None:
-    with file.open("rb") as handle:
-        os.fsync(handle.fileno())
-
-
 def _sha256(file: Path) -> str:
     with file.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
@@ -297,47 +278,6 @@ def _wrap_options(facts: Facts) -> dict[str, Any]:
     """How the saved model was wrapped; an adapter that is unknown here is not asked for."""
     known = facts.wrap.get("adapter") in list_adapters()
     return {name: value for name, value in facts.wrap.items() if known or name != "adapter"}
-
-
-def _check_fit(
-    source: Path,
-    facts: Facts,
-    saved: Mapping[str, Tensor],
-    own: Mapping[str, Tensor],
-    what: str,
-) -> None:
-    groups = {
-        "missing in the checkpoint": own.keys() - saved.keys(),
-        "unexpected": saved.keys() - own.keys(),
-    }
-    if any(tensor.is_meta for tensor in own.values()):
-        raise CheckpointError(
-            "The host is on the meta device and has no memory to load into. Call "
-            'host.to_empty(device="cpu") first.'
-        )
-    lines = [
-        f"{how} ({len(names)}): {_some(sorted(names))}" for how, names in groups.items() if names
-    ]
-    shapes = [
-        f"{name} {list(saved[name].shape)}, not {list(own[name].shape)}"
-        for name in sorted(saved.keys() & own.keys())
-        if saved[name].shape != own[name].shape
-    ]
-    if shapes:
-        lines.append(f"of another shape ({len(shapes)}): {_some(shapes)}")
-    if lines:
-        made = facts.host.get("class", "unknown")
-        raise CheckpointError(
-            "\n  - ".join(
-                [f"The checkpoint {str(source)!r} of a {made} does not fit {what}:", *lines]
-            )
-            + "\nBuild the host as the saved one was built (same model, classes and image size)."
-        )
-
-
-def _some(names: list[str]) -> str:
-    more = len(names) - SHOWN
-    return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 @contextmanager

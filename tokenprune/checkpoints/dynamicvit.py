@@ -1,14 +1,14 @@
 """The DynamicViT authors' checkpoints, turned into hosts and predictors of this library.
 
-`release` reads their files and renames what is in them; here is found out which published model a
-file holds, and it is written as a checkpoint of ours. DeiT and Swin become timm hosts, LV-ViT our
-own `lvvit_*`.
+`release` reads their files and renames what is in them. This module finds which published model a
+file holds, and writes it as a checkpoint of this library. DeiT and Swin become timm hosts, LV-ViT
+the `lvvit_*` of `tokenprune.models`.
 """
 
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.checkpoints.directory import save
-from tokenprune.checkpoints.release import Layout, Source, count_blocks, read_release, rename, some
+from tokenprune.checkpoints.fit import check_fit
+from tokenprune.checkpoints.release import Layout, Source, count_blocks, read_release, rename
 from tokenprune.errors import CheckpointError, PlanError
+from tokenprune.hosts.build import build_host
 from tokenprune.recipe import Recipe, list_recipes, load_recipe
 from tokenprune.recipe.counting import num_keep
-from tokenprune.reductions.bypass import BYPASSES, light_branch
 from tokenprune.runtime.model import pruning_of
 from tokenprune.runtime.pruning import added_names
-from tokenprune.scorers.learned import TokenPredictor
-from tokenprune.scorers.protocol import SCORERS
 from tokenprune.wrapping import wrap
 
 __all__ = ["Converted", "convert_dynamicvit", "load_dynamicvit"]
@@ -64,8 +63,14 @@ class Converted:
     path: Path | None = None
 
     def build_host(self) -> nn.Module:
-        """The dense host, with random weights."""
-        return _build_host(self.recipe)
+        """The dense host, with random weights, in eval mode.
+
+        Raises:
+            PlanError: The recipe names no host.
+        """
+        if self.recipe.host is None:
+            raise PlanError(f"Recipe {self.recipe.name!r} names no host. Give it a `host` section.")
+        return build_host(self.recipe.host)
 
     def build(self, *, verify: bool = False) -> Any:
         """The wrapped host with the file's weights, in eval mode.
@@ -86,8 +91,7 @@ def convert_dynamicvit(
 ) -> Converted:
     """Read a DynamicViT release file, and write it as a checkpoint of this library.
 
-    Which model it is, is found from its names and shapes. Nothing is written unless everything
-    fits.
+    The model is recognised by names and shapes. Nothing is written unless everything fits.
 
     Args:
         source: The authors' file.
@@ -99,7 +103,7 @@ def convert_dynamicvit(
         CheckpointError: It cannot be read, holds code, or is no such model; what does not fit is
             listed.
         NonFiniteWeightsError: It holds NaN or inf.
-        PlanError: A keep ratio that leaves a stage none.
+        PlanError: A keep ratio that leaves a stage no tokens.
 
     Example:
         >>> done = tokenprune.convert_dynamicvit("dynamicvit_deit-s_r0.7.pth", "deit-s-0.7")
@@ -113,11 +117,16 @@ def convert_dynamicvit(
     layout, weights = rename(file, source)
     host, options = _identify(layout, weights, source)
     recipe = _recipe(host, layout, weights, rho if keep_ratio is None else keep_ratio, options)
-    _check_fit(weights, _expected(recipe, weights), f"{host} ({recipe.name})", source)
     done = Converted(host, recipe, weights)
+    with torch.device("meta"):
+        dense = done.build_host()
+    model = wrap(dense, recipe, verify=False)
+    head = _does_not_fit(source, f"{host} ({recipe.name})")
+    check_fit(weights, model.state_dict(), source="file", head=head)
     if directory is None:
         return done
-    return Converted(host, recipe, weights, save(done.build(), directory))
+    model.to_empty(device="cpu").load_state_dict(weights)
+    return replace(done, path=save(model, directory))
 
 
 def load_dynamicvit(model: nn.Module, source: Source) -> None:
@@ -140,18 +149,23 @@ def load_dynamicvit(model: nn.Module, source: Source) -> None:
     pruning_of(model)
     file, _ = read_release(source)
     _, weights = rename(file, source)
-    own = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    own = model.state_dict()
     if all(name.startswith(added_names()) for name in weights):
         given = {name.partition(".")[0] for name in weights}
-        own = {name: shape for name, shape in own.items() if name.partition(".")[0] in given}
-    _check_fit(weights, own, f"this {type(model).__name__}", source)
+        own = {name: tensor for name, tensor in own.items() if name.partition(".")[0] in given}
+    head = _does_not_fit(source, f"this {type(model).__name__}")
+    check_fit(weights, own, source="file", head=head)
     model.load_state_dict(weights, strict=False)
+
+
+def _does_not_fit(source: Source, what: str) -> str:
+    return f"{os.fspath(source)!r} does not fit {what}; names are ours, after the conversion:"
 
 
 def _identify(
     layout: Layout, weights: Mapping[str, Tensor], source: Source
 ) -> tuple[str, dict[str, Any]]:
-    """Which published host it is, and the options that timm needs beside the recipe's."""
+    """Which published host it is, and the options for timm in addition to the recipe's."""
     first = weights.get("patch_embed.proj.weight")
     if first is None or first.ndim != 4:
         raise CheckpointError(
@@ -231,57 +245,3 @@ def _ratio_for(count: int, patches: int, ratio: float) -> float:
         return short
     longer = math.ceil(count / patches * 1e3) / 1e3
     return longer if num_keep(patches, longer) == count else count / patches
-
-
-def _build_host(recipe: Recipe) -> nn.Module:
-    import tokenprune.models  # noqa: F401  registers lvvit_* with timm, or says what to install
-
-    import timm  # isort: skip
-
-    if recipe.host is None:
-        raise PlanError(f"Recipe {recipe.name!r} names no host.")
-    host: nn.Module = timm.create_model(recipe.host.model, **recipe.host.kwargs)
-    return host
-
-
-def _expected(recipe: Recipe, weights: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    """Names and shapes of the wrapped host, without building it for real."""
-    with torch.device("meta"):
-        host = _build_host(recipe)
-    shapes = {name: tensor.shape for name, tensor in host.state_dict().items()}
-    blocks = [stage.block for stage in recipe.resolved_stages]
-    depths = count_blocks(weights)
-    ends = [sum(depths[: level + 1]) for level in range(len(depths))]
-    level = next(level for level, end in enumerate(ends) if end > blocks[0])
-    width = weights["patch_embed.proj.weight"].shape[0] * 2**level
-    parts: dict[str, nn.Module] = {
-        f"{SCORERS}.{stage}": TokenPredictor(width, device="meta") for stage in range(len(blocks))
-    }
-    if recipe.mode == "bypass":
-        for block in range(blocks[0], ends[level]):
-            parts[f"{BYPASSES}.{block}"] = light_branch(width, device="meta")
-    for path, part in parts.items():
-        shapes |= {f"{path}.{name}": t.shape for name, t in part.state_dict().items()}
-    return shapes
-
-
-def _check_fit(
-    weights: Mapping[str, Tensor],
-    own: Mapping[str, torch.Size],
-    what: str,
-    source: Source,
-) -> None:
-    reshaped = [
-        f"{name} {list(weights[name].shape)}, not {list(own[name])}"
-        for name in own
-        if name in weights and weights[name].shape != own[name]
-    ]
-    groups = {
-        "missing in the file": [name for name in own if name not in weights],
-        "unexpected": [name for name in weights if name not in own],
-        "of another shape": reshaped,
-    }
-    lines = [f"{how} ({len(names)}): {some(names)}" for how, names in groups.items() if names]
-    if lines:
-        head = f"{os.fspath(source)!r} does not fit {what}; names are ours, after the conversion:"
-        raise CheckpointError("\n  - ".join([head, *lines]))

@@ -1,7 +1,7 @@
 """Read the checkpoints of DynamicViT's authors, and give their tensors the names of a wrapped host.
 
 Their files (github.com/raoyongming/DynamicViT) come in three layouts, `deit`, `lvvit` and `swin`.
-Host weights have the names of the dense model they were fine-tuned from; beside them stand
+Host weights have the names of the dense model they were fine-tuned from. There are also
 
 - `score_predictor.{s}.`, in Swin `layers.{level}.score_predictor.{s}.`, whose `in_conv` and
   `out_conv` are our `in_proj` and `out_proj`;
@@ -23,16 +23,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from tokenprune.checkpoints.fit import some
 from tokenprune.errors import CheckpointError, NonFiniteWeightsError
 from tokenprune.reductions.bypass import BYPASSES
 from tokenprune.scorers.protocol import SCORERS
 
-__all__ = ["Layout", "Source", "count_blocks", "read_release", "rename", "some"]
+__all__ = ["Layout", "Source", "count_blocks", "read_release", "rename"]
 
 Layout = Literal["deit", "lvvit", "swin"]
 Source = str | os.PathLike[str]
 
-SHOWN = 8
 PREDICTOR = re.compile(r"(?:layers\.(\d+)\.)?score_predictor\.(\d+)\.(in|out)_conv\.(.+)")
 LIGHT_BRANCH = re.compile(r"layers\.(\d+)\.blocks\.(\d+)\.fastmlp\.fc1\.(.+)")
 MERGING = re.compile(r"layers\.(\d+)\.downsample\.(.+)")
@@ -137,13 +137,7 @@ def _new_name(key: str, layout: Layout, depths: Sequence[int]) -> str:
 
 
 def count_blocks(keys: Iterable[str]) -> tuple[int, ...]:
-    """How many blocks each level has; a columnar host has one level."""
+    """How many blocks each level has; a plain host has one level."""
     places = {(int(match[1] or 0), int(match[2])) for key in keys if (match := BLOCK.match(key))}
     levels = 1 + max((level for level, _ in places), default=-1)
     return tuple(sum(place[0] == level for place in places) for level in range(levels))
-
-
-def some(names: Sequence[str]) -> str:
-    """The first few of many names, for a message."""
-    more = len(names) - SHOWN
-    return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")

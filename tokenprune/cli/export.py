@@ -1,4 +1,4 @@
-"""`tokenprune export`: write a model to a file, checked, and timed against its dense export."""
+"""`tokenprune export`: write a model to a file, check it, and time it against its dense export."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,7 +28,7 @@ def export(
     model: Annotated[
         str,
         typer.Argument(
-            help="timm name, timm:NAME, transformers:CLASS or transformers:TYPE; or a folder that "
+            help="timm name, timm:NAME, transformers:CLASS, :TYPE or :CHECKPOINT; or a folder that "
             "`tokenprune train` wrote."
         ),
     ],
@@ -47,7 +47,7 @@ def export(
     ] = None,
     adapter: Annotated[str, typer.Option(help="Name of an adapter; found if none is given.")] = "",
     pretrained: Annotated[
-        bool, typer.Option("--pretrained", help="Start from the published weights (timm).")
+        bool, typer.Option("--pretrained", help="Start from the published weights.")
     ] = False,
     host_weights: Annotated[
         Path | None, typer.Option(help="Start from these weights of the dense host.")
@@ -120,7 +120,7 @@ def _write_dense(wrapped: Any, file: Path, format: Format) -> ExportReport | Non
     try:
         return write(wrapped, file, format)
     except ExportError:
-        return None  # the pruned file stands; there is only nothing to time it against
+        return None  # the pruned file is valid, and is not timed against a dense one
 
 
 def _time(

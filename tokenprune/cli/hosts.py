@@ -1,19 +1,15 @@
-"""Models named on the command line: `NAME`, `timm:NAME`, `transformers:CLASS` or `:TYPE`."""
+"""Models named on the command line: `NAME`, `timm:NAME`, or `transformers:` and a type, class or
+checkpoint."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import ValidationError
 from torch import nn
 
-from tokenprune.errors import (
-    HostError,
-    MissingDependencyError,
-    RecipeError,
-    UnsupportedHostError,
-    did_you_mean,
-)
-from tokenprune.hosts.registry import ArchSpec
+from tokenprune.errors import HostError, RecipeError
+from tokenprune.hosts.build import build_host
+from tokenprune.hosts.spec import ArchSpec
 from tokenprune.recipe import Recipe, list_recipes, load_recipe
 from tokenprune.recipe.schema import HostSection
 from tokenprune.recipe.yaml import load_yaml
@@ -77,92 +73,25 @@ def host_section(name: str, options: Sequence[str]) -> HostSection:
         raise HostError(f"{name!r} with options {list(options)} names no host: {faults}") from error
 
 
-def build(
-    name: str, options: Sequence[str] | Mapping[str, Any] = (), *, pretrained: bool = False
-) -> nn.Module:
+def build(name: str, options: Sequence[str], *, pretrained: bool = False) -> nn.Module:
     """Build a host in eval mode.
 
     Args:
-        name: As for `split_name`; for transformers a class or a model type.
-        options: For timm's `create_model` or the configuration: by name, or as texts KEY=VALUE.
-        pretrained: With the published weights; timm only, where a name stands for some.
+        name: As for `split_name`.
+        options: Texts KEY=VALUE for timm's `create_model` or the configuration.
+        pretrained: With the published weights.
 
     Raises:
+        MissingDependencyError: The library is not installed.
         UnsupportedHostError: The library knows no such model; names the nearest.
         HostError: It cannot be built with these options.
-        MissingDependencyError: The library is not installed.
     """
     library, model = split_name(name)
-    keywords = dict(options) if isinstance(options, Mapping) else parse_options(options)
-    if pretrained and library != "timm":
-        raise HostError(
-            f"{name!r} names no published weights; only names of timm do. Give a file of weights, "
-            "or a checkpoint of tokenprune."
-        )
-    try:
-        if library == "timm":
-            return _timm(model, keywords, pretrained).eval()
-        return _transformers(model, keywords).eval()
-    except ModuleNotFoundError as error:
-        if error.name != library:
-            raise
-        raise MissingDependencyError(
-            f"{name!r} needs {library}, which is not installed. "
-            f"Run: pip install 'tokenprune-torch[{library}]'"
-        ) from error
-
-
-def _timm(model: str, keywords: dict[str, Any], pretrained: bool) -> nn.Module:
-    import timm
-
-    import tokenprune.models  # noqa: F401  registers lvvit_* with timm
-
-    remote = ":" in model or "/" in model
-    if not remote and not timm.is_model(model):
-        hint = did_you_mean(model, timm.list_models())
-        if model.endswith(("Model", "Classification")):
-            hint = f"For transformers write transformers:{model}."
-        raise UnsupportedHostError(f"timm has no model named {model!r}. {hint}")
-    try:
-        built: nn.Module = timm.create_model(model, pretrained=pretrained, **keywords)
-    except Exception as error:  # a library may refuse options in any way
-        raise _cannot("timm", model, keywords, error) from error
-    return built
-
-
-def _transformers(model: str, keywords: dict[str, Any]) -> nn.Module:
-    import transformers
-
-    if model in transformers.CONFIG_MAPPING:
-        config_class: Any = transformers.CONFIG_MAPPING[model]
-        make: Any = transformers.AutoModelForImageClassification.from_config
-    else:
-        make = getattr(transformers, model, None)
-        config_class = getattr(make, "config_class", None)
-    if not isinstance(config_class, type):
-        classes = [name for name in dir(transformers) if name.endswith("ForImageClassification")]
-        raise UnsupportedHostError(
-            f"transformers has no model class or type named {model!r}. "
-            f"{did_you_mean(model, classes)}"
-        )
-    known: Any = config_class()  # takes any keyword, and keeps those it does not know as they are
-    for key in keywords:
-        if not hasattr(known, key):
-            raise HostError(
-                f"{config_class.__name__} has no option {key!r}. {did_you_mean(key, vars(known))}"
-            )
-    try:
-        built: nn.Module = make(config_class(**keywords))
-    except Exception as error:  # a library may refuse options in any way
-        raise _cannot("transformers", model, keywords, error) from error
-    return built
-
-
-def _cannot(library: str, model: str, keywords: dict[str, Any], error: Exception) -> HostError:
-    return HostError(
-        f"{library} cannot build {model!r} with the options {keywords}: "
-        f"{type(error).__name__}: {error}"
+    # not validated: here, unlike in a recipe, an option may be a mapping (`vision_config`)
+    section = HostSection.model_construct(
+        library=library, model=model, kwargs=parse_options(options)
     )
+    return build_host(section, pretrained=pretrained)
 
 
 def recipe_for(name: str, spec: ArchSpec) -> Recipe | None:

@@ -10,7 +10,8 @@ from tokenprune.checks.verify import verify
 from tokenprune.cli.console import say, show, working
 from tokenprune.cli.hosts import build, recipe_for
 from tokenprune.cost.profile import Profile, profile
-from tokenprune.hosts.registry import ArchSpec, describe
+from tokenprune.hosts.registry import describe
+from tokenprune.hosts.spec import ArchSpec
 from tokenprune.recipe import Recipe, load_recipe
 from tokenprune.report.table import Table
 from tokenprune.runtime.model import pruning_of
@@ -23,7 +24,7 @@ def inspect(
     model: Annotated[
         str,
         typer.Argument(
-            help="timm name, timm:NAME, transformers:CLASS or transformers:TYPE. No weights are "
+            help="timm name, timm:NAME, transformers:CLASS, :TYPE or :CHECKPOINT. No weights are "
             "loaded."
         ),
     ],

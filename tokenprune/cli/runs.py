@@ -15,11 +15,11 @@ from torch import nn
 
 from tokenprune.checkpoints.directory import load, saved_recipe
 from tokenprune.cli.console import warn
-from tokenprune.cli.hosts import build
 from tokenprune.errors import CheckpointError, PlanError
+from tokenprune.hosts.build import build_host, input_settings
 from tokenprune.recipe import Recipe
 from tokenprune.recipe.schema import HostSection
-from tokenprune.train import DataBundle, DataError, build_host, input_settings, load_data
+from tokenprune.train import DataBundle, DataError, load_data
 from tokenprune.train.data import HELD_OUT
 
 __all__ = [
@@ -39,7 +39,7 @@ INPUT = "input.json"
 
 
 class _Input(BaseModel):
-    """How images must look for a trained model; written beside its checkpoint."""
+    """How images must look for a trained model; written into the folder of its checkpoint."""
 
     data: str | None
     settings: dict[str, Any]
@@ -53,7 +53,7 @@ class Run:
     Attributes:
         model: The host before training, the wrapped model of a checkpoint.
         data: Images to train and to evaluate on.
-        settings: How they are prepared, as `input_settings` tells it.
+        settings: How they are prepared: what `input_settings` returned.
     """
 
     model: nn.Module
@@ -62,7 +62,7 @@ class Run:
 
 
 def is_main_process() -> bool:
-    """Under `torchrun`, whether this process is the one that writes and speaks."""
+    """Whether this process is rank 0, which alone writes and prints under `torchrun`."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -139,7 +139,7 @@ def load_host_weights(host: nn.Module, file: Path) -> None:
 
 
 def write_input(directory: Path, data: str | None, run: Run) -> None:
-    """Note beside a checkpoint how its images were prepared, for `reopen`."""
+    """Write into the folder of a checkpoint how its images were prepared, for `reopen`."""
     directory.mkdir(parents=True, exist_ok=True)
     names = list(run.data.class_names)
     noted = _Input(data=_noted(data), settings=run.settings, class_names=names)
@@ -152,7 +152,7 @@ def reopen(directory: Path, data: str | None) -> Run:
     Args:
         directory: What `tokenprune train` or `tokenprune.save` wrote.
         data: Folder of images; those it was trained with if None. Of other images than those, all
-            are evaluated on, unless they lie in train/ and val/.
+            are evaluated on, unless they are in train/ and val/.
 
     Raises:
         CheckpointError: It is no checkpoint, does not fit the host that its recipe names, or does
@@ -200,7 +200,7 @@ def reopen_model(directory: Path) -> Any:
     """
     section, noted = host_of(saved_recipe(directory)), _read_input(directory)
     if noted is None:  # written by `tokenprune.save`: the host as the recipe describes it
-        return load(directory, build(f"{section.library}:{section.model}", section.kwargs))
+        return load(directory, build_host(section))
     host = build_host(
         section,
         len(noted.class_names),

@@ -54,7 +54,7 @@ def draw(model: nn.Module, data: Any, count: int, tile: int = 112) -> Any:
         tile: Side of an image, in pixels.
     """
     from tokenprune.tracing.state import kept_modes
-    from tokenprune.train.hosts import class_logits
+    from tokenprune.train.logits import class_logits
 
     every = len(data.eval)
     count = min(count, every)

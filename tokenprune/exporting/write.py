@@ -1,16 +1,13 @@
 """Write a wrapped model to a file that runs without this library, and check the file.
 
-The file is written into a folder beside its place, loaded, and compared with the model itself; it
-is moved into place only if both agree.
+The file is written into a new folder, loaded, and compared with the model itself; it is moved into
+place only if both agree.
 """
 
 import inspect
 import logging
 import os
-import shutil
-import uuid
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
@@ -28,6 +25,7 @@ from tokenprune.exporting.run import (
     open_exported,
     require_onnx,
 )
+from tokenprune.files import all_or_nothing
 from tokenprune.hosts.inputs import ExampleInputs
 from tokenprune.runtime.model import pruning_of
 from tokenprune.runtime.pruning import Pruning
@@ -111,7 +109,8 @@ def export(
         model.eval()
         _check_exportable(pruning, model, example, chosen)
         program, outputs = _export(model, example)
-        with _moved_into(target) as folder:
+        # the file comes last: the weights that it may refer to are there when it appears
+        with all_or_nothing(target.parent, last=target.name) as folder:
             file = folder / target.name
             _write(type(model).__name__, program, file, chosen, outputs)
             found = None
@@ -242,18 +241,3 @@ def _cannot(host: str, who: str, error: BaseException) -> ExportError:
         f"{host} cannot be exported. {who} says: {type(error).__name__}: {said}\n"
         "Run this model with tokenprune, or compile it with torch.compile."
     )
-
-
-@contextmanager
-def _moved_into(target: Path) -> Iterator[Path]:
-    """A new folder beside `target`; what was put there is moved beside it if all went well."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = target.parent / f".{target.name}.exporting-{uuid.uuid4().hex[:8]}"
-    folder.mkdir()
-    try:
-        yield folder
-        # the file itself comes last: what it points to is there when it appears
-        for part in sorted(folder.iterdir(), key=lambda part: part.name == target.name):
-            part.replace(target.parent / part.name)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

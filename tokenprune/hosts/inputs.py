@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.errors import HostError, UnsupportedHostError
-from tokenprune.hosts.registry import ArchSpec
+from tokenprune.hosts.spec import ArchSpec
 
 __all__ = ["CallSignature", "ExampleInputs", "draw_inputs", "named_inputs"]
 

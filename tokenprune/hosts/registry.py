@@ -1,74 +1,21 @@
-"""What an adapter says about a host, and the registry of adapters.
+"""The registry of adapters, and `describe`, which asks the one that matches a host.
 
-Adapters hold facts and never touch a graph. One file in `adapters/` is one family; other packages
+Adapters hold facts and never touch a graph. The shipped ones are in `adapters/`; other packages
 register theirs through the entry-point group `tokenprune.adapters`.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from importlib.metadata import entry_points
-from typing import Literal, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from torch import nn
 
 from tokenprune.errors import AdapterError, UnknownAdapterError, UnsupportedHostError, did_you_mean
+from tokenprune.hosts.spec import ArchSpec
 
-__all__ = [
-    "Adapter",
-    "ArchSpec",
-    "ExampleInput",
-    "describe",
-    "list_adapters",
-    "register_adapter",
-]
+__all__ = ["Adapter", "describe", "list_adapters", "register_adapter"]
 
 ENTRY_POINTS = "tokenprune.adapters"
 GENERIC = "generic"
-
-
-@dataclass(frozen=True)
-class ExampleInput:
-    """Shape of one input without its batch dim; how to draw an example of it.
-
-    Attributes:
-        shape: Without the batch dim, such as (3, 224, 224).
-        high: None for real-valued input; else whole numbers in [0, high) are drawn (token ids).
-        ones: True for an input of whole ones (a padding mask).
-    """
-
-    shape: tuple[int, ...]
-    high: int | None = None
-    ones: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class ArchSpec:
-    """Facts about one host.
-
-    Attributes:
-        adapter: Name of the adapter that found them.
-        blocks: Module paths of the transformer blocks, in the order they run. A block that is run
-            again and again (ALBERT's) is named once for each time.
-        num_prefix_tokens: P, the class, distillation and register tokens before the patches.
-        norm: Path of the norm after the last block, if any: its output is `patch_tokens`.
-        padding_mask: Name of the argument that says which tokens are real (1) and which only fill
-            up (0), if the host takes one. Padded tokens are never kept in place of real ones.
-        mode: The mode that serves this host.
-        token_argument: Which tensor argument of a block holds the tokens, counted from 0; not the
-            first one in hosts with two streams.
-        inputs: Argument name -> example, for hosts that are wrapped without `example_inputs`.
-        notes: What the adapter found out by itself, for `inspect`.
-    """
-
-    adapter: str
-    blocks: tuple[str, ...]
-    num_prefix_tokens: int
-    norm: str | None = None
-    padding_mask: str | None = None
-    mode: Literal["remove", "bypass"] = "remove"
-    token_argument: int = 0
-    inputs: Mapping[str, ExampleInput] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
 
 
 @runtime_checkable

@@ -14,7 +14,7 @@ from tokenprune.analysis.blocks import Blocks
 from tokenprune.analysis.plan import Budget
 from tokenprune.analysis.tails import Tail, find_tails, prunable_blocks
 from tokenprune.errors import UnsupportedHostError
-from tokenprune.hosts.registry import ArchSpec
+from tokenprune.hosts.spec import ArchSpec
 from tokenprune.ops.align import policy_of
 from tokenprune.ops.bypass import choose_branch, merge_branches, take_tokens
 from tokenprune.ops.layout import Layout

@@ -12,7 +12,7 @@ from torch import nn
 from tokenprune.analysis.analysis import Analysis
 from tokenprune.analysis.blocks import Blocks
 from tokenprune.analysis.plan import Budget
-from tokenprune.hosts.registry import ArchSpec
+from tokenprune.hosts.spec import ArchSpec
 from tokenprune.rewrite.passes import Pass
 from tokenprune.rewrite.settings import PathName
 from tokenprune.scorers import Scorer

@@ -7,7 +7,7 @@ from torch import nn
 
 from tokenprune.analysis.blocks import Blocks
 from tokenprune.analysis.plan import Budget
-from tokenprune.hosts.registry import ArchSpec
+from tokenprune.hosts.spec import ArchSpec
 from tokenprune.reductions.protocol import Reduction
 from tokenprune.reductions.registry import register_reduction
 from tokenprune.rewrite.counts import CountRealTokens

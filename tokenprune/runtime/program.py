@@ -10,7 +10,7 @@ from torch import nn
 from tokenprune.analysis.analysis import Analysis, analyse
 from tokenprune.analysis.blocks import Blocks
 from tokenprune.analysis.plan import Plan
-from tokenprune.hosts.registry import ArchSpec
+from tokenprune.hosts.spec import ArchSpec
 from tokenprune.methods import Method
 from tokenprune.reductions import Reduction
 from tokenprune.rewrite.passes import run_passes

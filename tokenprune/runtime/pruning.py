@@ -13,7 +13,7 @@ from tokenprune.analysis.blocks import Blocks, find_blocks
 from tokenprune.analysis.plan import Budget, Plan
 from tokenprune.errors import HostError, KeepIndicesError, PlanError
 from tokenprune.hosts.inputs import CallSignature, ExampleInputs, named_inputs
-from tokenprune.hosts.registry import ArchSpec
+from tokenprune.hosts.spec import ArchSpec
 from tokenprune.methods import Method
 from tokenprune.ops.kept_sets import check_keep_indices
 from tokenprune.ops.selection import in_order

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 from tokenprune.errors import MissingDependencyError
 
 if TYPE_CHECKING:
+    from tokenprune.hosts.build import build_host, input_settings
     from tokenprune.train.data import DataBundle, load_data
     from tokenprune.train.evaluation import evaluate, kept_tokens
     from tokenprune.train.fitting import FitResult, fit
     from tokenprune.train.folders import DataError
-    from tokenprune.train.hosts import build_host, input_settings
     from tokenprune.train.pretraining import pretrain
     from tokenprune.train.trainer import PruningTrainer
 
@@ -32,17 +32,17 @@ __all__ = [
 ]
 
 _HOMES = {
-    "DataBundle": "data",
-    "DataError": "folders",
-    "FitResult": "fitting",
-    "PruningTrainer": "trainer",
-    "build_host": "hosts",
-    "evaluate": "evaluation",
-    "fit": "fitting",
-    "input_settings": "hosts",
-    "kept_tokens": "evaluation",
-    "load_data": "data",
-    "pretrain": "pretraining",
+    "DataBundle": "tokenprune.train.data",
+    "DataError": "tokenprune.train.folders",
+    "FitResult": "tokenprune.train.fitting",
+    "PruningTrainer": "tokenprune.train.trainer",
+    "build_host": "tokenprune.hosts.build",
+    "evaluate": "tokenprune.train.evaluation",
+    "fit": "tokenprune.train.fitting",
+    "input_settings": "tokenprune.hosts.build",
+    "kept_tokens": "tokenprune.train.evaluation",
+    "load_data": "tokenprune.train.data",
+    "pretrain": "tokenprune.train.pretraining",
 }
 _OF_THE_EXTRA = {"PIL", "accelerate", "sklearn", "timm", "torchvision", "transformers"}
 
@@ -51,7 +51,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+        return getattr(import_module(_HOMES[name]), name)
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if missing not in _OF_THE_EXTRA:

@@ -16,7 +16,7 @@ from tokenprune.runtime.model import PrunedModel, pruning_of
 from tokenprune.tracing.state import kept_modes
 from tokenprune.train.data import DataBundle
 from tokenprune.train.folders import DataError
-from tokenprune.train.hosts import class_logits
+from tokenprune.train.logits import class_logits
 
 __all__ = ["Score", "evaluate", "kept_tokens", "score"]
 

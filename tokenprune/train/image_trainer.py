@@ -19,8 +19,8 @@ from tokenprune.train.average import WeightAverage
 from tokenprune.train.data import DataBundle
 from tokenprune.train.evaluation import Score, score
 from tokenprune.train.folders import DataError
-from tokenprune.train.hosts import class_logits
 from tokenprune.train.images import EpochView
+from tokenprune.train.logits import class_logits
 from tokenprune.train.mixing import Mixing, criterion
 from tokenprune.train.optim import Schedule, frozen_names, make_optimizer, make_scheduler
 from tokenprune.train.order import EpochBatches

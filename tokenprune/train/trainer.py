@@ -18,8 +18,8 @@ from tokenprune.rewrite.settings import Path as ModelPath
 from tokenprune.runtime.model import PrunedModel, pruning_of
 from tokenprune.train.arguments import Progress
 from tokenprune.train.data import DataBundle
-from tokenprune.train.hosts import class_logits
 from tokenprune.train.image_trainer import ImageTrainer
+from tokenprune.train.logits import class_logits
 from tokenprune.wrapping import wrap
 
 __all__ = ["PruningTrainer", "frozen_copy"]

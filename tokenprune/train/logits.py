@@ -1,0 +1,38 @@
+"""The class logits in what a host returned."""
+
+from typing import Any
+
+from torch import Tensor
+
+from tokenprune.errors import HostError, PlanError
+
+__all__ = ["class_logits"]
+
+
+def class_logits(output: Any, num_classes: int) -> Tensor:
+    """The class logits [B, C] in what a host returned: a tensor, a tuple or a transformers output.
+
+    Raises:
+        HostError: There are none.
+        PlanError: Their number is not that of the classes in the data.
+    """
+    logits = getattr(output, "logits", output)
+    if isinstance(logits, tuple | list) and logits:
+        logits = logits[0]
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        found = (
+            f"a tensor {tuple(logits.shape)}"
+            if isinstance(logits, Tensor)
+            else type(output).__name__
+        )
+        raise HostError(
+            f"Training needs class logits [B, C], the host returned {found}. Use the host's class "
+            "with a classification head."
+        )
+    if logits.shape[1] != num_classes:
+        raise PlanError(
+            f"The data has {num_classes} classes, but the host's head has {logits.shape[1]} "
+            f"outputs. Build the host with num_classes={num_classes}, or use the data it was "
+            "trained for."
+        )
+    return logits
