@@ -8,9 +8,9 @@ from tokenprune.analysis.blocks import Blocks
 from tokenprune.errors import PlanError
 from tokenprune.hosts.spec import ArchSpec
 from tokenprune.recipe import Recipe
-from tokenprune.reductions import Reduction, reduction_by_name
+from tokenprune.reductions import MODES, Reduction
 from tokenprune.rewrite.settings import Path
-from tokenprune.scorers import Scorer, scorer_by_name
+from tokenprune.scorers import SCORERS, Scorer
 from tokenprune.tracing.host_graph import HostGraph
 
 __all__ = ["Method", "method_of", "with_default_stages"]
@@ -50,9 +50,9 @@ def method_of(recipe: Recipe, spec: ArchSpec) -> Method:
     Raises:
         PlanError: It does not serve this host, or its parts do not fit each other.
     """
-    method = Method(scorer_by_name(recipe.scorer), reduction_by_name(recipe.mode))
+    method = Method(SCORERS[recipe.scorer], MODES[recipe.mode])
     named = f"recipe {recipe.name!r}" if recipe.name else "the recipe"
-    if method.reduction.removes and not reduction_by_name(spec.mode).removes:
+    if method.reduction.removes and not MODES[spec.mode].removes:
         raise PlanError(
             f"{named} has `mode: {recipe.mode}`, but this host (adapter {spec.adapter!r}) needs "
             f"`mode: {spec.mode}`: it keeps a grid of tokens, from which none can be removed. "
@@ -89,7 +89,7 @@ def with_default_stages(
     schedule = {"keep_ratio": KEEP_RATIO}
     recipe = recipe or Recipe.parse({"version": 1, "schedule": schedule})
     mode = recipe.mode if "mode" in recipe.model_fields_set else spec.mode
-    reduction = reduction_by_name(mode)
+    reduction: type[Reduction] = MODES[mode]
     candidates, needed = reduction.candidates(host, traced, blocks, spec)
     if len(candidates) <= reduction.skipped:
         raise PlanError(

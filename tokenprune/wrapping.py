@@ -22,7 +22,7 @@ from tokenprune.methods import method_of, with_default_stages
 from tokenprune.recipe import RecipeSource, load_recipe
 from tokenprune.runtime.model import PRUNING, PUBLIC, PrunedModel, pruned_class, pruning_of
 from tokenprune.runtime.pruning import Pruning, added_names
-from tokenprune.scorers.protocol import SCORERS
+from tokenprune.scorers.protocol import PREDICTORS
 from tokenprune.tracing.host_graph import trace
 from tokenprune.tracing.state import kept_modes, lazy_attributes
 
@@ -123,7 +123,7 @@ def wrap(
         pruning.method.scorer.make(grid.num_channels, chosen.predictor, **like)
         for grid in programs.analysis.grids
     ]
-    added = {SCORERS: nn.ModuleList(scorers), **programs.reduction.modules(**like)}
+    added = {PREDICTORS: nn.ModuleList(scorers), **programs.reduction.modules(**like)}
     for name, module in added.items():
         wrapped.__dict__["_modules"][name] = module.train(model.training)
     if verify:

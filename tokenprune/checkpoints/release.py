@@ -26,7 +26,7 @@ from torch import Tensor
 from tokenprune.checkpoints.fit import some
 from tokenprune.errors import CheckpointError, NonFiniteWeightsError
 from tokenprune.reductions.bypass import BYPASSES
-from tokenprune.scorers.protocol import SCORERS
+from tokenprune.scorers.protocol import PREDICTORS
 
 __all__ = ["Layout", "Source", "count_blocks", "read_release", "rename"]
 
@@ -126,7 +126,7 @@ def rename(file: Mapping[str, Tensor], source: Source) -> tuple[Layout, dict[str
 
 def _new_name(key: str, layout: Layout, depths: Sequence[int]) -> str:
     if match := PREDICTOR.fullmatch(key):
-        return f"{SCORERS}.{match[2]}.{match[3]}_proj.{match[4]}"
+        return f"{PREDICTORS}.{match[2]}.{match[3]}_proj.{match[4]}"
     if layout != "swin":
         return key
     if match := LIGHT_BRANCH.fullmatch(key):

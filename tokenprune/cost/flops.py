@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from tokenprune.analysis.analysis import Analysis
-from tokenprune.scorers.protocol import SCORERS
+from tokenprune.scorers.protocol import PREDICTORS
 from tokenprune.tracing.interpret import evaluate, run
 from tokenprune.tracing.state import buffers_kept
 
@@ -91,7 +91,7 @@ class _Count:
     def _account(self, node: fx.Node) -> tuple[str, int]:
         for used in node.all_input_nodes:
             first, _, rest = str(used.target).partition(".")
-            if used.op == "get_attr" and first == SCORERS:
+            if used.op == "get_attr" and first == PREDICTORS:
                 return "predictor", int(rest.partition(".")[0])
         path = node.meta["where"].module
         while path:

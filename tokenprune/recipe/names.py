@@ -1,53 +1,37 @@
-"""Names that recipes may use because something registered them: scorers, modes, whole recipes."""
+"""What recipes may name: scorers, modes, and by them recipes that fit any host."""
 
 import re
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
-from tokenprune.errors import did_you_mean
+from tokenprune.registry import Registry
 
-__all__ = ["check_known", "know", "name_recipes", "named_recipe", "named_recipes"]
+__all__ = ["MODES", "SCORERS", "named_recipe", "named_recipes"]
 
-Key = Literal["mode", "scorer"]
-SHOWN_RATIO = 0.7
-NAME = re.compile(r"(?P<family>.+)-k(?P<ratio>0?\.\d+|1)")
+SCORERS: Registry[Any] = Registry("scorer")
+"""Classes of `tokenprune.scorers`, by the `scorer` of a recipe."""
+MODES: Registry[Any] = Registry("mode")
+"""Classes of `tokenprune.reductions`, by the `mode` of a recipe."""
 
-_known: dict[Key, list[str]] = {"mode": [], "scorer": []}
-_families: dict[str, Mapping[str, Any]] = {}
-
-
-def know(key: Key, name: str) -> None:
-    """Let a key of a recipe have the value `name`."""
-    if name not in _known[key]:
-        _known[key].append(name)
-
-
-def check_known(key: Key, name: str) -> str:
-    """`name`, if it was made known; else ValueError with the nearest names."""
-    if name not in _known[key]:
-        raise ValueError(f"there is no {key} {name!r}. {did_you_mean(name, _known[key])}")
-    return name
-
-
-def name_recipes(family: str, keys: Mapping[str, Any]) -> None:
-    """Make `<family>-k<ratio>` the name of a recipe for any host.
-
-    Args:
-        family: First part of the name.
-        keys: Of the recipe, beside `version`, `name` and `schedule`.
-    """
-    _families[family] = dict(keys)
+NAME = re.compile(r"(?P<scorer>.+)-k(?P<ratio>0?\.\d+|1)")
 
 
 def named_recipe(name: str) -> dict[str, Any] | None:
-    """The mapping of the recipe of that name; None if no family has it."""
+    """The mapping of the recipe `<scorer>-k<keep ratio>` for any host, such as `random-k0.7`.
+
+    Returns:
+        None if there is no such scorer, or it has to be trained.
+    """
     match = NAME.fullmatch(name)
-    if match is None or match["family"] not in _families:
+    if match is None or match["scorer"] not in _untrained():
         return None
     schedule = {"keep_ratio": float(match["ratio"])}
-    return {"version": 1, "name": name, "schedule": schedule, **_families[match["family"]]}
+    return {"version": 1, "name": name, "scorer": match["scorer"], "schedule": schedule}
 
 
 def named_recipes() -> list[str]:
-    """One name of each family, sorted: that with the ratio 0.7."""
-    return sorted(f"{family}-k{SHOWN_RATIO:g}" for family in _families)
+    """One name for each scorer that needs no training, sorted: that with the ratio 0.7."""
+    return sorted(f"{name}-k0.7" for name in _untrained())
+
+
+def _untrained() -> list[str]:
+    return [name for name in SCORERS if not SCORERS[name].probabilistic]

@@ -7,11 +7,11 @@ from pathlib import Path
 from reprlib import Repr
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
-from tokenprune.errors import RecipeError, UnknownRecipeError, did_you_mean
-from tokenprune.recipe.names import check_known, named_recipe, named_recipes
+from tokenprune.errors import PlanError, RecipeError, UnknownRecipeError, did_you_mean
+from tokenprune.recipe.names import MODES, SCORERS, named_recipe, named_recipes
 from tokenprune.recipe.schema import (
     HostSection,
     LossSection,
@@ -83,15 +83,15 @@ class Recipe(Section):
     train: TrainSection = TrainSection()
     host: HostSection | None = None
 
-    @field_validator("mode")
+    @field_validator("mode", "scorer")
     @classmethod
-    def _mode_exists(cls, mode: str) -> str:
-        return check_known("mode", mode)
-
-    @field_validator("scorer")
-    @classmethod
-    def _scorer_exists(cls, scorer: str) -> str:
-        return check_known("scorer", scorer)
+    def _registered(cls, name: str, info: ValidationInfo) -> str:
+        registry = MODES if info.field_name == "mode" else SCORERS
+        try:
+            registry[name]
+        except PlanError as error:
+            raise ValueError(str(error)) from error
+        return name
 
     @field_validator("stages")
     @classmethod

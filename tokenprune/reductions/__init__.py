@@ -1,16 +1,7 @@
 """What becomes of the tokens that a stage does not keep: one file a reduction."""
 
 from tokenprune.reductions.bypass import Bypass
-from tokenprune.reductions.protocol import Proof, Reduction
-from tokenprune.reductions.registry import reduction_by_name, reduction_names, register_reduction
+from tokenprune.reductions.protocol import MODES, Proof, Reduction
 from tokenprune.reductions.remove import Remove
 
-__all__ = [
-    "Bypass",
-    "Proof",
-    "Reduction",
-    "Remove",
-    "reduction_by_name",
-    "reduction_names",
-    "register_reduction",
-]
+__all__ = ["MODES", "Bypass", "Proof", "Reduction", "Remove"]

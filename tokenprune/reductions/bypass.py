@@ -20,8 +20,7 @@ from tokenprune.ops.bypass import choose_branch, merge_branches, take_tokens
 from tokenprune.ops.layout import Layout
 from tokenprune.ops.moving import with_prefix
 from tokenprune.ops.packing import merge_packed, pack, take_packed
-from tokenprune.reductions.protocol import Reduction
-from tokenprune.reductions.registry import register_reduction
+from tokenprune.reductions.protocol import MODES, Reduction
 from tokenprune.rewrite.emit import Emit
 from tokenprune.rewrite.kept import KEPT_SETS
 from tokenprune.rewrite.passes import Pass
@@ -56,7 +55,7 @@ def light_branch(
     return nn.Sequential(nn.LayerNorm(dim, device=device, dtype=dtype), project)
 
 
-@register_reduction()
+@MODES.register("bypass")
 class Bypass(Reduction):
     """Dropped tokens go around the per-token tail of each block, through a light branch.
 
@@ -69,7 +68,6 @@ class Bypass(Reduction):
     added: ClassVar[tuple[str, ...]] = (BYPASSES,)
 
     def __init__(self, root: nn.Module, analysis: Analysis) -> None:
-        """See `Reduction.__init__`."""
         super().__init__(root, analysis)
         plan = analysis.plan
         self.tails = find_tails(
@@ -114,7 +112,6 @@ class Bypass(Reduction):
         return {BYPASSES: nn.ModuleDict(branches)}
 
     def tokens_in(self, budget: Budget) -> Mapping[int, int]:
-        """See `Reduction.tokens_in`."""
         counts = budget.counts(self.analysis.num_patches)
         return {block: counts[tail.stage] for block, tail in self.tails.items()}
 

@@ -13,12 +13,13 @@ from tokenprune.analysis.analysis import Analysis
 from tokenprune.analysis.blocks import Blocks
 from tokenprune.analysis.plan import Budget
 from tokenprune.hosts.spec import ArchSpec
+from tokenprune.recipe.names import MODES
 from tokenprune.rewrite.passes import Pass
 from tokenprune.rewrite.settings import PathName
 from tokenprune.scorers import Scorer
 from tokenprune.tracing.host_graph import HostGraph
 
-__all__ = ["Proof", "Reduction"]
+__all__ = ["MODES", "Proof", "Reduction"]
 
 
 class Proof(NamedTuple):

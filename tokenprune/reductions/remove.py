@@ -8,8 +8,7 @@ from torch import nn
 from tokenprune.analysis.blocks import Blocks
 from tokenprune.analysis.plan import Budget
 from tokenprune.hosts.spec import ArchSpec
-from tokenprune.reductions.protocol import Reduction
-from tokenprune.reductions.registry import register_reduction
+from tokenprune.reductions.protocol import MODES, Reduction
 from tokenprune.rewrite.counts import CountRealTokens
 from tokenprune.rewrite.emit import Emit
 from tokenprune.rewrite.kept import KEPT_SETS
@@ -25,7 +24,7 @@ from tokenprune.tracing.host_graph import HostGraph
 __all__ = ["Remove"]
 
 
-@register_reduction()
+@MODES.register("remove")
 class Remove(Reduction):
     """Serves hosts whose tokens are one sequence."""
 
@@ -48,7 +47,6 @@ class Remove(Reduction):
         return [keep_ratio ** (stage + 1) for stage in range(stages)]
 
     def passes(self, path: PathName, scorer: type[Scorer], restore: bool | None) -> Sequence[Pass]:
-        """See `Reduction.passes`."""
         if path == "dense":
             return [Emit(tokens_allowed=True)]
         kept = KEPT_SETS[path]

@@ -6,12 +6,12 @@ from tokenprune.analysis.analysis import Analysis
 from tokenprune.analysis.sites import PLACES
 from tokenprune.errors import PlanError
 from tokenprune.ops.layout import flat_tokens
-from tokenprune.rewrite.kept import KeptSet
+from tokenprune.rewrite.kept import KeptSet, StagePoint
 from tokenprune.rewrite.passes import Pass
 from tokenprune.rewrite.rewrite import Rewrite, StageRecord
 from tokenprune.rewrite.stages import patch_keys, score
 from tokenprune.scorers import Need, Scorer
-from tokenprune.scorers.protocol import SCORERS
+from tokenprune.scorers.protocol import PREDICTORS
 
 __all__ = ["SelectAtSites", "nearest_keys"]
 
@@ -36,21 +36,27 @@ class SelectAtSites(Pass):
                 layout = rewrite.analysis.grids[stage].layout
                 tokens = rewrite.insert(marker, flat_tokens, tokens, layout)
             bound = rewrite.records[-1].kept if self.tokens_leave and rewrite.records else None
-            scorer = rewrite.module(marker, f"{SCORERS}.{stage}")
-            present = self.kept.present(rewrite, marker, tokens, bound)
-            needed = {}
-            if Need.NOISE in self.scorer.needs:
-                needed["generator"] = rewrite.insert(marker, getattr, rewrite.settings, "generator")
-            if Need.KEYS in self.scorer.needs:
-                key, *how = nearest_keys(rewrite.analysis, stage)
-                needed["keys"] = rewrite.insert(marker, patch_keys, rewrite.copy_of(key), *how)
+            point = StagePoint(stage, marker, tokens, bound)
+            scorer = rewrite.module(marker, f"{PREDICTORS}.{stage}")
+            present = self.kept.present(rewrite, point)
+            needed = self._needed(rewrite, point)
             keep_logits = rewrite.insert(
                 marker, score, scorer, tokens, present, rewrite.num_prefix, **needed
             )
-            left, kept = self.kept.select(rewrite, marker, tokens, keep_logits, bound, stage)
+            left, kept = self.kept.select(rewrite, point, keep_logits)
             rewrite.records.append(StageRecord(tokens, keep_logits, kept))
             if self.tokens_leave:
                 rewrite.replace(marker, left)
+
+    def _needed(self, rewrite: Rewrite, stage: StagePoint) -> dict[str, fx.Node]:
+        """What the scorer reads beside the tokens."""
+        needed = {}
+        if Need.NOISE in self.scorer.needs:
+            needed["generator"] = rewrite.insert(stage.at, getattr, rewrite.settings, "generator")
+        if Need.KEYS in self.scorer.needs:
+            key, *how = nearest_keys(rewrite.analysis, stage.number)
+            needed["keys"] = rewrite.insert(stage.at, patch_keys, rewrite.copy_of(key), *how)
+        return needed
 
 
 def nearest_keys(analysis: Analysis, stage: int) -> tuple[fx.Node, int, int, int]:

@@ -18,13 +18,13 @@ from tokenprune.methods import Method
 from tokenprune.ops.kept_sets import check_keep_indices
 from tokenprune.ops.selection import in_order
 from tokenprune.recipe import Recipe
-from tokenprune.reductions.registry import added_prefixes
+from tokenprune.reductions import MODES
 from tokenprune.rewrite.kept import KEPT_SETS
 from tokenprune.rewrite.kept.pruning_trace import PruningTrace
 from tokenprune.rewrite.settings import PATHS, CallSettings, Path, PathName
 from tokenprune.runtime.cache import ProgramCache, signature_of
 from tokenprune.runtime.program import Programs
-from tokenprune.scorers.protocol import SCORERS
+from tokenprune.scorers.protocol import PREDICTORS
 from tokenprune.tracing.host_graph import HostGraph, trace
 from tokenprune.tracing.state import (
     LazyAttributes,
@@ -38,7 +38,8 @@ __all__ = ["Overrides", "Pruning", "added_names"]
 
 def added_names() -> tuple[str, ...]:
     """First parts of the state-dict keys that `wrap` may add to a host's."""
-    return (SCORERS, *added_prefixes())
+    added = dict.fromkeys(name for reduction in MODES.values() for name in reduction.added)
+    return (PREDICTORS, *added)
 
 
 @dataclass

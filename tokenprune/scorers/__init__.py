@@ -2,19 +2,17 @@
 
 from tokenprune.scorers.key_norm import KeyNorm
 from tokenprune.scorers.learned import TokenPredictor
-from tokenprune.scorers.protocol import Need, Scorer
+from tokenprune.scorers.protocol import SCORERS, Need, Scorer, as_keep_logits
 from tokenprune.scorers.random import Random
-from tokenprune.scorers.registry import register_scorer, scorer_by_name, scorer_names
 from tokenprune.scorers.token_norm import TokenNorm
 
 __all__ = [
+    "SCORERS",
     "KeyNorm",
     "Need",
     "Random",
     "Scorer",
     "TokenNorm",
     "TokenPredictor",
-    "register_scorer",
-    "scorer_by_name",
-    "scorer_names",
+    "as_keep_logits",
 ]

@@ -6,13 +6,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tokenprune.scorers.protocol import Need, Scorer, as_keep_logits
-from tokenprune.scorers.registry import register_scorer
+from tokenprune.scorers.protocol import SCORERS, Need, Scorer, as_keep_logits
 
 __all__ = ["KeyNorm"]
 
 
-@register_scorer("key-norm")
+@SCORERS.register("key-norm")
 class KeyNorm(Scorer):
     """Keeps the tokens whose keys are small: their L2 norm, averaged over the heads.
 
@@ -27,7 +26,6 @@ class KeyNorm(Scorer):
         present: Float[Tensor, "B N"] | None = None,
         **needed: Any,
     ) -> Float[Tensor, "B N 2"]:
-        """See `Scorer.forward`."""
         keys: Float[Tensor, "B H N d"] = needed["keys"]
         wide = torch.promote_types(keys.dtype, torch.float32)
         return as_keep_logits(-torch.linalg.vector_norm(keys, dim=-1, dtype=wide).mean(1))

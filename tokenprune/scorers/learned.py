@@ -9,15 +9,14 @@ from torch import Tensor, nn
 
 from tokenprune.ops.pooling import hide_dropped, masked_mean
 from tokenprune.recipe.schema import PredictorSection
-from tokenprune.scorers.protocol import Scorer
-from tokenprune.scorers.registry import LEARNED, register_scorer
+from tokenprune.scorers.protocol import SCORERS, Scorer
 
 __all__ = ["TokenPredictor"]
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU}
 
 
-@register_scorer(LEARNED)
+@SCORERS.register("learned")
 class TokenPredictor(Scorer):
     """Keep log-probabilities from each token and the mean of the tokens that are still kept.
 
@@ -74,7 +73,6 @@ class TokenPredictor(Scorer):
 
     @classmethod
     def make(cls, dim: int, section: PredictorSection, **like: Any) -> Self:
-        """See `Scorer.make`."""
         return cls(dim, activation=section.activation, **like)
 
     def reset_parameters(self) -> None:

@@ -12,11 +12,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tokenprune.recipe.names import SCORERS
 from tokenprune.recipe.schema import PredictorSection
 
-__all__ = ["SCORERS", "Need", "Scorer", "as_keep_logits"]
+__all__ = ["PREDICTORS", "SCORERS", "Need", "Scorer", "as_keep_logits"]
 
-SCORERS = "token_predictors"
+PREDICTORS = "token_predictors"
 """Where the scorers of a wrapped model are: the first part of their state-dict keys."""
 
 

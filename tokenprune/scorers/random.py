@@ -6,13 +6,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tokenprune.scorers.protocol import Need, Scorer, as_keep_logits
-from tokenprune.scorers.registry import register_scorer
+from tokenprune.scorers.protocol import SCORERS, Need, Scorer, as_keep_logits
 
 __all__ = ["Random"]
 
 
-@register_scorer("random")
+@SCORERS.register("random")
 class Random(Scorer):
     """Uniform in [0, 1), drawn again in every call, for each image on its own."""
 
@@ -24,7 +23,6 @@ class Random(Scorer):
         present: Float[Tensor, "B N"] | None = None,
         **needed: Any,
     ) -> Float[Tensor, "B N 2"]:
-        """See `Scorer.forward`."""
         # generator=None is another overload, which refuses the open batch size of torch.compile
         source = {} if needed["generator"] is None else {"generator": needed["generator"]}
         return as_keep_logits(torch.rand(tokens.shape[:2], device=tokens.device, **source))

@@ -6,13 +6,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tokenprune.scorers.protocol import Scorer, as_keep_logits
-from tokenprune.scorers.registry import register_scorer
+from tokenprune.scorers.protocol import SCORERS, Scorer, as_keep_logits
 
 __all__ = ["TokenNorm"]
 
 
-@register_scorer("token-norm")
+@SCORERS.register("token-norm")
 class TokenNorm(Scorer):
     """Keeps the tokens with the largest L2 norm over their channels."""
 
@@ -22,6 +21,5 @@ class TokenNorm(Scorer):
         present: Float[Tensor, "B N"] | None = None,
         **needed: Any,
     ) -> Float[Tensor, "B N 2"]:
-        """See `Scorer.forward`."""
         wide = torch.promote_types(tokens.dtype, torch.float32)
         return as_keep_logits(torch.linalg.vector_norm(tokens, dim=-1, dtype=wide))

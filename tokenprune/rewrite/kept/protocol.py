@@ -4,80 +4,97 @@ A stage records one node, `kept`: a decision [B, N], or the original numbers of 
 left. Only the path's kept set knows which, and what else follows from it.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, fx
 
 from tokenprune.analysis.facts import Aligned
+from tokenprune.ops.selection import one_hot
 from tokenprune.rewrite.kept.pruning_trace import StageTrace
 from tokenprune.rewrite.rewrite import Rewrite
 from tokenprune.rewrite.settings import PathName
 
-__all__ = ["KeptSet"]
+__all__ = ["KeptSet", "StagePoint"]
 
 
-class KeptSet(Protocol):
-    """One path's way."""
+class StagePoint(NamedTuple):
+    """One stage in a graph.
 
-    @property
-    def name(self) -> PathName:
-        """Of the path."""
-        ...
+    Attributes:
+        number: Of the stage.
+        at: Where nodes are put in.
+        tokens: [B, P + N', D] that come in.
+        previous: `kept` of the stage before, if it bounds what this one can choose.
+    """
 
-    @property
-    def removes(self) -> bool:
-        """Dropped tokens are no longer in the tensors."""
-        ...
+    number: int
+    at: fx.Node
+    tokens: fx.Node
+    previous: fx.Node | None
 
-    @property
-    def attention(self) -> Callable[..., Tensor] | None:
-        """What attends to tokens some of which are hidden; None if all that are there are seen."""
-        ...
 
-    def present(
-        self, rw: Rewrite, at: fx.Node, tokens: fx.Node, previous: fx.Node | None
-    ) -> fx.Node | None:
-        """What the scorer may see of `tokens` [B, P + N', D]: [B, N'] 1 or 0; None for all.
+class KeptSet(ABC):
+    """One path's way.
 
-        Args:
-            at: Where nodes are put in.
-            previous: `kept` of the stage before, if its set bounds this one's.
-        """
-        ...
+    Attributes:
+        name: Of the path.
+        removes: Dropped tokens are no longer in the tensors.
+        attention: What attends to tokens some of which are hidden; None if all that are there are
+            seen.
+        table_gather: (table, kept, dims, prefix, rank, rows_per_image) -> the table for the tokens
+            that are there.
+        restore: (full, tokens, kept, num_prefix) -> `full` with the kept tokens replaced.
+    """
 
+    name: ClassVar[PathName]
+    removes: ClassVar[bool] = True
+    attention: ClassVar[Callable[..., Tensor] | None] = None
+    table_gather: ClassVar[Callable[..., Tensor]]
+    restore: ClassVar[Callable[..., Tensor]]
+
+    @abstractmethod
+    def present(self, rw: Rewrite, stage: StagePoint) -> fx.Node | None:
+        """What the scorer may see: [B, N'] 1 or 0; None for all tokens."""
+
+    @abstractmethod
     def select(
-        self,
-        rw: Rewrite,
-        at: fx.Node,
-        tokens: fx.Node,
-        keep_logits: fx.Node,
-        previous: fx.Node | None,
-        stage: int,
+        self, rw: Rewrite, stage: StagePoint, keep_logits: fx.Node
     ) -> tuple[fx.Node, fx.Node]:
         """The tokens that go on, and `kept`."""
-        ...
 
     def policy(self, rw: Rewrite, stage: int, prefix: int, rows_per_image: int) -> fx.Node:
         """[B * rows, L]: 1 at prefix tokens and tokens that are kept, 0 at hidden ones."""
-        ...
+        raise RuntimeError(f"the {self.name} path hides no token")
 
     def gather(self, rw: Rewrite, at: fx.Node, table: fx.Node, aligned: Aligned) -> fx.Node:
         """A tensor made for all tokens, for those that are there."""
-        ...
+        dims = tuple(aligned.dims)
+        prefix = tuple(dim.prefix for dim in aligned.dims.values())
+        kept = rw.records[next(iter(aligned.dims.values())).stage].kept
+        how = (kept, dims, prefix, aligned.rank, aligned.rows_per_image)
+        return rw.insert(at, type(self).table_gather, table, *how)
 
     def put_back(
         self, rw: Rewrite, at: fx.Node, full: fx.Node, tokens: fx.Node, stage: int
     ) -> fx.Node:
         """`full` [B, P + N, D], with the tokens that `stage` kept replaced by `tokens`."""
-        ...
+        return rw.insert(
+            at, type(self).restore, full, tokens, rw.records[stage].kept, rw.num_prefix
+        )
 
     def blank(self, rw: Rewrite, at: fx.Node, tokens: fx.Node) -> fx.Node:
         """An output of the kept tokens alone, with 0 in rows that hold none."""
-        ...
+        return tokens
+
+    def count(self, decision: Tensor, kept: Tensor) -> Tensor | int:
+        """`num_tokens` of a stage's trace."""
+        return kept.shape[1]
 
     def stage_traces(
-        self, records: Sequence[tuple[Tensor, Tensor]], num_patches: Sequence[int], nested: bool
+        self, records: Sequence[Any], num_patches: Sequence[int], nested: bool
     ) -> list[StageTrace]:
         """The (keep_logits, kept) of each stage in terms of the original patch tokens.
 
@@ -85,4 +102,20 @@ class KeptSet(Protocol):
             num_patches: N of each stage.
             nested: A stage sees only what the one before kept.
         """
-        ...
+        stages, before = [], None
+        for (logits, kept), patches in zip(records, num_patches, strict=True):
+            if before is not None and nested:
+                logits = _spread(logits, before, patches)
+            decision = one_hot(kept, logits.new_zeros(logits.shape[0], patches))
+            stages.append(StageTrace(logits, decision, kept, self.count(decision, kept)))
+            before = kept
+        return stages
+
+
+def _spread(logits: Tensor, kept: Tensor, num_patches: int) -> Tensor:
+    """[B, N, 2] of [B, K, 2]: removed tokens have no logits of their own any more."""
+    gone = torch.tensor([float("-inf"), 0.0], device=logits.device, dtype=logits.dtype)
+    everyone = gone.expand(logits.shape[0], num_patches + 1, 2)
+    places = torch.where(kept < 0, num_patches, kept)  # padding goes to one more place
+    spread = everyone.scatter(1, places.unsqueeze(-1).expand(-1, -1, 2), logits)
+    return spread[:, :num_patches]

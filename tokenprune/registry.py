@@ -1,0 +1,58 @@
+"""Things that recipes call by name, which anybody can add to."""
+
+from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar
+
+from tokenprune.errors import PlanError, RegistrationError, did_you_mean
+
+__all__ = ["Registry"]
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """Name -> thing.
+
+    Args:
+        what: What to call one in messages.
+    """
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self._known: dict[str, T] = {}
+
+    def register(self, name: str, *, replace: bool = False) -> Callable[[T], T]:
+        """Decorator: make a thing known.
+
+        Raises:
+            RegistrationError: The name is taken, and `replace` is False.
+        """
+
+        def add(thing: T) -> T:
+            if name in self._known and not replace:
+                raise RegistrationError(
+                    f"A {self.what} named {name!r} is registered already: {self._known[name]!r}. "
+                    "Choose another name, or pass replace=True to put yours in its place."
+                )
+            self._known[name] = thing
+            return thing
+
+        return add
+
+    def __getitem__(self, name: str) -> T:
+        """The thing of that name.
+
+        Raises:
+            PlanError: There is none; names the nearest.
+        """
+        if name not in self._known:
+            hint = did_you_mean(name, self._known)
+            raise PlanError(f"There is no {self.what} named {name!r}. {hint}")
+        return self._known[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._known)
+
+    def values(self) -> list[T]:
+        """All things, in the order they were registered."""
+        return list(self._known.values())
