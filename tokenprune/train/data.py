@@ -112,7 +112,7 @@ def load_data(
             f"mean has {len(look[0])} numbers and std {len(look[1])}, but images are to have "
             f"{in_chans} channels. Give one number for each channel."
         )
-    wishes = train or TrainSection()
+    config = train or TrainSection()
     if spec is None or spec == DIGITS:
         names, to_train, to_eval = _digits()
         name, crop_pct, crops = DIGITS, 1.0, SMALL_CROPS
@@ -123,7 +123,7 @@ def load_data(
         names, listed, listed_eval = read_folder(Path(spec), held_out, seed)
         to_train, to_eval = _columns(listed), _columns(listed_eval)
         name, crops = Path(spec).name, Crops()
-    augment = train_transform(image_size, *look, interpolation, wishes, crops)
+    augment = train_transform(image_size, *look, interpolation, config, crops)
     plain = eval_transform(image_size, *look, crop_pct, interpolation)
     return DataBundle(
         train=ImageSet(*to_train, augment, in_chans=in_chans, augments=True, seed=seed),

@@ -160,7 +160,7 @@ def run_trainer(trainer: ImageTrainer, checkpoint: Path | None = None) -> FitRes
     metrics = {
         **scores,
         "steps": trainer.state.global_step,
-        "epochs": trainer.wishes.epochs,
+        "epochs": trainer.config.epochs,
         "seconds": time.perf_counter() - started,
     }
     return FitResult(metrics, list(trainer.state.log_history))

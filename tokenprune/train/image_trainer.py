@@ -50,7 +50,7 @@ class ImageTrainer(Trainer):
         model: nn.Module,
         args: TrainingArguments,
         data: DataBundle,
-        wishes: TrainSection,
+        config: TrainSection,
         *,
         progress: Progress | None = None,
         callbacks: list[TrainerCallback] | None = None,
@@ -61,7 +61,7 @@ class ImageTrainer(Trainer):
             model: trained in place.
             args: what `training_arguments` returned.
             data: images.
-            wishes: the recipe's section, with epochs and batch size of this run.
+            config: the recipe's section, with epochs and batch size of this run.
             progress: called after each step with its number, the number of all, the latest logs.
             callbacks: further ones.
 
@@ -83,19 +83,19 @@ class ImageTrainer(Trainer):
         self.add_callback(_Hooks(self, progress))
         # the loss is a mean over images, so accumulation has to divide it
         self.model_accepts_loss_kwargs = False
-        self.data, self.wishes = data, wishes
+        self.data, self.config = data, config
         self.images = EpochView(data.train)
         self.order = EpochBatches(
             len(self.images),
-            wishes.batch_size,
+            config.batch_size,
             accumulation_steps=args.gradient_accumulation_steps,
             rank=args.process_index,
             num_ranks=args.world_size,
-            seed=wishes.seed,
+            seed=config.seed,
         )
-        self.mixing = Mixing(wishes, data.num_classes)
-        self.criterion = criterion(wishes)
-        self.average = WeightAverage(model, wishes.ema_decay) if wishes.ema_decay else None
+        self.mixing = Mixing(config, data.num_classes)
+        self.criterion = criterion(config)
+        self.average = WeightAverage(model, config.ema_decay) if config.ema_decay else None
         self._parts: dict[str, Tensor] = {}
         self._passes = 0
 
@@ -107,7 +107,7 @@ class ImageTrainer(Trainer):
 
         Dropout and mixing draw from random states that differ on every rank.
         """
-        rank_seed = np.random.SeedSequence((self.wishes.seed, self.args.process_index))
+        rank_seed = np.random.SeedSequence((self.config.seed, self.args.process_index))
         with self._frozen():
             first, second = (int(word) for word in rank_seed.generate_state(2))
             np.random.seed(first)
@@ -128,7 +128,7 @@ class ImageTrainer(Trainer):
 
     @contextmanager
     def _frozen(self) -> Iterator[None]:
-        names = frozen_names(self.model, self.wishes.frozen_parameters)
+        names = frozen_names(self.model, self.config.frozen_parameters)
         if self.args.world_size > 1:
             names |= self._idle_names()
         still = [p for n, p in self.model.named_parameters() if n in names and p.requires_grad]
@@ -164,7 +164,7 @@ class ImageTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW with the recipe's parameter groups."""
         if self.optimizer is None:
-            self.optimizer = make_optimizer(self.model, self.wishes)
+            self.optimizer = make_optimizer(self.model, self.config)
         made: torch.optim.Optimizer = self.optimizer
         return made
 
@@ -173,7 +173,7 @@ class ImageTrainer(Trainer):
     ) -> Any:
         """Warm-up, cosine, and the host's frozen first epochs."""
         if self.lr_scheduler is None:
-            schedule = Schedule.of(self.wishes, num_training_steps)
+            schedule = Schedule.of(self.config, num_training_steps)
             self.lr_scheduler = make_scheduler(optimizer or self.optimizer, schedule)
             self._created_lr_scheduler = True
         return self.lr_scheduler

@@ -157,7 +157,7 @@ def train_transform(
     mean: Sequence[float],
     std: Sequence[float],
     interpolation: str,
-    wishes: TrainSection,
+    config: TrainSection,
     crops: Crops,
 ) -> Transform:
     """A random crop, and what the `train` section of a recipe asks for.
@@ -167,7 +167,7 @@ def train_transform(
         mean: of each channel.
         std: of each channel.
         interpolation: of the resize.
-        wishes: the recipe's section.
+        config: the recipe's section.
         crops: what may be cut away, where the recipe leaves it open.
     """
     from timm.data import create_transform
@@ -178,12 +178,12 @@ def train_transform(
         mean=mean,
         std=std,
         interpolation=interpolation,
-        scale=wishes.crop_scale or crops.scale,
+        scale=config.crop_scale or crops.scale,
         ratio=crops.ratio,
         hflip=0.5 if crops.flip else 0.0,
-        color_jitter=wishes.color_jitter,
-        auto_augment=wishes.rand_augment,
-        re_prob=wishes.random_erasing,
+        color_jitter=config.color_jitter,
+        auto_augment=config.rand_augment,
+        re_prob=config.random_erasing,
         re_mode="pixel",
     )
     return transform

@@ -38,20 +38,20 @@ class Schedule:
     floor: float
 
     @classmethod
-    def of(cls, wishes: TrainSection, total: int) -> "Schedule":
+    def of(cls, config: TrainSection, total: int) -> "Schedule":
         """The schedule of a recipe over a run of `total` steps.
 
         Warm-up and frozen epochs never take more than a quarter of the run each, however short.
         """
 
         def span(epochs: int) -> int:
-            return round(total * min(epochs / wishes.epochs, LONGEST_SPAN))
+            return round(total * min(epochs / config.epochs, LONGEST_SPAN))
 
         return cls(
             total=total,
-            warmup=span(wishes.warmup_epochs),
-            frozen=span(wishes.frozen_epochs),
-            floor=min(wishes.min_learning_rate / wishes.learning_rate, 1.0),
+            warmup=span(config.warmup_epochs),
+            frozen=span(config.frozen_epochs),
+            floor=min(config.min_learning_rate / config.learning_rate, 1.0),
         )
 
     def new(self, step: int) -> float:
@@ -82,7 +82,7 @@ def frozen_names(model: nn.Module, parts: Iterable[str]) -> set[str]:
     return found
 
 
-def parameter_groups(model: nn.Module, wishes: TrainSection) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, config: TrainSection) -> list[dict[str, Any]]:
     """Up to four groups: new or the host's, with and without weight decay.
 
     Biases, other parameters of one dimension, and what the host's `no_weight_decay()` names are not
@@ -90,7 +90,7 @@ def parameter_groups(model: nn.Module, wishes: TrainSection) -> list[dict[str, A
 
     Args:
         model: wrapped, or a dense host: then all parameters are the host's.
-        wishes: rates and decay.
+        config: rates and decay.
     """
     named = getattr(model, "no_weight_decay", None)
     exempt = set(named()) if callable(named) else set()
@@ -103,19 +103,19 @@ def parameter_groups(model: nn.Module, wishes: TrainSection) -> list[dict[str, A
         {
             "params": parameters,
             "name": f"{'new' if new else 'host'}{'' if decays else ' without decay'}",
-            "lr": wishes.learning_rate * (1.0 if new else wishes.backbone_lr_scale),
-            "weight_decay": wishes.weight_decay if decays else 0.0,
+            "lr": config.learning_rate * (1.0 if new else config.backbone_lr_scale),
+            "weight_decay": config.weight_decay if decays else 0.0,
         }
         for (new, decays), parameters in sorted(groups.items(), reverse=True)
     ]
 
 
-def make_optimizer(model: nn.Module, wishes: TrainSection) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, config: TrainSection) -> torch.optim.Optimizer:
     """AdamW over the groups of `parameter_groups`."""
     device = next(model.parameters()).device.type
     # the fused step is many times faster on small models, and exists for these two devices
     fused = device in ("cpu", "cuda")
-    return torch.optim.AdamW(parameter_groups(model, wishes), lr=wishes.learning_rate, fused=fused)
+    return torch.optim.AdamW(parameter_groups(model, config), lr=config.learning_rate, fused=fused)
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, schedule: Schedule) -> LambdaLR:

@@ -56,7 +56,7 @@ def pretrain(
         DataError: An image cannot be read.
         CheckpointError: `output_dir` holds another run.
     """
-    wishes = TrainSection(
+    config = TrainSection(
         epochs=epochs,
         batch_size=batch_size,
         learning_rate=learning_rate,
@@ -72,7 +72,7 @@ def pretrain(
     )
     with where as folder:
         arguments = training_arguments(
-            wishes,
+            config,
             Path(folder),
             num_images=len(data.train),  # type: ignore[arg-type]
             save_every="never" if output_dir is None else "epoch",
@@ -81,8 +81,8 @@ def pretrain(
             num_workers=num_workers,
         )
         trainer = ImageTrainer(
-            host, arguments, data, wishes, progress=progress if callable(progress) else None
+            host, arguments, data, config, progress=progress if callable(progress) else None
         )
         run = RunFolder(Path(folder), arguments.distributed_state)
-        description = {"train": wishes.model_dump(mode="json"), "host": type(host).__name__}
+        description = {"train": config.model_dump(mode="json"), "host": type(host).__name__}
         return run_trainer(trainer, run.begin(description | describe_run(trainer), resume))

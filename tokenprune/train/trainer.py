@@ -81,7 +81,7 @@ class PruningTrainer(ImageTrainer):
         if self.loss.distill_logits or self.loss.distill_tokens:
             self.teacher = frozen_copy(model, teacher).to(args.device)
         self.noise = torch.Generator(args.device)
-        seed = np.random.SeedSequence((self.wishes.seed, args.process_index, len("noise")))
+        seed = np.random.SeedSequence((self.config.seed, args.process_index, len("noise")))
         self.noise.manual_seed(int(seed.generate_state(1, np.uint64)[0]) % 2**63)
 
     def compute_loss(
