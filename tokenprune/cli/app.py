@@ -1,4 +1,4 @@
-"""The commands, and what becomes of an error."""
+"""The typer application: its commands, and the exit code of an error."""
 
 from importlib import metadata
 from typing import Annotated, Any
@@ -7,7 +7,7 @@ import typer
 from typer.core import TyperGroup
 
 from tokenprune.cli.adapters import adapters
-from tokenprune.cli.console import say, show_error
+from tokenprune.cli.console import echo, show_error
 from tokenprune.cli.convert import register as register_convert
 from tokenprune.cli.demo import demo
 from tokenprune.cli.evaluate import evaluate
@@ -22,7 +22,7 @@ __all__ = ["app"]
 
 
 class _Group(TyperGroup):
-    """Ends with exit code 2 and a message where tokenprune refuses something."""
+    """Prints a `TokenPruneError` as one message and exits with code 2."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -37,16 +37,16 @@ class _Group(TyperGroup):
 app = typer.Typer(
     name="tokenprune",
     cls=_Group,
-    help="Learned token pruning for vision transformers that somebody else wrote.",
+    help="Learned token pruning for existing vision transformers.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 
 
-def _show_version(asked: bool) -> None:
-    if asked:
-        say(f"tokenprune {metadata.version('tokenprune-torch')}")
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        echo(f"tokenprune {metadata.version('tokenprune-torch')}")
         raise typer.Exit
 
 
