@@ -31,7 +31,7 @@ __all__ = [
     "pretrain",
 ]
 
-_HOMES = {
+_MODULES = {
     "DataBundle": "data",
     "DataError": "folders",
     "FitResult": "fitting",
@@ -44,17 +44,17 @@ _HOMES = {
     "load_data": "data",
     "pretrain": "pretraining",
 }
-_OF_THE_EXTRA = {"PIL", "accelerate", "sklearn", "timm", "torchvision", "transformers"}
+_EXTRA_PACKAGES = {"PIL", "accelerate", "sklearn", "timm", "torchvision", "transformers"}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
-        if missing not in _OF_THE_EXTRA:
+        if missing not in _EXTRA_PACKAGES:
             raise
         raise MissingDependencyError(
             f"tokenprune.train.{name} needs {missing}, which is not installed. "

@@ -20,7 +20,7 @@ Progress = Callable[[int, int, dict[str, float]], None]
 
 
 def with_overrides(recipe: Recipe, **overrides: Any) -> Recipe:
-    """The recipe with other values in its `train` section; None leaves a value as it is.
+    """The recipe with other values in its `train` section; None keeps a value.
 
     Raises:
         RecipeError: A value is not allowed there.
@@ -50,19 +50,19 @@ def training_arguments(
         config: the recipe's section, with epochs and batch size of this run.
         output_dir: where checkpoints go.
         num_images: to train on.
-        accumulation_steps: backward passes to one optimiser step.
+        accumulation_steps: backward passes per optimiser step.
         save_every: "epoch", "never", or a number of optimiser steps.
         evaluates: after each epoch.
         show_bar: a progress bar on standard error.
         num_workers: processes that read images.
 
     Raises:
-        PlanError: fp16 without an accelerator, or a batch that cannot be dealt out.
+        PlanError: fp16 without an accelerator.
     """
     use_cpu = not torch.accelerator.is_available()
     if config.mixed_precision == "fp16" and use_cpu:
         raise PlanError(
-            "train.mixed_precision is 'fp16', which needs an accelerator, found none. Say "
+            "train.mixed_precision is 'fp16', which needs an accelerator, found none. Use "
             "'bf16' or 'no'."
         )
     options: dict[str, Any] = {}
@@ -78,7 +78,7 @@ def training_arguments(
         max_grad_norm=config.clip_grad or 0.0,
         bf16=config.mixed_precision == "bf16",
         fp16=config.mixed_precision == "fp16",
-        seed=config.seed % 2**32,  # what numpy takes
+        seed=config.seed % 2**32,  # numpy takes 32 bits
         use_cpu=use_cpu,
         save_strategy=saves,
         save_total_limit=KEPT_CHECKPOINTS,

@@ -1,4 +1,4 @@
-"""Mixup, CutMix and label smoothing: what happens to a batch before the model sees it."""
+"""Mixup, CutMix and label smoothing of a batch."""
 
 from collections.abc import Callable
 from functools import partial
@@ -13,9 +13,9 @@ __all__ = ["Mixing", "criterion"]
 
 
 class Mixing:
-    """Mixes the images of a batch pairwise, first with last; nothing if not asked for.
+    """Mixes the images of a batch in pairs, first with last; without mixup and cutmix does nothing.
 
-    Draws from numpy's global generator, whose state every checkpoint holds.
+    Draws from numpy's global generator; checkpoints hold its state.
     """
 
     def __init__(self, config: TrainSection, num_classes: int) -> None:
@@ -56,7 +56,7 @@ class Mixing:
 
 
 def criterion(config: TrainSection) -> Callable[[Tensor, Tensor], Tensor]:
-    """Cross entropy; smoothed here where mixing has not smoothed the targets already."""
+    """Cross entropy, with label smoothing unless mixing smooths the targets."""
     if config.mixup or config.cutmix or not config.label_smoothing:
         return F.cross_entropy
     return partial(F.cross_entropy, label_smoothing=config.label_smoothing)

@@ -1,4 +1,4 @@
-"""Parameter groups and their rates: new parameters learn, the host follows slowly, some stand.
+"""Parameter groups, learning rates, frozen parameters.
 
 The parts of DynamicViT's training that its paper leaves open; see the `train` section of a recipe.
 """
@@ -23,12 +23,12 @@ LONGEST_SPAN = 0.25
 
 @dataclass(frozen=True)
 class Schedule:
-    """Factors on the peak rate, by optimiser step.
+    """Factors of the peak learning rate, by optimiser step.
 
     Attributes:
         total: optimiser steps of the run.
         warmup: first steps, over which the factor grows linearly.
-        frozen: first steps in which the host does not move.
+        frozen: first steps, in which the host is not trained.
         floor: the factor at the end of the cosine.
     """
 
@@ -55,7 +55,7 @@ class Schedule:
         )
 
     def new(self, step: int) -> float:
-        """Factor of parameters that the host did not have."""
+        """Factor of the added parameters."""
         if step < self.warmup:
             return (step + 1) / self.warmup
         done = (step - self.warmup) / max(self.total - self.warmup, 1)
@@ -67,7 +67,7 @@ class Schedule:
 
 
 def frozen_names(model: nn.Module, parts: Iterable[str]) -> set[str]:
-    """Names of the host's parameters that hold one of `parts`; warns of a part that none holds."""
+    """Names of the host's parameters that contain one of `parts`; warns if none contains a part."""
     host = [name for name, _ in model.named_parameters() if not _is_new(name)]
     found: set[str] = set()
     for part in parts:
@@ -113,7 +113,7 @@ def parameter_groups(model: nn.Module, config: TrainSection) -> list[dict[str, A
 def make_optimizer(model: nn.Module, config: TrainSection) -> torch.optim.Optimizer:
     """AdamW over the groups of `parameter_groups`."""
     device = next(model.parameters()).device.type
-    # the fused step is many times faster on small models, and exists for these two devices
+    # many times faster on small models; exists for these two devices
     fused = device in ("cpu", "cuda")
     return torch.optim.AdamW(parameter_groups(model, config), lr=config.learning_rate, fused=fused)
 

@@ -1,4 +1,4 @@
-"""Train a dense host, where no published weights fit: for the demo and for benchmarks."""
+"""`pretrain`: train a dense host where no published weights fit."""
 
 import os
 import tempfile
@@ -45,7 +45,7 @@ def pretrain(
         weight_decay: Of AdamW; biases and other parameters of one dimension get none.
         warmup_epochs: Over which the rate grows.
         seed: Of data order, dropout and mixing.
-        output_dir: Checkpoints go here, as those of `fit`; nothing is kept on disk if None.
+        output_dir: Checkpoints go here, as for `fit`; None keeps nothing on disk.
         resume: As for `fit`.
         progress: As for `fit`.
         num_workers: Processes that read images.
