@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from torch import nn
 import tokenprune
 from benchmarks.accuracy_parts.baselines import BaselineTrainer, ClassAttention, RandomScores
 from benchmarks.accuracy_parts.page import as_page, draw
+from benchmarks.accuracy_parts.result import Result, Task
 from tokenprune.cli.runs import host_of
 from tokenprune.recipe import Recipe, load_recipe
 from tokenprune.runtime.model import pruning_of
@@ -38,7 +39,7 @@ from tokenprune.train.arguments import training_arguments
 from tokenprune.train.fitting import run_trainer
 from tokenprune.train.trainer import frozen_copy
 
-__all__ = ["Result", "Task", "main", "tasks"]
+__all__ = ["main", "tasks"]
 
 ROOT = Path(__file__).parents[1]
 RECIPE = "fashion-mnist-k0.7"
@@ -51,58 +52,6 @@ ARMS = ("learned", "random", "no distillation", "class attention")
 DISTILL = 0.5  # of the logits; the recipe's own weight, so that arms differ in the choice alone
 # Minutes of one training on two cores, before any is known.
 GUESS = {"dense": 30.0, "learned": 7.0, "no distillation": 6.0}
-
-
-@dataclass(frozen=True, order=True)
-class Task:
-    """One training.
-
-    Attributes:
-        seed: of weights, order and noise.
-        arm: `dense`, `dense longer`, or one of `ARMS`.
-        keep_ratio: base ratio r; the stages keep r, r^2, r^3. 1 for the dense ones.
-    """
-
-    seed: int
-    arm: str
-    keep_ratio: float
-
-    @property
-    def name(self) -> str:
-        """Of its folder."""
-        return f"seed{self.seed}-{self.arm.replace(' ', '-')}-{self.keep_ratio}"
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a training came to.
-
-    Attributes:
-        seed: as in `Task`.
-        arm: as in `Task`.
-        keep_ratio: as in `Task`.
-        accuracy: share of the 10,000 test images that are right, on the gather path.
-        gmacs: of one image.
-        tokens: patch tokens after each stage.
-        epochs: of this training.
-        images: trained on.
-        minutes: of this training and its evaluation.
-    """
-
-    seed: int
-    arm: str
-    keep_ratio: float
-    accuracy: float
-    gmacs: float
-    tokens: tuple[int, ...]
-    epochs: int
-    images: int
-    minutes: float
-
-    @property
-    def task(self) -> Task:
-        """Which training it was."""
-        return Task(self.seed, self.arm, self.keep_ratio)
 
 
 def tasks(seeds: Sequence[int]) -> Iterator[Task]:

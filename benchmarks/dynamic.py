@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import tokenprune
-from benchmarks.fidelity import table
+from benchmarks.markdown import table
 from tokenprune.checkpoints.directory import save
 from tokenprune.cli.runs import prepare, reopen, write_input
 from tokenprune.cost.timing import interleaved

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.markdown import table
 from benchmarks.training_parity import leaks, parities, survivals
 from tokenprune.checkpoints.dynamicvit import convert_dynamicvit
 
@@ -31,12 +32,6 @@ HOSTS = (
     "swin-base",
 )
 BOUND = 1e-4
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def eval_part(folder: Path) -> str:

@@ -3,15 +3,13 @@
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING
 
 import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-if TYPE_CHECKING:
-    from benchmarks.accuracy import Result
+from benchmarks.accuracy_parts.result import Result
 
 __all__ = ["as_page", "draw"]
 
@@ -38,7 +36,7 @@ removed. One standard error of an accuracy of 90 % on 10,000 images is 0.3 point
 """
 
 
-def as_page(results: Sequence["Result"]) -> str:
+def as_page(results: Sequence[Result]) -> str:
     """The document."""
     if not results:
         return "# Accuracy on real images\n\nNothing is measured yet.\n"
@@ -64,7 +62,7 @@ def as_page(results: Sequence["Result"]) -> str:
     )
 
 
-def _table(results: Sequence["Result"]) -> str:
+def _table(results: Sequence[Result]) -> str:
     (dense,) = [r for r in results if r.arm == "dense"]
     lines = ["| arm | keep | tokens | GMACs | saved | accuracy | to dense, points | minutes |"]
     lines.append("|---|---|---|---|---|---|---|---|")
@@ -79,7 +77,7 @@ def _table(results: Sequence["Result"]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _bars(results: Sequence["Result"]) -> str:
+def _bars(results: Sequence[Result]) -> str:
     lines = ["| bar | measured | holds |", "|---|---|---|"]
     for ratio, most, least in BARS:
         pairs = [(r, d) for r, d in _against(results, "dense") if r.keep_ratio == ratio]
@@ -103,7 +101,7 @@ def _bars(results: Sequence["Result"]) -> str:
     return "\n".join(lines)
 
 
-def _against(results: Sequence["Result"], arm: str) -> list[tuple["Result", "Result"]]:
+def _against(results: Sequence[Result], arm: str) -> list[tuple[Result, Result]]:
     """Learned rows, each with the row of `arm` that it is compared with."""
     return [
         (r, other)
@@ -115,7 +113,7 @@ def _against(results: Sequence["Result"], arm: str) -> list[tuple["Result", "Res
     ]
 
 
-def draw(results: Sequence["Result"], file: Path) -> None:
+def draw(results: Sequence[Result], file: Path) -> None:
     """Accuracy against GMACs, a line for each arm, mean over the seeds."""
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     for arm in dict.fromkeys(r.arm for r in results):
