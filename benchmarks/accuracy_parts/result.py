@@ -21,19 +21,19 @@ class Task:
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """Name of its folder."""
         return f"seed{self.seed}-{self.arm.replace(' ', '-')}-{self.keep_ratio}"
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a training came to.
+    """Result of a training.
 
     Attributes:
         seed: as in `Task`.
         arm: as in `Task`.
         keep_ratio: as in `Task`.
-        accuracy: share of the 10,000 test images that are right, on the gather path.
+        accuracy: share of correct ones among the 10,000 test images, on the gather path.
         gmacs: of one image.
         tokens: patch tokens after each stage.
         epochs: of this training.
@@ -53,5 +53,5 @@ class Result:
 
     @property
     def task(self) -> Task:
-        """Which training it was."""
+        """The training of this result."""
         return Task(self.seed, self.arm, self.keep_ratio)
