@@ -226,7 +226,7 @@ def main() -> None:
     """Measure, and write both documents."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--checkpoint", type=Path, action="append", help="several are allowed")
-    parser.add_argument("--data", help="folder of images; default: that of its training")
+    parser.add_argument("--data", help="folder of images; default: the training run's")
     parser.add_argument("--work", type=Path, default=Path("runs/dynamic"))
     parser.add_argument("--dense-epochs", type=int, default=12)
     parser.add_argument("--epochs", type=int, default=6)

@@ -208,7 +208,7 @@ predictors included. `tests/unit/test_published.py` counts every row again.
 | as theirs | the same with predictors that process the mean over the tokens once per token, \
 as the authors' do; ours process it once per image |
 | authors' code | GMACs counted by running the authors' public code (1322e626) in eval; \
-`difference` is that of `as theirs` from it |
+`difference`: `as theirs` relative to it |
 | published | GMACs in the authors' table: one digit, truncated or rounded |
 | dense | GMACs of the host without pruning, counted here |
 | predictors | their share in the pruned model's MACs |

@@ -73,7 +73,7 @@ class Leak:
         published: Training against gathered eval: root mean square of the difference of the
             logits over their standard deviation, published softmax. Unrelated logits have 1.4.
         ours: The same of the mask path.
-        norm: Norm of the predictors' gradient under the published softmax over that of ours,
+        norm: Norm of the predictors' gradient under the published softmax over the norm under ours,
             without the ratio term.
     """
 

@@ -21,8 +21,8 @@ HEAD = """# Accuracy on real images
 Fashion-MNIST: 60,000 images to train on, 10,000 to test on, 28 x 28 pixels, ten classes; a small
 LV-ViT of 12 blocks, 32 channels and 49 patch tokens (`recipes/fashion-mnist-k0.7.yaml`). The dense
 host is trained once ({dense}); every other row starts from it and is
-trained for {epochs} on all the images. Accuracy is that of all test images on the gather
-path. One standard error of an accuracy of 90 % on 10,000 images is 0.3 points. Made by
+trained for {epochs} on all the images. Accuracy is measured on all test images, on the
+gather path. One standard error of an accuracy of 90 % on 10,000 images is 0.3 points. Made by
 
     python -m benchmarks.accuracy --data FOLDER
 
@@ -31,8 +31,8 @@ path. One standard error of an accuracy of 90 % on 10,000 images is 0.3 points. 
 - **random**, **class attention**: no learned predictor; the same number of tokens is removed, at
   random, or those that the class token attends to least in the block before. The host is trained
   with this selection on the gather path, by the labels and the dense host's logits.
-- **dense longer**: the dense host trained further in the same way, which separates the effect of
-  more training from that of pruning.
+- **dense longer**: the dense host trained further in the same way, to separate pruning from more
+  training.
 """
 
 
