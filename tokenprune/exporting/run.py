@@ -30,7 +30,7 @@ Run = Callable[[Mapping[str, Any]], dict[str, Tensor]]
 
 
 def format_of(path: str | os.PathLike[str], asked: str | None) -> Format:
-    """The format given, or else that of the file's suffix.
+    """The given format, or the format of the file's suffix.
 
     Raises:
         ExportError: There is no such format.

@@ -233,7 +233,7 @@ def _backward(
 def _factor_dtype(query: Float[Tensor, "B H Lq d"]) -> torch.dtype:
     """The dtype of the factors of matrix products; sums and softmax are always in fp32 or better.
 
-    That of the operands on CUDA, fp32 or better elsewhere, where low precision is slower.
+    The operands' on CUDA, fp32 or better elsewhere, where low precision is slower.
     """
     return query.dtype if query.is_cuda else torch.promote_types(query.dtype, torch.float32)
 

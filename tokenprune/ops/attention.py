@@ -29,9 +29,9 @@ def masked_attention(
 ) -> Float[Tensor, "B *H Lq dv"]:
     """`F.scaled_dot_product_attention` in which each query sees the kept keys and its own.
 
-    The forward pass is exact: the softmax runs over the keys that the policy keeps and, with
-    `own_key`, that of the query itself, so a kept row is what it would be had the dropped tokens
-    been removed, whatever they hold. A row that sees nothing is 0. `query`, `key`, `value` and
+    The forward pass is exact: the softmax runs over the kept keys and, with `own_key`, the
+    query's own, so a kept row is what it would be had the dropped tokens been removed, whatever
+    they hold. A row that sees nothing is 0. `query`, `key`, `value` and
     `attn_mask` get the gradient of that. The policy gets the straight-through gradient
 
         dL/dD_j = sum_{heads, i != j} exp(min(a_ij - lse_i, 0)) * <g_i, v_j - o_i>

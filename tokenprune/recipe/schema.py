@@ -116,7 +116,7 @@ class SamplingSection(Section):
         rounding: how `N * keep_ratio` of the original N becomes a count; see `num_keep`.
         selection: `topk` keeps the same number of tokens of every image; `threshold` keeps the
             tokens above a keep probability, so counts differ between images. `keep_ratio` is then
-            the target of training; with `loss.ratio_per_image: false` that of the batch mean.
+            the target of training; with `loss.ratio_per_image: false` for the batch mean.
         threshold: with `selection: threshold`, keep probability above which a token is kept; the
             best token of an image is always kept.
         buckets: with `selection: threshold`, largest number of groups of similar length in a batch.

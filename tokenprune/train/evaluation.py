@@ -26,7 +26,7 @@ class Score:
     """Sums over images; sums of several processes can be added.
 
     Attributes:
-        correct: images whose largest logit is that of the label.
+        correct: images with the largest logit at the label.
         loss: sum of the cross entropy.
         images: how many.
     """
