@@ -7,7 +7,7 @@ import typer
 from typer.core import TyperGroup
 
 from tokenprune.cli.adapters import adapters
-from tokenprune.cli.console import echo, show_error
+from tokenprune.cli.console import say, show_error
 from tokenprune.cli.convert import register as register_convert
 from tokenprune.cli.demo import demo
 from tokenprune.cli.evaluate import evaluate
@@ -46,7 +46,7 @@ app = typer.Typer(
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        echo(f"tokenprune {metadata.version('tokenprune-torch')}")
+        say(f"tokenprune {metadata.version('tokenprune-torch')}")
         raise typer.Exit
 
 

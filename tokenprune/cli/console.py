@@ -14,7 +14,7 @@ from rich.text import Text
 
 from tokenprune.report.table import Table
 
-__all__ = ["bar", "echo", "show", "show_error", "warn", "working"]
+__all__ = ["bar", "say", "show", "show_error", "warn", "working"]
 
 # Columns where the terminal gives no width: wide enough that no table is cut.
 PIPE_WIDTH = 140
@@ -28,7 +28,7 @@ def _console(stderr: bool = False) -> Console:
     return Console(stderr=stderr, width=None if known else PIPE_WIDTH, highlight=False)
 
 
-def echo(*lines: str) -> None:
+def say(*lines: str) -> None:
     """Print lines without wrapping."""
     for line in lines:
         _console().print(Text(line), soft_wrap=True)
@@ -47,7 +47,7 @@ def show(table: Table) -> None:
         drawn.add_row(*map(Text, row))
     _console().print(drawn)
     if table.note:
-        echo(*table.note.splitlines(), "")
+        say(*table.note.splitlines(), "")
 
 
 def show_error(error: Exception) -> None:

@@ -10,7 +10,7 @@ import typer
 
 from tokenprune.checkpoints.directory import save
 from tokenprune.checks.verify import verify
-from tokenprune.cli.console import bar, echo, show, working
+from tokenprune.cli.console import bar, say, show, working
 from tokenprune.cli.demo_report import Figures, accuracy_table, settings_table, speed_table, write
 from tokenprune.cli.inspect import certificate_table, cost_table, stage_table
 from tokenprune.cli.visualize import draw
@@ -45,7 +45,7 @@ def demo(
     started = time.perf_counter()
     chosen = load_recipe(recipe)
     run = prepare(chosen, None, pretrained=False)
-    echo(
+    say(
         f"{len(run.data.train)} digits to train on, {len(run.data.eval)} held out; "  # type: ignore[arg-type]
         f"{type(run.model).__name__} with "
         f"{sum(p.numel() for p in run.model.parameters()) / 1e6:.2f} M parameters."
@@ -110,7 +110,7 @@ def demo(
     report = write(output / "report.html", figures, counted, [*tables, *details], picture)
     facts = output / "figures.json"
     facts.write_text(json.dumps(figures.as_dict(), indent=2) + "\n", encoding="utf-8")
-    echo(
+    say(
         f"checkpoint   {checkpoint}",
         f"picture      {picture}",
         f"report       {report}",

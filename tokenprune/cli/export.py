@@ -1,4 +1,4 @@
-"""`tokenprune export`: write a model to a file, check it, time it against the dense export."""
+"""`tokenprune export`: write a model to a file, checked, and timed against its dense export."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -120,7 +120,7 @@ def _write_dense(wrapped: Any, file: Path, format: Format) -> ExportReport | Non
     try:
         return write(wrapped, file, format)
     except ExportError:
-        return None  # the pruned file is written; only the comparison is missing
+        return None  # the pruned file stands; there is only nothing to time it against
 
 
 def _time(

@@ -6,7 +6,7 @@ import typer
 from torch import nn
 
 from tokenprune.checks.verify import Certificate, verify
-from tokenprune.cli.console import echo, show, working
+from tokenprune.cli.console import say, show, working
 from tokenprune.cli.hosts import build, recipe_for
 from tokenprune.cost.profile import Profile, profile
 from tokenprune.hosts.registry import ArchSpec, describe
@@ -71,7 +71,7 @@ def _show_spec(host: nn.Module, spec: ArchSpec) -> None:
         *(("note", note) for note in spec.notes),
     ]
     width = max(len(name) for name, _ in rows)
-    echo("", *(f"{name:<{width}}  {value}" for name, value in rows), "")
+    say("", *(f"{name:<{width}}  {value}" for name, value in rows), "")
 
 
 def stage_table(recipe: Recipe, counted: Profile, kept: tuple[int, ...]) -> Table:

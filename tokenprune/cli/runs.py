@@ -39,7 +39,7 @@ INPUT = "input.json"
 
 
 class _Input(BaseModel):
-    """How a trained model's images are prepared; written beside its checkpoint."""
+    """How images must look for a trained model; written beside its checkpoint."""
 
     data: str | None
     settings: dict[str, Any]
@@ -53,7 +53,7 @@ class Run:
     Attributes:
         model: The host before training, the wrapped model of a checkpoint.
         data: Images to train and to evaluate on.
-        settings: How they are prepared, from `input_settings`.
+        settings: How they are prepared, as `input_settings` tells it.
     """
 
     model: nn.Module
@@ -62,7 +62,7 @@ class Run:
 
 
 def is_main_process() -> bool:
-    """Whether this process is rank 0."""
+    """Under `torchrun`, whether this process is the one that writes and speaks."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -139,11 +139,11 @@ def load_host_weights(host: nn.Module, file: Path) -> None:
 
 
 def write_input(directory: Path, data: str | None, run: Run) -> None:
-    """Write how a checkpoint's images were prepared, for `reopen`."""
+    """Note beside a checkpoint how its images were prepared, for `reopen`."""
     directory.mkdir(parents=True, exist_ok=True)
     names = list(run.data.class_names)
-    saved = _Input(data=_resolved(data), settings=run.settings, class_names=names)
-    (directory / INPUT).write_text(saved.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    noted = _Input(data=_resolved(data), settings=run.settings, class_names=names)
+    (directory / INPUT).write_text(noted.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
 def reopen(directory: Path, data: str | None) -> Run:
@@ -151,8 +151,8 @@ def reopen(directory: Path, data: str | None) -> Run:
 
     Args:
         directory: What `tokenprune train` or `tokenprune.save` wrote.
-        data: Folder of images; those of the training run if None. Of another folder without
-            train/ and val/ all images are evaluated.
+        data: Folder of images; those it was trained with if None. Of other images than those, all
+            are evaluated on, unless they lie in train/ and val/.
 
     Raises:
         CheckpointError: It is no checkpoint, does not fit the host that its recipe names, or does
@@ -161,8 +161,8 @@ def reopen(directory: Path, data: str | None) -> Run:
     """
     recipe = saved_recipe(directory)
     section = host_of(recipe)
-    saved = _read_input(directory)
-    if saved is None:
+    noted = _read_input(directory)
+    if noted is None:
         if data is None:
             raise CheckpointError(
                 f"{str(directory)!r} does not say on which images it was trained (there is no "
@@ -172,14 +172,14 @@ def reopen(directory: Path, data: str | None) -> Run:
         settings = input_settings(section, recipe.train.image_size, pretrained=True)
         held_out = 1.0
     else:
-        others = data is not None and _resolved(data) != saved.data
-        settings, data = saved.settings, data or saved.data
+        others = data is not None and _resolved(data) != noted.data
+        settings, data = noted.settings, data or noted.data
         held_out = 1.0 if others else HELD_OUT
     options: dict[str, Any] = {**settings, "held_out": held_out}
     bundle = load_data(data, **options, train=recipe.train, seed=recipe.train.seed)
-    if saved is not None and list(bundle.class_names) != saved.class_names:
+    if noted is not None and list(bundle.class_names) != noted.class_names:
         raise DataError(
-            f"The model in {str(directory)!r} knows the classes {_short(saved.class_names)}, the "
+            f"The model in {str(directory)!r} knows the classes {_short(noted.class_names)}, the "
             f"images of {bundle.name!r} have {_short(bundle.class_names)}. Give images of the same "
             "classes with --data."
         )
@@ -198,14 +198,14 @@ def reopen_model(directory: Path) -> Any:
     Raises:
         CheckpointError: It is no checkpoint, or does not fit the host that its recipe names.
     """
-    section, saved = host_of(saved_recipe(directory)), _read_input(directory)
-    if saved is None:  # written by `tokenprune.save`: the host as the recipe describes it
+    section, noted = host_of(saved_recipe(directory)), _read_input(directory)
+    if noted is None:  # written by `tokenprune.save`: the host as the recipe describes it
         return load(directory, build(f"{section.library}:{section.model}", section.kwargs))
     host = build_host(
         section,
-        len(saved.class_names),
-        image_size=saved.settings["image_size"],
-        in_chans=saved.settings["in_chans"],
+        len(noted.class_names),
+        image_size=noted.settings["image_size"],
+        in_chans=noted.settings["in_chans"],
     )
     return load(directory, host)
 

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from tokenprune.checkpoints.directory import save
-from tokenprune.cli.console import bar, echo, show, working
+from tokenprune.cli.console import bar, say, show, working
 from tokenprune.cli.hosts import host_section
 from tokenprune.errors import HostError, UnsupportedHostError
 from tokenprune.recipe import load_recipe
@@ -120,4 +120,4 @@ def train(
         with working("evaluating"):
             table = score_table(wrapped, run.data)
         show(table)
-        echo(f"checkpoint   {folder}", f"next         tokenprune visualize {folder}")
+        say(f"checkpoint   {folder}", f"next         tokenprune visualize {folder}")

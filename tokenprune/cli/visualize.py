@@ -7,7 +7,7 @@ import torch
 import typer
 from torch import nn
 
-from tokenprune.cli.console import echo, working
+from tokenprune.cli.console import say, working
 from tokenprune.report.visualize import pruning_grid
 
 __all__ = ["draw", "visualize"]
@@ -41,7 +41,7 @@ def visualize(
     target = output or checkpoint / "pruning.png"
     target.parent.mkdir(parents=True, exist_ok=True)
     picture.save(target, format="PNG")
-    echo(f"picture   {target}")
+    say(f"picture   {target}")
 
 
 def draw(model: nn.Module, data: Any, count: int, tile: int = 112) -> Any:

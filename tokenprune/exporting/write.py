@@ -1,7 +1,7 @@
 """Write a wrapped model to a file that runs without this library, and check the file.
 
-The file is written into a temporary folder, loaded, and compared with the model; it is moved to
-its place only if both agree.
+The file is written into a folder beside its place, loaded, and compared with the model itself; it
+is moved into place only if both agree.
 """
 
 import inspect

@@ -52,8 +52,8 @@ class Recipe(Section):
         name: `<method>-<host>-k<base ratio>` in shipped recipes.
         description: one line for `tokenprune recipes`.
         source: the paper or measurement that the recipe comes from.
-        mode: `remove` removes dropped tokens in eval; `bypass` keeps all tokens, and dropped ones
-            skip the MLP.
+        mode: `remove` gathers dropped tokens away; `bypass` keeps the grid, and dropped tokens skip
+            the MLP.
         stages: pruning points, blocks strictly increasing, ratios never growing.
         schedule: the short form, one ratio for several blocks; exactly one of the two is given.
         predictor: see `PredictorSection`.

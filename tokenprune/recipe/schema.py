@@ -74,7 +74,7 @@ class ScheduleSection(Section):
     """Stages that each keep the same share of what the stage before kept: r, r^2, r^3, ...
 
     Attributes:
-        blocks: the block of each stage, strictly increasing.
+        blocks: where the stages stand, strictly increasing.
         keep_ratio: r, in (0, 1].
     """
 

@@ -31,7 +31,7 @@ __all__ = [
     "pretrain",
 ]
 
-_MODULES = {
+_HOMES = {
     "DataBundle": "data",
     "DataError": "folders",
     "FitResult": "fitting",
@@ -48,10 +48,10 @@ _EXTRA_PACKAGES = {"PIL", "accelerate", "sklearn", "timm", "torchvision", "trans
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if missing not in _EXTRA_PACKAGES:

@@ -126,7 +126,7 @@ def fit(
 
 
 def _check_ratios(recipe: Recipe, plan: Plan) -> None:
-    """The loss uses the model's ratios, so the recipe must have the same."""
+    """Training aims at the model's ratios, so a recipe must not say others."""
     wanted = tuple(stage.keep_ratio for stage in recipe.resolved_stages)
     if len(wanted) == len(plan.keep_ratios) and wanted != plan.keep_ratios:
         raise PlanError(
