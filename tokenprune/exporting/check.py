@@ -163,7 +163,7 @@ def _differs(what: str, margin: float, enough: float) -> ExportError:
     if margin >= enough:
         return ExportError(f"{what} Nothing was written.")
     return ExportError(
-        f"{what} Nothing was written. The model is not decided there: {margin:.1e} in "
-        "log-probability lies between the last kept and the first dropped token, so that rounding "
-        "may choose the other one. Pass example_inputs= of real images, or check=False."
+        f"{what} Nothing was written. Rounding may choose other tokens there: only {margin:.1e} in "
+        "log-probability is between the last kept and the first dropped one. Pass example_inputs= "
+        "of real images, or check=False."
     )

@@ -192,8 +192,8 @@ def _check_exportable(
     programs = model._programs(example)  # type: ignore[operator]
     if programs.axes.batch_bound:
         raise ExportError(
-            f"The forward of {host} does something else for each batch size, so no file could "
-            "serve them all. Run this model with tokenprune."
+            f"The forward of {host} depends on the batch size, so one file cannot serve all sizes. "
+            "Run this model with tokenprune."
         )
 
 
