@@ -1,14 +1,14 @@
-"""Accuracy on Fashion-MNIST: dense once, then pruned at five ratios, beside baselines.
+"""Accuracy on Fashion-MNIST: a dense host, pruned at five ratios, against baselines.
 
     python -m benchmarks.accuracy --data FOLDER                 all of it, some hours on two cores
-    python -m benchmarks.accuracy --data FOLDER --minutes 60    an hour of it; go on with the same
-    python -m benchmarks.accuracy --data FOLDER --arms random   some arms, beside another process;
-                                                                --ratios likewise
+    python -m benchmarks.accuracy --data FOLDER --minutes 60    an hour of it; repeat to resume
+    python -m benchmarks.accuracy --data FOLDER --arms random   some arms, next to another process;
+                                                                also --ratios
     python -m benchmarks.accuracy --data FOLDER --render-only   write docs/accuracy.* again
 
-FOLDER holds the four idx files of Fashion-MNIST. What was trained is kept in --work and not trained
-again. Learned predictors are trained by the command `tokenprune train` itself, which also goes on
-with a training that was cut off.
+FOLDER holds the four idx files of Fashion-MNIST. Finished trainings are kept in --work and skipped.
+Learned predictors are trained by the command `tokenprune train`, which resumes an interrupted
+training.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from torch import nn
 import tokenprune
 from benchmarks.accuracy_parts.baselines import BaselineTrainer, ClassAttention, RandomScores
 from benchmarks.accuracy_parts.page import as_page, draw
+from benchmarks.accuracy_parts.result import Result, Task
 from tokenprune.cli.runs import host_of
 from tokenprune.recipe import Recipe, load_recipe
 from tokenprune.runtime.model import pruning_of
@@ -38,7 +39,7 @@ from tokenprune.train.arguments import training_arguments
 from tokenprune.train.fitting import run_trainer
 from tokenprune.train.trainer import frozen_copy
 
-__all__ = ["Result", "Task", "main", "tasks"]
+__all__ = ["main", "tasks"]
 
 ROOT = Path(__file__).parents[1]
 RECIPE = "fashion-mnist-k0.7"
@@ -46,67 +47,15 @@ DENSE_EPOCHS = 8
 DENSE_BATCH = 64
 DENSE_RATE = 2e-3
 RATIOS = (0.7, 0.5, 0.9, 0.8, 0.6)
-# In the order in which they are trained: what the bars ask for first.
+# In the order of training: those of the bars first.
 ARMS = ("learned", "random", "no distillation", "class attention")
-DISTILL = 0.5  # of the logits; the recipe's own weight, so that arms differ in the choice alone
-# Minutes of one training on two cores, before any is known.
+DISTILL = 0.5  # of the logits; the recipe's weight, so that arms differ in the selection only
+# Minutes of one training on two cores, until some are measured.
 GUESS = {"dense": 30.0, "learned": 7.0, "no distillation": 6.0}
 
 
-@dataclass(frozen=True, order=True)
-class Task:
-    """One training.
-
-    Attributes:
-        seed: of weights, order and noise.
-        arm: `dense`, `dense longer`, or one of `ARMS`.
-        keep_ratio: base ratio r; the stages keep r, r^2, r^3. 1 for the dense ones.
-    """
-
-    seed: int
-    arm: str
-    keep_ratio: float
-
-    @property
-    def name(self) -> str:
-        """Of its folder."""
-        return f"seed{self.seed}-{self.arm.replace(' ', '-')}-{self.keep_ratio}"
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a training came to.
-
-    Attributes:
-        seed: as in `Task`.
-        arm: as in `Task`.
-        keep_ratio: as in `Task`.
-        accuracy: share of the 10,000 test images that are right, on the gather path.
-        gmacs: of one image.
-        tokens: patch tokens after each stage.
-        epochs: of this training.
-        images: trained on.
-        minutes: of this training and its evaluation.
-    """
-
-    seed: int
-    arm: str
-    keep_ratio: float
-    accuracy: float
-    gmacs: float
-    tokens: tuple[int, ...]
-    epochs: int
-    images: int
-    minutes: float
-
-    @property
-    def task(self) -> Task:
-        """Which training it was."""
-        return Task(self.seed, self.arm, self.keep_ratio)
-
-
 def tasks(seeds: Sequence[int]) -> Iterator[Task]:
-    """All trainings, one seed whole before the next."""
+    """All trainings, seed by seed."""
     for seed in seeds:
         yield Task(seed, "dense", 1.0)
         yield Task(seed, "dense longer", 1.0)
@@ -128,15 +77,15 @@ class Bench:
         self._data: DataBundle | None = None
 
     def _check_recipe(self) -> None:
-        """Refuse results of another recipe: they do not belong in one table."""
-        now = f"# dense: {DENSE_EPOCHS} epochs, batch {DENSE_BATCH}, rate {DENSE_RATE}\n"
-        now += load_recipe(RECIPE).to_yaml()
-        noted = self.work / "recipe.yaml"
+        """Refuse to mix results of different recipes in one table."""
+        current = f"# dense: {DENSE_EPOCHS} epochs, batch {DENSE_BATCH}, rate {DENSE_RATE}\n"
+        current += load_recipe(RECIPE).to_yaml()
+        saved = self.work / "recipe.yaml"
         if not self.path.exists():
-            noted.write_text(now)
-        elif not noted.exists() or noted.read_text() != now:
+            saved.write_text(current)
+        elif not saved.exists() or saved.read_text() != current:
             raise SystemExit(
-                f"{self.work} holds trainings of another {RECIPE} ({noted}). Give another --work."
+                f"{self.work} holds trainings of another {RECIPE} ({saved}). Give another --work."
             )
 
     def recipe(self, task: Task) -> Recipe:
@@ -152,14 +101,14 @@ class Bench:
         return Recipe.parse(mapping, f"{RECIPE} for {task.name}")
 
     def data(self, recipe: Recipe) -> DataBundle:
-        """Fashion-MNIST, as the host takes it."""
+        """Fashion-MNIST, prepared for the host."""
         if self._data is None:
             settings = input_settings(host_of(recipe), recipe.train.image_size)
             self._data = load_data(self.folder, **settings, train=recipe.train)
         return self._data
 
     def run(self, task: Task) -> Result:
-        """Train, evaluate, and keep the figures on disk."""
+        """Train, evaluate, and save the figures."""
         started = time.perf_counter()
         recipe = self.recipe(task)
         data = self.data(recipe)
@@ -186,7 +135,7 @@ class Bench:
         return result
 
     def weights(self, seed: int) -> Path:
-        """The dense host's."""
+        """File of the dense host's weights."""
         return self.work / f"dense-seed{seed}.safetensors"
 
     def _host(self, recipe: Recipe, data: DataBundle) -> nn.Module:
@@ -222,7 +171,7 @@ class Bench:
         model = tokenprune.wrap(host, recipe)
         teacher = frozen_copy(model)
         if task.arm != "dense longer":
-            _choose_by(task.arm, model)
+            _replace_predictors(task.arm, model)
         arguments = training_arguments(
             recipe.train,
             self.work / task.name,
@@ -241,34 +190,34 @@ class Bench:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     options = _options(arguments)
-    say = Console().print
+    echo = Console().print
     bench = Bench(options.data, options.work)
     todo = [task for task in tasks(range(options.seeds)) if task not in bench.results]
     todo = [task for task in todo if task.arm in options.arms and not options.render_only]
     todo = [task for task in todo if task.keep_ratio in (*options.ratios, 1.0)]
-    say(f"{len(bench.results)} trainings there, {len(todo)} to do, {_estimate(todo, bench)}")
+    echo(f"{len(bench.results)} trainings done, {len(todo)} to do, {_estimate(todo, bench)}")
     started = time.perf_counter()
     for task in todo:
         result = bench.run(task)
-        say(
+        echo(
             f"{task.name}: {result.accuracy:.2%}, {result.gmacs:.5f} GMACs, "
             f"{result.minutes:.1f} min; left: {_estimate(todo[todo.index(task) + 1 :], bench)}"
         )
         if (time.perf_counter() - started) / 60 > options.minutes:
-            say("time is up; go on with the same command")
+            echo("time is up; resume with the same command")
             break
-    bench = Bench(options.data, options.work)  # with what another process has added meanwhile
+    bench = Bench(options.data, options.work)  # with the results of other processes
     results = sorted(bench.results.values(), key=lambda result: result.task)
     (options.docs / "accuracy.json").write_text(
         json.dumps([asdict(result) for result in results], indent=1) + "\n"
     )
     draw(results, options.docs / "accuracy.png")
     (options.docs / "accuracy.md").write_text(as_page(results))
-    say(f"wrote {options.docs}/accuracy.md, .json and .png")
+    echo(f"wrote {options.docs}/accuracy.md, .json and .png")
 
 
-def _choose_by(arm: str, model: nn.Module) -> None:
-    """Put what an arm chooses by in the place of the predictors."""
+def _replace_predictors(arm: str, model: nn.Module) -> None:
+    """Replace the predictors by the scores of an arm."""
     blocks: Any = model.get_submodule("blocks")
     predictors: Any = model.token_predictors
     for stage, block in enumerate(pruning_of(model).plan.blocks):
@@ -294,13 +243,13 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m benchmarks.accuracy", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("--data", required=True, help="folder of Fashion-MNIST's idx files")
-    parser.add_argument("--work", type=Path, default=Path("runs/accuracy"), help="kept trainings")
-    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="where documents go")
+    parser.add_argument("--work", type=Path, default=Path("runs/accuracy"), help="trained so far")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder of the pages")
     parser.add_argument("--seeds", type=int, default=1, help="how many, from 0")
     every = ("dense", "dense longer", *ARMS)
-    parser.add_argument("--arms", nargs="+", choices=every, default=every, help="which ones")
+    parser.add_argument("--arms", nargs="+", choices=every, default=every, help="to run")
     parser.add_argument(
-        "--ratios", nargs="+", type=float, choices=RATIOS, default=RATIOS, help="which ones"
+        "--ratios", nargs="+", type=float, choices=RATIOS, default=RATIOS, help="to run"
     )
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start none later")
     parser.add_argument("--render-only", action="store_true", help="train nothing")

@@ -1,12 +1,12 @@
-"""The atlas: wrap every attention model of timm and transformers, and write down what happened.
+"""The atlas: wrap every attention model of timm and transformers, and record the results.
 
     python -m benchmarks.atlas                           all rows, about an hour and a half
     python -m benchmarks.atlas --library timm --only 'vit_*' --jobs 2
     python -m benchmarks.atlas --again-refused           measure refused rows again
-    python -m benchmarks.atlas --render-only             write docs/atlas.* from what there is
+    python -m benchmarks.atlas --render-only             write docs/atlas.* from the rows so far
 
-Rows are kept in a work folder as they come; a run that was stopped goes on where it was. The
-documents are written once no row of the scope is missing, or with --render-only.
+Rows are saved in a work folder one by one; an interrupted run resumes. The documents are written
+once no row of the scope is missing, or with --render-only.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from benchmarks.atlas_parts.transformers_hosts import transformers_hosts
 __all__ = ["Store", "estimate", "main", "scope"]
 
 ROOT = Path(__file__).parents[1]
-MANY = 10  # rows that are worth warming up for
+MANY = 10  # rows for which a warm-up pays
 SECONDS_A_ROW = 8.0  # before any row was measured
 MEASURED = ("torch", "timm", "transformers")
 
@@ -39,7 +39,7 @@ Key = tuple[str, str]
 
 
 class Store:
-    """The rows of a work folder, one JSON line each; of two with the same key the later counts."""
+    """The rows of a work folder, one JSON line each; of two with the same key the later one."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "rows.jsonl"
@@ -54,14 +54,14 @@ class Store:
             self.path.write_text(whole)
 
     def add(self, row: Row) -> None:
-        """Keep a row, on disk first."""
+        """Save a row, on disk first."""
         with self.path.open("a") as file:
             file.write(row.to_json() + "\n")
         self.rows[row.key] = row
 
 
 def scope() -> list[Host]:
-    """Every model that the atlas speaks of."""
+    """Every model of the atlas."""
     return [*timm_hosts(), *transformers_hosts()]
 
 
@@ -88,7 +88,7 @@ def write(hosts: Sequence[Host], rows: Mapping[Key, Row], folder: Path) -> None:
 def main(arguments: Sequence[str] | None = None, hosts: Sequence[Host] | None = None) -> None:
     """The command line; `hosts` replaces the scope."""
     options = _options(arguments)
-    say = Console().print
+    echo = Console().print
     hosts = scope() if hosts is None else hosts
     store = Store(options.work)
     if not options.render_only:
@@ -98,16 +98,16 @@ def main(arguments: Sequence[str] | None = None, hosts: Sequence[Host] | None = 
             if options.library in (None, host.library) and fnmatch(host.model, options.only)
         ]
         todo = [host for host in chosen if _open(host, store, options.again_refused)]
-        say(estimate(len(todo), store.rows, options.jobs))
+        echo(estimate(len(todo), store.rows, options.jobs))
         limits = Limits(options.seconds, options.gigabytes)
         _measure(todo, store, options.jobs, limits)
     missing = [host.model for host in hosts if (host.library, host.model) not in store.rows]
     if missing and not options.render_only:
-        say(f"{len(missing)} of {len(hosts)} rows are missing: docs stay as they are.")
+        echo(f"{len(missing)} of {len(hosts)} rows are missing: docs stay as they are.")
         return
     write(hosts, store.rows, options.docs)
     good = sum(store.rows[h.library, h.model].certified for h in hosts if h.model not in missing)
-    say(f"{good} of {len(hosts)} certified; wrote {options.docs}/atlas.md and atlas.json")
+    echo(f"{good} of {len(hosts)} certified; wrote {options.docs}/atlas.md and atlas.json")
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -115,16 +115,18 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m benchmarks.atlas", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("--library", choices=("timm", "transformers"), help="only this one")
-    parser.add_argument("--only", default="*", metavar="GLOB", help="only models of such names")
+    parser.add_argument("--only", default="*", metavar="GLOB", help="only matching models")
     parser.add_argument("--jobs", type=int, default=1, help="models at the same time")
     parser.add_argument("--again-refused", action="store_true", help="measure refused rows again")
     parser.add_argument("--render-only", action="store_true", help="measure nothing, write docs")
     parser.add_argument(
         "--seconds", type=float, default=Limits.seconds, help="CPU limit of a model"
     )
-    parser.add_argument("--gigabytes", type=float, default=Limits.gigabytes, help="the same")
+    parser.add_argument(
+        "--gigabytes", type=float, default=Limits.gigabytes, help="memory limit of a model"
+    )
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "atlas", help="rows so far")
-    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="where documents go")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder of the pages")
     return parser.parse_args(arguments)
 
 
@@ -134,8 +136,8 @@ def _open(host: Host, store: Store, again_refused: bool) -> bool:
 
 
 def _measure(hosts: Sequence[Host], store: Store, jobs: int, limits: Limits) -> None:
-    torch.set_num_threads(1)  # before any fork: a child must not inherit a pool of threads
-    if len(hosts) >= MANY:  # what torch imports and keeps at first use, children inherit
+    torch.set_num_threads(1)  # before any fork: a child must not inherit a thread pool
+    if len(hosts) >= MANY:  # children inherit what torch imports and caches at first use
         measure(TimmHost("test_vit", "vision_transformer"))
     columns = (
         BarColumn(),
@@ -144,7 +146,7 @@ def _measure(hosts: Sequence[Host], store: Store, jobs: int, limits: Limits) -> 
         TextColumn("{task.fields[good]} certified, {task.fields[bad]} refused"),
         TextColumn("{task.description}"),
     )
-    # No refreshing thread: a fork while it holds a lock would never end.
+    # No refreshing thread: a fork while it holds a lock would deadlock.
     with Progress(*columns, auto_refresh=False) as progress:
         task = progress.add_task("", total=len(hosts), good=0, bad=0)
 

@@ -1,12 +1,12 @@
-"""Fixed counts against a threshold: what images that keep different numbers of tokens gain.
+"""Jagged pruning by a threshold against fixed counts: accuracy and speed at the same mean cost.
 
     python -m benchmarks.dynamic                          trains on scikit-learn's digits first
     python -m benchmarks.dynamic --checkpoint FOLDER      what `tokenprune train` wrote; several
     python -m benchmarks.dynamic --render-only            write docs/dynamic.md again
 
 Every checkpoint is evaluated at several thresholds, and at fixed counts that cost the same on
-average; speed is measured in turns with the dense host. Figures are added to docs/dynamic.json, one
-entry a checkpoint.
+average; speed is measured interleaved with the dense host. docs/dynamic.json holds one entry per
+checkpoint.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import tokenprune
-from benchmarks.fidelity import table
+from benchmarks.markdown import table
 from tokenprune.checkpoints.directory import save
 from tokenprune.cli.runs import prepare, reopen, write_input
 from tokenprune.cost.timing import interleaved
@@ -32,22 +32,22 @@ __all__ = ["main"]
 
 DOCS = Path(__file__).parents[1] / "docs"
 RECIPE = "demo-digits-k0.7"
-# Keep probabilities; those at which the last stage keeps next to nothing or all say nothing.
+# Keep probabilities; skipped where the last stage keeps almost no or almost all tokens.
 THRESHOLDS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.9, 0.95)
 BUCKETS = (1, 2, 4, 8)
 HEAD = """
-# Images that keep different numbers of tokens
+# Jagged pruning: images that keep different numbers of tokens
 
 With `sampling.selection: threshold` (or `model.set_threshold`) each image keeps the tokens whose
 keep probability is above a threshold. The tables compare that with fixed counts of the same model
-at the same mean cost. Costs are those of each image alone (`tokenprune.ImageMacs`), without
-padding. The bound is what the mean cost would allow if time followed it; padding, masks, smaller
-batches, sorting and the predictors' small layers are what is lost.
+at the same mean cost. Costs count each image alone (`tokenprune.ImageMacs`), without padding.
+The bound is the speed-up if time were proportional to the mean cost; padding, masks, smaller
+batches, sorting and the predictors' small layers keep it from being reached.
 """
 
 
 def trained(work: Path, dense_epochs: int, epochs: int) -> Path:
-    """A checkpoint on digits whose images were free to differ in how many tokens they keep."""
+    """A checkpoint on digits, trained with the ratio loss of the batch mean."""
     folder = work / f"checkpoint-{dense_epochs}-{epochs}"
     if (folder / "recipe.yaml").exists():
         return folder
@@ -108,7 +108,7 @@ def accuracies(model: Any, data: DataBundle) -> list[dict[str, Any]]:
 
 
 def speeds(model: Any, images: Tensor, row: dict[str, Any], rounds: int) -> dict[str, Any]:
-    """Dense host, fixed counts and the threshold with several numbers of buckets, in turns."""
+    """Dense host, fixed counts and the threshold with several numbers of buckets, interleaved."""
     costs, pruning = tokenprune.ImageMacs(model), pruning_of(model)
     patches = tokenprune.profile(model).patches_per_stage
     host = tokenprune.unwrap(model).eval()
@@ -190,8 +190,8 @@ def _accuracy(entry: dict[str, Any]) -> str:
     target = "each image" if entry["per_image"] else "the mean of a batch"
     return (
         f"{entry['images']} held-out images. Dense host: {entry['dense_macs'] / 1e6:.2f} MMACs, "
-        f"{100 * entry['dense_accuracy']:.2f} %. In training the kept share of {target} was held "
-        f"to the recipe's ratios.\n\n{table(head, rows)}\n\n{_in_short(entry['rows'])}"
+        f"{100 * entry['dense_accuracy']:.2f} %. Its ratio loss compared the kept share of "
+        f"{target} with the recipe's ratios.\n\n{table(head, rows)}\n\n{_in_short(entry['rows'])}"
     )
 
 
@@ -217,7 +217,7 @@ def _speed(speed: dict[str, Any]) -> str:
     head = ["", "ms a batch", "speed-up", "bound (dense / mean MACs)", "reached"]
     return (
         f"Speed at batch {speed['batch']}, threshold {speed['threshold']:g}, CPU, "
-        f"{speed['threads']} thread(s), medians of {speed['rounds']} rounds in turns (a round "
+        f"{speed['threads']} thread(s), medians of {speed['rounds']} interleaved rounds (one "
         f"differed from its median by up to {100 * speed['spread']:.0f} %):\n\n{table(head, rows)}"
     )
 
@@ -226,7 +226,7 @@ def main() -> None:
     """Measure, and write both documents."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--checkpoint", type=Path, action="append", help="several are allowed")
-    parser.add_argument("--data", help="folder of images; the one it was trained with if left out")
+    parser.add_argument("--data", help="folder of images; default: the training run's")
     parser.add_argument("--work", type=Path, default=Path("runs/dynamic"))
     parser.add_argument("--dense-epochs", type=int, default=12)
     parser.add_argument("--epochs", type=int, default=6)

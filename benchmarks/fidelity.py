@@ -3,7 +3,7 @@
     python -m benchmarks.fidelity                  the training part, about two minutes
     python -m benchmarks.fidelity --cases cases    the eval part too; see benchmarks.official_cases
 
-A part that is not measured keeps the figures it has in the document.
+A part that is not measured keeps its figures in the document.
 """
 
 import argparse
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.markdown import table
 from benchmarks.training_parity import leaks, parities, survivals
 from tokenprune.checkpoints.dynamicvit import convert_dynamicvit
 
@@ -31,12 +32,6 @@ HOSTS = (
     "swin-base",
 )
 BOUND = 1e-4
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def eval_part(folder: Path) -> str:
@@ -103,7 +98,7 @@ def parity_part() -> str:
 
 
 def leak_part() -> str:
-    """What the published softmax lets through."""
+    """How much the published softmax leaks."""
     head = [
         "weights",
         "mass on dropped keys, mean",
@@ -127,7 +122,7 @@ def leak_part() -> str:
 
 
 def survival_part() -> str:
-    """Batches that come out finite at low keep."""
+    """Batches with a finite loss and gradient at low keep probabilities."""
     rows = survivals()
     head = [
         "keep probability",
@@ -144,10 +139,10 @@ def survival_part() -> str:
 
 
 def put(text: str, part: str, content: str) -> str:
-    """Replace what stands between the marks of a part."""
+    """Replace the text between the marks of a part."""
     pattern = re.compile(rf"(<!-- {part} -->\n).*?(\n<!-- end -->)", re.DOTALL)
     if len(pattern.findall(text)) != 1:
-        raise SystemExit(f"{DOCUMENT.name} has no place marked '{part}'")
+        raise SystemExit(f"{DOCUMENT.name} has not exactly one part marked '{part}'")
     return pattern.sub(lambda match: match[1] + content + match[2], text)
 
 

@@ -1,4 +1,4 @@
-"""Run the public DynamicViT code with random weights, and keep what it answers.
+"""Run the public DynamicViT code with random weights, and save its outputs.
 
     git clone https://github.com/raoyongming/DynamicViT       # 1322e626
     git clone https://github.com/zihangJiang/TokenLabeling    # 9dbfd59a
@@ -9,8 +9,8 @@ None of that code is part of this repository; it is imported from the two folder
 file written is a release file (weights under `model`, the base ratio under `args`) with a `case`:
 images, eval logits, kept tokens of each stage in original numbers, smallest gap at a cut.
 
-Weights are far from fresh ones, so that a mistake shows: sharp attention, uneven norms, scores far
-apart. Of up to 60 random inputs, the first is taken in which the last kept and the first dropped
+Weights are far from fresh ones, so that errors show: sharp attention, uneven norms, distant scores.
+Of up to 60 random inputs, the first is taken in which the last kept and the first dropped
 token differ by more than 1e-3 in log-probability: rounding cannot swap them.
 """
 
@@ -40,23 +40,23 @@ SWIN = {"window_size": 7, "drop_rate": 0.0}
 
 @dataclass(frozen=True)
 class Model:
-    """One of their models.
+    """One of the authors' models.
 
     Attributes:
-        home: Module of theirs.
+        module: Their module.
         name: Class in it.
         options: Sizes.
         swin: Whether the stages see the whole grid, and the ratio falls by 0.2 a stage.
     """
 
-    home: str
+    module: str
     name: str
     options: dict[str, Any]
     swin: bool = False
 
     @property
     def ratios(self) -> list[float]:
-        """Their very expressions: int() of a product sees the rounding error."""
+        """The authors' expressions, because int() of a product depends on its rounding error."""
         return [RATIO, RATIO - 0.2, RATIO - 0.4] if self.swin else [RATIO, RATIO**2, RATIO**3]
 
 
@@ -89,7 +89,7 @@ MODELS = {
 
 
 def _importable(*folders: Path) -> None:
-    """Let code of 2023 find what is gone since: torch._six, and tensorboardX if not installed."""
+    """Provide what the code of 2023 imports: torch._six, and tensorboardX if not installed."""
     warnings.filterwarnings("ignore")
     six = types.ModuleType("torch._six")
     six.inf = math.inf  # type: ignore[attr-defined]
@@ -101,8 +101,8 @@ def _importable(*folders: Path) -> None:
 
 
 def build(model: Model) -> nn.Module:
-    """A model of theirs, in eval mode. They print; that is swallowed."""
-    cls = getattr(__import__(model.home, fromlist=[model.name]), model.name)
+    """One of their models, in eval mode; its printed output is suppressed."""
+    cls = getattr(__import__(model.module, fromlist=[model.name]), model.name)
     key = "sparse_ratio" if model.swin else "token_ratio"
     with contextlib.redirect_stdout(io.StringIO()):
         built: nn.Module = cls(**model.options, **{key: model.ratios})
@@ -110,7 +110,7 @@ def build(model: Model) -> nn.Module:
 
 
 def randomize(model: nn.Module, seed: int) -> None:
-    """Draw all weights anew, then centre the predictors: keep and drop equally likely."""
+    """Draw random weights, then centre the predictors: keep and drop equally likely."""
     generator = torch.Generator().manual_seed(seed)
     normed = (nn.LayerNorm, nn.BatchNorm2d)
     norms = {name for name, module in model.named_modules() if isinstance(module, normed)}
@@ -158,7 +158,7 @@ def _centre(layer: nn.Linear, out: Tensor) -> Tensor:
 def _hooked(
     model: nn.Module, layer: str, hook: Callable[[Any, Tensor], Tensor | None]
 ) -> Iterator[None]:
-    """Call `hook` on what that layer of each predictor gives."""
+    """Call `hook` on the output of that layer of each predictor."""
     handles = [
         module.register_forward_hook(lambda module, _, out: hook(module, out))
         for name, module in model.named_modules()
@@ -172,20 +172,20 @@ def _hooked(
 
 
 def answer(model: nn.Module, of: Model, images: Tensor) -> dict[str, Any]:
-    """Eval logits, kept tokens as their code takes them, and the smallest gap at a cut."""
+    """Eval logits, kept tokens of each stage, and the smallest score gap at a cut."""
     seen: list[Tensor] = []
     with torch.no_grad(), _hooked(model, "out_conv", lambda _, out: seen.append(out[..., 0])):
         logits = model(images)
     kept: list[Tensor] = []
     gaps: list[Tensor] = []
-    there: Tensor | None = None  # numbers of the tokens still there, in their order: by score
+    present: Tensor | None = None  # original numbers of the remaining tokens, by score
     for ratio, score in zip(of.ratios, seen, strict=True):
         count = int(196 * ratio)
         ranked, order = score.sort(dim=1, descending=True)
         gaps.append((ranked[:, count - 1] - ranked[:, count]).min())
         chosen = order[:, :count]
-        there = chosen if there is None or of.swin else there.gather(1, chosen)
-        kept.append(there.sort(1).values)
+        present = chosen if present is None or of.swin else present.gather(1, chosen)
+        kept.append(present.sort(1).values)
     return {
         "images": images,
         "logits": logits,

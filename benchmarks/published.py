@@ -1,7 +1,7 @@
-"""DynamicViT's published models: what `profile` counts, beside what the authors publish.
+"""DynamicViT's published models: MACs by `profile` against the authors' figures.
 
     python -m benchmarks.published           writes docs/published.md
-    python -m benchmarks.published --check   says whether it would change
+    python -m benchmarks.published --check   fails if it would change
 
 Takes about a minute. Nothing is computed: models are traced and counted on fake tensors.
 """
@@ -52,14 +52,14 @@ class Published:
 
 @dataclass(frozen=True)
 class Row:
-    """What we count.
+    """Our counts.
 
     Attributes:
         published: The authors' figures.
         kept: Patch tokens after each stage, at 224 pixels.
         gmacs: GMACs of the pruned model, predictors included.
-        plain_gmacs: the same if the predictors took the shared half of the channels through their
-            first output layer once a token, as the authors' do, and not once an image.
+        plain_gmacs: The same if the first output layer of the predictors processed the shared half
+            of the channels once per token, as the authors' does, and not once per image.
         dense_gmacs: GMACs of the host.
         predictor_share: Share of the predictors in `gmacs`.
     """
@@ -73,7 +73,7 @@ class Row:
 
     @property
     def speed_bound(self) -> float:
-        """How many times faster it could be if time were proportional to MACs."""
+        """The speed-up if time were proportional to MACs."""
         return self.dense_gmacs / self.gmacs
 
 
@@ -140,7 +140,7 @@ def count(host: str) -> list[Row]:
 
 
 def _saved(predictors: Any, macs: Sequence[int]) -> int:
-    """MACs that the predictors save by taking what tokens share through a layer once an image."""
+    """MACs that predictors save by processing the channels that tokens share once per image."""
     saved = 0
     for predictor, counted in zip(predictors, macs, strict=True):
         dim = predictor.dim
@@ -205,14 +205,14 @@ predictors included. `tests/unit/test_published.py` counts every row again.
 |--------|------------|
 | kept | patch tokens, of 196, after each stage; for Swin, those that go through the MLP |
 | **GMACs** | counted here, by `profile` |
-| as theirs | the same with predictors that take the mean over the tokens through a layer \
-once a token, as the authors' do; ours take it once an image |
+| as theirs | the same with predictors that process the mean over the tokens once per token, \
+as the authors' do; ours process it once per image |
 | authors' code | GMACs counted by running the authors' public code (1322e626) in eval; \
-`difference` is that of `as theirs` |
-| published | GMACs in the authors' table: one digit, cut off or rounded |
+`difference`: `as theirs` relative to it |
+| published | GMACs in the authors' table: one digit, truncated or rounded |
 | dense | GMACs of the host without pruning, counted here |
 | predictors | their share in the pruned model's MACs |
-| bound | how many times faster it could be, if time went with MACs |
+| bound | the speed-up if time were proportional to MACs |
 | top-1 | **the authors' own accuracy** on ImageNet-1k, in percent. Not measured here |
 
 """
@@ -222,7 +222,7 @@ FOOT = """
 Dense hosts, the authors' figures: {dense}.
 
 Swin at 0.7: the shipped recipes keep 98 tokens at the second stage, where the authors' code keeps
-97 because its 0.7 - 0.2 comes out a little below 0.5. `tokenprune convert` sets what the code does.
+97, because its 0.7 - 0.2 is slightly below 0.5. `tokenprune convert` keeps 97, as the code does.
 """
 
 

@@ -1,8 +1,8 @@
-"""What training on the mask path costs beside the dense host: writes docs/training.md.
+"""Time and memory of training on the mask path against the dense host: writes docs/training.md.
 
     OMP_NUM_THREADS=2 python -m benchmarks.training
 
-Time is measured interleaved in one process; memory, each kind in a process of its own.
+Time is measured interleaved in one process; memory, one process per kind.
 """
 
 import argparse
@@ -28,13 +28,13 @@ BAR = 1.15
 HEAD = """# What training costs
 
 One step of DeiT-S (forward, loss, backward, AdamW) on the mask path, with its three predictors,
-beside the same step of the dense host; the teacher that distillation adds is apart. {threads} CPU
+against the same step of the dense host; without the teacher of distillation. {threads} CPU
 threads, float32, torch {torch}, random images. Made by
 
     OMP_NUM_THREADS={threads} python -m benchmarks.training
 
 The mask path removes nothing: it runs every token through every block, so that the decision has a
-gradient. What it adds is predictors and the policy of attention.
+gradient. It adds the predictors and the policy of attention.
 
 ## A step
 
@@ -43,27 +43,26 @@ gradient. What it adds is predictors and the policy of attention.
 {steps}
 
 Time is the ratio of medians over {rounds} interleaved rounds, spread the largest distance of a
-round from its median; memory is the largest resident size over two steps, over what the process
-held before it built the model. The predictors alone, which see every token here, are 3 % of the
+round from its median; memory is the largest resident size over two steps, minus that before
+the model was built. The predictors alone, which see every token here, are 3 % of the
 dense MACs; most of the rest is attention's backward pass under a policy. Tensors [B, H, L, L] kept
 for backward: dense {dense_squares}, mask {mask_squares}.
 
-## Ways to write the attention
+## Implementations of attention
 
 Forward and backward at {shape} (batch, heads, tokens, channels), {kept:.0%} of the tokens kept.
 *Leak* is how much a kept row changes when dropped tokens hold larger numbers; *gradient* how far
-the policy's gradient is from the exact way's in float64, relative to that one's largest entry.
+the policy's gradient is from the exact one in float64, relative to its largest entry.
 
-| way | time | kept for backward, MiB | [L, L] kept | leak | gradient |
+| implementation | time | kept for backward, MiB | [L, L] kept | leak | gradient |
 |---|---|---|---|---|---|
 {ways}
 
 {verdict}
 """
-VERDICT = """Only the two exact ways let no dropped token through: log(policy) has no value for 0,
-so it takes an eps, which leaks, and as a channel it cannot spare a query its own key. Of the exact
-ways the first is the faster and keeps no [L, L] tensor, so that is the operator
-(`tokenprune/ops/attention.py`)."""
+VERDICT = """Only the two exact implementations do not leak: log(policy) needs an eps for log(0),
+which leaks, and as a channel it also hides a query's own key. Of the exact ones the first is faster
+and keeps no [L, L] tensor, so it is the operator (`tokenprune/ops/attention.py`)."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -94,10 +93,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _peak(kind: Kind, batch_size: int) -> int:
     line = [sys.executable, "-m", "benchmarks.training", "--peak", kind, str(batch_size)]
-    # one arena, and large blocks given back at once: what is resident is what is in use
-    quiet = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    # one arena, and large blocks returned at once: resident memory is memory in use
+    allocator = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run(
-        line, check=True, capture_output=True, text=True, env={**os.environ, **quiet}, cwd=ROOT
+        line, check=True, capture_output=True, text=True, env={**os.environ, **allocator}, cwd=ROOT
     )
     return int(done.stdout)
 
@@ -156,8 +155,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m benchmarks.training", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("--batch", type=int, nargs="+", default=[16, 32], help="batch sizes")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each kind")
-    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="where documents go")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of each kind")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder of the pages")
     parser.add_argument("--peak", nargs=2, metavar=("KIND", "BATCH"), help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 

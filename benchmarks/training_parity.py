@@ -69,13 +69,11 @@ class Leak:
 
     Attributes:
         factor: What they are multiplied with.
-        mass: Attention that kept rows pay to dropped keys under the published softmax: mean, and
-            the largest of any row.
+        mass: Attention of kept rows to dropped keys under the published softmax: mean, and largest.
         published: Training against gathered eval: root mean square of the difference of the
-            logits over their standard deviation, published softmax. 1.4 is what unrelated logits
-            have.
+            logits over their standard deviation, published softmax. Unrelated logits have 1.4.
         ours: The same of the mask path.
-        norm: Norm of the predictors' gradient under the published softmax over that of ours,
+        norm: Norm of the predictors' gradient under the published softmax over the norm under ours,
             without the ratio term.
     """
 
@@ -91,7 +89,7 @@ class Survival:
     """A small DeiT whose predictors keep few tokens.
 
     Attributes:
-        probability: What a fresh predictor keeps a token with, at each stage.
+        probability: With which a fresh predictor keeps a token, at each stage.
         empty: Batches in which some image lost every token.
         published: Batches whose loss or gradient is NaN or inf, published formulas.
         ours: The same of the engine.
@@ -125,7 +123,7 @@ class Subject:
             self.teacher = run(moved, self.images)
 
     def weights(self) -> dict[str, Tensor]:
-        """The parameters again, for a graph of their own."""
+        """A copy of the parameters, for another graph."""
         state = {name: t.detach().clone() for name, t in self.model.state_dict().items()}
         trained = {name for name, _ in self.model.named_parameters()}
         return {name: t.requires_grad_(name in trained) for name, t in state.items()}
@@ -134,7 +132,7 @@ class Subject:
         return [n for n, _ in self.model.named_parameters() if n.startswith("token_")]
 
     def ours(self, seed: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """Loss parts, and gradients of what was added: whole loss, and without the ratio term."""
+        """Loss parts, and gradients of added parameters: whole loss, and without the ratio term."""
         with self.model.using(generator=torch.Generator().manual_seed(seed)):
             logits, trace = self.model(self.images, return_trace=True)
         tokens = trace.patch_tokens.reshape(self.teacher.tokens.shape)
@@ -157,7 +155,7 @@ class Subject:
     def published(
         self, seed: int, **options: Any
     ) -> tuple[dict[str, Tensor], Tensor, Tensor, Result]:
-        """The same by the reference, and what its forward gave."""
+        """The same by the reference, and the result of its forward."""
         weights = self.weights()
         result = self.run(weights, self.images, noise=gumbel_noise(seed), **options)
         section = self.recipe.loss
@@ -179,7 +177,7 @@ class Subject:
 
 
 def _compared(result: Result) -> Tensor:
-    """What the token term compares: LV-ViT's token logits, else the tokens."""
+    """Operands of the token term: LV-ViT's token logits, else the tokens."""
     return result.tokens if result.token_logits is None else result.token_logits
 
 
@@ -265,7 +263,7 @@ def leaks() -> list[Leak]:
 
 
 def _recording(mass: list[Tensor]) -> Softmax:
-    """The published softmax, noting what kept rows pay to dropped keys once some are dropped."""
+    """The published softmax; records the attention of kept rows to dropped keys in `mass`."""
 
     def softmax(scores: Tensor, policy: Tensor) -> Tensor:
         weight = policy_softmax(scores, policy)

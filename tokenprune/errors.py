@@ -1,4 +1,4 @@
-"""Every error this library raises on purpose.
+"""The errors of this library.
 
 Each class also derives from the built-in a caller would expect, so `except ValueError` keeps
 working. A message says what was asked, what was found and what to do.
@@ -51,7 +51,7 @@ class PlanError(TokenPruneError, ValueError):
 
 
 class UnsupportedHostError(TokenPruneError, ValueError):
-    """The host cannot be pruned; the message names the module or node that stands in the way."""
+    """The host cannot be pruned; the message names the module or node that prevents it."""
 
 
 class TraceError(UnsupportedHostError):
@@ -83,7 +83,7 @@ class KeepIndicesError(TokenPruneError, ValueError):
 
 
 class VerificationError(TokenPruneError, RuntimeError):
-    """Two paths that must agree do not; the message names the first node where they part."""
+    """Two paths that must agree do not; the message names the first node where they differ."""
 
 
 class CheckpointError(TokenPruneError, RuntimeError):

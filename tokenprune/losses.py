@@ -1,4 +1,4 @@
-"""What training minimises: classification, kept share, and distillation from the dense host.
+"""The training loss: classification, kept share, and distillation from the dense host.
 
 DynamicViT (Rao et al., 2021), section 3.3, with the details of its published training code.
 """
@@ -20,7 +20,7 @@ TokenDistance = Literal["mse", "kl"]
 
 
 def _wide(tensor: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """In fp32 or better: losses are sums of many small numbers."""
+    """Cast to fp32 or better: losses are sums of many small numbers."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
@@ -33,15 +33,15 @@ def ratio_loss(
     """Mean over the stages of (kept share - keep_ratio)^2 (DynamicViT, the ratio term).
 
     Args:
-        decisions: of each stage, over the original patch tokens, carrying the gradient.
-        keep_ratios: target share of the original tokens, one a stage.
+        decisions: of each stage, over the original patch tokens, with gradient.
+        keep_ratios: target share of the original tokens, one per stage.
         per_image: square the distance of each image and average; False squares the distance of
             the batch's mean share, so that images may differ.
-        real: which tokens are no padding (`PruningTrace.real`): shares are of those. None counts
-            all tokens.
+        real: which tokens are not padding (`PruningTrace.real`): shares count only those. None
+            counts all tokens.
 
     Raises:
-        PlanError: not as many decisions as ratios, or none.
+        PlanError: decisions and ratios differ in number, or there are none.
     """
     if not decisions or len(decisions) != len(keep_ratios):
         raise PlanError(
@@ -91,14 +91,14 @@ def distill_tokens(
     """Distance of the final tokens from the teacher's, mean over the kept tokens of the batch.
 
     Reads nothing of dropped tokens and gives the decision no gradient, as in DynamicViT. Zero,
-    still joined to the graph, when no token is kept. No shape depends on the decision.
+    but part of the graph, when no token is kept. No shape depends on the decision.
 
     Args:
         student_tokens: final patch tokens of the mask path.
-        teacher_tokens: those of the dense host; get no gradient.
+        teacher_tokens: final patch tokens of the dense host; get no gradient.
         decision: of the last stage; None compares all tokens.
-        kind: `mse` averages squares over channels too; `kl` takes each token for class logits
-            (LV-ViT's dense head) and sums its divergence over the classes.
+        kind: `mse` averages squares over channels too; `kl` treats each token as class logits
+            (LV-ViT's dense head) and sums the divergence over the classes.
     """
     student, teacher = _wide(student_tokens), _wide(teacher_tokens.detach())
     if decision is None:
@@ -163,7 +163,7 @@ class PruningLoss:
             teacher_logits: needed unless the weight `distill_logits` is 0.
             student_tokens: final patch tokens; needed unless the weight `distill_tokens` is 0.
             teacher_tokens: as `student_tokens`.
-            real: the trace's; which tokens are no padding, all if None.
+            real: of the trace; which tokens are not padding, all if None.
 
         Returns:
             The weighted sum, and each part by the name of its weight, unweighted and detached.

@@ -1,7 +1,7 @@
-"""Ways to choose tokens that nothing learned: at random, and by the attention of the class token.
+"""Scores without learning: random, and the attention of the class token.
 
-They stand in the place of the predictors, so a model prunes by them on the same gather path, at the
-same counts, and is trained on that path to live with it.
+They replace the predictors, so a model prunes by them on the same gather path, at the same counts,
+and is trained on that path.
 """
 
 import torch
@@ -17,7 +17,7 @@ __all__ = ["BaselineTrainer", "ClassAttention", "RandomScores"]
 
 
 class RandomScores(nn.Module):
-    """Keep scores drawn anew in each forward."""
+    """Random keep scores, drawn in each forward."""
 
     def forward(self, patches: Tensor, policy: Tensor | None = None) -> Tensor:
         """[B, N, D] patch tokens to [B, N, 2] keep logits."""
@@ -27,28 +27,28 @@ class RandomScores(nn.Module):
 class ClassAttention(nn.Module):
     """How much the class token attends to each patch, mean over the heads.
 
-    As EViT chooses (Liang et al., 2022, section 3.2), but in the block before the stage, since the
-    stage stands in front of a block. Reads the output of that block's `qkv`.
+    The score of EViT (Liang et al., 2022, section 3.2), but from the block before the stage. Reads
+    the output of that block's `qkv`.
     """
 
     def __init__(self, attention: nn.Module) -> None:
         super().__init__()
         self.heads = int(attention.num_heads)  # type: ignore[arg-type]
-        self.seen: Tensor | None = None
-        attention.qkv.register_forward_hook(self._look)  # type: ignore[operator, union-attr]
+        self.qkv: Tensor | None = None
+        attention.qkv.register_forward_hook(self._record_qkv)  # type: ignore[operator, union-attr]
 
-    def _look(self, module: nn.Module, args: object, output: Tensor) -> None:
-        self.seen = output.detach()
+    def _record_qkv(self, module: nn.Module, args: object, output: Tensor) -> None:
+        self.qkv = output.detach()
 
     def forward(self, patches: Tensor, policy: Tensor | None = None) -> Tensor:
         """[B, N, D] patch tokens to [B, N, 2] keep logits."""
-        if self.seen is None or self.seen.shape[1] != patches.shape[1] + 1:
+        if self.qkv is None or self.qkv.shape[1] != patches.shape[1] + 1:
             raise RuntimeError("the block before the stage has not run on these tokens")
-        batch, length, _ = self.seen.shape
-        query, key, _ = self.seen.view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        batch, length, _ = self.qkv.shape
+        query, key, _ = self.qkv.view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         logits = (query[:, :, :1] * key).sum(-1) * key.shape[-1] ** -0.5
         weight = logits.softmax(-1).mean(1)[:, 1:]
-        self.seen = None
+        self.qkv = None
         return torch.stack([weight.log(), torch.zeros_like(weight)], dim=-1)
 
 
@@ -74,7 +74,7 @@ class BaselineTrainer(ImageTrainer):
         with self.accelerator.unwrap_model(model).using(path=self.eval_path):
             logits = class_logits(model(images), self.data.num_classes)
         with torch.no_grad():
-            told = class_logits(self.teacher(images), self.data.num_classes)
-        loss = F.cross_entropy(logits, target) + self.distill * distill_logits(logits, told)
+            expected = class_logits(self.teacher(images), self.data.num_classes)
+        loss = F.cross_entropy(logits, target) + self.distill * distill_logits(logits, expected)
         self._note({"total": loss.detach()})
         return loss

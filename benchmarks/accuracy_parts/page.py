@@ -3,15 +3,13 @@
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING
 
 import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-if TYPE_CHECKING:
-    from benchmarks.accuracy import Result
+from benchmarks.accuracy_parts.result import Result
 
 __all__ = ["as_page", "draw"]
 
@@ -23,22 +21,22 @@ HEAD = """# Accuracy on real images
 Fashion-MNIST: 60,000 images to train on, 10,000 to test on, 28 x 28 pixels, ten classes; a small
 LV-ViT of 12 blocks, 32 channels and 49 patch tokens (`recipes/fashion-mnist-k0.7.yaml`). The dense
 host is trained once ({dense}); every other row starts from it and is
-trained for {epochs} on all the images. Accuracy is that of all test images, with tokens really
-removed. One standard error of an accuracy of 90 % on 10,000 images is 0.3 points. Made by
+trained for {epochs} on all the images. Accuracy is measured on all test images, on the
+gather path. One standard error of an accuracy of 90 % on 10,000 images is 0.3 points. Made by
 
     python -m benchmarks.accuracy --data FOLDER
 
 - **learned**: `tokenprune train`, the four losses of DynamicViT.
 - **no distillation**: the same with the labels and the ratio loss alone.
-- **random**, **class attention**: nothing learned about which tokens stay; as many are removed,
-  those drawn at random, or those that the class token attends to least in the block before. The
-  host is trained with them on the gather path, by the labels and the dense host's logits.
-- **dense longer**: the dense host trained on in the same way, so that what one more training gives
-  is not taken for a merit of pruning.
+- **random**, **class attention**: no learned predictor; the same number of tokens is removed, at
+  random, or those that the class token attends to least in the block before. The host is trained
+  with this selection on the gather path, by the labels and the dense host's logits.
+- **dense longer**: the dense host trained further in the same way, to separate pruning from more
+  training.
 """
 
 
-def as_page(results: Sequence["Result"]) -> str:
+def as_page(results: Sequence[Result]) -> str:
     """The document."""
     if not results:
         return "# Accuracy on real images\n\nNothing is measured yet.\n"
@@ -55,18 +53,18 @@ def as_page(results: Sequence["Result"]) -> str:
         for r, other in _against(results, "dense longer")
     }
     shown = ", ".join(f"{ratio}: {gap:+.2f}" for ratio, gap in sorted(longer.items(), reverse=True))
-    against = f"Learned, to *dense longer*, in points by ratio: {shown}." if shown else ""
+    against = f"Learned minus *dense longer*, in points by ratio: {shown}." if shown else ""
     spent = f"All trainings together took {sum(r.minutes for r in results) / 60:.1f} hours"
-    spent += " on a core each (the dense one on two), beside other work."
+    spent += " on a core each (the dense one on two), next to other jobs."
     picture = "![accuracy against GMACs](accuracy.png)"
     return "\n".join(
         [head, "## Bars\n", _bars(results), "", against, spent, "", picture, "", *parts, ""]
     )
 
 
-def _table(results: Sequence["Result"]) -> str:
+def _table(results: Sequence[Result]) -> str:
     (dense,) = [r for r in results if r.arm == "dense"]
-    lines = ["| arm | keep | tokens | GMACs | saved | accuracy | to dense, points | minutes |"]
+    lines = ["| arm | keep | tokens | GMACs | saved | accuracy | minus dense, points | minutes |"]
     lines.append("|---|---|---|---|---|---|---|---|")
     for r in sorted(results, key=lambda r: (-r.keep_ratio, r.arm)):
         tokens = " -> ".join(map(str, r.tokens)) or "49"
@@ -79,7 +77,7 @@ def _table(results: Sequence["Result"]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _bars(results: Sequence["Result"]) -> str:
+def _bars(results: Sequence[Result]) -> str:
     lines = ["| bar | measured | holds |", "|---|---|---|"]
     for ratio, most, least in BARS:
         pairs = [(r, d) for r, d in _against(results, "dense") if r.keep_ratio == ratio]
@@ -103,8 +101,8 @@ def _bars(results: Sequence["Result"]) -> str:
     return "\n".join(lines)
 
 
-def _against(results: Sequence["Result"], arm: str) -> list[tuple["Result", "Result"]]:
-    """Learned rows, each with the row of `arm` that it is compared with."""
+def _against(results: Sequence[Result], arm: str) -> list[tuple[Result, Result]]:
+    """Pairs of a learned row and the row of `arm` that it is compared with."""
     return [
         (r, other)
         for r in results
@@ -115,7 +113,7 @@ def _against(results: Sequence["Result"], arm: str) -> list[tuple["Result", "Res
     ]
 
 
-def draw(results: Sequence["Result"], file: Path) -> None:
+def draw(results: Sequence[Result], file: Path) -> None:
     """Accuracy against GMACs, a line for each arm, mean over the seeds."""
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     for arm in dict.fromkeys(r.arm for r in results):

@@ -1,4 +1,4 @@
-"""Fill one row: wrap a model at full size without weights, then prove it with weights."""
+"""Fill one row: wrap a model at full size without weights, then verify it with weights."""
 
 import time
 import traceback
@@ -18,7 +18,7 @@ from tokenprune.hosts.spec import ArchSpec
 
 __all__ = ["Host", "measure"]
 
-# Hosts below both are proven at full size.
+# Hosts below both are verified at full size.
 SMALL_PARAMETERS, SMALL_GMACS = 30.0, 6.0
 
 
@@ -39,16 +39,16 @@ class Host(Protocol):
         ...
 
     def build_smaller(self) -> tuple[nn.Module, str]:
-        """The same class smaller, and what was changed in words."""
+        """A smaller build of the same class, and its changes as text."""
         ...
 
     def inputs(self, host: nn.Module) -> dict[str, Any] | None:
-        """A batch of two, or None if the adapter knows what it takes."""
+        """A batch of two, or None if the adapter knows the inputs."""
         ...
 
 
 def measure(host: Host) -> Row:
-    """The row of one model; never raises, a failure is a reason."""
+    """The row of one model; never raises: an error becomes the row's reason."""
     row = Row(host.library, host.model, host.module)
     started = time.process_time()
     try:
@@ -58,7 +58,7 @@ def measure(host: Host) -> Row:
         row.refuse(str(error))
     except ImportError as error:
         row.refuse(f"its library cannot build it here: {error}")
-    except Exception as error:  # the atlas goes on: what a host raises is its row
+    except Exception as error:  # the atlas continues: the error is the row
         at = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{'/'.join(Path(at.filename).parts[-3:])}:{at.lineno}"
         row.refuse(f"unexpected {type(error).__name__} at {where}: {error}")
@@ -70,7 +70,7 @@ def _fill(row: Row, host: Host) -> None:
     full = weightless(host.build)
     row.kind, row.parameters = type(full).__name__, round(parameters_in_millions(full), 2)
     small = row.parameters < SMALL_PARAMETERS
-    if small:  # the model that is proven is the model that is counted
+    if small:  # the verified model is the counted one
         full = enliven(host.build().eval())
     spec = describe(full)
     row.adapter, row.mode = spec.adapter, spec.mode
@@ -100,7 +100,7 @@ def _fill(row: Row, host: Host) -> None:
 
 
 def _wrap(host: Host, model: nn.Module, spec: ArchSpec, inputs: dict[str, Any] | None) -> Any:
-    """As a user does who knows nothing about the model: the recipe is `wrap`'s own."""
+    """Wrap with the default recipe."""
     return tokenprune.wrap(
         model, adapter=spec, example_inputs=inputs, restore=host.restore, verify=False
     )

@@ -10,31 +10,31 @@ from benchmarks.atlas_parts.row import Row
 __all__ = ["as_json", "as_page", "read_json"]
 
 HEAD = """\
-# The atlas: every attention model, wrapped and certified, or refused by name
+# The atlas: every attention model, certified or refused
 
     python -m benchmarks.atlas
 
-wrote this page and [atlas.json](atlas.json), which has a row for every single model ({versions}).
+wrote this page and [atlas.json](atlas.json), which has a row for every model ({versions}).
 
 {totals}
 How a row is made: the model is built at **full size** without memory for its weights, described,
 traced, and its multiply-accumulates are counted for one image (clip, sound, text), dense and with
-the recipe that `tokenprune.wrap(host)` makes by itself: stages at a quarter, a half and three
-quarters of the blocks, that keep 0.7, 0.49 and 0.343 of the tokens where they leave, and let 0.7,
-0.5 and 0.3 of them through the MLP where the grid stays. Then it is **proven with random weights**:
-at full size below 30 M parameters and 6 GMACs, otherwise on a smaller build of the same class,
-options alike except for those that `certified_at` in the JSON names. Outputs that hold tokens are
-given back in place (`restore=True`). Nothing is trained and nothing is downloaded.
+the default recipe of `tokenprune.wrap(host)`: stages at a quarter, a half and three quarters of the
+blocks, which keep 0.7, 0.49 and 0.343 of the tokens (`remove`) or send 0.7, 0.5 and 0.3 of them
+through the MLP (`bypass`). Then it is **verified with random weights**: at full size below 30 M
+parameters and 6 GMACs, otherwise on a smaller build of the same class with the same options except
+those that `certified_at` in the JSON names. Outputs that hold tokens are restored in place
+(`restore=True`). Nothing is trained and nothing is downloaded.
 
 | column | what it is |
 |---|---|
 | certified | models with a certificate, of all models of the family |
-| adapter | who described it; `generic` looked by itself |
-| mode | `remove`: tokens leave; `bypass`: the grid stays, dropped tokens skip the MLP |
-| tokens, prefix, blocks | patch tokens where the stages stand, tokens before them, blocks |
+| adapter | that described the host; `generic` finds the blocks of any host |
+| mode | `remove`: dropped tokens are removed; `bypass`: they skip the MLP |
+| tokens, prefix, blocks | patch tokens at the stages, prefix tokens, blocks |
 | error | the largest difference of mask and gather path, relative to the output's scale |
 | keep 1 | with every token kept, the output is the host's bit for bit |
-| proven at | how many at full size, how many reduced |
+| certified at | how many at full size, how many reduced |
 | GMACs | dense and pruned, of the family's smallest and largest model; counted before predictors \
 were made cheaper, pruned ones are up to 0.6 % less now |
 | wrap | median CPU seconds of one thread to trace and analyse the full size |
@@ -92,7 +92,7 @@ def _families(library: str, rows: Sequence[Row]) -> str:
     lines = [
         f"## {library}\n",
         f"| {head} | certified | adapter | mode | tokens | prefix | blocks | error | keep 1 "
-        "| proven at | GMACs | wrap |",
+        "| certified at | GMACs | wrap |",
         "|---" * 12 + "|",
     ]
     lines += [_family(name, family) for name, family in families.items()]
@@ -136,12 +136,12 @@ def _range(values: Iterable[int | None]) -> str:
 
 
 def _refusals(rows: Sequence[Row]) -> str:
-    """Models that share a family and a reason stand in one line."""
-    alike: dict[tuple[str, str], list[str]] = defaultdict(list)
+    """One line for the models that share a family and a reason."""
+    groups: dict[tuple[str, str], list[str]] = defaultdict(list)
     for row in rows:
-        alike[row.module, row.reason].append(row.model)
+        groups[row.module, row.reason].append(row.model)
     lines = ["## Refused\n", "| family | models | reason |", "|---|---|---|"]
-    for (module, reason), models in alike.items():
+    for (module, reason), models in groups.items():
         names = ", ".join(f"`{model}`" for model in models)
         lines.append(f"| `{module}` | {names} | {_escaped(reason)} |")
     return "\n".join(lines) + "\n"

@@ -1,4 +1,4 @@
-"""One process a model, with a limit of time and of memory.
+"""One process per model, with a limit of time and of memory.
 
 The libraries are imported once, here; every model is measured in a fork of this process.
 """
@@ -22,15 +22,15 @@ from benchmarks.atlas_parts.row import Row
 __all__ = ["Limits", "run"]
 
 PATIENCE = 10
-PAUSE = 0.05  # seconds between two looks at the processes
+PAUSE = 0.05  # seconds between two polls of the processes
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one model may take.
+    """Limits of one model.
 
     Attributes:
-        seconds: CPU time. One that waits for anything else is ended after `PATIENCE` times that.
+        seconds: CPU time. A process that waits is killed after `PATIENCE` times that.
         gigabytes: Resident memory, shared pages included.
     """
 
@@ -46,11 +46,11 @@ class _Running:
     started: float
 
     def ended(self, limits: Limits) -> Row | None:
-        """The row, if the process has handed it over, died or overstepped a limit."""
+        """The row, if the process has sent it, died or exceeded a limit."""
         if self.result.poll():
             try:
                 return Row.from_json(self.result.recv())
-            except EOFError:  # it closed the pipe without a word
+            except EOFError:  # it closed the pipe and sent nothing
                 self.process.join()
                 return self._killed(f"its process died with exit code {self.process.exitcode}")
         waited = time.monotonic() - self.started
@@ -85,7 +85,7 @@ def run(
 
     Args:
         hosts: In the order in which they are started.
-        jobs: How many run at the same time.
+        jobs: Processes at the same time.
         starting: Called with each host when it starts.
         work: Measures one host, in a process of its own.
     """
@@ -125,7 +125,7 @@ def _child(work: Callable[[Host], Row], host: Host, result: Connection) -> None:
 
 
 def _cpu_seconds(pid: int) -> float:
-    """0 where the system does not say, or the process is gone."""
+    """0 where /proc is missing or the process has ended."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -134,7 +134,7 @@ def _cpu_seconds(pid: int) -> float:
 
 
 def _resident_gigabytes(pid: int) -> float:
-    """0 where the system does not say, or the process is gone."""
+    """0 where /proc is missing or the process has ended."""
     try:
         pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     except (OSError, IndexError):

@@ -1,4 +1,4 @@
-"""One line of the atlas: what `wrap` made of one model."""
+"""One line of the atlas: the results of one model."""
 
 import json
 import re
@@ -23,20 +23,20 @@ class Row:
         parameters: Millions of parameters at full size.
         adapter: Name of the adapter that described it.
         mode: `remove` or `bypass`.
-        tokens: N, patch tokens where the stages are, at full size.
+        tokens: N, patch tokens at the stages, at full size.
         prefix: P.
-        blocks: Number of blocks that the adapter names.
-        stages: The block before which each stage stands.
+        blocks: Number of blocks.
+        stages: The block after each stage.
         status: `certified` or `refused`.
         reason: Why it is refused; empty if it is not.
         certificate: `max_error` (largest difference of mask and gather path, relative to the
             output's scale), `precision` it was measured in, `keep_one_exact` (with every token kept
             the output is the host's, bit for bit).
-        certified_at: `full`, or what was made smaller for the run.
+        certified_at: `full`, or the changes of the smaller build.
         gmacs_dense: 10^9 MACs of the host at full size, one image.
-        gmacs_pruned: The same with the recipe that `wrap` makes for the host, at keep ratio 0.7.
+        gmacs_pruned: The same with the default recipe, at keep ratio 0.7.
         wrap_seconds: CPU seconds of one thread for tracing and analysis at full size.
-        seconds: The same for the whole row, building and proof included.
+        seconds: The same for the whole row, with building and verification.
     """
 
     library: str
@@ -61,16 +61,16 @@ class Row:
 
     @property
     def key(self) -> tuple[str, str]:
-        """What a row is known by."""
+        """Identifies a row."""
         return self.library, self.model
 
     @property
     def certified(self) -> bool:
-        """Whether it wrapped and was proven."""
+        """Whether it was wrapped and verified."""
         return self.status == CERTIFIED
 
     def refuse(self, reason: str) -> None:
-        """Close the row with a reason; a proof that was begun does not count."""
+        """Set the reason, and delete the result of an unfinished verification."""
         self.status, self.reason = REFUSED, plain(reason)
         self.certificate = self.certified_at = None
 

@@ -1,7 +1,7 @@
 """timm's part of the atlas: every registry name of the modules with attention, and a smaller build.
 
 timm's entrypoints end in `build_model_with_cfg(cls, ..., **arguments)`. A smaller build of the same
-class is made by changing a few of these arguments right there; all others stay what they are.
+class changes a few of these arguments there and keeps all others.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ MODULES = (
     *("efficientformer_v2", "tiny_vit", "nextvit", "focalnet", "metaformer"),
 )
 
-# What arguments are called, over all classes of these modules.
+# Names of the arguments, over all classes of these modules.
 DEPTH = ("depth", "depths", "layers", "stages", "serial_depths", "parallel_depth", "num_vit")
 HEADS = ("num_heads", "num_heads_outer", "num_kv_heads")
 WIDTH = ("embed_dim", "embed_dims", "dims", "inner_dim", "intermediate_size")
@@ -36,11 +36,11 @@ BLOCK_NUMBERS = ("global_attn_indexes", "global_att_blocks")
 PER_BLOCK = ("num_kv_heads", "mlp_ratios")
 
 HEAD_WIDTH = 32  # where a class has a width of heads instead of a number
-# Sides that suit every patch size and every stem, and one of whole windows.
+# Image sides that fit every patch size, every stem, and whole windows.
 PIXELS, STEM_PIXELS, WINDOW_PIXELS = 224, 160, 256
-FEW_PATCHES, MANY_PATCHES = 18, 24  # patches a side of a smaller image, and when it is made
-OTHERS = 2  # blocks of every stage but the longest
-# Narrower or not, and blocks of the longest stage; the next one if a class will not be built so.
+FEW_PATCHES, MANY_PATCHES = 18, 24  # patches per side of the smaller image; above this it is made
+OTHERS = 2  # blocks of every other stage than the longest
+# Narrower or not, and blocks of the longest stage; the next one if the class refuses these.
 ATTEMPTS = ((True, 4), (False, 4), (False, 5))
 
 
@@ -58,9 +58,9 @@ class TimmHost:
         return timm.create_model(self.model, pretrained=False)
 
     def build_smaller(self) -> tuple[nn.Module, str]:
-        """The same class with fewer and narrower blocks, and what was changed in words.
+        """The same class with fewer and narrower blocks, and the changes as text.
 
-        A class whose width hangs on other arguments (a stem that is built outside) refuses other
+        A class whose width depends on other arguments (a stem that is built outside) refuses other
         widths; then only the depth is changed.
         """
         for narrow, longest in ATTEMPTS[:-1]:
@@ -71,24 +71,24 @@ class TimmHost:
         return self._build_smaller(*ATTEMPTS[-1])
 
     def _build_smaller(self, narrow: bool, longest: int) -> tuple[nn.Module, str]:
-        home = sys.modules[model_entrypoint(self.model).__module__]
-        build, changed = home.build_model_with_cfg, []
+        library = sys.modules[model_entrypoint(self.model).__module__]
+        build, changed = library.build_model_with_cfg, []
         side = int(timm.get_pretrained_cfg(self.model).input_size[-1])
 
         def smaller(cls: Any, *args: Any, **arguments: Any) -> nn.Module:
             given, words, size = shrink(cls, arguments, side, narrow, longest)
             changed.extend(words)
             host: nn.Module = build(cls, *args, **given)
-            if size is not None:  # what an adapter asks for the size of the input
+            if size is not None:  # adapters read the size of the input here
                 configured: Any = host.pretrained_cfg
                 configured["input_size"] = (3, size, size)
             return host
 
-        with mock.patch.object(home, "build_model_with_cfg", smaller):
+        with mock.patch.object(library, "build_model_with_cfg", smaller):
             return self.build(), ", ".join(changed)
 
     def inputs(self, host: nn.Module) -> None:
-        """The adapter knows them."""
+        """None: the adapter knows the inputs."""
 
 
 def timm_hosts() -> list[TimmHost]:
@@ -101,13 +101,12 @@ def timm_hosts() -> list[TimmHost]:
 def shrink(
     cls: Any, arguments: Mapping[str, Any], side: int, narrow: bool, longest: int
 ) -> tuple[dict[str, Any], list[str], int | None]:
-    """Arguments of a smaller host, the changes in words, and the image side if it changed.
+    """Arguments of a smaller host, the changes as text, and the image side if it changed.
 
     Args:
-        cls: Class of the host; arguments that are not given have its defaults.
-        arguments: What the entrypoint passes. Arguments inside of a dataclass (`cfg`, `model_cfg`)
-            count too.
-        side: Of the image that the registry names, in pixels.
+        cls: Class of the host; its defaults fill missing arguments.
+        arguments: Of the entrypoint, fields of a dataclass (`cfg`, `model_cfg`) included.
+        side: Of the registry's image, in pixels.
         narrow: Change widths too.
         longest: Blocks of the longest stage.
     """
@@ -143,13 +142,13 @@ def _in_words(flat: Mapping[str, Any], changes: Mapping[str, Any]) -> list[str]:
 
 
 def _smaller_image(flat: Mapping[str, Any], side: int) -> int | None:
-    """Side of a smaller image, for columns of blocks that would see more than 24 x 24 patches."""
+    """Side of a smaller image, for plain hosts with more than 24 x 24 patches."""
     if "window_spec" in flat:  # SAM's Hiera: any number of windows
         return WINDOW_PIXELS if side > WINDOW_PIXELS else None
     patch = flat.get("patch_size")
     if not isinstance(patch, int) or not isinstance(flat.get("depth"), int):
         return None
-    if patch == 1:  # a patch of what a stem of convolutions puts out
+    if patch == 1:  # patches of the output of a convolutional stem
         return STEM_PIXELS if side > STEM_PIXELS else None
     if side // patch <= MANY_PATCHES:
         return None
@@ -189,7 +188,7 @@ def _shallower(flat: Mapping[str, Any], longest: int) -> dict[str, Any]:
 
 
 def _fewer(value: Any, longest: int) -> Any:
-    """Fewer blocks: 12 -> 4, (2, 2, 18, 2) -> (2, 2, 4, 2), nested ones alike."""
+    """Fewer blocks: 12 -> 4, (2, 2, 18, 2) -> (2, 2, 4, 2), also nested ones."""
     if isinstance(value, int):
         return min(value, longest)
     if all(isinstance(v, int) for v in value):

@@ -1,7 +1,7 @@
-"""transformers' part of the atlas: one row a class, at its default size and at a small one.
+"""transformers' part of the atlas: one row per class, at its default size and at a small one.
 
-The full size is the class's own default configuration, which is a base model as a rule. The small
-one changes depth and width, and leaves every other option alone.
+The full size is the class's default configuration, mostly a base model. The small one changes depth
+and width and keeps every other option.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,7 +18,7 @@ Options = Mapping[str, Any]
 Draw = Callable[[Any], dict[str, Tensor]]
 
 BATCH = 2
-WORDS, PADDING = 128, 40  # length of a text, and how many of the second text's words are padding
+WORDS, PADDING = 128, 40  # length of a text, and padding of the second text
 SAMPLES = 16_000  # one second of sound
 
 DEPTH: Options = {"num_hidden_layers": 4}
@@ -34,7 +34,7 @@ class TransformersHost:
     Attributes:
         model: The class.
         small: Options of the smaller build; options of a part are in a mapping of its name.
-        full: Options of the full build, where the default configuration will not do.
+        full: Options of the full build that differ from the default configuration.
         draw: Makes a batch of two from the configuration; None if the adapter knows the inputs.
     """
 
@@ -56,7 +56,7 @@ class TransformersHost:
         return self._make(self.full)
 
     def build_smaller(self) -> tuple[nn.Module, str]:
-        """With the options of `small`, and these in words."""
+        """With the options of `small`, and these as text."""
         smaller = _merged(self.full, self.small)
         return self._make(smaller), _in_words(self.small)
 
@@ -180,7 +180,7 @@ def _towers(**rest: Any) -> Options:
 
 
 HOSTS = (
-    # images: columns
+    # images: plain hosts
     _row("ViTForImageClassification"),
     _row("DeiTForImageClassification"),
     _row("DeiTForImageClassificationWithTeacher"),
@@ -236,7 +236,7 @@ HOSTS = (
         )
         for kind in ("Learned", "Fourier", "ConvProcessing")
     ),
-    # images: towers, alone and inside of models of two
+    # images: towers, alone and in dual models
     _row("CLIPModel", _towers()),
     _row("CLIPVisionModel"),
     _row("CLIPVisionModelWithProjection"),

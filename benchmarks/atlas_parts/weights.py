@@ -1,4 +1,4 @@
-"""Weights for a proof: none at all for hosts of any size, telling ones for hosts that are run."""
+"""Hosts without weights, to trace and count; random weights in which an error shows, to verify."""
 
 from collections.abc import Callable
 
@@ -12,14 +12,14 @@ HUGE = 1e4
 
 
 def weightless(make: Callable[[], nn.Module]) -> nn.Module:
-    """Build a host that is on the CPU as far as anyone can ask, and holds no memory.
+    """Build a host whose tensors report the CPU as their device but hold no memory.
 
-    It is built on the meta device; then every tensor becomes one zero that is expanded to the
-    tensor's shape. Tracing and counting read shapes only.
+    It is built on the meta device; then every tensor becomes one zero, expanded to its shape.
+    Tracing and counting read shapes only.
     """
     with torch.device("meta"):
         host = make().eval()
-    twins: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # holds the originals: ids stay theirs
+    twins: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # keeps originals: unique ids
 
     def twin(tensor: torch.Tensor) -> torch.Tensor:
         if id(tensor) not in twins:
@@ -32,7 +32,7 @@ def weightless(make: Callable[[], nn.Module]) -> nn.Module:
     for module in host.modules():
         for held in (module._parameters, module._buffers, vars(module)):
             for name, value in held.items():
-                # a parameter made by torch.Tensor(n) does not know of the meta device (ImageGPT)
+                # a parameter made by torch.Tensor(n) ignores the meta device (ImageGPT)
                 made = isinstance(value, nn.Parameter)
                 if isinstance(value, torch.Tensor) and (value.is_meta or made):
                     held[name] = twin(value)
@@ -45,10 +45,10 @@ def parameters_in_millions(host: nn.Module) -> float:
 
 
 def enliven(host: nn.Module) -> nn.Module:
-    """Give every parameter that holds one value only (LayerScale, norms, biases) random ones.
+    """Draw random values for parameters that are constant (LayerScale, norms, biases) or tiny.
 
-    Libraries start them at 0, 1 or 1e-5, where a block does next to nothing and an error in it is
-    next to nothing too. The same for those that are random but tiny.
+    Libraries initialise them with 0, 1 or 1e-5. Then the output of a block, and an error in it, is
+    too small to be seen.
     """
     with torch.no_grad():
         for parameter in host.parameters():

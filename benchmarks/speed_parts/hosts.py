@@ -1,4 +1,4 @@
-"""The hosts whose speed is measured: built without weights, since speed does not depend on them."""
+"""The hosts of the speed benchmark, with random weights: speed does not depend on them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ class SpeedHost:
         build: makes the host.
         recipe: for `wrap`.
         size: side of the images in pixels.
-        columnar: tokens leave; otherwise they go around the MLPs.
+        plain: dropped tokens are removed; otherwise they skip the MLPs.
         batches: sizes to measure.
     """
 
@@ -30,7 +30,7 @@ class SpeedHost:
     build: Callable[[], nn.Module] = field(repr=False)
     recipe: RecipeSource = field(repr=False)
     size: int = 224
-    columnar: bool = True
+    plain: bool = True
     batches: tuple[int, ...] = (1, 8, 32, 64)
 
 
@@ -61,7 +61,7 @@ HOSTS: tuple[SpeedHost, ...] = (
         "Swin-T",
         _timm("swin_tiny_patch4_window7_224"),
         "dynamicvit-swin-tiny-k0.7",
-        columnar=False,
+        plain=False,
     ),
     SpeedHost("EVA-02-S", _timm("eva02_small_patch14_224"), _quarters(12)),
     SpeedHost("DeiT-B", _timm("deit_base_patch16_224"), "dynamicvit-deit-base-k0.7", batches=LARGE),

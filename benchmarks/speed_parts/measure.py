@@ -2,7 +2,7 @@
 
     python -m benchmarks.speed_parts.measure HOST eager|compile BUDGET BATCH...
 
-is how `benchmarks.speed` does it, in fresh processes, since processes differ more than the rounds
+is what `benchmarks.speed` runs in several processes, because processes differ more than the rounds
 of one. Each sample is printed as a line of JSON.
 """
 
@@ -32,15 +32,15 @@ MOST_ROUNDS, FEWEST_ROUNDS = 15, 3
 
 @dataclass(frozen=True)
 class Sample:
-    """What one process found out about one host at one batch size.
+    """Measurements of one process for one host at one batch size.
 
     Attributes:
         batch: images in a forward.
         bound: dense MACs / pruned MACs.
-        dense: seconds of the dense host, a round each.
+        dense: seconds of the dense host in each round.
         pruned: seconds of the wrapped one in the same rounds.
-        outside: share of the pruned forward spent in tokenprune's own functions (predictors,
-            selection, gathering); None under a compiler, which fuses them.
+        outside: share of the pruned forward in tokenprune's functions (predictors, selection,
+            gathering); None under a compiler, which fuses them.
         dense_kernel: share of the dense host's CPU time spent in the operating system.
         pruned_kernel: the same of the wrapped one.
     """
@@ -72,7 +72,7 @@ def measure(
     sides: dict[str, Callable[[Tensor], Any]] = {"dense": dense, "pruned": wrapped}
     if compiled:
         sides = {name: torch.compile(side, dynamic=True) for name, side in sides.items()}
-    # the smallest last: a compiler takes a batch of 1 for a constant
+    # the smallest last: a compiler specializes a batch of 1
     for batch in sorted(batches, reverse=True):
         images = torch.randn(batch, 3, host.size, host.size)
         with torch.inference_mode():
@@ -93,7 +93,7 @@ def measure(
 
 
 class _Metered:
-    """A function that notes the CPU time of its calls."""
+    """A function that measures the CPU time of its calls."""
 
     def __init__(self, call: Callable[[], Any]) -> None:
         self.call, self.kernel, self.own = call, 0.0, 0.0
@@ -122,7 +122,7 @@ def _rounds(calls: Mapping[str, Callable[[], Any]], budget: float) -> int:
 
 
 def _outside(model: nn.Module, images: Tensor) -> float:
-    """Share of a forward inside functions of this library that its program calls."""
+    """Share of a forward in the functions of this library that its program calls."""
     if not isinstance(model, PrunedModel):
         raise TypeError(f"{type(model).__name__} is not wrapped")
     spent = [0.0]

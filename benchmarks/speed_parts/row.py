@@ -24,25 +24,24 @@ class SpeedRow:
 
     Attributes:
         host: its name.
-        columnar: tokens leave.
-        how: eager; kept, which is eager in processes that keep freed memory; or `torch.compile` on
-            both sides.
+        plain: as in `SpeedHost`.
+        how: eager; kept: eager in processes that keep freed memory; compile: both sides compiled.
         batch: images in a forward.
         dense: median seconds of the dense host.
         pruned: median seconds of the wrapped one.
-        speedup: median over the rounds of dense / pruned, each round's own.
+        speedup: median over the rounds of dense / pruned of a round.
         low: smallest of those ratios.
         high: largest.
         bound: dense MACs / pruned MACs.
         rounds: how many, over all processes.
         processes: how many.
-        outside: see `Sample`, of which these three are medians; None where it was not measured.
-        dense_kernel: likewise.
-        pruned_kernel: likewise.
+        outside: median of `Sample.outside`; None where it was not measured.
+        dense_kernel: the same of `Sample.dense_kernel`.
+        pruned_kernel: the same of `Sample.pruned_kernel`.
     """
 
     host: str
-    columnar: bool
+    plain: bool
     how: How
     batch: int
     dense: float
@@ -73,12 +72,12 @@ def rows_of(
     samples: dict[int, list[dict[str, Any]]] = defaultdict(list)
     command = [sys.executable, "-m", "benchmarks.speed_parts.measure", host.name, how]
     command += [str(budget / processes), *map(str, batches)]
-    surroundings = dict(os.environ)
+    environment = dict(os.environ)
     if how == "kept":
-        surroundings["GLIBC_TUNABLES"] = KEEPING
+        environment["GLIBC_TUNABLES"] = KEEPING
     for _ in range(processes):
         run = subprocess.run(
-            command, env=surroundings, stdout=subprocess.PIPE, text=True, check=True
+            command, env=environment, stdout=subprocess.PIPE, text=True, check=True
         )
         for sample in map(json.loads, run.stdout.splitlines()):
             samples[sample["batch"]].append(sample)
@@ -94,7 +93,7 @@ def _row(host: SpeedHost, how: How, batch: int, samples: list[dict[str, Any]]) -
         for name in ("outside", "dense_kernel", "pruned_kernel")
     }
     return SpeedRow(
-        *(host.name, host.columnar, how, batch),
+        *(host.name, host.plain, how, batch),
         dense=median(dense),
         pruned=median(pruned),
         speedup=median(ratios),

@@ -1,4 +1,4 @@
-"""Ways to write attention under a policy, held against each other: time, memory, exactness."""
+"""Implementations of attention under a policy, compared in time, memory and exactness."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ def _own(policy: Tensor) -> Tensor:
 
 
 def spelled_out(query: Tensor, key: Tensor, value: Tensor, policy: Tensor) -> Tensor:
-    """Softmax over the kept keys and the own one, every step in the graph."""
+    """Softmax over the kept keys and the own one, not fused."""
     scores = query @ key.mT * query.shape[-1] ** -0.5
     return masked_softmax(scores, policy, -1, query_dim=-2) @ value
 
@@ -45,7 +45,7 @@ def log_policy_column(
 ) -> Tensor:
     """Fused attention with an extra channel: the query's is 1, the key's is log(policy).
 
-    A sum over channels cannot know which key is a query's own, so that one is hidden too.
+    A sum over channels cannot treat a query's own key differently, so a dropped one is hidden too.
     """
     column = (policy + eps).log()[:, None, :, None].expand(-1, key.shape[1], -1, 1)
     scale = query.shape[-1] ** -0.5
@@ -67,7 +67,7 @@ def published(query: Tensor, key: Tensor, value: Tensor, policy: Tensor) -> Tens
 
 
 def dense(query: Tensor, key: Tensor, value: Tensor, policy: Tensor) -> Tensor:
-    """The host's, which reads no policy."""
+    """The host's attention, without a policy."""
     return F.scaled_dot_product_attention(query, key, value)
 
 
@@ -104,7 +104,7 @@ class Way:
 
 
 def measure_ways(rounds: int = 7) -> list[Way]:
-    """Every way, at DeiT-S's shape in float32; exactness against the exact way in float64."""
+    """All of them at DeiT-S's shape in float32; errors against the exact one in float64."""
     operands = _operands(torch.float32)
     grad = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
 
@@ -138,7 +138,7 @@ def _operands(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _policy_gradient(way: Attention, dtype: torch.dtype, grad: Tensor) -> Tensor:
     operands = _operands(dtype)
-    # rows of kept queries only: nothing reads the others
+    # rows of kept queries only: the others are not read
     kept = operands[3].detach()[:, None, :, None]
     way(*operands).backward(grad.to(dtype) * kept)
     found = operands[3].grad

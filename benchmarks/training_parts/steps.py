@@ -22,7 +22,7 @@ HOST, RECIPE, CLASSES = "deit_small_patch16_224", "dynamicvit-deit-small-k0.7", 
 
 
 def make_step(kind: Kind, batch_size: int) -> Step:
-    """Forward, backward and AdamW on random images; the teacher is no part of it."""
+    """Forward, backward and AdamW on random images, without a teacher."""
     torch.manual_seed(0)
     host: nn.Module = timm.create_model(HOST)
     images = torch.randn(batch_size, 3, 224, 224)
@@ -69,9 +69,9 @@ def squares(kind: Kind, batch_size: int = 2) -> int:
 
 
 def peak_bytes(kind: Kind, batch_size: int) -> int:
-    """Largest resident memory of this process through two steps, over what it held before.
+    """Largest resident memory of this process in two steps, minus that before them.
 
-    For a process of its own. A first, tiny step has every code loaded before the measurement.
+    Call it in a new process. A first step of one image loads all code before the measurement.
     """
     make_step(kind, 1)()
     before = _status("VmRSS")

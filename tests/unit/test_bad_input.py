@@ -145,7 +145,7 @@ CASES = (
         vit,
         staged((1, 0.7), (1, 0.5)),
         errors.RecipeError,
-        "stages: two stages stand at block 1",
+        "stages: two stages are at block 1",
     ),
     Case(
         "YAML tag",

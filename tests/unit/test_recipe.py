@@ -190,12 +190,12 @@ SCHEDULE = "version: 1\nschedule: {blocks: [3], keep_ratio: 0.7}\n"
         ),
         (
             "version: 1\nschedule: {blocks: [3, 3], keep_ratio: 1}",
-            "schedule.blocks: two stages stand at block 3; leave one of them out",
+            "schedule.blocks: two stages are at block 3; leave one of them out",
         ),
         ("version: 1\nschedule: [3]", "schedule: should be a mapping of keys, found [3]"),
         (
             STAGES + "  - {block: 3, keep_ratio: 0.7}\n  - {block: 3, keep_ratio: 0.5}",
-            "stages: two stages stand at block 3; leave one of them out",
+            "stages: two stages are at block 3; leave one of them out",
         ),
         (
             STAGES + "  - {block: 6, keep_ratio: 0.7}\n  - {block: 3, keep_ratio: 0.5}",
@@ -204,7 +204,7 @@ SCHEDULE = "version: 1\nschedule: {blocks: [3], keep_ratio: 0.7}\n"
         (
             STAGES + "  - {block: 3, keep_ratio: 0.5}\n  - {block: 6, keep_ratio: 0.7}",
             "stages: keep_ratio grows from 0.5 at block 3 to 0.7 at block 6; it is the share of "
-            "the original tokens, so it can only stay or fall",
+            "the original tokens, so it must not grow",
         ),
         (
             STAGES + "  - {block: 3, keep_ratio: 0}",

@@ -1,4 +1,4 @@
-"""`tokenprune adapters`: who describes which hosts."""
+"""`tokenprune adapters`: list the architecture adapters."""
 
 from tokenprune.cli.console import show
 from tokenprune.hosts.registry import list_adapters
@@ -13,5 +13,5 @@ def adapters() -> None:
     rows = []
     for name in names:
         library, _, family = name.rpartition("/")
-        rows.append((name, library or "any", family if library else "found by looking at the host"))
+        rows.append((name, library or "any", family if library else "any with a stack of blocks"))
     show(Table(f"{len(names)} adapters", ("adapter", "library", "family"), tuple(rows)))

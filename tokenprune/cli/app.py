@@ -1,4 +1,4 @@
-"""The commands, and what becomes of an error."""
+"""The typer application: its commands, and the exit code of an error."""
 
 from importlib import metadata
 from typing import Annotated, Any
@@ -22,7 +22,7 @@ __all__ = ["app"]
 
 
 class _Group(TyperGroup):
-    """Ends with exit code 2 and a message where tokenprune refuses something."""
+    """Prints a `TokenPruneError` as one message and exits with code 2."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -37,15 +37,15 @@ class _Group(TyperGroup):
 app = typer.Typer(
     name="tokenprune",
     cls=_Group,
-    help="Learned token pruning for vision transformers that somebody else wrote.",
+    help="Learned token pruning for existing vision transformers.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 
 
-def _show_version(asked: bool) -> None:
-    if asked:
+def _show_version(wanted: bool) -> None:
+    if wanted:
         say(f"tokenprune {metadata.version('tokenprune-torch')}")
         raise typer.Exit
 

@@ -1,4 +1,4 @@
-"""How the command line talks: tables, progress bars, one clean line for an error."""
+"""Console output: tables, progress bars, notes and errors."""
 
 import os
 import sys
@@ -16,7 +16,7 @@ from tokenprune.report.table import Table
 
 __all__ = ["bar", "say", "show", "show_error", "warn", "working"]
 
-# A pipe has no width of its own, and tables must not be cut there.
+# Columns where the terminal gives no width: wide enough that no table is cut.
 PIPE_WIDTH = 140
 
 Step = Callable[[int, int, Mapping[str, Any]], None]
@@ -29,7 +29,7 @@ def _console(stderr: bool = False) -> Console:
 
 
 def say(*lines: str) -> None:
-    """Print lines as they are."""
+    """Print lines without wrapping."""
     for line in lines:
         _console().print(Text(line), soft_wrap=True)
 
@@ -40,7 +40,7 @@ def show(table: Table) -> None:
         title=Text(table.title, style="bold"), title_justify="left", box=box.SIMPLE_HEAD
     )
     for number, column in enumerate(table.columns):
-        # names come first and are never cut: they are what one copies
+        # the first column holds names that users copy: it never wraps
         justify: Literal["left", "right"] = "right" if number else "left"
         drawn.add_column(Text(column), justify=justify, overflow="fold", no_wrap=not number)
     for row in table.rows:
@@ -51,21 +51,21 @@ def show(table: Table) -> None:
 
 
 def show_error(error: Exception) -> None:
-    """Print what went wrong, without a traceback."""
+    """Print an error without its traceback."""
     text = Text.assemble(("error: ", "bold red"), str(error))
     _console(stderr=True).print(text, soft_wrap=True)
 
 
 def warn(message: str) -> None:
-    """Print what the user should know on standard error."""
+    """Print a note on standard error."""
     _console(stderr=True).print(Text.assemble(("note: ", "bold"), message), soft_wrap=True)
 
 
 @contextmanager
 def bar(title: str, unit: str = "steps") -> Iterator[Step]:
-    """A progress bar on standard error; yields a function of (done, all, latest figures).
+    """A progress bar on standard error; yields a function of (done, total, latest figures).
 
-    Under `torchrun` only the first process draws.
+    Under `torchrun` only rank 0 draws.
     """
     columns = (
         TextColumn("{task.description}"),
@@ -75,8 +75,8 @@ def bar(title: str, unit: str = "steps") -> Iterator[Step]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    others = os.environ.get("RANK", "0") != "0"
-    with Progress(*columns, console=_console(stderr=True), disable=others) as progress:
+    hidden = os.environ.get("RANK", "0") != "0"
+    with Progress(*columns, console=_console(stderr=True), disable=hidden) as progress:
         task = progress.add_task(title, total=1, unit=unit, figures="")
 
         def step(done: int, total: int, figures: Mapping[str, Any]) -> None:
@@ -89,6 +89,6 @@ def bar(title: str, unit: str = "steps") -> Iterator[Step]:
 
 @contextmanager
 def working(what: str) -> Iterator[None]:
-    """A spinner on standard error while something runs that has no steps."""
+    """A spinner on standard error for work whose steps are not counted."""
     with _console(stderr=True).status(Text(what)):
         yield

@@ -1,4 +1,4 @@
-"""`tokenprune convert`: a checkpoint of DynamicViT's authors becomes one of this library."""
+"""`tokenprune convert`: turn a checkpoint of DynamicViT's authors into one of this library."""
 
 from pathlib import Path
 from typing import Annotated
@@ -20,12 +20,12 @@ def convert(
     directory: Annotated[Path, typer.Argument(help="Where to write; tokenprune.load reads it.")],
     keep_ratio: Annotated[
         float | None,
-        typer.Option(help="Base ratio rho; by default what the file says, else 0.7."),
+        typer.Option(help="Base ratio rho. Default: the file's, else 0.7."),
     ] = None,
 ) -> None:
     """Turn a DynamicViT release file into a checkpoint of this library.
 
-    Which model it is, is found from its names and shapes. Files are read without running code.
+    The model is recognised by its parameter names and shapes. No code in the file is run.
     """
     typer.echo(describe(convert_dynamicvit(source, directory, keep_ratio=keep_ratio)))
 

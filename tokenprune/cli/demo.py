@@ -1,4 +1,4 @@
-"""`tokenprune demo`: train a small ViT on digits, prune it, measure what that gained and cost."""
+"""`tokenprune demo`: train a small ViT on digits, prune it, measure accuracy and speed."""
 
 import json
 import time
@@ -27,13 +27,13 @@ BATCHES = (1, 64)
 
 
 def demo(
-    output: Annotated[Path, typer.Option(help="Where everything is written.")] = Path("runs/demo"),
-    dense_epochs: Annotated[int, typer.Option(min=1, help="Of the dense host.")] = 12,
-    epochs: Annotated[int | None, typer.Option(help="Of the fine-tuning; the recipe's.")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Of the timing.")] = 9,
+    output: Annotated[Path, typer.Option(help="Folder for all output.")] = Path("runs/demo"),
+    dense_epochs: Annotated[int, typer.Option(min=1, help="Epochs of the dense host.")] = 12,
+    epochs: Annotated[int | None, typer.Option(help="Overrides the recipe's epochs.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of timing.")] = 9,
     recipe: Annotated[str, typer.Option(help="Name or file; must name a host.")] = RECIPE,
 ) -> None:
-    """Train a small ViT on scikit-learn's digits, prune it, and report what was measured."""
+    """Train a small ViT on scikit-learn's digits, prune it, and report accuracy and speed."""
     try:
         from tokenprune.cli.runs import prepare, write_input
         from tokenprune.train import evaluate, fit, pretrain
@@ -119,7 +119,7 @@ def demo(
 
 
 def _time(model: Any, images: Any, rounds: int, step: Any) -> dict[int, dict[str, Any]]:
-    """Dense host against pruned model for each batch size, in turns."""
+    """Time the dense host and the pruned model, interleaved, at each batch size."""
     host = unwrap(model).eval()
     device = next(host.parameters()).device
     found = {}

@@ -1,4 +1,4 @@
-"""What the demo measured, as tables, as an HTML report and as JSON."""
+"""Results of the demo: as tables, as an HTML report and as JSON."""
 
 import platform
 from collections.abc import Mapping, Sequence
@@ -21,19 +21,19 @@ class Figures:
     """One run of the demo.
 
     Attributes:
-        images: Held-out images that accuracies are of.
-        dense_accuracy: Of the dense host before pruning, in [0, 1].
-        pruned_accuracy: Of the fine-tuned model, its tokens removed.
-        unpruned_accuracy: Of the fine-tuned model, nothing removed.
+        images: Number of held-out images.
+        dense_accuracy: Accuracy of the dense host before pruning, in [0, 1].
+        pruned_accuracy: Accuracy of the fine-tuned model on the gather path.
+        unpruned_accuracy: Accuracy of the fine-tuned model on the dense path.
         gmacs: 10^9 multiply-accumulates of one image, pruned.
         dense_gmacs: The same for the dense host.
         patches_per_stage: N of each stage.
         num_keep: K of each stage.
-        timings: Batch size -> "dense" and "pruned" -> what a forward took.
-        rounds: Turns that each timing is the median of.
-        threads: That torch computes with.
+        timings: Batch size -> "dense" and "pruned" -> timing of a forward.
+        rounds: Each timing is the median of this many.
+        threads: Of torch.
         device: Where the models ran.
-        seconds: Of each part of the run.
+        seconds: Part of the run -> its duration.
     """
 
     images: int
@@ -107,8 +107,8 @@ def accuracy_table(figures: Figures) -> Table:
         ),
     )
     note = (
-        f"Accuracy on {figures.images} digits that were never trained on. GMACs of one image. "
-        f"Images/s at batch {batch}:\nmedian of {figures.rounds} rounds in turns, "
+        f"Accuracy on {figures.images} held-out digits. GMACs of one image. "
+        f"Images/s at batch {batch}:\nmedian of {figures.rounds} interleaved rounds, "
         f"{figures.threads} threads. The fine-tuned model without pruning: "
         f"{_accuracy(figures.unpruned_accuracy, figures.images)}."
     )
@@ -132,15 +132,13 @@ def speed_table(figures: Figures) -> Table:
             )
         )
     bound = figures.dense_gmacs / figures.gmacs
-    note = (
-        f"If time were in proportion to GMACs: {bound:.2f}x. Spread: farthest round off the median."
-    )
+    note = f"Bound by GMACs: {bound:.2f}x. Spread: largest distance of a round from the median."
     columns = ("batch", "dense, images/s", "pruned, images/s", "gain", "spread")
     return Table("Speed", columns, tuple(rows), note)
 
 
 def settings_table(figures: Figures) -> Table:
-    """What it ran on, and how long it took."""
+    """Versions, machine and durations."""
     rows = [
         ("torch", version("torch")),
         ("timm", version("timm")),
@@ -171,11 +169,11 @@ def write(
         ),
         first,
         Picture(
-            "What it looks at",
+            "Kept patches",
             picture.read_bytes(),
-            "Held-out digits, one in a row; a column for each stage. Dropped patches are dimmed.",
+            "Held-out digits, one per row; one column per stage. Dropped patches are dimmed.",
         ),
-        Bars("Cost of each block", bars, "Full: pruned. Pale: dense."),
+        Bars("Cost of each block", bars, "Strong colour: pruned. Pale: dense."),
         *rest,
     ]
     return write_html(path, "tokenprune demo", blocks)

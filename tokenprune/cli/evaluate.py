@@ -15,7 +15,7 @@ __all__ = ["evaluate"]
 def evaluate(
     checkpoint: Annotated[Path, typer.Argument(help="What `tokenprune train` wrote.")],
     data: Annotated[
-        str | None, typer.Option(help="Folder of images; those it was trained with by default.")
+        str | None, typer.Option(help="Folder of images. Default: those of the training run.")
     ] = None,
     path: Annotated[
         list[str] | None, typer.Option(help="gather, mask or dense; may be repeated.")
@@ -24,7 +24,7 @@ def evaluate(
         str, typer.Option(help="Prune by another ratio: 0.7, or one for each stage: 0.7,0.5.")
     ] = "",
     threshold: Annotated[
-        float | None, typer.Option(help="Keep the tokens whose keep probability is above it.")
+        float | None, typer.Option(help="Keep the tokens whose keep probability is above this.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per forward.")] = 256,
 ) -> None:

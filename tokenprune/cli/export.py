@@ -33,19 +33,19 @@ def export(
         ),
     ],
     recipe: Annotated[
-        str, typer.Option("--recipe", "-r", help="Name or file; one that fits if none is given.")
+        str, typer.Option("--recipe", "-r", help="Name or file. Default: one that fits.")
     ] = "",
     format: Annotated[
-        str, typer.Option("--format", "-f", help=f"{' or '.join(FORMATS)}; by the file's name.")
+        str, typer.Option("--format", "-f", help=f"{' or '.join(FORMATS)}. Default: by file name.")
     ] = "",
     output: Annotated[
-        Path | None, typer.Option(help="The file. Default: the model's name, here.")
+        Path | None, typer.Option(help="The file. Default: the model's name in this folder.")
     ] = None,
     option: Annotated[
         list[str] | None,
         typer.Option("--option", "-o", help="KEY=VALUE for building the model; may be repeated."),
     ] = None,
-    adapter: Annotated[str, typer.Option(help="Name of an adapter; found if none is given.")] = "",
+    adapter: Annotated[str, typer.Option(help="Name of an adapter. Default: detected.")] = "",
     pretrained: Annotated[
         bool, typer.Option("--pretrained", help="Start from the published weights.")
     ] = False,
@@ -55,12 +55,12 @@ def export(
     keep_ratio: Annotated[
         str, typer.Option(help="Prune by another ratio: 0.7, or one for each stage: 0.7,0.5.")
     ] = "",
-    batch_size: Annotated[int, typer.Option(min=1, help="Images per call when timed.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per timed call.")] = 8,
     rounds: Annotated[
-        int, typer.Option(min=0, help="Turns of half a second when timed; 0 for no timing.")
+        int, typer.Option(min=0, help="Timing rounds of half a second; 0: no timing.")
     ] = 7,
 ) -> None:
-    """Write a model as it runs in eval, any batch size; checked against the model itself."""
+    """Write the eval path for any batch size, and compare the file with the model."""
     from tokenprune.cli.runs import prune_by
 
     asked = format_of(output or "", format or None) if format or output else "onnx"
@@ -162,14 +162,14 @@ def _table(
         speed = (f"{timing.per_second(batch_size):.1f}" for timing in timings.values())
         rows.append((f"images/s at batch size {batch_size}", *speed))
         notes[-1] += (
-            f" Timed in turns, medians of {len(timings['pruned'].rounds)} rounds, "
+            f" Timing: medians of {len(timings['pruned'].rounds)} interleaved rounds, "
             f"{torch.get_num_threads()} threads."
         )
     rows.append(("MACs, relative to dense", f"{ratio:.3f}", *("1" for _ in both[1:])))
     if dense is not None:
         faster = timings["dense"].seconds / timings["pruned"].seconds
         rows.append(("speed-up", f"{faster:.2f}x", "1x"))
-        rows.append(("  if time went with MACs", f"{1 / ratio:.2f}x", "1x"))
+        rows.append(("  bound by MACs", f"{1 / ratio:.2f}x", "1x"))
     elif timings:
         notes.append("The host cannot be exported without pruning, so nothing is compared.")
     columns = ("", "pruned", "dense")[: 1 + len(both)]

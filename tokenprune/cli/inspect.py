@@ -1,4 +1,4 @@
-"""`tokenprune inspect`: what would be pruned in a model, and whether that is safe."""
+"""`tokenprune inspect`: show the blocks, stages, cost and certificate of a model."""
 
 from typing import Annotated
 
@@ -29,14 +29,14 @@ def inspect(
         ),
     ],
     recipe: Annotated[
-        str, typer.Option("--recipe", "-r", help="Name or file; one that fits if none is given.")
+        str, typer.Option("--recipe", "-r", help="Name or file. Default: one that fits.")
     ] = "",
-    adapter: Annotated[str, typer.Option(help="Name of an adapter; found if none is given.")] = "",
+    adapter: Annotated[str, typer.Option(help="Name of an adapter. Default: detected.")] = "",
     option: Annotated[
         list[str] | None,
         typer.Option("--option", "-o", help="KEY=VALUE for building the model; may be repeated."),
     ] = None,
-    proof: Annotated[bool, typer.Option(help="Run the model to prove that it prunes.")] = True,
+    proof: Annotated[bool, typer.Option(help="Run the model to verify the pruning.")] = True,
 ) -> None:
     """Show what an adapter finds in a model, what pruning saves, and the certificate."""
     chosen = load_recipe(recipe) if recipe else None
@@ -44,7 +44,7 @@ def inspect(
         host = build(model, option or ())
     spec = describe(host, adapter or None)
     chosen = chosen or recipe_for(model, spec)
-    _say_found(host, spec)
+    _show_spec(host, spec)
     with working("tracing"):
         wrapped = wrap(host, chosen, adapter=spec, verify=False)
         counted = profile(wrapped)
@@ -52,12 +52,12 @@ def inspect(
     show(stage_table(chosen, counted, pruning_of(wrapped).budget.counts(counted.patches_per_stage)))
     show(cost_table(counted))
     if proof:
-        with working("proving"):
+        with working("verifying"):
             certificate = verify(wrapped)
         show(certificate_table(certificate))
 
 
-def _say_found(host: nn.Module, spec: ArchSpec) -> None:
+def _show_spec(host: nn.Module, spec: ArchSpec) -> None:
     parameters = sum(p.numel() for p in host.parameters())
     first, last = spec.blocks[0], spec.blocks[-1]
     kind = type(host.get_submodule(first)).__name__
@@ -77,10 +77,10 @@ def _say_found(host: nn.Module, spec: ArchSpec) -> None:
 
 
 def stage_table(recipe: Recipe, counted: Profile, kept: tuple[int, ...]) -> Table:
-    """Where tokens are dropped, and how many stay."""
+    """The stages, and the token counts before and after each."""
     patches = counted.patches_per_stage
-    again = [stage > 0 and patches[stage] == patches[stage - 1] for stage in range(len(patches))]
-    before = [kept[s - 1] if again[s] else patches[s] for s in range(len(patches))]
+    same = [stage > 0 and patches[stage] == patches[stage - 1] for stage in range(len(patches))]
+    before = [kept[s - 1] if same[s] else patches[s] for s in range(len(patches))]
     rows = tuple(
         (
             str(number),
@@ -90,7 +90,7 @@ def stage_table(recipe: Recipe, counted: Profile, kept: tuple[int, ...]) -> Tabl
         )
         for number, block in enumerate(counted.stages)
     )
-    title = f"Stages of {recipe.name or 'a recipe made for this host'}"
+    title = f"Stages of {recipe.name or 'the default recipe'}"
     return Table(title, ("stage", "before block", "patch tokens", "of all"), rows)
 
 
@@ -118,15 +118,13 @@ def cost_table(counted: Profile) -> Table:
             f"{100 * (counted.ratio - 1):+.1f} %",
         )
     )
-    note = (
-        f"GMACs of one image, attention included; {counted.num_prefix_tokens} prefix tokens more."
-    )
+    note = f"GMACs of one image with attention. Prefix tokens: {counted.num_prefix_tokens} more."
     columns = ("block", "patch tokens", "GMACs", "dense", "change")
     return Table("Cost", columns, tuple(rows), note)
 
 
 def certificate_table(certificate: Certificate) -> Table:
-    """What `verify` measured."""
+    """The checks of `verify`."""
     rows = tuple(
         (check.name, f"{check.error:.1e}", f"{check.bound:.0e}", "yes" if check.passed else "NO")
         for check in certificate.checks

@@ -1,4 +1,4 @@
-"""`tokenprune recipes`: the shipped ones, and what one of them says."""
+"""`tokenprune recipes`: list the shipped recipes, or print one."""
 
 from importlib.resources import files
 

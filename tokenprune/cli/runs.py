@@ -1,4 +1,4 @@
-"""What the commands that train and evaluate share: a recipe's host and images, and a saved run."""
+"""Shared by the commands that train or evaluate: build a recipe's host and data, reopen a run."""
 
 import os
 from collections.abc import Sequence
@@ -142,12 +142,12 @@ def write_input(directory: Path, data: str | None, run: Run) -> None:
     """Write into the folder of a checkpoint how its images were prepared, for `reopen`."""
     directory.mkdir(parents=True, exist_ok=True)
     names = list(run.data.class_names)
-    noted = _Input(data=_noted(data), settings=run.settings, class_names=names)
+    noted = _Input(data=_resolved(data), settings=run.settings, class_names=names)
     (directory / INPUT).write_text(noted.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
 def reopen(directory: Path, data: str | None) -> Run:
-    """The wrapped model of a checkpoint, and images prepared as those it was trained on.
+    """The wrapped model of a checkpoint, and images prepared as in its training.
 
     Args:
         directory: What `tokenprune train` or `tokenprune.save` wrote.
@@ -172,11 +172,11 @@ def reopen(directory: Path, data: str | None) -> Run:
         settings = input_settings(section, recipe.train.image_size, pretrained=True)
         held_out = 1.0
     else:
-        others = data is not None and _noted(data) != noted.data
+        others = data is not None and _resolved(data) != noted.data
         settings, data = noted.settings, data or noted.data
         held_out = 1.0 if others else HELD_OUT
-    look: dict[str, Any] = {**settings, "held_out": held_out}
-    bundle = load_data(data, **look, train=recipe.train, seed=recipe.train.seed)
+    options: dict[str, Any] = {**settings, "held_out": held_out}
+    bundle = load_data(data, **options, train=recipe.train, seed=recipe.train.seed)
     if noted is not None and list(bundle.class_names) != noted.class_names:
         raise DataError(
             f"The model in {str(directory)!r} knows the classes {_short(noted.class_names)}, the "
@@ -211,11 +211,11 @@ def reopen_model(directory: Path) -> Any:
 
 
 def prune_by(model: Any, keep_ratio: str, threshold: float | None = None) -> None:
-    """Prune as two options of a command say; as the checkpoint does if neither is given.
+    """Apply --keep-ratio or --threshold; without them the checkpoint's setting is kept.
 
     Args:
         model: What `wrap` returned.
-        keep_ratio: As for `keep_ratios`; "" if not given. Goes back from a threshold to counts.
+        keep_ratio: As for `keep_ratios`; "" if not given. Replaces a threshold.
         threshold: As for `set_threshold`; None if not given.
 
     Raises:
@@ -223,8 +223,8 @@ def prune_by(model: Any, keep_ratio: str, threshold: float | None = None) -> Non
     """
     if keep_ratio and threshold is not None:
         raise PlanError(
-            "--keep-ratio keeps equally many tokens of every image, --threshold those that each "
-            "image's predictor wants. Give one of them."
+            "--keep-ratio keeps the same number of tokens of every image, --threshold the tokens "
+            "above a keep probability. Give one of them."
         )
     if keep_ratio:
         model.set_threshold(None)
@@ -234,7 +234,7 @@ def prune_by(model: Any, keep_ratio: str, threshold: float | None = None) -> Non
 
 
 def keep_ratios(text: str) -> float | list[float]:
-    """`"0.7"` as r for r, r^2, ...; `"0.7,0.5"` as one ratio for each stage.
+    """`"0.7"` as the base ratio of r, r^2, ...; `"0.7,0.5"` as one ratio for each stage.
 
     Raises:
         PlanError: It is neither.
@@ -249,8 +249,8 @@ def keep_ratios(text: str) -> float | list[float]:
     return ratios[0] if len(ratios) == 1 else ratios
 
 
-def _noted(data: str | None) -> str | None:
-    """A folder of images as it is written down; None for scikit-learn's digits."""
+def _resolved(data: str | None) -> str | None:
+    """Absolute path of an image folder; None for scikit-learn's digits."""
     return None if data in (None, "digits") else str(Path(str(data)).resolve())
 
 
@@ -262,8 +262,8 @@ def _read_input(directory: Path) -> _Input | None:
         return _Input.model_validate_json(file.read_text(encoding="utf-8"))
     except (ValidationError, UnicodeDecodeError) as error:
         raise CheckpointError(
-            f"{str(file)!r} is damaged: {error}. Delete it to prepare images as the recipe's host "
-            "takes them by itself."
+            f"{str(file)!r} is damaged: {error}. Delete it to prepare images by the defaults of "
+            "the recipe's host."
         ) from error
 
 

@@ -31,7 +31,7 @@ def score_table(
     Args:
         model: What `wrap` returned.
         data: Its `eval` part is used.
-        paths: Which to run.
+        paths: To run.
         batch_size: Images per forward.
     """
     counted = profile(model)
@@ -42,7 +42,7 @@ def score_table(
         note = f"mean of images that cost {costs.min():.4g} to {costs.max():.4g} GMACs"
     gmacs = {
         "gather": pruned,
-        "mask": "as dense, and more",
+        "mask": "more than dense",
         "dense": f"{counted.dense_gmacs:.4g}",
     }
     rows = tuple(

@@ -22,12 +22,12 @@ def train(
     data: Annotated[
         str | None,
         typer.Option(
-            help="Folder of images: train/ and val/, one subfolder a class, or idx files as "
-            "MNIST's. Default: scikit-learn's digits."
+            help="Folder of images: train/ and val/ with one subfolder per class, or idx files "
+            "like MNIST's. Default: scikit-learn's digits."
         ),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="Where checkpoints go. Default: runs/RECIPE.")
+        Path | None, typer.Option(help="Folder of checkpoints. Default: runs/RECIPE.")
     ] = None,
     model: Annotated[str, typer.Option(help="Another host: timm:NAME or transformers:TYPE.")] = "",
     option: Annotated[
@@ -43,19 +43,19 @@ def train(
     dense_epochs: Annotated[
         int, typer.Option(min=0, help="Train the dense host from scratch first, in OUTPUT/dense.")
     ] = 0,
-    epochs: Annotated[int | None, typer.Option(help="Instead of the recipe's.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Instead of the recipe's.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Instead of the recipe's.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Overrides the recipe.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Overrides the recipe.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Overrides the recipe.")] = None,
     accumulation_steps: Annotated[
-        int, typer.Option(min=1, help="Backward passes to one optimiser step.")
+        int, typer.Option(min=1, help="Backward passes per optimiser step.")
     ] = 1,
-    image_size: Annotated[int | None, typer.Option(help="Instead of the recipe's.")] = None,
+    image_size: Annotated[int | None, typer.Option(help="Overrides the recipe.")] = None,
     workers: Annotated[int, typer.Option(min=0, help="Processes that read images.")] = 0,
     resume: Annotated[
-        bool, typer.Option(help="Go on from the newest checkpoint in the output folder.")
+        bool, typer.Option(help="Resume from the newest checkpoint in the output folder.")
     ] = True,
 ) -> None:
-    """Train the predictors and the host of a recipe; resumes by itself after a kill.
+    """Train the predictors and the host of a recipe; resume an interrupted run.
 
     On several processes: torchrun --nproc-per-node 2 --no-python tokenprune train RECIPE
     """
@@ -120,4 +120,4 @@ def train(
         with working("evaluating"):
             table = score_table(wrapped, run.data)
         show(table)
-        say(f"checkpoint   {folder}", f"look at it   tokenprune visualize {folder}")
+        say(f"checkpoint   {folder}", f"next         tokenprune visualize {folder}")

@@ -16,7 +16,7 @@ __all__ = ["draw", "visualize"]
 def visualize(
     checkpoint: Annotated[Path, typer.Argument(help="What `tokenprune train` wrote.")],
     data: Annotated[
-        str | None, typer.Option(help="Folder of images; those it was trained with by default.")
+        str | None, typer.Option(help="Folder of images. Default: those of the training run.")
     ] = None,
     output: Annotated[
         Path | None, typer.Option(help="The PNG. Default: pruning.png in the checkpoint.")
@@ -27,10 +27,10 @@ def visualize(
         str, typer.Option(help="Prune by another ratio: 0.7, or one for each stage: 0.7,0.5.")
     ] = "",
     threshold: Annotated[
-        float | None, typer.Option(help="Keep the tokens whose keep probability is above it.")
+        float | None, typer.Option(help="Keep the tokens whose keep probability is above this.")
     ] = None,
 ) -> None:
-    """Draw held-out images, stage by stage, with dropped patches dimmed."""
+    """Draw held-out images at each stage, with dropped patches dimmed."""
     from tokenprune.cli.runs import prune_by, reopen
 
     with working("loading"):
@@ -45,10 +45,10 @@ def visualize(
 
 
 def draw(model: nn.Module, data: Any, count: int, tile: int = 112) -> Any:
-    """A picture of held-out images, from all over the set, and what the model keeps of them.
+    """A picture of evenly spaced held-out images, and of the patches that the model keeps.
 
     Args:
-        model: What `wrap` returned; runs in eval mode and stays in the mode it was in.
+        model: What `wrap` returned; runs in eval mode, its mode is restored.
         data: A `DataBundle`.
         count: How many images.
         tile: Side of an image, in pixels.
@@ -56,9 +56,9 @@ def draw(model: nn.Module, data: Any, count: int, tile: int = 112) -> Any:
     from tokenprune.tracing.state import kept_modes
     from tokenprune.train.logits import class_logits
 
-    every = len(data.eval)
-    count = min(count, every)
-    chosen = [every * number // count for number in range(count)]
+    total = len(data.eval)
+    count = min(count, total)
+    chosen = [total * number // count for number in range(count)]
     items = [data.eval[index] for index in chosen]
     images = torch.stack([item["pixel_values"] for item in items])
     device = next(model.parameters()).device
@@ -67,7 +67,7 @@ def draw(model: nn.Module, data: Any, count: int, tile: int = 112) -> Any:
     guesses = class_logits(output, data.num_classes).argmax(1).tolist()
     names = data.class_names
     labels = [
-        f"{names[item['labels']]}, seen as {names[guess]}"
+        f"{names[item['labels']]}, predicted {names[guess]}"
         for item, guess in zip(items, guesses, strict=True)
     ]
     return pruning_grid(data.to_pixels(images), trace, labels=labels, tile=tile)

@@ -1,4 +1,4 @@
-"""Files that run without this library: written, checked against the model, run."""
+"""Write files that run without this library, compare them with the model, run them."""
 
 from tokenprune.exporting.run import FORMATS, Format, format_of, open_exported
 from tokenprune.exporting.write import ExportReport, export

@@ -1,4 +1,4 @@
-"""Compare an exported file with the model it was made of."""
+"""Compare an exported file with its model."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -35,14 +35,14 @@ def compare(
 ) -> Deviation:
     """Run both on fresh inputs of several batch sizes.
 
-    A file rounds otherwise than the model, and where the last kept and the first dropped token
-    score alike it may keep the other one. So of the inputs drawn those are taken on which the
-    model itself is decided (`margins`), before the file has run; then every image must agree.
+    A file rounds differently from the model, so where the last kept and the first dropped token
+    have nearly equal scores it may keep the other one. Therefore inputs with wide `margins` in the
+    model are chosen before the file runs; on these every image must agree.
 
     Args:
         model: What was exported, in eval mode.
         run: The file.
-        example: The inputs that it was exported with.
+        example: The inputs of the export.
         name: Of the file, for the message.
 
     Raises:
@@ -53,7 +53,7 @@ def compare(
     generator = torch.Generator().manual_seed(1)
     largest = 0.0
     for batch_size in batch_sizes:
-        inputs, margin = _decided(model, example, batch_size, allowed / 10, generator)
+        inputs, margin = _wide_inputs(model, example, batch_size, allowed / 10, generator)
         wanted, found = named_tensors(model(**inputs)), run(inputs)
         if wanted.keys() != found.keys():
             raise ExportError(
@@ -61,43 +61,43 @@ def compare(
                 "Nothing was written."
             )
         for output, value in wanted.items():
-            apart = _apart(value, found[output], batch_size)
-            worst = int(apart.argmax())
-            largest = max(largest, float(apart[worst]))
-            if not apart[worst] <= allowed:
+            error = _difference(value, found[output], batch_size)
+            worst = int(error.argmax())
+            largest = max(largest, float(error[worst]))
+            if not error[worst] <= allowed:
                 raise _differs(
                     f"{name!r} does not compute what {type(model).__name__} does: at batch size "
-                    f"{batch_size} output '{output}' is off by {apart[worst]:.1e} of its scale, "
+                    f"{batch_size} output '{output}' is off by {error[worst]:.1e} of its scale, "
                     f"and rounding may cause {allowed:.0e}.",
-                    float(margin.min() if len(apart) == 1 else margin[worst]),
+                    float(margin.min() if len(error) == 1 else margin[worst]),
                     allowed / 10,
                 )
     return Deviation(largest, allowed)
 
 
 def margins(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-    """How far each image is from another choice of tokens.
+    """How much the scores of each image must change before other tokens are kept.
 
     Returns:
-        [B] the least distance, over the stages, of the score of the last kept token from that of
-        the first dropped one, in log-probability; inf where nothing is dropped.
+        [B] the smallest gap, over the stages, between the scores of the last kept and the first
+        dropped token, in log-probability; inf where nothing is dropped.
     """
     nested = pruning_of(model).method.reduction.nested
     _, trace = model(**inputs, return_trace=True)
     batch_size = next(v for v in inputs.values() if isinstance(v, Tensor)).shape[0]
     least = torch.full((batch_size,), float("inf"), device="cpu")
-    there = trace.real
+    present = trace.real
     for stage in trace.stages:
         score, kept = stage.keep_logits[..., 0].float(), stage.decision > 0.5
-        choice = torch.ones_like(kept) if there is None else there
+        choice = torch.ones_like(kept) if present is None else present
         last = score.masked_fill(~(kept & choice), float("inf")).amin(dim=1)
         first = score.masked_fill(kept | ~choice, float("-inf")).amax(dim=1)
         least = torch.minimum(least, (last - first).cpu())
-        there = choice & kept if nested else None
+        present = choice & kept if nested else None
     return least
 
 
-def _decided(
+def _wide_inputs(
     model: nn.Module,
     example: Mapping[str, Any],
     batch_size: int,
@@ -129,7 +129,7 @@ def _batched(example: Mapping[str, Any]) -> list[str]:
 def _draw(
     model: nn.Module, example: Mapping[str, Any], batch_size: int, generator: torch.Generator
 ) -> dict[str, Any]:
-    """Inputs like the example: numbers of its mean and deviation, token ids, else its own rows."""
+    """Inputs like the example: floats of its mean and deviation, token ids, else rows of it."""
     known = pruning_of(model).spec.inputs
     drawn = dict(example)
     for name in _batched(example):
@@ -147,7 +147,7 @@ def _draw(
     return drawn
 
 
-def _apart(wanted: Tensor, found: Tensor, batch_size: int) -> Tensor:
+def _difference(wanted: Tensor, found: Tensor, batch_size: int) -> Tensor:
     """Largest difference in each image, [B], or of all, [1], relative to the scale of `wanted`."""
     images = batch_size if wanted.ndim and wanted.shape[0] == batch_size else 1
     if wanted.shape != found.shape:
@@ -155,15 +155,15 @@ def _apart(wanted: Tensor, found: Tensor, batch_size: int) -> Tensor:
     one, other = wanted.double().cpu(), found.double().cpu()
     scale = one[one.isfinite()].abs().amax() if one.isfinite().any() else one.new_zeros(())
     same = (one == other) | (one.isnan() & other.isnan())
-    apart = torch.where(same, 0.0, (one - other).abs() / (scale if scale > 0 else 1.0))
-    return apart.nan_to_num(nan=float("inf"), posinf=float("inf")).reshape(images, -1).amax(dim=1)
+    error = torch.where(same, 0.0, (one - other).abs() / (scale if scale > 0 else 1.0))
+    return error.nan_to_num(nan=float("inf"), posinf=float("inf")).reshape(images, -1).amax(dim=1)
 
 
 def _differs(what: str, margin: float, enough: float) -> ExportError:
     if margin >= enough:
         return ExportError(f"{what} Nothing was written.")
     return ExportError(
-        f"{what} Nothing was written. The model is not decided there: {margin:.1e} in "
-        "log-probability lies between the last kept and the first dropped token, so that rounding "
-        "may choose the other one. Pass example_inputs= of real images, or check=False."
+        f"{what} Nothing was written. Rounding may choose other tokens there: only {margin:.1e} in "
+        "log-probability is between the last kept and the first dropped one. Pass example_inputs= "
+        "of real images, or check=False."
     )

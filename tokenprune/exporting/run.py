@@ -1,4 +1,4 @@
-"""Run files that `tokenprune.export` wrote, as others do: without the host's code."""
+"""Run files that `tokenprune.export` wrote, without the host's code."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -30,7 +30,7 @@ Run = Callable[[Mapping[str, Any]], dict[str, Tensor]]
 
 
 def format_of(path: str | os.PathLike[str], asked: str | None) -> Format:
-    """The format that was asked for, or that the file's name ends in.
+    """The given format, or the format of the file's suffix.
 
     Raises:
         ExportError: There is no such format.
@@ -46,7 +46,7 @@ def format_of(path: str | os.PathLike[str], asked: str | None) -> Format:
 
 
 def require_onnx() -> None:
-    """Import what writes and runs ONNX files.
+    """Import the packages that write and run ONNX files.
 
     Raises:
         MissingDependencyError: A package is not installed.
@@ -63,7 +63,7 @@ def require_onnx() -> None:
 
 
 def named_tensors(output: Any) -> dict[str, Tensor]:
-    """The tensors of an output by name: a lone one is "output", those inside others "a.0"."""
+    """The tensors of an output by name: a single one is "output", nested ones are "a.0"."""
     if isinstance(output, Tensor):
         return {ONLY: output}
     return dict(_tensors(output, ""))
@@ -95,7 +95,7 @@ def open_exported(
     Args:
         path: What `export` wrote.
         format: As for `export`.
-        device: Where its outputs are wanted. ONNX runs on the CPU, with as many threads as torch.
+        device: Of the outputs. ONNX runs on the CPU, with as many threads as torch.
 
     Returns:
         A function of the inputs by name that returns the outputs by name.
@@ -119,15 +119,15 @@ def open_exported(
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    takes = [taken.name for taken in session.get_inputs()]
-    gives = [given.name for given in session.get_outputs()]
+    input_names = [value.name for value in session.get_inputs()]
+    output_names = [value.name for value in session.get_outputs()]
 
     def run_onnx(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-        arrays = {name: inputs[name].detach().cpu().numpy() for name in takes}
-        found = session.run(gives, arrays)
+        arrays = {name: inputs[name].detach().cpu().numpy() for name in input_names}
+        found = session.run(output_names, arrays)
         return {
             name: torch.from_numpy(array).to(device)
-            for name, array in zip(gives, found, strict=True)
+            for name, array in zip(output_names, found, strict=True)
         }
 
     return run_onnx

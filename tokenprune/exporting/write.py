@@ -34,7 +34,7 @@ from tokenprune.tracing.state import kept_modes
 __all__ = ["ExportReport", "export"]
 
 CHECKED = (1, 5)
-SAID = 400  # of an exporter's message, in characters
+LONGEST_CAUSE = 400  # characters of an exporter's message
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,10 +44,10 @@ class ExportReport:
     Attributes:
         path: The file.
         format: `onnx` or `pt2`.
-        num_bytes: Its size, together with the weights beside it (ONNX above 2 GB).
-        inputs: Names of what it takes.
-        outputs: Names of what it returns.
-        checked: Batch sizes at which it was compared with the model; none if it was not.
+        num_bytes: Its size, with the second file of weights (ONNX above 2 GB).
+        inputs: Names of its inputs.
+        outputs: Names of its outputs.
+        checked: Batch sizes at which it was compared with the model; empty if unchecked.
         deviation: Largest difference found, relative to the scale of its output; None if unchecked.
         tolerance: The largest that was allowed.
     """
@@ -70,21 +70,21 @@ def export(
     example_inputs: ExampleInputs | None = None,
     check: bool = True,
 ) -> ExportReport:
-    """Write a wrapped model, as it runs in eval, to a file; the batch size stays open.
+    """Write the eval path of a wrapped model to a file with an open batch size.
 
-    What `model.using(path)` forces is what is written: inside `model.using("dense")` that is the
-    host without pruning. Kept counts, image size and flags are fixed in the file. A host that
-    returns a tensor gives one named "output", any other host gives its tensors by name.
+    Inside `with model.using(path)` that path is written: with "dense", the host without pruning.
+    Kept counts, image size and flags are fixed in the file. The output of a host that returns a
+    tensor is named "output"; other hosts' tensors keep their names.
 
-    The file is compared with the model at batch sizes 1 and 5, on inputs drawn like the example.
-    Of the inputs drawn those are taken on which no choice of tokens hangs on rounding, as the
-    model's own scores say; on them the file must agree in every image.
+    The file is compared with the model at batch sizes 1 and 5, on random inputs like the
+    example. Only inputs are used on which rounding cannot change the kept tokens, by the model's
+    own scores; on them the file must agree in every image.
 
     Args:
-        model: What `wrap` returned; in whatever mode, which it keeps.
-        path: The file. One that is there is replaced, but only by one that passed the check.
-        format: `onnx` (opset of torch's exporter; weights above 2 GB go into a second file beside
-            it) or `pt2` (for `torch.export.load`); told by the ending of `path` if None.
+        model: What `wrap` returned, in any mode; the mode is restored.
+        path: The file. An existing one is replaced only if the new one passes the check.
+        format: `onnx` (opset of torch's exporter; weights above 2 GB go into a second file) or
+            `pt2` (for `torch.export.load`); by the suffix of `path` if None.
         example_inputs: As for `wrap`.
         check: Load the file and compare it with the model.
 
@@ -92,7 +92,7 @@ def export(
         NotWrappedError: `model` was not returned by `wrap`.
         MissingDependencyError: ONNX is asked for and its packages are not installed.
         ExportError: The format is unknown, the model cannot be exported, or the file does not
-            compute what the model does. No file is left behind.
+            compute what the model does. No file is left.
 
     Example:
         >>> tokenprune.export(model, "pruned.onnx").deviation
@@ -132,7 +132,7 @@ def export(
 
 
 class _Plain(nn.Module):
-    """The model with a tensor, or tensors by name, as its output: no class of the host is left."""
+    """The model with a tensor or a dict of tensors as its output, not a class of the host."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -140,13 +140,13 @@ class _Plain(nn.Module):
 
 
 def _plain(model: nn.Module, names: Iterable[str]) -> nn.Module:
-    """`model` as a module whose forward takes these arguments, each by its name."""
+    """`model` as a module whose forward takes these arguments by name."""
 
     def forward(self: _Plain, *args: Any, **kwargs: Any) -> Any:
         output = self.model(**dict(zip(names, args, strict=False)), **kwargs)
         return output if isinstance(output, Tensor) else named_tensors(output)
 
-    # torch.export writes its checks of the inputs in these names, and cannot look into a **kwargs
+    # torch.export uses these names in its checks of the inputs, and cannot read a **kwargs
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [inspect.Parameter(name, kind) for name in ("self", *names)]
@@ -156,7 +156,7 @@ def _plain(model: nn.Module, names: Iterable[str]) -> nn.Module:
 
 
 def _two_images(example: dict[str, Any]) -> dict[str, Any]:
-    """A batch of one doubled: torch.export takes a dim of size 1 for one that never changes."""
+    """A batch of one doubled: torch.export specializes a dim of size 1."""
     first = next(value for value in example.values() if isinstance(value, Tensor))
     if not first.ndim or first.shape[0] != 1:
         return example
@@ -172,11 +172,11 @@ def _check_exportable(
     pruning: Pruning, model: nn.Module, example: Mapping[str, Any], format: Format
 ) -> None:
     host = type(model).__name__
-    bare = next((name for name, p in model.named_parameters() if p.is_meta), None)
-    if bare is not None:
+    meta_param = next((name for name, p in model.named_parameters() if p.is_meta), None)
+    if meta_param is not None:
         raise ExportError(
-            f"Parameter '{bare}' of {host} is on the meta device and holds no weights. Load the "
-            "weights before exporting."
+            f"Parameter '{meta_param}' of {host} is on the meta device and holds no weights. Load "
+            "the weights before exporting."
         )
     if pruning.overrides.keep_indices is not None:
         raise ExportError(
@@ -192,14 +192,14 @@ def _check_exportable(
     programs = pruning_of(model).programs(example)
     if programs.analysis.batch_bound:
         raise ExportError(
-            f"The forward of {host} does something else for each batch size, so no file could "
-            "serve them all. Run this model with tokenprune."
+            f"The forward of {host} depends on the batch size, so one file cannot serve all sizes. "
+            "Run this model with tokenprune."
         )
 
 
 def _export(model: nn.Module, example: Mapping[str, Any]) -> tuple[Any, tuple[str, ...]]:
     """The program of torch.export, and the names of the outputs."""
-    outputs = named_tensors(model(**example))  # also makes the program that torch.export reads
+    outputs = named_tensors(model(**example))  # also builds the program that torch.export traces
     first = next(value for value in example.values() if isinstance(value, Tensor))
     batch = torch.export.Dim("batch", min=1)
     shapes = {
@@ -222,22 +222,22 @@ def _write(host: str, program: Any, file: Path, format: Format, outputs: tuple[s
         torch.export.save(program, file)
         return
     folding = logging.getLogger("onnxscript.optimizer")
-    was = folding.level
-    folding.setLevel(logging.ERROR)  # it warns of each operator that it leaves as it is
+    level = folding.level
+    folding.setLevel(logging.ERROR)  # it warns of every operator that it does not fold
     try:
         written = torch.onnx.export(program, dynamo=True, output_names=outputs, verbose=False)
     except Exception as error:  # the exporter may refuse in any way
         raise _cannot(host, "torch's ONNX exporter", error) from error
     finally:
-        folding.setLevel(was)
+        folding.setLevel(level)
     written.save(file)  # type: ignore[union-attr]
 
 
-def _cannot(host: str, who: str, error: BaseException) -> ExportError:
+def _cannot(host: str, exporter: str, error: BaseException) -> ExportError:
     while error.__cause__ is not None:  # the first in the chain names the operator
         error = error.__cause__
-    said = shorten(str(error), SAID, placeholder=" ...")
+    cause = shorten(str(error), LONGEST_CAUSE, placeholder=" ...")
     return ExportError(
-        f"{host} cannot be exported. {who} says: {type(error).__name__}: {said}\n"
+        f"{host} cannot be exported. {exporter} says: {type(error).__name__}: {cause}\n"
         "Run this model with tokenprune, or compile it with torch.compile."
     )

@@ -1,12 +1,13 @@
 """LV-ViT, the vision transformer of "All Tokens Matter" (arXiv 2104.10858), for timm.
 
-A columnar ViT with four differences: a stem of four convolutions, residual branches divided by
-`skip_lam`, no bias in qkv, and a second head that classifies every patch token. The output is
+A plain (isotropic) ViT with four differences: a stem of four convolutions, residual branches
+divided by `skip_lam`, no bias in qkv, and a second head that classifies every patch token. The
+output is
 
     logits = head(class token) + 0.5 * max over patch tokens of aux_head(patch token)
 
-The authors' code forms it in eval only. Here it is formed in training too, so a pruned model trains
-the output that it gives later. `model(images, return_parts=True)` returns the two parts instead:
+The authors' code computes this sum in eval only. Here training computes it too, so the loss is that
+of the eval output. `model(images, return_parts=True)` returns the two parts instead:
 class logits [B, num_classes] and token logits [B, N, num_classes], which is what a token-labeling
 loss takes.
 
@@ -21,12 +22,12 @@ N = (height / patch_size) * (width / patch_size).
 | lvvit_l | 768       | 24    | 12    | 128        | 3        | 150.02 M          |
 
 Sources: arXiv 2104.10858 for the model; the authors' release (github.com/zihangJiang/TokenLabeling)
-for the sizes above, the eval output and the names of the parameters. A state dict of theirs loads
-with `strict=True`; a file of theirs, also for another `img_size`, through timm:
+for the sizes above, the eval output and the names of the parameters. Their state dicts load
+with `strict=True`; their files, also for another `img_size`, load through timm:
 `timm.create_model("lvvit_m", pretrained=True, pretrained_cfg_overlay={"file": path})`.
 
 MixToken, the paper's augmentation that swaps a random box of tokens between two images, is not
-offered: the box would be burnt into the graph of a traced host. Mix the images instead (CutMix).
+offered: a trace would be specialized to the box. Mix the images instead (CutMix).
 """
 
 from collections.abc import Mapping
@@ -54,7 +55,7 @@ AUX_WEIGHT = 0.5
 
 @fx.wrap
 def check_image_size(images: Tensor, size: tuple[int, int]) -> None:
-    """Refuse images of another size than the position embeddings were made for.
+    """Refuse images whose size does not match the position embeddings.
 
     Raises:
         HostError: The last two dims of `images` are not `size`.
@@ -73,7 +74,7 @@ register_notrace_function(check_image_size)
 class ConvStem(nn.Module):
     """Patch embedding by four convolutions: 7x7 stride 2, two of 3x3, then one per patch.
 
-    Source: arXiv 2104.10858; it stands where ViT has one convolution.
+    Source: arXiv 2104.10858; replaces the single convolution of ViT.
     """
 
     def __init__(
@@ -141,7 +142,7 @@ class Block(nn.Module):
 
 
 class LVViT(nn.Module):
-    """LV-ViT with a class head and a dense head (see the module's text).
+    """LV-ViT with a class head and a dense head (see the module docstring).
 
     Args:
         img_size: Height and width of the images in pixels, or one number for both.
@@ -230,7 +231,7 @@ class LVViT(nn.Module):
         }
 
     def get_classifier(self) -> nn.Module:
-        """The head of the class token; the one of the patch tokens is `aux_head`."""
+        """The head of the class token; `aux_head` is the head of the patch tokens."""
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
@@ -242,7 +243,7 @@ class LVViT(nn.Module):
         if global_pool not in (None, "token"):
             raise HostError(
                 f"LV-ViT has no pooling but the class token: global_pool={global_pool!r} was "
-                "asked, leave it out or say 'token'."
+                "asked. Leave it out or pass 'token'."
             )
         if num_classes < 0:
             raise HostError(f"num_classes must be 0 or more, got {num_classes}.")
@@ -261,7 +262,7 @@ class LVViT(nn.Module):
         """Images [B, in_chans, height, width] to normalised tokens [B, 1 + N, embed_dim].
 
         Raises:
-            HostError: The images are not of the size the model was built for.
+            HostError: The images have another size than `img_size`.
         """
         x = self.patch_embed(x)
         x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)
@@ -291,7 +292,7 @@ class LVViT(nn.Module):
         With `return_parts`, to class logits [B, num_classes] and token logits [B, N, num_classes].
 
         Raises:
-            HostError: The images are not of the size the model was built for.
+            HostError: The images have another size than `img_size`.
         """
         x = self.forward_features(x)
         return self.forward_parts(x) if return_parts else self.forward_head(x)
@@ -310,7 +311,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: LVViT) -> dict[st
 
     Args:
         state_dict: Parameters by name, or a checkpoint with them under "state_dict" or "model".
-        model: The model they are meant for.
+        model: The model that loads them.
     """
     for key in ("state_dict", "model"):
         state_dict = state_dict.get(key, state_dict)

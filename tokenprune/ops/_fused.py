@@ -1,6 +1,6 @@
 """The fused attention kernel under a policy, and its backward pass in slices.
 
-Everything here is [B, H, L, d]; `attention.py` brings the operands into that form.
+Operands are [B, H, L, d]; `attention.py` brings them into that form.
 """
 
 import math
@@ -17,61 +17,62 @@ from tokenprune.ops.align import dropped_along, finite_if_dropped, is_kept, no_a
 
 __all__ = ["MaskedAttention"]
 
-# Query, key, value, policy, mask, output, health of key, health of value.
+# Query, key, value, policy, mask, output, finite factors of key and value.
 Saved = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor]
 
-# A dropped token beyond this holds garbage: with less, logits and products of fp32 stay finite.
+# A dropped token with a larger norm is zeroed; below it logits and products of fp32 stay finite.
 _LARGEST = 1e18
-# Entries of a slice of logits. On CPU a slice should stay in the cache; elsewhere, and where a
-# compiler would unroll the loop, it only has to be small beside the activations.
+# Entries of a slice of logits. On CPU a slice should fit in the cache; elsewhere, and where a
+# compiler would unroll the loop, it only has to be smaller than the activations.
 _SLICE_CPU = 1 << 19
 _SLICE = 1 << 26
-# Products of low-precision factors with all bits of the sum: torch 2.8 and later, CUDA.
+# bmm of low-precision factors with an fp32 result: torch 2.8 and later, CUDA.
 _BMM_WIDENS = hasattr(torch.ops.aten.bmm, "dtype_out") and torch.version.hip is None
 # exp() of this is finite in fp32, and no log-sum-exp exceeds its row's maximum by as much.
 _FAR = 80.0
 
 
-def _health(x: Float[Tensor, "B H L d"], policy: Float[Tensor, "B L"]) -> Float[Tensor, "B 1 L 1"]:
-    """What `_tame` multiplies tokens with: 1, but 0 for dropped ones that hold garbage.
+def _finite_factor(
+    x: Float[Tensor, "B H L d"], policy: Float[Tensor, "B L"]
+) -> Float[Tensor, "B 1 L 1"]:
+    """The factor of each token in `_sanitize`: 0 for dropped tokens with inf, NaN or huge values.
 
-    Garbage is inf, NaN or numbers near the end of the range: a kernel hides a key by adding -inf to
-    its logit and weighs its value with 0, and both make NaN of what is not finite. A kept token
-    that holds inf or NaN gets NaN.
+    A kernel hides a key by adding -inf to its logit and weighs its value with 0; both give NaN if
+    key or value is not finite. A kept token that holds inf or NaN gets NaN, any other token 1.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
-    # One norm for all heads of a token; without a cast where none is needed.
+    # One norm over all heads of a token; no cast where the dtype is wide already.
     norm = torch.linalg.vector_norm(
         x, dim=(1, 3), keepdim=True, dtype=None if x.dtype == wide else wide
     )
-    sane = torch.where(dropped_along(policy, 4, 2), (norm < _LARGEST).to(wide), norm * 0 + 1)
-    return sane.to(x.dtype)
+    factor = torch.where(dropped_along(policy, 4, 2), (norm < _LARGEST).to(wide), norm * 0 + 1)
+    return factor.to(x.dtype)
 
 
-def _tame(
-    x: Float[Tensor, "b h L d"], health: Float[Tensor, "b 1 L 1"]
+def _sanitize(
+    x: Float[Tensor, "b h L d"], factor: Float[Tensor, "b 1 L 1"]
 ) -> Float[Tensor, "b h L d"]:
-    """Zero the dropped tokens that hold garbage and leave the others as they are.
+    """Zero the tokens whose `_finite_factor` is 0 and keep the others.
 
-    In arithmetic, not in boolean masks: on CPU those cost several times as much.
+    By arithmetic, because boolean masks cost several times as much on CPU.
     """
-    return torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0).mul_(health)
+    return torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0).mul_(factor)
 
 
 def _hiding(policy: Float[Tensor, "B Lk"], dtype: torch.dtype) -> Float[Tensor, "B 1 1 Lk"]:
-    """0 at kept keys and -inf at dropped ones: what to add to logits."""
+    """0 at kept keys and -inf at dropped ones, to be added to the logits."""
     return torch.where(is_kept(policy), 0.0, -math.inf).to(dtype)[:, None, None]
 
 
 def _additive(mask: Shaped[Tensor, "b h q k"] | None, dtype: torch.dtype) -> Tensor | None:
-    """The host's mask as what to add to logits."""
+    """The host's mask in the form that is added to the logits."""
     if mask is None or mask.dtype != torch.bool:
         return mask
     return torch.where(mask, 0.0, -math.inf).to(dtype)
 
 
 def _slices(batch: int, heads: int, square: int, entries: int) -> Iterator[tuple[slice, slice]]:
-    """Images and heads that together have at most `entries` logits, but one head at least.
+    """Images and heads with at most `entries` logits per slice, and at least one head.
 
     Args:
         batch: images in all.
@@ -80,18 +81,18 @@ def _slices(batch: int, heads: int, square: int, entries: int) -> Iterator[tuple
         entries: logits of a slice.
     """
     if batch * heads * square <= entries:
-        # No loop at all: a compiler would write it out for this batch size.
+        # No loop: a compiler would specialize it to this batch size.
         yield slice(None), slice(None)
         return
     images = max(entries // (heads * square), 1)
-    few = min(max(entries // square, 1), heads)
+    count = min(max(entries // square, 1), heads)
     for image in range(0, batch, images):
-        for head in range(0, heads, few):
-            yield slice(image, min(image + images, batch)), slice(head, min(head + few, heads))
+        for head in range(0, heads, count):
+            yield slice(image, min(image + images, batch)), slice(head, min(head + count, heads))
 
 
 def _part(mask: Shaped[Tensor, "b h q k"], images: slice, heads: slice) -> Tensor:
-    """A slice of a mask, some of whose dims may be 1 and broadcast."""
+    """A slice of a mask whose dims may be 1 and broadcast."""
     everything = slice(None)
     return mask[
         images if mask.shape[0] > 1 else everything, heads if mask.shape[1] > 1 else everything
@@ -109,8 +110,8 @@ def _kernel(
 ) -> Float[Tensor, "B H Lq dv"]:
     """`scaled_dot_product_attention` under the policy's and the host's mask together.
 
-    `key` and `value` are tame. The joint mask has no head dim unless the host's has one; if it is
-    large, some images are taken at a time.
+    `key` and `value` are sanitized. The joint mask has no head dim unless the host's has one; if it
+    is large, the batch is processed in slices.
     """
     host = _additive(mask, query.dtype)
     per_image = query.shape[2] * key.shape[2] * (1 if mask is None else mask.shape[1])
@@ -126,7 +127,7 @@ def _kernel(
             query[images], key[images], value[images], attn_mask=joint, scale=scale
         )
         if host is not None or not own_key:
-            # A row that sees nothing: backends differ.
+            # Backends differ in a row that sees nothing.
             out = out.masked_fill(joint.amax(-1, keepdim=True) == -math.inf, 0)
         parts.append(out)
     return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -147,12 +148,12 @@ class MaskedAttention(torch.autograd.Function):
         own_key: bool,
     ) -> Tensor:
         with no_autocast(query.device):
-            health = _health(key, policy), _health(value, policy)
-            tame = _tame(key, health[0]), _tame(value, health[1])
-            out = _kernel(query, *tame, policy, mask, scale, own_key)
+            factors = _finite_factor(key, policy), _finite_factor(value, policy)
+            finite = _sanitize(key, factors[0]), _sanitize(value, factors[1])
+            out = _kernel(query, *finite, policy, mask, scale, own_key)
         ctx.scale, ctx.own_key = scale, own_key
-        # Not the tame copies: the originals are mostly views of what somebody keeps anyway.
-        ctx.save_for_backward(query, key, value, policy, mask, out, *health)
+        # Not the sanitized copies: the originals are mostly views of tensors that are kept anyway.
+        ctx.save_for_backward(query, key, value, policy, mask, out, *factors)
         return out
 
     @staticmethod
@@ -169,7 +170,7 @@ def _backward(
     saved: Saved, grad: Tensor, scale: float, own_key: bool, needs_mask: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of query, key, value, policy and mask."""
-    query, key, value, policy, mask, out, key_health, value_health = saved
+    query, key, value, policy, mask, out, key_factor, value_factor = saved
     batch, heads, num_queries, num_keys = *query.shape[:3], key.shape[2]
     wide = torch.promote_types(query.dtype, torch.float32)
     narrow = _factor_dtype(query)
@@ -186,43 +187,43 @@ def _backward(
     for here in _slices(batch, heads, num_queries * num_keys, entries):
         images = here[0]
         q, o, g = (x[here].to(narrow) for x in (query, out, grad))
-        k = _tame(key[here], key_health[images]).to(narrow)
-        v = _tame(value[here], value_health[images]).to(narrow)
-        # Two rooms for logits, used again by every slice: new ones cost as much as filling them.
-        room = (q.shape[0], q.shape[1], num_queries, num_keys)
-        if weights.shape != room:
-            weights, other = q.new_empty(room, dtype=wide), q.new_empty(room, dtype=wide)
+        k = _sanitize(key[here], key_factor[images]).to(narrow)
+        v = _sanitize(value[here], value_factor[images]).to(narrow)
+        # Two preallocated buffers, reused by every slice: allocation costs as much as filling them.
+        shape = (q.shape[0], q.shape[1], num_queries, num_keys)
+        if weights.shape != shape:
+            weights, other = q.new_empty(shape, dtype=wide), q.new_empty(shape, dtype=wide)
 
         q = q * scale
         _multiply(q, k.mT, weights)
         if host is not None:
             weights += _part(host, *here)
-        # Relative to the largest visible logit; a hidden one may lead by any amount.
+        # Relative to the largest visible logit; a hidden one may exceed it by any amount.
         _visible(torch.add, weights, hiding[images], other, own_key)
-        top = other.amax(-1, keepdim=True).clamp_min_(torch.finfo(wide).min)
-        weights.sub_(top).clamp_(max=_FAR).exp_()
+        highest = other.amax(-1, keepdim=True).clamp_min_(torch.finfo(wide).min)
+        weights.sub_(highest).clamp_(max=_FAR).exp_()
         _visible(torch.mul, weights, showing[images], other, own_key)
         total = other.sum(-1, keepdim=True)
         total = total + (total == 0)  # a row that sees nothing
-        # The 1 / total of the softmax moves into the gradient, which is smaller; in fp16 it would
-        # not be safe there.
+        # The gradient, a smaller tensor, is divided by `total` instead of the weights, except in
+        # low precision, where it could leave the range.
         if narrow != wide:
             weights /= total
             other /= total
             total = torch.ones_like(total)
-        drift = (g.to(wide) * o).sum(-1, keepdim=True) / total
+        baseline = (g.to(wide) * o).sum(-1, keepdim=True) / total
         g = (g / total).to(narrow)
         _multiply(other.to(narrow).mT, g, grad_value[here])
         _multiply(g, v.mT, other)
-        other.sub_(drift).mul_(torch.minimum(weights, total, out=weights))
+        other.sub_(baseline).mul_(torch.minimum(weights, total, out=weights))
         grad_policy[images] += _column_sums(other, own_key)
         _visible(torch.mul, other, showing[images], weights, own_key)
         if grad_mask is not None:
             part = _part(grad_mask, *here)
             part += weights.sum_to_size(part.shape)
-        flow = weights.to(narrow)
-        _multiply(flow, k * scale, grad_query[here])
-        _multiply(flow.mT, q, grad_key[here])
+        grad_logits = weights.to(narrow)
+        _multiply(grad_logits, k * scale, grad_query[here])
+        _multiply(grad_logits.mT, q, grad_key[here])
 
     if grad_mask is not None and mask is not None:
         grad_mask = grad_mask.to(mask.dtype)
@@ -230,9 +231,9 @@ def _backward(
 
 
 def _factor_dtype(query: Float[Tensor, "B H Lq d"]) -> torch.dtype:
-    """The type of what is multiplied; sums and softmax are in fp32 or better in any case.
+    """The dtype of the factors of matrix products; sums and softmax are always in fp32 or better.
 
-    The operands' own where hardware is made for it, fp32 or better where that would only be slower.
+    The operands' on CUDA, fp32 or better elsewhere, where low precision is slower.
     """
     return query.dtype if query.is_cuda else torch.promote_types(query.dtype, torch.float32)
 
@@ -242,8 +243,8 @@ def _multiply(
     right: Float[Tensor, "b h k n"],
     out: Float[Tensor, "b h m n"],
 ) -> None:
-    """Batched matrix product into `out`, which may be of a wider or narrower type."""
-    if torch.compiler.is_compiling():  # which refuses an `out` that is a view
+    """Batched matrix product into `out`, which may have a wider or narrower dtype."""
+    if torch.compiler.is_compiling():  # it refuses an `out` that is a view
         wide = torch.promote_types(left.dtype, out.dtype)
         out.copy_(left.to(wide) @ right.to(wide))
     elif left.dtype == out.dtype:
@@ -264,13 +265,13 @@ def _visible(
     out: Float[Tensor, "b h q k"],
     own_key: bool,
 ) -> None:
-    """`operation(x, row)` into `out`, but `x` itself where a query meets its own key."""
+    """`operation(x, row)` into `out`, but `x` itself at each query's own key."""
     operation(x, row, out=out)
     if own_key:
         out.diagonal(dim1=2, dim2=3).copy_(x.diagonal(dim1=2, dim2=3))
 
 
-def _column_sums(flow: Float[Tensor, "b h q k"], own_key: bool) -> Float[Tensor, "b k"]:
+def _column_sums(x: Float[Tensor, "b h q k"], own_key: bool) -> Float[Tensor, "b k"]:
     """Sum over heads and queries, without each key's own query if `own_key`."""
-    sums = flow.sum((1, 2))
-    return sums - flow.diagonal(dim1=2, dim2=3).sum(1) if own_key else sums
+    sums = x.sum((1, 2))
+    return sums - x.diagonal(dim1=2, dim2=3).sum(1) if own_key else sums

@@ -27,11 +27,11 @@ def masked_attention(
     enable_gqa: bool = False,
     own_key: bool = True,
 ) -> Float[Tensor, "B *H Lq dv"]:
-    """`F.scaled_dot_product_attention`, each query seeing the kept keys and its own.
+    """`F.scaled_dot_product_attention` in which each query sees the kept keys and its own.
 
-    The forward pass is exact: the softmax runs over the keys that the policy keeps and, with
-    `own_key`, that of the query itself, so a kept row is what it would be had the dropped tokens
-    been removed, whatever they hold. A row that sees nothing is 0. `query`, `key`, `value` and
+    The forward pass is exact: the softmax runs over the kept keys and, with `own_key`, the
+    query's own, so a kept row is what it would be had the dropped tokens been removed, whatever
+    they hold. A row that sees nothing is 0. `query`, `key`, `value` and
     `attn_mask` get the gradient of that. The policy gets the straight-through gradient
 
         dL/dD_j = sum_{heads, i != j} exp(min(a_ij - lse_i, 0)) * <g_i, v_j - o_i>
@@ -39,9 +39,9 @@ def masked_attention(
     with a the scaled logits plus mask, lse_i their log-sum-exp over the visible keys, o the output
     and g its gradient (i = j counts too without `own_key`).
 
-    Runs the fused kernel forward, and backward recomputes the logits of a few heads at a time:
-    nothing of the size [B, H, Lq, Lk] is kept in between. With `dropout_p` above 0 the noise has to
-    be part of the graph, so attention is spelled out and its probabilities are kept.
+    Runs the fused kernel forward, and backward recomputes the logits of a few heads at a time: no
+    tensor [B, H, Lq, Lk] is kept for backward. With `dropout_p` above 0 the noise must be part of
+    the graph, so attention is not fused and its probabilities are kept.
 
     Args:
         query: at least rank 3: batch, any number of head dims, length, channels.
@@ -54,7 +54,7 @@ def masked_attention(
         is_causal: hide later keys.
         scale: of the logits; None for d ** -0.5.
         enable_gqa: heads of `key` and `value` are shared by groups of query heads.
-        own_key: query i is token i, so it sees its own key though the policy drops it. Needs
+        own_key: query i is token i and sees its own key even if the policy drops it. Needs
             Lq = Lk. False for class attention, attention pooling, cross attention.
 
     Raises:
@@ -75,29 +75,29 @@ def masked_attention(
     if enable_gqa:
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
         value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
-    lead: tuple[int, ...] = torch.broadcast_shapes(  # type: ignore[no-untyped-call]
+    leading: tuple[int, ...] = torch.broadcast_shapes(  # type: ignore[no-untyped-call]
         query.shape[:-2], key.shape[:-2], value.shape[:-2]
     )
     num_queries, num_keys = query.shape[-2], key.shape[-2]
-    _check(policy, lead, num_queries, num_keys, own_key)
-    mask = None if attn_mask is None else _mask_4d(attn_mask, lead)
+    _check(policy, leading, num_queries, num_keys, own_key)
+    mask = None if attn_mask is None else _mask_4d(attn_mask, leading)
     if is_causal:
         causal = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device).tril()
         mask = causal[None, None] if mask is None else _hide(mask, causal)
     q, k, v = (
-        x.expand(*lead, *x.shape[-2:]).reshape(lead[0], -1, *x.shape[-2:])
+        x.expand(*leading, *x.shape[-2:]).reshape(leading[0], -1, *x.shape[-2:])
         for x in (query, key, value)
     )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if dropout_p > 0:
-        out = _spelled_out(q, k, v, policy, mask, dropout_p, scale, own_key)
+        out = _unfused(q, k, v, policy, mask, dropout_p, scale, own_key)
     else:
         out = MaskedAttention.apply(q, k, v, policy, mask, scale, own_key)
-    return out.reshape(*lead, *out.shape[-2:])
+    return out.reshape(*leading, *out.shape[-2:])
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Cast as autocast would: scaled_dot_product_attention runs in its low precision."""
+    """Cast to autocast's low precision, in which it runs scaled_dot_product_attention."""
     dtype = autocast_dtype(tensors[0].device)
     if dtype is None or tensors[0].dtype == torch.float64:
         return tensors
@@ -105,12 +105,12 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _check(
-    policy: Tensor, lead: tuple[int, ...], num_queries: int, num_keys: int, own_key: bool
+    policy: Tensor, leading: tuple[int, ...], num_queries: int, num_keys: int, own_key: bool
 ) -> None:
-    if tuple(policy.shape) != (lead[0], num_keys):
+    if tuple(policy.shape) != (leading[0], num_keys):
         raise LeakError(
-            f"the policy must have the shape [{lead[0]}, {num_keys}] (images, keys), found "
-            f"{list(policy.shape)}; the keys are not the tokens this policy is about"
+            f"the policy must have the shape [{leading[0]}, {num_keys}] (images, keys), found "
+            f"{list(policy.shape)}; the keys are not this policy's tokens"
         )
     if own_key and num_queries != num_keys:
         raise LeakError(
@@ -119,12 +119,12 @@ def _check(
         )
 
 
-def _mask_4d(mask: Shaped[Tensor, "..."], lead: tuple[int, ...]) -> Shaped[Tensor, "b h q k"]:
-    """The host's mask with the head dims made one; dims it broadcasts stay 1 where they can."""
-    mask = mask.reshape((1,) * (len(lead) + 2 - mask.ndim) + tuple(mask.shape))
+def _mask_4d(mask: Shaped[Tensor, "..."], leading: tuple[int, ...]) -> Shaped[Tensor, "b h q k"]:
+    """The host's mask with its head dims merged; broadcast dims stay 1 where possible."""
+    mask = mask.reshape((1,) * (len(leading) + 2 - mask.ndim) + tuple(mask.shape))
     heads = tuple(mask.shape[1:-2])
-    if len(lead) != 2 and any(size != 1 for size in heads):
-        mask = mask.expand(mask.shape[0], *lead[1:], *mask.shape[-2:])
+    if len(leading) != 2 and any(size != 1 for size in heads):
+        mask = mask.expand(mask.shape[0], *leading[1:], *mask.shape[-2:])
     return mask.reshape(mask.shape[0], -1, *mask.shape[-2:])
 
 
@@ -135,7 +135,7 @@ def _hide(mask: Tensor, visible: Bool[Tensor, "..."]) -> Tensor:
     return torch.where(visible, mask, float("-inf"))
 
 
-def _spelled_out(
+def _unfused(
     query: Tensor,
     key: Tensor,
     value: Tensor,

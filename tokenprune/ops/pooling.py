@@ -1,7 +1,7 @@
 """Sums, means and maxima over the kept tokens of each image.
 
-All of them read nothing from a dropped token, whatever it holds, and are total: a sum, mean or
-maximum over no token is 0. A policy of None means that no token is dropped.
+None of them reads a dropped token, whatever it holds. A sum, mean or maximum over no token is 0. A
+policy of None means that no token is dropped.
 """
 
 import torch
@@ -22,23 +22,23 @@ __all__ = [
 def hide_dropped(
     x: Float[Tensor, "B ..."], policy: Float[Tensor, "B L"] | None, dim: int
 ) -> Float[Tensor, "B ..."]:
-    """Replace inf and NaN of dropped tokens by 0 and leave everything else as it is.
+    """Replace inf and NaN of dropped tokens by 0 and keep everything else.
 
-    A contraction that gives a dropped token the weight 0 would still make NaN of 0 * inf. After
-    this it cannot. Gradients pass wherever the value passed; the policy gets none.
+    Otherwise a contraction that gives a dropped token the weight 0 would compute 0 * inf = NaN.
+    Gradients pass where values are unchanged; the policy gets none.
 
     Args:
         x: any tensor with the batch at dim 0.
         policy: 1 keeps, 0 drops; None returns `x` itself.
-        dim: the dim of `x` that counts tokens.
+        dim: the token dim of `x`.
 
     Raises:
         LeakError: `dim` does not hold the policy's tokens.
     """
     if policy is None:
         return x
-    harmless = torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)
-    return torch.where(dropped_along(policy, x.ndim, token_dim(x, policy, dim)), harmless, x)
+    finite = torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)
+    return torch.where(dropped_along(policy, x.ndim, token_dim(x, policy, dim)), finite, x)
 
 
 def masked_contraction_operand(
@@ -49,7 +49,7 @@ def masked_contraction_operand(
     Args:
         x: an operand of a contraction over tokens, the batch at dim 0.
         policy: 1 keeps, 0 drops; None returns `x` itself.
-        dim: the dim of `x` that counts tokens.
+        dim: the token dim of `x`.
 
     Returns:
         A tensor of the shape and dtype of `x`.
@@ -75,7 +75,7 @@ def masked_sum(
     Args:
         x: any tensor with the batch at dim 0.
         policy: 1 keeps, 0 drops; None keeps all.
-        dim: the dim of `x` that counts tokens.
+        dim: the token dim of `x`.
         keepdim: leave a dim of size 1.
 
     Raises:
@@ -83,7 +83,7 @@ def masked_sum(
     """
     if policy is None:
         return x.sum(dim, keepdim=keepdim)
-    if not x.is_floating_point():  # a count, such as that of the real tokens in a padding mask
+    if not x.is_floating_point():  # a count, such as of the real tokens in a padding mask
         kept = along(is_kept(policy), x.ndim, token_dim(x, policy, dim))
         return (x.to(torch.int64) * kept).sum(dim, keepdim=keepdim)
     operand = masked_contraction_operand(x, policy, dim)
@@ -104,7 +104,7 @@ def masked_mean(
     Args:
         x: any tensor with the batch at dim 0.
         policy: 1 keeps, 0 drops; None keeps all.
-        dim: the dim of `x` that counts tokens.
+        dim: the token dim of `x`.
         keepdim: leave a dim of size 1.
 
     Raises:
@@ -129,13 +129,13 @@ def masked_amax(
 ) -> Float[Tensor, "B ..."]:
     """Maximum over the kept tokens.
 
-    The policy gets no gradient: a maximum says nothing about what a token that does not hold it
-    would be worth. `x` gets that of `Tensor.amax` (shared between ties).
+    The policy gets no gradient: a maximum has none for tokens that do not attain it. `x` gets that
+    of `Tensor.amax` (shared between ties).
 
     Args:
         x: any tensor with the batch at dim 0.
         policy: 1 keeps, 0 drops; None keeps all.
-        dim: the dim of `x` that counts tokens.
+        dim: the token dim of `x`.
         keepdim: leave a dim of size 1.
 
     Raises:
@@ -145,7 +145,7 @@ def masked_amax(
         return x.amax(dim, keepdim=keepdim)
     dim = token_dim(x, policy, dim)
     dropped = dropped_along(policy, x.ndim, dim)
-    # Where nothing is kept the zeros below win: fill with them rather than mend -inf afterwards.
+    # Where nothing is kept, fill with 0, so that the maximum is 0 and not -inf.
     nothing = torch.logical_not(is_kept(policy).any(1, keepdim=True))
     lowest = along(torch.where(nothing, 0.0, float("-inf")), x.ndim, dim).to(x.dtype)
     return torch.where(dropped, lowest, x).amax(dim, keepdim=keepdim)

@@ -26,28 +26,28 @@ def masked_softmax(
     query_dim: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> Float[Tensor, "B ..."]:
-    """Softmax over the visible keys: those the policy keeps and, with `query_dim`, the own one.
+    """Softmax over the visible keys: kept ones and, with `query_dim`, each query's own.
 
-    Hidden keys get exactly 0 and read nothing from their scores, inf and NaN included. A row with
-    nothing visible is 0, as in `scaled_dot_product_attention`. Scores get the gradient of this
-    exact softmax. The policy gets the straight-through one: with G = dL/dp, s the scores and lse_i
+    Hidden keys get exactly 0, and their scores, inf and NaN included, are not read. A row with no
+    visible key is 0, as in `scaled_dot_product_attention`. Scores get the gradient of this
+    exact softmax. The policy gets a straight-through one: with G = dL/dp, s the scores and lse_i
     the log-sum-exp over the visible keys of row i,
 
         dL/dD_j = sum_i exp(min(s_ij - lse_i, 0)) * (G_ij - sum_k p_ik G_ik),
 
-    summed over all rows i of the image but, with `query_dim`, the key's own. For a kept key this
+    summed over all rows i of the image, with `query_dim` except the key's own. For a kept key this
     is the derivative of `D_j e^{s_ij} / sum_k D_k e^{s_ik}`; for a dropped one the weight is what
-    it would be if the key came back, and at most 1.
+    it would be if the key were visible, and at most 1.
 
     Keeps one more tensor of the size of `scores` for the backward pass than softmax does, unless
     the policy needs no gradient.
 
     Args:
-        scores: logits of any rank from 2, the batch at dim 0.
+        scores: logits of rank 2 or more, the batch at dim 0.
         policy: 1 keeps, 0 drops; None is a plain softmax.
-        dim: the dim of `scores` that counts keys.
-        query_dim: the dim along which query i is token i, as many as there are keys; each query
-            then sees its own key whatever the policy says. None when queries are not these tokens.
+        dim: the key dim of `scores`.
+        query_dim: the dim along which query i is token i, with as many entries as `dim`; each query
+            then sees its own key even if it is dropped. None if queries are not these tokens.
         dtype: cast the scores to this first, as in `torch.softmax`.
 
     Returns:
@@ -69,7 +69,7 @@ def masked_softmax(
     if dtype is None:
         dtype = scores.dtype
         if autocast_dtype(scores.device) is not None:
-            # Backends differ in whether autocast runs softmax in fp32: ask this one.
+            # Whether autocast runs softmax in fp32 depends on the backend.
             dtype = torch.softmax(scores.new_zeros(1), 0).dtype
     probabilities: Tensor = _MaskedSoftmax.apply(scores, policy, dim, query_dim, dtype)
     return probabilities
@@ -99,7 +99,7 @@ class _MaskedSoftmax(torch.autograd.Function):
         probabilities = exact.to(dtype)
         ctx.dim, ctx.query_dim = dim, query_dim
         if ctx.needs_input_grad[1]:
-            weights = torch.where(hidden, return_weight(scores, visible, dim), exact).to(dtype)
+            weights = torch.where(hidden, weight_if_visible(scores, visible, dim), exact).to(dtype)
             ctx.save_for_backward(weights, policy)
         else:
             ctx.save_for_backward(probabilities, policy)
@@ -116,7 +116,7 @@ class _MaskedSoftmax(torch.autograd.Function):
         if query_dim is not None:
             own = diagonal(weights.shape[dim], weights.ndim, dim, query_dim, weights.device)
             hidden = dropped & torch.logical_not(own)
-        # Not a product with 0: what a dropped token holds may have made `grad` inf or NaN there.
+        # Not a product with 0: a dropped token's contents may have made `grad` inf or NaN there.
         baseline = (weights * grad).masked_fill(hidden, 0).sum(dim, keepdim=True)
         flow = weights * (grad - baseline)
         grad_scores = grad_policy = None
@@ -125,18 +125,18 @@ class _MaskedSoftmax(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             others = flow if query_dim is None else flow.masked_fill(own, 0)
             summed = [d for d in range(1, weights.ndim) if d != dim]
-            # sum() over no dims at all would be the sum over all of them
+            # sum() over an empty list of dims would sum over all of them
             grad_policy = finite_if_dropped(others.sum(summed) if summed else others, policy)
         return grad_scores, grad_policy, None, None, None
 
 
-def return_weight(
+def weight_if_visible(
     scores: Float[Tensor, "..."], visible: Float[Tensor, "..."], dim: int
 ) -> Float[Tensor, "..."]:
-    """`exp(min(s_ij - lse_i, 0))`: the weight a hidden key would have if it came back.
+    """`exp(min(s_ij - lse_i, 0))`: the weight that a hidden key would have if it were visible.
 
-    `visible` is `scores` with -inf at hidden keys. A row that sees nothing gives every key that it
-    could see the weight 1. What is NaN, as -inf in such a row is, weighs 0.
+    `visible` is `scores` with -inf at hidden keys. In a row without visible keys every finite score
+    has the weight 1. NaN, as from a score of -inf in such a row, becomes 0.
     """
     lse = torch.logsumexp(visible, dim, keepdim=True)
     return torch.nan_to_num(torch.exp((scores - lse).clamp_max(0)), nan=0.0)

@@ -17,7 +17,7 @@ def num_keep(num_patches: int, keep_ratio: float, rounding: Rounding = "floor") 
 
     DynamicViT counts `int(N * ratio)` of the *original* N, which is `"floor"` here: a ratio of 0.7
     keeps 137, 96 and 67 of 196 tokens over three stages of 0.7, 0.7^2 and 0.7^3. A product that
-    misses a whole number by less than 1e-6 tokens counts as that number, because `100 * 0.29` is
+    is less than 1e-6 tokens below a whole number counts as that number, because `100 * 0.29` is
     28.999999999999996 in floating point. The result never falls when `keep_ratio` grows.
 
     Args:
@@ -46,7 +46,7 @@ def num_keep(num_patches: int, keep_ratio: float, rounding: Rounding = "floor") 
 
 
 def counts_in_words(patches: Sequence[int], kept: Sequence[int]) -> str:
-    """The way of the tokens: `196 -> 137 -> 96 -> 67`, with grids apart `784 -> 548, 196 -> 96`.
+    """Token counts along the network: `196 -> 137 -> 96`; with two grids `784 -> 548, 196 -> 96`.
 
     Args:
         patches: N of each stage.

@@ -30,7 +30,7 @@ __all__ = ["Recipe", "RecipeSource", "list_recipes", "load_recipe"]
 _VERSION = 1
 _RECIPES = "tokenprune.recipes"
 
-# pydantic's words for Python types, in the words of a YAML file
+# pydantic's messages about Python types, in terms of YAML
 _MESSAGES = {
     "dict_type": "should be a mapping of keys",
     "model_type": "should be a mapping of keys",
@@ -101,7 +101,7 @@ class Recipe(Section):
         return stages
 
     @model_validator(mode="after")
-    def _one_way_to_say_it(self) -> Self:
+    def _stages_or_schedule(self) -> Self:
         problem = _choose_one(self.stages is not None, self.schedule is not None)
         if problem:
             raise ValueError(problem)
@@ -253,7 +253,7 @@ def _problems(error: ValidationError, mapping: Mapping[str, Any]) -> Iterator[st
         path = ".".join(str(part) for part in detail["loc"])
         yield f"{path}: {_problem(detail)}" if path else _problem(detail)
     if all(detail["loc"] for detail in details):
-        # pydantic leaves the check of the whole out when a part fails
+        # pydantic skips the check of the whole when a part fails
         problem = _choose_one(
             mapping.get("stages") is not None, mapping.get("schedule") is not None
         )

@@ -62,7 +62,7 @@ class Stage(Section):
     """One pruning point.
 
     Attributes:
-        block: the stage stands before this block, counted from 0 over the whole host.
+        block: the stage runs before this block, counted from 0 over the whole host.
         keep_ratio: kept share of the original patch tokens, in (0, 1].
     """
 
@@ -116,13 +116,12 @@ class SamplingSection(Section):
         temperature: of the Gumbel-softmax.
         hard: 0/1 decisions with a straight-through gradient; otherwise soft ones.
         rounding: how `N * keep_ratio` of the original N becomes a count; see `num_keep`.
-        selection: `topk` keeps the same number of tokens of every image; `threshold` keeps what
-            the predictor wants of each image, so that easy images cost less. `keep_ratio` is then
-            what training aims at; `loss.ratio_per_image: false` lets images differ there.
-        threshold: with `selection: threshold`, the keep probability above which a token stays; the
-            best token of an image stays anyway.
-        buckets: with `selection: threshold`, into how many groups of like length the images of a
-            batch are sorted at most.
+        selection: `topk` keeps the same number of tokens of every image; `threshold` keeps the
+            tokens above a keep probability, so counts differ between images. `keep_ratio` is then
+            the target of training; with `loss.ratio_per_image: false` for the batch mean.
+        threshold: with `selection: threshold`, keep probability above which a token is kept; the
+            best token of an image is always kept.
+        buckets: with `selection: threshold`, largest number of groups of similar length in a batch.
     """
 
     temperature: Annotated[float, Field(gt=0)] = 1.0
@@ -134,7 +133,7 @@ class SamplingSection(Section):
 
 
 class LossSection(Section):
-    """Weights of the loss parts (DynamicViT, section 3.3), and what the parts are taken over.
+    """Weights of the loss parts (DynamicViT, section 3.3), and the sets that they average over.
 
     Attributes:
         classification: weight of the cross entropy.
@@ -144,7 +143,7 @@ class LossSection(Section):
         ratio_per_image: square each image's own kept share, not the batch's mean share.
         token_distance: `mse`, or `kl` where the final tokens are logits (LV-ViT's dense head).
         token_set: `kept` compares the tokens that the last stage kept; `all` every token, for
-            hosts whose dropped tokens live on.
+            `bypass`, where dropped tokens stay.
     """
 
     classification: _Weight = 1.0
@@ -157,7 +156,7 @@ class LossSection(Section):
 
 
 class TrainSection(Section):
-    """What `tokenprune train` needs beside the data.
+    """Settings of `tokenprune train`.
 
     Attributes:
         epochs: passes over the training images.
@@ -166,8 +165,8 @@ class TrainSection(Section):
             the warm-up.
         min_learning_rate: the rate at the end of the cosine.
         backbone_lr_scale: the host's own parameters get `learning_rate` times this.
-        frozen_epochs: first epochs in which the host's own parameters do not move.
-        frozen_parameters: host parameters whose name holds one of these are never trained.
+        frozen_epochs: first epochs, in which the host's own parameters are not trained.
+        frozen_parameters: host parameters whose name contains one of these are never trained.
         weight_decay: of AdamW; biases and one-dimensional parameters get none.
         warmup_epochs: epochs over which the rate grows linearly from 0.
         drop_path: stochastic depth of the host.
@@ -182,7 +181,7 @@ class TrainSection(Section):
         ema_decay: of the weight average; null = off.
         clip_grad: largest gradient norm; null = off.
         mixed_precision: `no`, `bf16` or `fp16`.
-        image_size: side in pixels; null = what the host takes.
+        image_size: side in pixels; null = the host's default.
         seed: of weights, data order and noise.
     """
 
@@ -214,12 +213,12 @@ class TrainSection(Section):
 
 
 class HostSection(Section):
-    """The host a recipe is meant for; the command line builds it, `wrap` ignores it.
+    """The host of a recipe; the command line builds it, `wrap` ignores it.
 
     Attributes:
         library: where the model comes from.
         model: timm's model name, or the transformers checkpoint or model type.
-        kwargs: passed on when the model is built.
+        kwargs: for building the model.
     """
 
     library: Literal["timm", "transformers"]
@@ -233,7 +232,7 @@ def check_blocks(blocks: Sequence[int]) -> None:
         raise ValueError("there is no stage; give at least one block")
     for earlier, later in pairwise(blocks):
         if later == earlier:
-            raise ValueError(f"two stages stand at block {later}; leave one of them out")
+            raise ValueError(f"two stages are at block {later}; leave one of them out")
         if later < earlier:
             raise ValueError(f"block {later} comes after block {earlier}; order stages by block")
 
@@ -246,5 +245,5 @@ def check_stages(stages: Sequence[Stage]) -> None:
             raise ValueError(
                 f"keep_ratio grows from {earlier.keep_ratio} at block {earlier.block} to "
                 f"{later.keep_ratio} at block {later.block}; it is the share of the original "
-                "tokens, so it can only stay or fall"
+                "tokens, so it must not grow"
             )

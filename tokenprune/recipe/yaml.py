@@ -1,8 +1,8 @@
-"""Strict YAML for recipes: safe, no tags, no repeated keys, and no surprises in plain scalars.
+"""Strict YAML for recipes: safe, no tags, no repeated keys, plain scalars of YAML 1.2.
 
-YAML 1.1 reads `no` as false, `1e-3` as text and `1:30` as ninety. Recipes are read, and written, by
-the rules of the YAML 1.2 core schema, so that `mixed_precision: no` and `learning_rate: 1e-3` mean
-what they say; a whole number with a leading zero is text.
+YAML 1.1 reads `no` as false, `1e-3` as text and `1:30` as ninety. Recipes are read and written by
+the YAML 1.2 core schema, where `no` is text and `1e-3` a number; a whole number with a leading zero
+is text.
 """
 
 import re
@@ -15,7 +15,7 @@ from tokenprune.errors import RecipeError
 
 __all__ = ["dump_yaml", "load_yaml"]
 
-# tag, what a plain scalar of it looks like, the characters it can start with
+# tag, pattern of its plain scalars, their possible first characters
 _PLAIN_SCALARS = (
     ("null", r"(?:~|null|Null|NULL|)", ["~", "n", "N", ""]),
     ("bool", r"(?:true|True|TRUE|false|False|FALSE)", list("tTfF")),
@@ -45,7 +45,7 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    # PyYAML takes these for line ends, and folds them into spaces unless they are escaped
+    # PyYAML treats these as line ends and folds them into spaces unless they are escaped
     style = '"' if any(mark in text for mark in "\x85\u2028\u2029") else None
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
@@ -127,5 +127,5 @@ def _repeated_keys(node: yaml.Node, path: tuple[str, ...], done: set[int]) -> It
 def _construct(loader: _Loader, node: yaml.Node, where: str) -> Any:
     try:
         return loader.construct_document(node)
-    except ValueError as error:  # a whole number longer than Python is willing to read
+    except ValueError as error:  # a whole number with more digits than int() accepts
         raise RecipeError(f"A number in {where} cannot be read: {error}") from error

@@ -1,1 +1,1 @@
-"""Pictures, reports and the timing they show."""
+"""Tables, pictures and HTML reports."""

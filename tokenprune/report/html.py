@@ -1,4 +1,4 @@
-"""A report in one HTML file: pictures and style are inside, nothing is loaded from elsewhere."""
+"""A report in one HTML file, with its pictures and style embedded."""
 
 import base64
 import os
@@ -45,7 +45,7 @@ class Picture:
     Attributes:
         title: Heading.
         png: Contents of the file.
-        description: What it shows, for readers who do not see it.
+        description: What it shows; also the alternative text.
     """
 
     title: str
@@ -55,7 +55,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Bars:
-    """Horizontal bars, all to one scale; the pale part is what there was before.
+    """Horizontal bars on one scale; the value before is pale.
 
     Attributes:
         title: Heading.
@@ -74,7 +74,7 @@ def write_html(
     """Write a report.
 
     Args:
-        path: Of the file; its folder is made if it does not exist.
+        path: Of the file; a missing folder is created.
         title: Of the page.
         blocks: What it holds, in order. All text is escaped.
 

@@ -1,4 +1,4 @@
-"""A table as plain data: the terminal and the HTML report show the same one."""
+"""A table as plain data, for the terminal and the HTML report."""
 
 from dataclasses import dataclass
 
@@ -12,8 +12,7 @@ class Table:
     Attributes:
         title: One line above it.
         columns: Headings.
-        rows: As many texts in each as there are columns. The first column is left aligned, the
-            others right.
+        rows: One text per column in each. The first column is aligned left, the others right.
         note: One line below it.
     """
 

@@ -1,4 +1,4 @@
-"""A picture of what was pruned: a row for each image, a column for each stage."""
+"""A picture of the kept patches: a row for each image, a column for each stage."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,15 +12,15 @@ from tokenprune.rewrite.kept.pruning_trace import PruningTrace
 
 __all__ = ["grid_shape", "kept_pixels", "pruning_grid"]
 
-# Share of a dropped patch's own colour that is left. The rest is a blue grey, which neither a
-# bright nor a dark image has much of.
+# A dropped patch keeps this share of its colour. The rest is a blue grey that differs from both
+# bright and dark images.
 LEFT, DROPPED = 0.22, (0.36, 0.43, 0.54)
 GAP, HEADER, LINE = 6, 34, 14
 BACKGROUND, INK = (255, 255, 255), (30, 30, 30)
 
 
 def grid_shape(num_patches: int, height: int, width: int) -> tuple[int, int]:
-    """Rows and columns of the patches of an image: square ones; a margin too small for one is left.
+    """Rows and columns of the patches of an image: square ones; a narrower margin may be left.
 
     Args:
         num_patches: N.
@@ -67,7 +67,7 @@ def pruning_grid(
 
     Args:
         images: [B, C, height, width] pixels in [0, 1], of one or three channels.
-        trace: Of the call with these images; either path.
+        trace: Of the call with these images, on the mask or gather path.
         labels: A line under each image, such as its class.
         tile: Side of an image in the picture, in pixels.
 

@@ -44,7 +44,7 @@ _HOMES = {
     "load_data": "tokenprune.train.data",
     "pretrain": "tokenprune.train.pretraining",
 }
-_OF_THE_EXTRA = {"PIL", "accelerate", "sklearn", "timm", "torchvision", "transformers"}
+_EXTRA_PACKAGES = {"PIL", "accelerate", "sklearn", "timm", "torchvision", "transformers"}
 
 
 def __getattr__(name: str) -> Any:
@@ -54,7 +54,7 @@ def __getattr__(name: str) -> Any:
         return getattr(import_module(_HOMES[name]), name)
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
-        if missing not in _OF_THE_EXTRA:
+        if missing not in _EXTRA_PACKAGES:
             raise
         raise MissingDependencyError(
             f"tokenprune.train.{name} needs {missing}, which is not installed. "

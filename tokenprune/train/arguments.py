@@ -20,7 +20,7 @@ Progress = Callable[[int, int, dict[str, float]], None]
 
 
 def with_overrides(recipe: Recipe, **overrides: Any) -> Recipe:
-    """The recipe with other values in its `train` section; None leaves a value as it is.
+    """The recipe with other values in its `train` section; None keeps a value.
 
     Raises:
         RecipeError: A value is not allowed there.
@@ -34,7 +34,7 @@ def with_overrides(recipe: Recipe, **overrides: Any) -> Recipe:
 
 
 def training_arguments(
-    wishes: TrainSection,
+    config: TrainSection,
     output_dir: Path,
     *,
     num_images: int,
@@ -47,22 +47,22 @@ def training_arguments(
     """Arguments for a run; the optimiser, its schedule and the data order are the trainer's own.
 
     Args:
-        wishes: the recipe's section, with epochs and batch size of this run.
+        config: the recipe's section, with epochs and batch size of this run.
         output_dir: where checkpoints go.
         num_images: to train on.
-        accumulation_steps: backward passes to one optimiser step.
+        accumulation_steps: backward passes per optimiser step.
         save_every: "epoch", "never", or a number of optimiser steps.
         evaluates: after each epoch.
         show_bar: a progress bar on standard error.
         num_workers: processes that read images.
 
     Raises:
-        PlanError: fp16 without an accelerator, or a batch that cannot be dealt out.
+        PlanError: fp16 without an accelerator.
     """
     use_cpu = not torch.accelerator.is_available()
-    if wishes.mixed_precision == "fp16" and use_cpu:
+    if config.mixed_precision == "fp16" and use_cpu:
         raise PlanError(
-            "train.mixed_precision is 'fp16', which needs an accelerator, found none. Say "
+            "train.mixed_precision is 'fp16', which needs an accelerator, found none. Use "
             "'bf16' or 'no'."
         )
     options: dict[str, Any] = {}
@@ -71,20 +71,20 @@ def training_arguments(
     saves = {"epoch": "epoch", "never": "no"}.get(str(save_every), "steps")
     arguments = TrainingArguments(
         output_dir=str(output_dir),
-        num_train_epochs=wishes.epochs,
+        num_train_epochs=config.epochs,
         gradient_accumulation_steps=accumulation_steps,
-        learning_rate=wishes.learning_rate,
-        weight_decay=wishes.weight_decay,
-        max_grad_norm=wishes.clip_grad or 0.0,
-        bf16=wishes.mixed_precision == "bf16",
-        fp16=wishes.mixed_precision == "fp16",
-        seed=wishes.seed % 2**32,  # what numpy takes
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.clip_grad or 0.0,
+        bf16=config.mixed_precision == "bf16",
+        fp16=config.mixed_precision == "fp16",
+        seed=config.seed % 2**32,  # numpy takes 32 bits
         use_cpu=use_cpu,
         save_strategy=saves,
         save_total_limit=KEPT_CHECKPOINTS,
         eval_strategy="epoch" if evaluates else "no",
         logging_strategy="steps",
-        logging_steps=min(50, steps_per_epoch(num_images, wishes.batch_size)),
+        logging_steps=min(50, steps_per_epoch(num_images, config.batch_size)),
         logging_nan_inf_filter=False,
         report_to="none",
         disable_tqdm=not show_bar,
@@ -98,5 +98,5 @@ def training_arguments(
     # one process, one device: replicas in threads would share noise and trace
     arguments._n_gpu = min(arguments.n_gpu, 1)
     parts = accumulation_steps * arguments.world_size
-    arguments.per_device_train_batch_size = max(wishes.batch_size // parts, 1)
+    arguments.per_device_train_batch_size = max(config.batch_size // parts, 1)
     return arguments

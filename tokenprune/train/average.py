@@ -1,4 +1,4 @@
-"""The average of the weights over the steps (EMA), kept beside the trained ones."""
+"""The moving average of the weights over the steps (EMA)."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,12 +16,12 @@ __all__ = ["WeightAverage"]
 class WeightAverage:
     """Exponential moving average of parameters and floating-point buffers.
 
-    The decay grows with the steps t as (1 + t) / (10 + t) up to its final value, so that a short
-    run is not an average of where it started.
+    The decay grows with the steps t as (1 + t) / (10 + t) up to its final value, so that the
+    initial weights do not dominate the average of a short run.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        """Start from the weights as they are.
+        """Start from the current weights.
 
         Args:
             model: what is averaged.
@@ -32,7 +32,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Take in the weights after a step."""
+        """Add the weights after a step."""
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         for name, tensor in _tensors(model):
@@ -40,7 +40,7 @@ class WeightAverage:
 
     @contextmanager
     def inside(self, model: nn.Module) -> Iterator[None]:
-        """Let `model` have the average as its weights for a while."""
+        """Give `model` the average inside the `with` block, its own weights afterwards."""
         trained = {name: tensor.detach().clone() for name, tensor in _tensors(model)}
         self.copy_to(model)
         try:
@@ -49,7 +49,7 @@ class WeightAverage:
             _put(model, trained)
 
     def copy_to(self, model: nn.Module) -> None:
-        """Give `model` the average for good."""
+        """Overwrite the weights of `model` by the average."""
         _put(model, self.average)
 
     def save(self, file: Path) -> None:
@@ -61,7 +61,7 @@ class WeightAverage:
         """Read what `save` wrote.
 
         Raises:
-            CheckpointError: It is of another model.
+            CheckpointError: It belongs to another model.
         """
         from safetensors import safe_open
 

@@ -1,4 +1,4 @@
-"""What to train on: scikit-learn's digits, which every install has, or images of your own."""
+"""Training data: scikit-learn's digits, image folders or idx files."""
 
 import os
 from collections.abc import Sequence
@@ -18,18 +18,17 @@ __all__ = ["DataBundle", "load_data"]
 
 DIGITS = "digits"
 HELD_OUT_DIGITS = 360
-HELD_OUT = 0.2  # of each class of a folder that is not divided
-# For images of few pixels: a mirrored 2 is no digit, and half of an 8 is a 3.
+HELD_OUT = 0.2  # of each class, where a folder has no val/
+# For digits: mirroring and small crops would change the class.
 SMALL_CROPS = Crops(scale=(0.6, 1.0), ratio=(0.85, 1.18), flip=False)
 _HALF = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataBundle:
-    """Images to train on, images to evaluate on, and what is known about them.
+    """Images to train on, images to evaluate on, and their metadata.
 
-    Bring your own by making one: any map-style data set of
-    `{"pixel_values": [C, height, width], "labels": int}` serves.
+    Both may be any map-style data set of `{"pixel_values": [C, height, width], "labels": int}`.
 
     Attributes:
         train: images to train on.
@@ -37,7 +36,7 @@ class DataBundle:
         class_names: by class index.
         image_size: side in pixels.
         mean: of each channel, subtracted from pixels in [0, 1].
-        std: of each channel, what they are then divided by.
+        std: of each channel; pixels are divided by it afterwards.
         name: for messages and reports.
     """
 
@@ -82,21 +81,20 @@ def load_data(
     """Read images; the number of classes comes from them.
 
     Args:
-        spec: None or "digits" for scikit-learn's 1797 digits of 8 x 8 pixels, of which always the
-            same 360, stratified, are held out. Otherwise a folder: `train/` and `val/` with one
-            subfolder a class; or the classes themselves, of which a share is held out; or idx
-            files under MNIST's names, `train-images-idx3-ubyte` and so on, or those with `.gz`.
-        image_size: Side in pixels that the host takes; `input_settings` tells it and what follows.
+        spec: None or "digits" for scikit-learn's 1797 digits of 8 x 8 pixels, of which the same
+            360, stratified, are always held out. Otherwise a folder: `train/` and `val/` with one
+            subfolder per class; or the class folders, a share of which is held out; or idx files
+            with MNIST's names, `train-images-idx3-ubyte` and so on, with or without `.gz`.
+        image_size: Side in pixels; `input_settings` returns it and the next five.
         in_chans: 1 for grey, 3 for colour.
         mean: Of each channel; 0.5 if None.
         std: Of each channel; 0.5 if None.
-        crop_pct: Share of the shorter side that evaluation looks at. Digits and idx files are never
+        crop_pct: Share of the shorter side that evaluation keeps. Digits and idx files are not
             cropped.
         interpolation: Of the resize: `bilinear` or `bicubic`.
-        train: What augmentation a recipe asks for; none if None.
-        held_out: Share of each class held out of a folder without `val/`; 1 for all of it, to
-            evaluate on.
-        seed: Of that split and of the augmentation.
+        train: The augmentation of a recipe; none if None.
+        held_out: Share of each class held out of a folder without `val/`; 1 to evaluate on all.
+        seed: Of the split and the augmentation.
 
     Raises:
         DataError: A missing folder, an empty class, a share outside (0, 1], or another number of
@@ -106,13 +104,13 @@ def load_data(
     if not 0 < held_out <= 1:
         raise DataError(f"held_out must lie in (0, 1], got {held_out}.")
     half = (_HALF,) * in_chans
-    look = tuple(mean or half), tuple(std or half)
-    if not len(look[0]) == len(look[1]) == in_chans:
+    scale = tuple(mean or half), tuple(std or half)
+    if not len(scale[0]) == len(scale[1]) == in_chans:
         raise DataError(
-            f"mean has {len(look[0])} numbers and std {len(look[1])}, but images are to have "
+            f"mean has {len(scale[0])} numbers and std {len(scale[1])}, but images are to have "
             f"{in_chans} channels. Give one number for each channel."
         )
-    wishes = train or TrainSection()
+    config = train or TrainSection()
     if spec is None or spec == DIGITS:
         names, to_train, to_eval = _digits()
         name, crop_pct, crops = DIGITS, 1.0, SMALL_CROPS
@@ -123,15 +121,15 @@ def load_data(
         names, listed, listed_eval = read_folder(Path(spec), held_out, seed)
         to_train, to_eval = _columns(listed), _columns(listed_eval)
         name, crops = Path(spec).name, Crops()
-    augment = train_transform(image_size, *look, interpolation, wishes, crops)
-    plain = eval_transform(image_size, *look, crop_pct, interpolation)
+    augment = train_transform(image_size, *scale, interpolation, config, crops)
+    plain = eval_transform(image_size, *scale, crop_pct, interpolation)
     return DataBundle(
         train=ImageSet(*to_train, augment, in_chans=in_chans, augments=True, seed=seed),
         eval=ImageSet(*to_eval, plain, in_chans=in_chans),
         class_names=tuple(names),
         image_size=image_size,
-        mean=look[0],
-        std=look[1],
+        mean=scale[0],
+        std=scale[1],
         name=name,
     )
 
@@ -147,12 +145,12 @@ def _digits() -> tuple[list[str], tuple[list[Any], list[int]], tuple[list[Any], 
     from sklearn.model_selection import train_test_split
 
     digits = load_digits()
-    # 0 to 16 in the file
+    # values in the file are 0 to 16
     grey = np.rint(digits.images * (255 / 16)).astype(np.uint8)
     images = [Image.fromarray(image) for image in grey]
     labels = [int(label) for label in digits.target]
-    apart = train_test_split(
+    split = train_test_split(
         range(len(labels)), test_size=HELD_OUT_DIGITS, stratify=labels, random_state=0
     )
-    kept, held = ([(images[i], labels[i]) for i in part] for part in apart)
+    kept, held = ([(images[i], labels[i]) for i in part] for part in split)
     return [str(name) for name in digits.target_names], _columns(kept), _columns(held)

@@ -1,4 +1,4 @@
-"""Accuracy, by a plain loop: on the path that will be deployed unless another is asked for."""
+"""Accuracy on the evaluation images, by default on the gather path."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -23,10 +23,10 @@ __all__ = ["Score", "evaluate", "kept_tokens", "score"]
 
 @dataclass
 class Score:
-    """Sums over images, so that those of several processes can be added.
+    """Sums over images; sums of several processes can be added.
 
     Attributes:
-        correct: images whose largest logit is the right one.
+        correct: images with the largest logit at the label.
         loss: sum of the cross entropy.
         images: how many.
     """
@@ -37,7 +37,7 @@ class Score:
 
     @property
     def accuracy(self) -> float:
-        """Share of the images that are right, in [0, 1]."""
+        """Share of correct images, in [0, 1]."""
         return self.correct / self.images
 
 
@@ -46,16 +46,16 @@ def evaluate(
 ) -> float:
     """Accuracy on `data.eval`, in [0, 1].
 
-    The model is run in eval mode, on the device it is on, and left in the mode it was in.
+    The model runs in eval mode on its own device; its mode is restored.
 
     Args:
-        model: wrapped; or a host, which runs dense whatever `path` says only if it says "dense".
+        model: wrapped; or a host, for which `path` must be "dense".
         data: what `load_data` returned.
         path: "gather" removes tokens, "mask" hides them, "dense" keeps them.
         batch_size: images per forward; does not change the result.
 
     Raises:
-        NotWrappedError: a host was to run pruned.
+        NotWrappedError: `model` is a host and `path` is not "dense".
         DataError: there is no image to evaluate on.
         PlanError: the classes of data and host differ in number.
     """
@@ -67,10 +67,10 @@ def evaluate(
 def kept_tokens(model: nn.Module, data: DataBundle, batch_size: int = 256) -> Tensor:
     """How many patch tokens each image of `data.eval` keeps after each stage in eval.
 
-    They differ between images where a threshold chooses; `ImageMacs` says what that costs.
+    Counts differ between images under a threshold; `ImageMacs` gives their cost.
 
     Args:
-        model: what `wrap` returned; left in the mode it was in.
+        model: what `wrap` returned; its mode is restored.
         data: what `load_data` returned.
         batch_size: images per forward; does not change the result.
 
@@ -118,7 +118,7 @@ def score(
 def _batches(images: Dataset[Any], batch_size: int, num_workers: int = 0) -> DataLoader[Any]:
     if not len(images):  # type: ignore[arg-type]
         raise DataError("There is no image to evaluate on. Give data with an evaluation part.")
-    # a generator of its own: a loader without one draws from the global one, which training needs
+    # without a generator the loader would draw from the global one, and so change training
     return DataLoader(
         images, batch_size=batch_size, num_workers=num_workers, generator=torch.Generator()
     )

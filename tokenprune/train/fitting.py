@@ -1,4 +1,4 @@
-"""One call that trains: a fresh run, or the rest of one that was cut off."""
+"""`fit`: train a wrapped model, or resume an interrupted run."""
 
 import os
 import time
@@ -29,13 +29,13 @@ TEACHER = "teacher.safetensors"
 
 @dataclass
 class FitResult:
-    """What a run came to.
+    """Result of a run.
 
     Attributes:
         metrics: `accuracy` in [0, 1] and `loss` on the held-out images; `steps`, `epochs`, and
             `seconds` of this call.
-        history: all that was logged, a resumed run's first part included: each entry has `step` and
-            `epoch`, and either `loss` and its parts, or `eval_accuracy` and `eval_loss`.
+        history: all log entries, those before a resume included: each has `step` and `epoch`, and
+            either `loss` and its parts, or `eval_accuracy` and `eval_loss`.
     """
 
     metrics: dict[str, float]
@@ -63,26 +63,26 @@ def fit(
     Under `torchrun` every process calls this with the same arguments.
 
     Args:
-        recipe: As for `wrap`; the one that the model was wrapped with if None.
+        recipe: As for `wrap`; the model's own if None.
         model: What `wrap` returned.
-        data: What `load_data` returned, or a `DataBundle` of your own.
+        data: What `load_data` returned, or another `DataBundle`.
         output_dir: Checkpoints go here, in `checkpoint-<step>`; the newest two are kept.
-        epochs: Instead of the recipe's.
-        batch_size: Instead of the recipe's; images of an optimiser step over all processes.
-        accumulation_steps: Backward passes to one optimiser step.
-        resume: Go on from the newest whole checkpoint in `output_dir`, if there is one. False
-            deletes the checkpoints that are there.
-        progress: A bar on standard error, or a function that is called after each step with its
-            number, the number of all steps, and the latest logs.
+        epochs: Overrides the recipe.
+        batch_size: Overrides the recipe; images per optimiser step over all processes.
+        accumulation_steps: Backward passes per optimiser step.
+        resume: Resume from the newest whole checkpoint in `output_dir`, if any. False deletes
+            existing checkpoints.
+        progress: A bar on standard error, or a function that is called after each step with
+            (step, total steps, latest logs).
         teacher: A host or a wrapped model, run dense; a frozen copy of the model if None. A resumed
-            run has the teacher it was started with.
+            run keeps its first teacher.
         save_every: "epoch", "never", or a number of optimiser steps.
         num_workers: Processes that read images.
-        callbacks: Further callbacks of `transformers.Trainer`.
+        callbacks: Additional callbacks of `transformers.Trainer`.
 
     Raises:
         NotWrappedError: `model` is not wrapped.
-        RecipeError: The recipe cannot be read, or `epochs` or `batch_size` is no count.
+        RecipeError: The recipe cannot be read, or `epochs` or `batch_size` is below 1.
         PlanError: Recipe, model, data and number of processes do not fit together.
         DataError: An image cannot be read.
         CheckpointError: `output_dir` holds another run.
@@ -136,7 +136,7 @@ def _check_ratios(recipe: Recipe, budget: Budget) -> None:
 
 
 def describe_run(trainer: ImageTrainer) -> dict[str, Any]:
-    """What decides about the weights besides host and recipe, for `RunFolder`."""
+    """What determines the weights besides host and recipe, for `RunFolder`."""
     data, arguments = trainer.data, trainer.args
     return {
         "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
@@ -152,7 +152,7 @@ def describe_run(trainer: ImageTrainer) -> dict[str, Any]:
 
 
 def run_trainer(trainer: ImageTrainer, checkpoint: Path | None = None) -> FitResult:
-    """Run or resume, evaluate what came out, and leave every module in the mode it was in."""
+    """Train or resume, evaluate, and restore the mode of every module."""
     started = time.perf_counter()
     with kept_modes(trainer.model):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -160,7 +160,7 @@ def run_trainer(trainer: ImageTrainer, checkpoint: Path | None = None) -> FitRes
     metrics = {
         **scores,
         "steps": trainer.state.global_step,
-        "epochs": trainer.wishes.epochs,
+        "epochs": trainer.config.epochs,
         "seconds": time.perf_counter() - started,
     }
     return FitResult(metrics, list(trainer.state.log_history))

@@ -1,4 +1,4 @@
-"""Image folders: one subfolder a class, as torchvision's `ImageFolder` reads them."""
+"""Image folders: one subfolder per class, like torchvision's `ImageFolder`."""
 
 import random
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from tokenprune.errors import TokenPruneError
 
 __all__ = ["DataError", "Listing", "read_folder"]
 
-# What torchvision's ImageFolder takes for an image.
+# The suffixes that torchvision's ImageFolder reads.
 ENDINGS = {".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 Listing = list[tuple[Path, int]]
@@ -22,21 +22,22 @@ def read_folder(root: Path, held_out: float, seed: int) -> tuple[list[str], List
     """The images below `root`, for training and for evaluation.
 
     Args:
-        root: Holds `train/` and `val/`, each with one subfolder a class; or the classes themselves.
+        root: Holds `train/` and `val/`, each with one subfolder per class; or class folders.
         held_out: Share of each class kept for evaluation where there is no `val/`; all if 1.
-        seed: Of that split.
+        seed: Of the split.
 
     Returns:
         Class names, sorted; images and class indices to train on; and those to evaluate on.
 
     Raises:
-        DataError: No such folder, no class, one class, an empty one, or other classes in `val/`.
+        DataError: No such folder, fewer than two classes, an empty class, or other classes in
+            `val/`.
     """
     if not root.is_dir():
         what = "is a file" if root.exists() else "does not exist"
         raise DataError(
             f"The image folder {str(root)!r} {what}. Give a folder with train/ and val/, or with "
-            "one subfolder a class; leave it out for the digits of scikit-learn."
+            "one subfolder per class; leave it out for the digits of scikit-learn."
         )
     train, val = root / "train", root / "val"
     if train.is_dir() and val.is_dir():
@@ -52,7 +53,7 @@ def read_folder(root: Path, held_out: float, seed: int) -> tuple[list[str], List
         missing = val if train.is_dir() else train
         raise DataError(
             f"{str(root)!r} lacks {missing.name}/. Give both train/ and val/, or a folder with one "
-            "subfolder a class, which is split."
+            "subfolder per class, which is split."
         )
     names = _classes(root)
     if held_out == 1:
@@ -89,8 +90,8 @@ def _images(folder: Path, names: Sequence[str]) -> Listing:
 def _split(
     listing: Listing, names: Sequence[str], held_out: float, seed: int
 ) -> tuple[Listing, Listing]:
-    """A share of every class apart, at least one image and never all."""
-    kept, apart = [], []
+    """Hold out a share of every class, at least one image and never all."""
+    kept, held = [], []
     for label, name in enumerate(names):
         own = [entry for entry in listing if entry[1] == label]
         if len(own) < 2:
@@ -101,5 +102,5 @@ def _split(
         count = min(max(round(len(own) * held_out), 1), len(own) - 1)
         chosen = set(random.Random(f"{seed}/{name}").sample(range(len(own)), count))
         kept += [entry for index, entry in enumerate(own) if index not in chosen]
-        apart += [entry for index, entry in enumerate(own) if index in chosen]
-    return kept, apart
+        held += [entry for index, entry in enumerate(own) if index in chosen]
+    return kept, held

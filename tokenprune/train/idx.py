@@ -1,4 +1,4 @@
-"""Images in idx files, the format of MNIST and of its relatives (Fashion-MNIST, KMNIST, EMNIST)."""
+"""Images in idx files, the format of MNIST, Fashion-MNIST, KMNIST and EMNIST."""
 
 import gzip
 import math
@@ -20,7 +20,7 @@ _UNSIGNED_BYTE = 8
 
 
 def is_idx_folder(root: Path) -> bool:
-    """Whether a folder holds idx files under MNIST's names."""
+    """Whether a folder holds idx files with MNIST's names."""
     return any(root.glob("*-images-idx3-ubyte*"))
 
 
@@ -33,7 +33,7 @@ def read_idx_folder(root: Path) -> tuple[list[str], Labelled, Labelled]:
         Class names, which are the numbers of the labels; what to train on; what to evaluate on.
 
     Raises:
-        DataError: A file is missing, broken, or holds another number of entries than its partner.
+        DataError: A file is missing or broken, or images and labels differ in number.
     """
     train, held = (_part(root, part) for part in PARTS)
     classes = max(train[1]) + 1
@@ -58,10 +58,10 @@ def _part(root: Path, part: str) -> Labelled:
 
 
 def _read(root: Path, name: str, rank: int) -> NDArray[np.uint8]:
-    """The array in an idx file: two zero bytes, type, rank, sizes (4 bytes each, big end first)."""
+    """The array in an idx file: two zero bytes, type, rank, sizes (4 bytes each, big-endian)."""
     found = next((path for path in (root / name, root / f"{name}.gz") if path.is_file()), None)
     if found is None:
-        raise DataError(f"{str(root)!r} lacks {name} or {name}.gz, which it needs beside the rest.")
+        raise DataError(f"{str(root)!r} lacks {name} or {name}.gz. Add one of them.")
     try:
         data = found.read_bytes()
         data = gzip.decompress(data) if found.suffix == ".gz" else data

@@ -1,4 +1,4 @@
-"""What training a pruned and a dense model have in common: order, rates, average, resume."""
+"""Base of dense and pruned training: batch order, learning rates, weight average, resume."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -33,11 +33,11 @@ AVERAGE = "average.safetensors"
 
 
 class ImageTrainer(Trainer):
-    """Trains a host as it is, dense, by cross entropy; base of `PruningTrainer`.
+    """Trains a dense host by cross entropy; base of `PruningTrainer`.
 
-    `transformers.Trainer` runs the loop. Images come as `{"pixel_values", "labels"}`, the first
-    argument of the host's forward takes them, and logits are found in what it returns: timm's and
-    transformers' models are trained alike.
+    `transformers.Trainer` runs the loop. Items are `{"pixel_values", "labels"}`: images go to
+    the first argument of the host's forward, and `class_logits` finds the logits in its output, so
+    models of timm and transformers are trained in the same way.
     """
 
     eval_path: ModelPath = "dense"
@@ -50,7 +50,7 @@ class ImageTrainer(Trainer):
         model: nn.Module,
         args: TrainingArguments,
         data: DataBundle,
-        wishes: TrainSection,
+        config: TrainSection,
         *,
         progress: Progress | None = None,
         callbacks: list[TrainerCallback] | None = None,
@@ -61,12 +61,12 @@ class ImageTrainer(Trainer):
             model: trained in place.
             args: what `training_arguments` returned.
             data: images.
-            wishes: the recipe's section, with epochs and batch size of this run.
-            progress: called after each step with its number, the number of all, the latest logs.
-            callbacks: further ones.
+            config: the recipe's section, with epochs and batch size of this run.
+            progress: called after each step with (step, total steps, latest logs).
+            callbacks: additional ones.
 
         Raises:
-            DataError: there is no image to evaluate on.
+            DataError: `data` has no image to evaluate on.
         """
         if not len(data.eval):  # type: ignore[arg-type]
             raise DataError(f"{data.name or 'The data'} has no image to evaluate on. Add some.")
@@ -81,33 +81,33 @@ class ImageTrainer(Trainer):
         self._restore_config(host_config)
         self.remove_callback(PrinterCallback)
         self.add_callback(_Hooks(self, progress))
-        # the loss is a mean over images, so accumulation has to divide it
+        # the loss is a mean over images, so Trainer must divide it by the accumulation steps
         self.model_accepts_loss_kwargs = False
-        self.data, self.wishes = data, wishes
+        self.data, self.config = data, config
         self.images = EpochView(data.train)
         self.order = EpochBatches(
             len(self.images),
-            wishes.batch_size,
+            config.batch_size,
             accumulation_steps=args.gradient_accumulation_steps,
             rank=args.process_index,
             num_ranks=args.world_size,
-            seed=wishes.seed,
+            seed=config.seed,
         )
-        self.mixing = Mixing(wishes, data.num_classes)
-        self.criterion = criterion(wishes)
-        self.average = WeightAverage(model, wishes.ema_decay) if wishes.ema_decay else None
+        self.mixing = Mixing(config, data.num_classes)
+        self.criterion = criterion(config)
+        self.average = WeightAverage(model, config.ema_decay) if config.ema_decay else None
         self._parts: dict[str, Tensor] = {}
         self._passes = 0
 
     # ---- the run
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Run or resume; see `transformers.Trainer.train`. The model ends with the averaged weights
-        where there is an average, else with the trained ones.
+        """Run or resume; see `transformers.Trainer.train`. At the end the model holds the averaged
+        weights if there is an average.
 
-        Dropout and mixing draw from random states that differ on every rank.
+        The random state of dropout and mixing differs between ranks.
         """
-        rank_seed = np.random.SeedSequence((self.wishes.seed, self.args.process_index))
+        rank_seed = np.random.SeedSequence((self.config.seed, self.args.process_index))
         with self._frozen():
             first, second = (int(word) for word in rank_seed.generate_state(2))
             np.random.seed(first)
@@ -128,20 +128,20 @@ class ImageTrainer(Trainer):
 
     @contextmanager
     def _frozen(self) -> Iterator[None]:
-        names = frozen_names(self.model, self.wishes.frozen_parameters)
+        names = frozen_names(self.model, self.config.frozen_parameters)
         if self.args.world_size > 1:
             names |= self._idle_names()
-        still = [p for n, p in self.model.named_parameters() if n in names and p.requires_grad]
-        for parameter in still:
+        frozen = [p for n, p in self.model.named_parameters() if n in names and p.requires_grad]
+        for parameter in frozen:
             parameter.requires_grad_(False)
         try:
             yield
         finally:
-            for parameter in still:
+            for parameter in frozen:
                 parameter.requires_grad_(True)
 
     def _idle_names(self) -> set[str]:
-        """Parameters that get no gradient (a mask token, say): ranks would wait for it for ever."""
+        """Parameters without a gradient, such as a mask token: DDP would wait for it forever."""
         self.model.train()
         items = [self.images[index] for index in range(min(2, len(self.images)))]
         with self.accelerator.autocast():
@@ -152,7 +152,7 @@ class ImageTrainer(Trainer):
         return idle
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Batches in the run's own order; see `EpochBatches`."""
+        """Batches in the order of `EpochBatches`."""
         return DataLoader(
             self.images,
             batch_sampler=self.order,
@@ -164,16 +164,16 @@ class ImageTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW with the recipe's parameter groups."""
         if self.optimizer is None:
-            self.optimizer = make_optimizer(self.model, self.wishes)
+            self.optimizer = make_optimizer(self.model, self.config)
         made: torch.optim.Optimizer = self.optimizer
         return made
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> Any:
-        """Warm-up, cosine, and the host's frozen first epochs."""
+        """Warm-up, cosine decay, and the host frozen in the first epochs."""
         if self.lr_scheduler is None:
-            schedule = Schedule.of(self.wishes, num_training_steps)
+            schedule = Schedule.of(self.config, num_training_steps)
             self.lr_scheduler = make_scheduler(optimizer or self.optimizer, schedule)
             self._created_lr_scheduler = True
         return self.lr_scheduler
@@ -187,7 +187,7 @@ class ImageTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Cross entropy of a batch, mixed if the recipe says so."""
+        """Cross entropy of a batch, after mixing if the recipe has any."""
         images, target = self.mixing(inputs["pixel_values"], inputs["labels"])
         logits = class_logits(model(images), self.data.num_classes)
         loss = self.criterion(logits.float(), target)
@@ -200,12 +200,12 @@ class ImageTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Accuracy and cross entropy, each rank on its share; of the average where there is one.
+        """Accuracy and cross entropy, each rank on its share; of the averaged weights if kept.
 
         Args:
             eval_dataset: images; those of `data` if None.
             ignore_keys: not used.
-            metric_key_prefix: put in front of the names.
+            metric_key_prefix: of the names.
         """
         images: Any = self.data.eval if eval_dataset is None else eval_dataset
         share = range(self.args.process_index, len(images), self.args.world_size)
@@ -237,13 +237,13 @@ class ImageTrainer(Trainer):
         return metrics
 
     def _note(self, parts: dict[str, Tensor]) -> None:
-        """Keep parts of the loss until the next log."""
+        """Add up parts of the loss until the next log."""
         for name, value in parts.items():
             self._parts[name] = self._parts.get(name, 0.0) + value.detach().float()
         self._passes += 1
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the mean of each part of the loss since the last time, over all ranks."""
+        """Log, with the mean of each part of the loss since the last log, over all ranks."""
         if "loss" in logs and self._passes:
             means = torch.stack(list(self._parts.values())) / self._passes
             means = self.accelerator.reduce(means, reduction="mean")
@@ -252,7 +252,7 @@ class ImageTrainer(Trainer):
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Not counted: `tokenprune.profile` counts."""
+        """Not counted here; see `tokenprune.profile`."""
         return 0
 
     # ---- checkpoints
@@ -270,7 +270,7 @@ class ImageTrainer(Trainer):
     def _save(
         self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
     ) -> None:
-        # one way for all hosts: save_pretrained would put the predictors into a host's checkpoint
+        # the same for all hosts: save_pretrained would put predictors into the host's checkpoint
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         if self.args.should_save:
@@ -287,7 +287,7 @@ class ImageTrainer(Trainer):
             self.average.load(folder / AVERAGE)
 
     def _restore_config(self, before: dict[str, Any]) -> None:
-        """Take back what `transformers.Trainer` wrote into the host's configuration."""
+        """Undo what `transformers.Trainer` wrote into the host's configuration."""
         config = getattr(self.model, "config", None)
         if config is not None and before.get("use_cache") != config.use_cache:
             if "use_cache" in before:
@@ -297,7 +297,7 @@ class ImageTrainer(Trainer):
 
 
 class _Hooks(TrainerCallback):
-    """What has to happen at the seams of the loop."""
+    """Callbacks: sampler epoch, EMA, progress."""
 
     def __init__(self, trainer: ImageTrainer, progress: Progress | None) -> None:
         self.trainer, self.progress = trainer, progress

@@ -1,7 +1,7 @@
-"""Images as a data set whose augmentation depends on seed, epoch and image, and on nothing else.
+"""An image data set whose augmentation depends only on seed, epoch and image.
 
-Random state that is drawn in loading order would differ after a resume, with other worker counts
-and on other ranks. Here each image is augmented under a seed of its own.
+One random stream in loading order would differ after a resume, with other worker counts and on
+other ranks. Here every image of every epoch has its own seed.
 """
 
 import random
@@ -43,7 +43,7 @@ class ImageSet(Dataset[dict[str, Any]]):
         augments: bool = False,
         seed: int = 0,
     ) -> None:
-        """Keep the images; files are read when asked for.
+        """Keep the images; files are read on access.
 
         Args:
             images: in memory, or paths.
@@ -54,12 +54,12 @@ class ImageSet(Dataset[dict[str, Any]]):
             seed: of the augmentation.
 
         Raises:
-            PlanError: Another number of channels.
+            PlanError: `in_chans` is neither 1 nor 3.
         """
         if in_chans not in _MODES:
             raise PlanError(
                 f"Images have 1 or 3 channels, the host takes {in_chans}. Build it with "
-                "in_chans=3, or bring a data set of your own in a DataBundle."
+                "in_chans=3, or pass your own data set in a DataBundle."
             )
         self.images, self.labels, self.transform = images, list(labels), transform
         self.in_chans, self.augments, self.seed = in_chans, augments, seed
@@ -71,10 +71,10 @@ class ImageSet(Dataset[dict[str, Any]]):
         return self.at(index, epoch=0)
 
     def at(self, index: int, epoch: int) -> dict[str, Any]:
-        """The image as it is seen in an epoch.
+        """The item with the augmentation of an epoch.
 
         Raises:
-            DataError: The file is no image.
+            DataError: The file is not an image.
         """
         image = self.open(index)
         if self.augments:
@@ -88,7 +88,7 @@ class ImageSet(Dataset[dict[str, Any]]):
         """The image as it is stored, in the host's number of channels.
 
         Raises:
-            DataError: The file is no image.
+            DataError: The file is not an image.
         """
         source = self.images[index]
         if isinstance(source, Image.Image):
@@ -104,7 +104,7 @@ class ImageSet(Dataset[dict[str, Any]]):
 
 @dataclass(frozen=True)
 class Crops:
-    """Random crops that leave an image what it is; the defaults are ImageNet's.
+    """Limits of random crops; the defaults are ImageNet's.
 
     Attributes:
         scale: share of the area that a crop has.
@@ -118,9 +118,9 @@ class Crops:
 
 
 class EpochView(Dataset[Any]):
-    """A data set by `epoch * len + index`: one number says which image, and which look of it.
+    """A data set with keys `epoch * len + index`, so that a key also selects the augmentation.
 
-    A data set without the method `at(index, epoch)` looks the same in every epoch.
+    A data set without the method `at(index, epoch)` gives the same items in every epoch.
     """
 
     def __init__(self, images: Dataset[Any]) -> None:
@@ -157,18 +157,18 @@ def train_transform(
     mean: Sequence[float],
     std: Sequence[float],
     interpolation: str,
-    wishes: TrainSection,
+    config: TrainSection,
     crops: Crops,
 ) -> Transform:
-    """A random crop, and what the `train` section of a recipe asks for.
+    """A random crop, and the augmentation of a recipe's `train` section.
 
     Args:
         image_size: side in pixels.
         mean: of each channel.
         std: of each channel.
         interpolation: of the resize.
-        wishes: the recipe's section.
-        crops: what may be cut away, where the recipe leaves it open.
+        config: the recipe's section.
+        crops: used where the recipe gives no `crop_scale`.
     """
     from timm.data import create_transform
 
@@ -178,22 +178,22 @@ def train_transform(
         mean=mean,
         std=std,
         interpolation=interpolation,
-        scale=wishes.crop_scale or crops.scale,
+        scale=config.crop_scale or crops.scale,
         ratio=crops.ratio,
         hflip=0.5 if crops.flip else 0.0,
-        color_jitter=wishes.color_jitter,
-        auto_augment=wishes.rand_augment,
-        re_prob=wishes.random_erasing,
+        color_jitter=config.color_jitter,
+        auto_augment=config.rand_augment,
+        re_prob=config.random_erasing,
         re_mode="pixel",
     )
     return transform
 
 
 @contextmanager
-def _seeded(*words: int) -> Iterator[None]:
-    """All of Python's, numpy's and torch's draws follow from `words`; put back afterwards."""
+def _seeded(*numbers: int) -> Iterator[None]:
+    """Seed Python, numpy and torch by `numbers`; restore their states afterwards."""
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    first, second = (int(word) for word in np.random.SeedSequence(words).generate_state(2))
+    first, second = (int(word) for word in np.random.SeedSequence(numbers).generate_state(2))
     random.seed(first)
     np.random.seed(first)
     # the default generator only: torch.manual_seed would reseed the accelerators too

@@ -1,4 +1,4 @@
-"""Mixup, CutMix and label smoothing: what happens to a batch before the model sees it."""
+"""Mixup, CutMix and label smoothing of a batch."""
 
 from collections.abc import Callable
 from functools import partial
@@ -13,21 +13,21 @@ __all__ = ["Mixing", "criterion"]
 
 
 class Mixing:
-    """Mixes the images of a batch pairwise, first with last; nothing if not asked for.
+    """Mixes the images of a batch in pairs, first with last; without mixup and cutmix does nothing.
 
-    Draws from numpy's global generator, whose state every checkpoint holds.
+    Draws from numpy's global generator; checkpoints hold its state.
     """
 
-    def __init__(self, wishes: TrainSection, num_classes: int) -> None:
-        self.num_classes, self.smoothing = num_classes, wishes.label_smoothing
+    def __init__(self, config: TrainSection, num_classes: int) -> None:
+        self.num_classes, self.smoothing = num_classes, config.label_smoothing
         self.mix = None
-        if wishes.mixup or wishes.cutmix:
+        if config.mixup or config.cutmix:
             from timm.data import Mixup
 
             self.mix = Mixup(
-                mixup_alpha=wishes.mixup,
-                cutmix_alpha=wishes.cutmix,
-                label_smoothing=wishes.label_smoothing,
+                mixup_alpha=config.mixup,
+                cutmix_alpha=config.cutmix,
+                label_smoothing=config.label_smoothing,
                 num_classes=num_classes,
             )
 
@@ -55,8 +55,8 @@ class Mixing:
         return images, targets
 
 
-def criterion(wishes: TrainSection) -> Callable[[Tensor, Tensor], Tensor]:
-    """Cross entropy; smoothed here where mixing has not smoothed the targets already."""
-    if wishes.mixup or wishes.cutmix or not wishes.label_smoothing:
+def criterion(config: TrainSection) -> Callable[[Tensor, Tensor], Tensor]:
+    """Cross entropy, with label smoothing unless mixing smooths the targets."""
+    if config.mixup or config.cutmix or not config.label_smoothing:
         return F.cross_entropy
-    return partial(F.cross_entropy, label_smoothing=wishes.label_smoothing)
+    return partial(F.cross_entropy, label_smoothing=config.label_smoothing)

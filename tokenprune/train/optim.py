@@ -1,4 +1,4 @@
-"""Parameter groups and their rates: new parameters learn, the host follows slowly, some stand.
+"""Parameter groups, learning rates, frozen parameters.
 
 The parts of DynamicViT's training that its paper leaves open; see the `train` section of a recipe.
 """
@@ -23,12 +23,12 @@ LONGEST_SPAN = 0.25
 
 @dataclass(frozen=True)
 class Schedule:
-    """Factors on the peak rate, by optimiser step.
+    """Factors of the peak learning rate, by optimiser step.
 
     Attributes:
         total: optimiser steps of the run.
         warmup: first steps, over which the factor grows linearly.
-        frozen: first steps in which the host does not move.
+        frozen: first steps, in which the host is not trained.
         floor: the factor at the end of the cosine.
     """
 
@@ -38,24 +38,24 @@ class Schedule:
     floor: float
 
     @classmethod
-    def of(cls, wishes: TrainSection, total: int) -> "Schedule":
+    def of(cls, config: TrainSection, total: int) -> "Schedule":
         """The schedule of a recipe over a run of `total` steps.
 
         Warm-up and frozen epochs never take more than a quarter of the run each, however short.
         """
 
         def span(epochs: int) -> int:
-            return round(total * min(epochs / wishes.epochs, LONGEST_SPAN))
+            return round(total * min(epochs / config.epochs, LONGEST_SPAN))
 
         return cls(
             total=total,
-            warmup=span(wishes.warmup_epochs),
-            frozen=span(wishes.frozen_epochs),
-            floor=min(wishes.min_learning_rate / wishes.learning_rate, 1.0),
+            warmup=span(config.warmup_epochs),
+            frozen=span(config.frozen_epochs),
+            floor=min(config.min_learning_rate / config.learning_rate, 1.0),
         )
 
     def new(self, step: int) -> float:
-        """Factor of parameters that the host did not have."""
+        """Factor of the added parameters."""
         if step < self.warmup:
             return (step + 1) / self.warmup
         done = (step - self.warmup) / max(self.total - self.warmup, 1)
@@ -67,7 +67,7 @@ class Schedule:
 
 
 def frozen_names(model: nn.Module, parts: Iterable[str]) -> set[str]:
-    """Names of the host's parameters that hold one of `parts`; warns of a part that none holds."""
+    """Names of the host's parameters that contain one of `parts`; warns if none contains a part."""
     host = [name for name, _ in model.named_parameters() if not _is_new(name)]
     found: set[str] = set()
     for part in parts:
@@ -82,7 +82,7 @@ def frozen_names(model: nn.Module, parts: Iterable[str]) -> set[str]:
     return found
 
 
-def parameter_groups(model: nn.Module, wishes: TrainSection) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, config: TrainSection) -> list[dict[str, Any]]:
     """Up to four groups: new or the host's, with and without weight decay.
 
     Biases, other parameters of one dimension, and what the host's `no_weight_decay()` names are not
@@ -90,7 +90,7 @@ def parameter_groups(model: nn.Module, wishes: TrainSection) -> list[dict[str, A
 
     Args:
         model: wrapped, or a dense host: then all parameters are the host's.
-        wishes: rates and decay.
+        config: rates and decay.
     """
     named = getattr(model, "no_weight_decay", None)
     exempt = set(named()) if callable(named) else set()
@@ -103,19 +103,19 @@ def parameter_groups(model: nn.Module, wishes: TrainSection) -> list[dict[str, A
         {
             "params": parameters,
             "name": f"{'new' if new else 'host'}{'' if decays else ' without decay'}",
-            "lr": wishes.learning_rate * (1.0 if new else wishes.backbone_lr_scale),
-            "weight_decay": wishes.weight_decay if decays else 0.0,
+            "lr": config.learning_rate * (1.0 if new else config.backbone_lr_scale),
+            "weight_decay": config.weight_decay if decays else 0.0,
         }
         for (new, decays), parameters in sorted(groups.items(), reverse=True)
     ]
 
 
-def make_optimizer(model: nn.Module, wishes: TrainSection) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, config: TrainSection) -> torch.optim.Optimizer:
     """AdamW over the groups of `parameter_groups`."""
     device = next(model.parameters()).device.type
-    # the fused step is many times faster on small models, and exists for these two devices
+    # many times faster on small models; exists for these two devices
     fused = device in ("cpu", "cuda")
-    return torch.optim.AdamW(parameter_groups(model, wishes), lr=wishes.learning_rate, fused=fused)
+    return torch.optim.AdamW(parameter_groups(model, config), lr=config.learning_rate, fused=fused)
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, schedule: Schedule) -> LambdaLR:

@@ -1,7 +1,7 @@
-"""Which images a step takes, on every rank: a function of seed and epoch alone.
+"""The images of each step on each rank, as a function of seed and epoch only.
 
 The images of a step are the same for any number of processes and accumulation steps, and a resumed
-run finds its place by counting.
+run skips the steps that are done.
 """
 
 from collections.abc import Iterator
@@ -23,9 +23,9 @@ def steps_per_epoch(num_images: int, batch_size: int) -> int:
 class EpochBatches(Sampler[list[int]]):
     """Batch sampler of one rank. Yields keys of `EpochView`: `epoch * num_images + index`.
 
-    Every epoch is shuffled anew and cut into steps of `batch_size` images; a step is dealt out to
-    the ranks and their accumulation steps in equal parts. Where the last step cannot be cut evenly,
-    images from the start of the epoch fill it up.
+    Every epoch is shuffled and cut into steps of `batch_size` images; a step is divided equally
+    among the ranks and their accumulation steps. A last step that cannot be divided is filled up
+    with images from the start of the epoch.
     """
 
     def __init__(
@@ -43,18 +43,18 @@ class EpochBatches(Sampler[list[int]]):
         Args:
             num_images: in the data set.
             batch_size: images of an optimiser step, over all ranks and accumulation steps.
-            accumulation_steps: backward passes to one optimiser step.
+            accumulation_steps: backward passes per optimiser step.
             rank: of this process.
             num_ranks: processes.
             seed: of the shuffle.
 
         Raises:
-            PlanError: `batch_size` cannot be dealt out evenly.
+            PlanError: `batch_size` cannot be divided evenly.
         """
         parts = accumulation_steps * num_ranks
         if batch_size % parts:
             raise PlanError(
-                f"A batch of {batch_size} images cannot be dealt out evenly to {num_ranks} "
+                f"A batch of {batch_size} images cannot be divided evenly to {num_ranks} "
                 f"processes with {accumulation_steps} accumulation steps. Take a multiple of "
                 f"{parts}."
             )
@@ -68,7 +68,7 @@ class EpochBatches(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         epoch = self.epoch
-        # one stream for all epochs would have to be drawn from the start on a resume
+        # one stream for all epochs would have to be drawn from its start after a resume
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
         order = torch.randperm(self.num_images, generator=generator)
         keys: list[int] = (order + epoch * self.num_images).tolist()

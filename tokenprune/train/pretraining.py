@@ -1,4 +1,4 @@
-"""Train a dense host, where no published weights fit: for the demo and for benchmarks."""
+"""`pretrain`: train a dense host where no published weights fit."""
 
 import os
 import tempfile
@@ -45,7 +45,7 @@ def pretrain(
         weight_decay: Of AdamW; biases and other parameters of one dimension get none.
         warmup_epochs: Over which the rate grows.
         seed: Of data order, dropout and mixing.
-        output_dir: Checkpoints go here, as those of `fit`; nothing is kept on disk if None.
+        output_dir: Checkpoints go here, as for `fit`; None keeps nothing on disk.
         resume: As for `fit`.
         progress: As for `fit`.
         num_workers: Processes that read images.
@@ -56,7 +56,7 @@ def pretrain(
         DataError: An image cannot be read.
         CheckpointError: `output_dir` holds another run.
     """
-    wishes = TrainSection(
+    config = TrainSection(
         epochs=epochs,
         batch_size=batch_size,
         learning_rate=learning_rate,
@@ -72,7 +72,7 @@ def pretrain(
     )
     with where as folder:
         arguments = training_arguments(
-            wishes,
+            config,
             Path(folder),
             num_images=len(data.train),  # type: ignore[arg-type]
             save_every="never" if output_dir is None else "epoch",
@@ -81,8 +81,8 @@ def pretrain(
             num_workers=num_workers,
         )
         trainer = ImageTrainer(
-            host, arguments, data, wishes, progress=progress if callable(progress) else None
+            host, arguments, data, config, progress=progress if callable(progress) else None
         )
         run = RunFolder(Path(folder), arguments.distributed_state)
-        description = {"train": wishes.model_dump(mode="json"), "host": type(host).__name__}
+        description = {"train": config.model_dump(mode="json"), "host": type(host).__name__}
         return run_trainer(trainer, run.begin(description | describe_run(trainer), resume))

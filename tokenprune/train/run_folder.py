@@ -1,7 +1,7 @@
-"""The folder of a training run: what the run is, and which of its checkpoints are whole.
+"""The folder of a training run: its description and its whole checkpoints.
 
-A process can be killed while it writes. A checkpoint counts only once the mark in it, written last,
-is there; the one before is kept until then.
+A process can be killed while it writes. A checkpoint is whole if it holds the mark, a file that is
+written last; the previous checkpoint is kept until then.
 """
 
 import json
@@ -19,19 +19,19 @@ from tokenprune.errors import CheckpointError
 __all__ = ["KEPT_CHECKPOINTS", "RunFolder", "mark_whole", "newest_checkpoint", "unmark"]
 
 KEPT_CHECKPOINTS = 2
-ANEW = "resume=False (--no-resume)"
+NO_RESUME = "resume=False (--no-resume)"
 _MARK = "whole"
 _RUN = "run.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def unmark(checkpoint: Path) -> None:
-    """What is in the folder is about to change."""
+    """Remove the mark before the checkpoint is written."""
     (checkpoint / _MARK).unlink(missing_ok=True)
 
 
 def mark_whole(checkpoint: Path) -> None:
-    """Everything is written."""
+    """Write the mark after everything else."""
     (checkpoint / _MARK).touch()
 
 
@@ -42,30 +42,30 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 class RunFolder:
-    """Where the processes of a run keep what a resumed one needs."""
+    """Checkpoints and other files that a resumed run needs."""
 
     def __init__(self, path: Path, processes: Any) -> None:
-        """Look at a folder, which need not exist.
+        """Name a folder.
 
         Args:
-            path: the folder.
+            path: the folder, which need not exist.
             processes: accelerate's `PartialState`, or anything with its `is_main_process` and
                 `wait_for_everyone()`.
         """
         self.path, self.processes = path, processes
 
     def begin(self, description: Mapping[str, Any], resume: bool) -> Path | None:
-        """The checkpoint to go on from; None for a fresh start, which deletes those that are there.
+        """The checkpoint to resume from; None for a fresh start, which deletes existing ones.
 
         Checkpoints that another program wrote are deleted only without `resume`.
 
         Args:
-            description: whatever decides about the weights; a resumed run must share it.
-            resume: go on if there is a whole checkpoint.
+            description: whatever determines the weights; a resumed run must have the same.
+            resume: if there is a whole checkpoint.
 
         Raises:
-            CheckpointError: the folder holds a run of another description, and says what differs;
-                or checkpoints of another program.
+            CheckpointError: the folder holds a run of another description (the message says what
+                differs) or checkpoints of another program.
         """
         newest = newest_checkpoint(self.path) if resume else None
         if newest is not None:
@@ -73,16 +73,16 @@ class RunFolder:
         elif resume and _checkpoints(self.path) and not (self.path / _RUN).exists():
             raise CheckpointError(
                 f"{str(self.path)!r} holds {_checkpoints(self.path)[-1].name}, which another "
-                f"program wrote: there is no {_RUN}. Choose another folder; {ANEW} deletes it."
+                f"program wrote: there is no {_RUN}. Choose another folder; {NO_RESUME} deletes it."
             )
-        self.processes.wait_for_everyone()  # everybody has looked before anything changes
+        self.processes.wait_for_everyone()  # every rank has read the folder before it changes
         if newest is None and self.processes.is_main_process:
             self._clear(description)
         self.processes.wait_for_everyone()
         return newest
 
     def share_weights(self, model: nn.Module, name: str, resumed: bool) -> None:
-        """Write weights that a resumed run needs and no checkpoint holds; or read them."""
+        """Write weights that no checkpoint holds; read them in a resumed run."""
         file = self.path / name
         if resumed:
             load_model(model, file)
@@ -105,7 +105,7 @@ class RunFolder:
         except (OSError, ValueError) as error:
             raise CheckpointError(
                 f"{str(self.path)!r} holds checkpoints, but {_RUN} does not say of which run: "
-                f"{error}. Choose another folder, or {ANEW} to start anew."
+                f"{error}. Choose another folder, or {NO_RESUME} to start again."
             ) from error
         there, now = _flat(found), _flat(json.loads(json.dumps(description)))
         differing = [
@@ -118,7 +118,7 @@ class RunFolder:
                 "\n  - ".join(
                     [f"{str(self.path)!r} holds another run, which cannot be resumed:", *differing]
                 )
-                + f"\nChoose another folder, or {ANEW} to start anew."
+                + f"\nChoose another folder, or {NO_RESUME} to start again."
             )
 
 

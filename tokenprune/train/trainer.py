@@ -1,4 +1,4 @@
-"""Train predictors, and the host to live with fewer tokens, with the dense host as teacher."""
+"""`PruningTrainer`: trains predictors and host, with the dense host as teacher."""
 
 import copy
 from pathlib import Path
@@ -30,9 +30,9 @@ class PruningTrainer(ImageTrainer):
 
     The student runs the mask path with Gumbel noise, the teacher the dense path of a frozen copy of
     the host. Logged beside `loss`: each part by the name of its weight in the recipe, unweighted,
-    and `kept_share_<stage>`. Evaluation takes the gather path.
+    and `kept_share_<stage>`. Evaluation runs the gather path.
 
-    The noise comes from a generator of this rank's own; its state is in every checkpoint.
+    Every rank has its own generator of the noise; its state is in every checkpoint.
     """
 
     eval_path: ModelPath = "gather"
@@ -54,14 +54,14 @@ class PruningTrainer(ImageTrainer):
             model: what `wrap` returned; trained in place.
             args: what `training_arguments` returned.
             data: images.
-            recipe: whose `loss` and `train` sections count; the model's own if None.
+            recipe: its `loss` and `train` sections are used; the model's own if None.
             teacher: a host, or a wrapped model, that runs dense; a frozen copy of `model` if None.
-            progress: called after each step with its number, the number of all, the latest logs.
-            callbacks: further ones.
+            progress: called after each step with (step, total steps, latest logs).
+            callbacks: additional ones.
 
         Raises:
             NotWrappedError: `model` is not wrapped.
-            PlanError: it was wrapped with other stages than the recipe's.
+            PlanError: the model's stages are not the recipe's.
         """
         pruning = pruning_of(model)
         recipe = recipe or pruning.recipe
@@ -81,7 +81,7 @@ class PruningTrainer(ImageTrainer):
         if self.loss.distill_logits or self.loss.distill_tokens:
             self.teacher = frozen_copy(model, teacher).to(args.device)
         self.noise = torch.Generator(args.device)
-        seed = np.random.SeedSequence((self.wishes.seed, args.process_index, len("noise")))
+        seed = np.random.SeedSequence((self.config.seed, args.process_index, len("noise")))
         self.noise.manual_seed(int(seed.generate_state(1, np.uint64)[0]) % 2**63)
 
     def compute_loss(
@@ -129,14 +129,14 @@ class PruningTrainer(ImageTrainer):
         }
 
     def _tokens(self, model: nn.Module, trace: PruningTrace) -> Tensor:
-        """What the token term compares: final patch tokens, or their logits for `kl`."""
+        """Operands of the token term: final patch tokens, or their logits for `kl`."""
         if self.loss.token_distance == "mse":
             return trace.patch_tokens
         head = getattr(model, "aux_head", None)
         if not isinstance(head, nn.Module):
             raise PlanError(
                 "loss.token_distance is 'kl', which compares the class logits of tokens, but "
-                f"{type(model).__name__} has no dense head (`aux_head`, as LV-ViT has). Say 'mse'."
+                f"{type(model).__name__} has no dense head (`aux_head`, as LV-ViT has). Use 'mse'."
             )
         logits: Tensor = head(trace.patch_tokens)
         return logits
@@ -157,7 +157,7 @@ class PruningTrainer(ImageTrainer):
 
 
 def frozen_copy(model: nn.Module, teacher: nn.Module | None = None) -> PrunedModel:
-    """A copy that nothing trains, in eval mode: of `teacher`, or of `model` if that is None.
+    """A frozen copy in eval mode: of `teacher`, or of `model` if `teacher` is None.
 
     Args:
         model: What `wrap` returned.
