@@ -1,6 +1,6 @@
 """Training held against the papers' formulas: what `benchmarks.fidelity` measures and tables.
 
-The formulas are written out in tests/properties/reference.py. All of it runs in double precision,
+The formulas are written out in tests/product/reference.py. All of it runs in double precision,
 so that what differs is the formula and not rounding.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import tokenprune
 import tokenprune.models
-from tests.properties.reference import (
+from tests.product.reference import (
     Columnar,
     Result,
     Softmax,
@@ -24,7 +24,7 @@ from tests.properties.reference import (
     policy_softmax,
     run_columnar,
 )
-from tests.properties.reference_swin import Swin, run_swin
+from tests.product.reference_swin import Swin, run_swin
 from tokenprune.losses import PruningLoss
 from tokenprune.recipe import load_recipe
 

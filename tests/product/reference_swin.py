@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.properties.reference import Noise, Result, Weights, decide, linear, mlp, norm, predict
+from tests.product.reference import Noise, Result, Weights, decide, linear, mlp, norm, predict
 
 __all__ = ["Swin", "run_swin"]
 

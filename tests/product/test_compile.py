@@ -9,7 +9,7 @@ import torch
 from jaxtyping import config
 
 import tokenprune
-from tests.unit.export_hosts import HOSTS, images, tensors_of, wrapped
+from tests.product.export_hosts import HOSTS, images, tensors_of, wrapped
 from tokenprune.ops.bypass import Layout
 
 

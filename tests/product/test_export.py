@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import tokenprune
-from tests.unit.export_hosts import HALF, HOSTS, TINY, images, tensors_of, wrapped
+from tests.product.export_hosts import HALF, HOSTS, TINY, images, tensors_of, wrapped
 from tests.zoo.sequences import TEXT, texts
 from tokenprune.cli.app import app
 from tokenprune.errors import ExportError, MissingDependencyError, NotWrappedError

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import tokenprune
-from tests.properties.reference import (
+from tests.product.reference import (
     Columnar,
     Result,
     Weights,
@@ -26,7 +26,7 @@ from tests.properties.reference import (
     policy_softmax,
     run_columnar,
 )
-from tests.properties.reference_swin import Swin, run_swin
+from tests.product.reference_swin import Swin, run_swin
 from tokenprune.losses import PruningLoss
 from tokenprune.models import LVViT
 from tokenprune.recipe.counting import num_keep

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import tokenprune
-from tests.properties.vit import toughen
+from tests.toys.vit import toughen
 from tokenprune.errors import KeepIndicesError, PlanError, RecipeError
 from tokenprune.losses import ratio_loss
 from tokenprune.ops.jagged import above_threshold

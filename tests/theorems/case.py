@@ -10,8 +10,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tests.properties.hosts import Toy
-from tests.properties.vit import PATCH, toughen
+from tests.toys.table import Toy
+from tests.toys.vit import PATCH, toughen
 
 __all__ = [
     "BATCH",

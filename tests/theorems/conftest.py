@@ -2,8 +2,8 @@
 
 import pytest
 
-from tests.properties.hosts import TOYS, Toy
-from tests.properties.theorem_case import Case
+from tests.theorems.case import Case
+from tests.toys.table import TOYS, Toy
 
 
 @pytest.fixture(scope="session", params=TOYS.values(), ids=lambda toy: toy.name)

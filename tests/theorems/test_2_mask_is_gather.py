@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import tokenprune
-from tests.properties.hosts import PREFIXES, TOYS
-from tests.properties.theorem_case import (
+from tests.theorems.case import (
     BATCH,
     FACTORS,
     SEED,
@@ -25,7 +24,8 @@ from tests.properties.theorem_case import (
     sizes,
     tensors,
 )
-from tests.properties.vit import PATCH
+from tests.toys.table import PREFIXES, TOYS
+from tests.toys.vit import PATCH
 
 
 @few

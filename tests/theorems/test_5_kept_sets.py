@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.properties.hosts import TOYS
-from tests.properties.theorem_case import (
+from tests.theorems.case import (
     BATCH,
     FACTORS,
     SEED,
@@ -24,6 +23,7 @@ from tests.properties.theorem_case import (
     sizes,
     tensors,
 )
+from tests.toys.table import TOYS
 from tokenprune.recipe.counting import num_keep
 from tokenprune.rewrite.rewrite import PREDICTORS
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 import tokenprune
-from tests.properties.theorem_case import Case, same_bits, tensors
+from tests.theorems.case import Case, same_bits, tensors
 from tokenprune.rewrite.rewrite import PREDICTORS
 
 
@@ -57,7 +57,7 @@ def test_8_pickled_state_and_copies_keep_outputs(case: Case) -> None:
 
 COMPILE = """
 import torch
-from tests.properties.hosts import TOYS
+from tests.toys.table import TOYS
 toy = TOYS["rope_by_length"]
 model, inputs = toy.wrap(verify=False), toy.inputs(2)
 with torch.no_grad():

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import tokenprune
-from tests.properties.hosts import TOYS
-from tests.properties.theorem_case import BOUNDS, SEED, difference, tensors
-from tests.properties.vit import toughen
+from tests.theorems.case import BOUNDS, SEED, difference, tensors
+from tests.toys.table import TOYS
+from tests.toys.vit import toughen
 from tokenprune.ops.jagged import above_threshold, in_order, kept_first, one_hot
 from tokenprune.runtime.jagged.buckets import divide
 

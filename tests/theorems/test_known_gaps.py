@@ -3,8 +3,8 @@
 import pytest
 
 import tokenprune
-from tests.properties.hosts import GAPS, Toy
-from tests.properties.theorem_case import same_bits, tensors
+from tests.theorems.case import same_bits, tensors
+from tests.toys.table import GAPS, Toy
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.properties.vit import HEADS, WIDTH, Attention, Block
+from tests.toys.vit import HEADS, WIDTH, Attention, Block
 
 
 class Eager(Attention):

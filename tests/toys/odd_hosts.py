@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tests.properties.vit import WIDTH, Block, Vit
+from tests.toys.vit import WIDTH, Block, Vit
 
 
 class Pooled(Vit):

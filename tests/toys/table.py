@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import tokenprune
-from tests.properties import odd_blocks as blocks
-from tests.properties import odd_hosts as odd
-from tests.properties import vit
-from tests.properties.vit import DEPTH, PATCH, SIZES, Block, Vit, pixels, toughen
+from tests.toys import odd_blocks as blocks
+from tests.toys import odd_hosts as odd
+from tests.toys import vit
+from tests.toys.vit import DEPTH, PATCH, SIZES, Block, Vit, pixels, toughen
 from tokenprune.hosts.registry import ArchSpec
 
 __all__ = ["GAPS", "PREFIXES", "TOYS", "Toy"]

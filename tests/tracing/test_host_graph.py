@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from tests.unit.tracing_host import WIDTH, Host, record, replay
+from tests.tracing.function_host import WIDTH, Host, record, replay
 from tokenprune.errors import TraceError
 from tokenprune.tracing.host_graph import trace_call
 from tokenprune.tracing.interpret import run

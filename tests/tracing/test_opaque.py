@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import tokenprune
-from tests.unit.test_tracing_functions import RECIPE, Block
+from tests.tracing.test_functions import RECIPE, Block
 from tokenprune.errors import HostError, TraceError
 
 

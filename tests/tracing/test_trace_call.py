@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests.unit.tracing_host import WIDTH, Host, record, snapshot
+from tests.tracing.function_host import WIDTH, Host, record, snapshot
 from tokenprune.errors import HostError, TraceError
 from tokenprune.tracing.host_graph import Traced, trace_call
 from tokenprune.tracing.tracer import enter_block
