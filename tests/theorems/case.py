@@ -27,6 +27,7 @@ __all__ = [
     "run",
     "same_bits",
     "sizes",
+    "step",
     "tensors",
 ]
 
@@ -130,6 +131,19 @@ def sizes(case: Case) -> st.SearchStrategy[int]:
 def run(case: Case, inputs: dict[str, Tensor], path: str, sets: Any = None) -> tuple[Any, Any]:
     with torch.no_grad(), case.model.using(path, keep_indices=sets):
         return case.model(**inputs, return_trace=True)
+
+
+def step(case: Case, inputs: dict[str, Tensor], seed: int) -> tuple[list[Tensor], Any]:
+    """A training step's outputs and trace; gradients are left in the parameters."""
+    case.model.train()
+    case.model.zero_grad()
+    with case.model.using(generator=torch.Generator().manual_seed(seed)):
+        output, trace = case.model(**inputs, return_trace=True)
+    found = tensors(output)
+    loss = sum(t.float().square().mean() for t in found)
+    loss = loss + sum(stage.decision.float().mean() for stage in trace.stages)
+    loss.backward()  # type: ignore[union-attr]
+    return found, trace
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Theorem 8 of docs/theorems.md over every toy host: state, checkpoints, copies, compiling."""
+"""Theorem 8 of docs/theorems.md: state, checkpoints, copies, compiling."""
 
 import copy
 import pickle
