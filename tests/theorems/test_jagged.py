@@ -12,7 +12,7 @@ from torch import Tensor
 
 import tokenprune
 from tests.theorems.case import BOUNDS, SEED, difference, tensors
-from tests.toys.table import TOYS
+from tests.toys.table import TOYS, Toy
 from tests.toys.vit import toughen
 from tokenprune.ops.jagged import above_threshold, in_order, kept_first, one_hot
 from tokenprune.runtime.jagged.buckets import divide
@@ -21,24 +21,23 @@ NAMES = (
     *("prefix_2", "rope_by_length", "relative_bias", "causal", "additive_mask"),
     *("mean_and_max", "class_attention", "long_skip"),
 )
-toys = pytest.mark.parametrize("name", NAMES)
+toys = pytest.mark.parametrize("toy", [TOYS[name] for name in NAMES], ids=NAMES)
 
 
 @lru_cache
-def wrapped(name: str) -> Any:
-    recipe = {**TOYS[name].recipe, "sampling": {"selection": "threshold"}}
-    toy = TOYS[name]
+def wrapped(toy: Toy) -> Any:
+    recipe = {**toy.recipe, "sampling": {"selection": "threshold"}}
     return tokenprune.wrap(
         toy.build(), recipe, adapter=toy.facts, example_inputs=toy.inputs(), verify=False
     ).eval()
 
 
-def started(name: str, seed: int, place: float, inputs: dict[str, Tensor]) -> Any:
+def started(toy: Toy, seed: int, place: float, inputs: dict[str, Tensor]) -> Any:
     """New weights, and a threshold that cuts the batch's keep scores at a share `place` of them.
 
     Rounding must not decide: it lies in the middle of the largest gap around there.
     """
-    model = wrapped(name)
+    model = wrapped(toy)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         toughen(model, 3.0)
@@ -72,11 +71,10 @@ def counts(trace: Any) -> list[list[int]]:
 @settings(max_examples=2)
 @given(seed=SEED, place=st.floats(0.1, 0.9), batch=st.integers(3, 6), buckets=st.integers(1, 2))
 def test_a_batch_is_each_image_alone_and_what_the_mask_path_says(
-    name: str, seed: int, place: float, batch: int, buckets: int
+    toy: Toy, seed: int, place: float, batch: int, buckets: int
 ) -> None:
-    toy = TOYS[name]
     inputs = toy.inputs(batch, seed=seed)
-    model = started(name, seed, place, inputs)
+    model = started(toy, seed, place, inputs)
     model._pruning.plan = replace(model._pruning.plan, buckets=buckets)
     output, trace = run(model, inputs)
     masked, mask_trace = run(model, inputs, "mask")
@@ -93,10 +91,9 @@ def test_a_batch_is_each_image_alone_and_what_the_mask_path_says(
 
 
 @toys
-def test_images_do_differ_and_the_trace_can_be_forced_again(name: str) -> None:
-    toy = TOYS[name]
+def test_images_do_differ_and_the_trace_can_be_forced_again(toy: Toy) -> None:
     inputs = toy.inputs(6, seed=3)
-    model = started(name, 3, 0.5, inputs)
+    model = started(toy, 3, 0.5, inputs)
     output, trace = run(model, inputs)
     first, last = counts(trace)
     assert len(set(first)) > 1

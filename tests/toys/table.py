@@ -47,6 +47,7 @@ class Toy:
         noisy: It draws random numbers while training.
         images_alone: An image's output does not depend on the others, in the host itself.
         described: False to let the shipped adapters find the facts.
+        core: It is among the few that `make test-fast` runs.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Toy:
     noisy: bool = False
     images_alone: bool = True
     described: bool = True
+    core: bool = False
 
     def build(self, seed: int = 0, factor: float = 1.0) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
@@ -123,28 +125,29 @@ _ALL = (
     PREFIXES["prefix_1"],
     PREFIXES["prefix_2"],
     PREFIXES["prefix_9"],
-    _attending("eager", blocks.Eager, noisy=True),
+    _attending("eager", blocks.Eager, noisy=True, core=True),
     _attending("by_hand", blocks.ByHand),
     _attending("talking_heads", blocks.TalkingHeads),
     _attending("causal", blocks.Causal, 0),
     _attending("one_key_head", blocks.OneKeyHead),
     _attending("torchs", blocks.Torchs),
     _attending("rope", blocks.Rope),
-    _attending("rope_by_length", blocks.RopeByLength, **BOTH),
-    _attending("relative_bias", blocks.RelativeBias, 0, noisy=True),
+    _attending("rope_by_length", blocks.RopeByLength, core=True, **BOTH),
+    _attending("relative_bias", blocks.RelativeBias, 0, noisy=True, core=True),
     _attending("query_key_norm", blocks.QueryKeyNorm),
     Toy("in_place", partial(Vit, 1, blocks.InPlace), **BOTH),
     Toy("position_each_time", partial(Vit, 1, blocks.PositionEachTime), **BOTH),
     Toy("remembers", partial(Vit, 1, blocks.Remembers)),
     Toy("mean_of_patches", partial(odd.Pooled, lambda x: x[:, 1:].mean(dim=(1,)), 1), **BOTH),
     Toy("max_first", partial(odd.Pooled, lambda x: x.max(1)[0], 0), 0),
-    Toy("mean_and_max", partial(odd.Pooled, mean_and_max, 1)),
+    Toy("mean_and_max", partial(odd.Pooled, mean_and_max, 1), core=True),
     Toy("attention_pooled", odd.AttentionPooled, 0),
     Toy("class_attention", odd.ClassAttention, 0),
     Toy(
         "bool_mask",
         partial(odd.Masked, vit.Attention, additive=False),
         draw=pixels_and_mask,
+        core=True,
         **BOTH,
     ),
     Toy(
@@ -171,6 +174,7 @@ _ALL = (
         SIZES,
         blocks=(0, 3),
         described=False,
+        core=True,
     ),
     Toy(
         "timm_eva",

@@ -44,6 +44,7 @@ class Row:
         one_patch_one_token: No patch token depends on pixels outside its square.
         exact_in_double: It computes in double precision if its weights are double.
         draw: Makes an example input, where it is more than images.
+        core: It is among the few that `make test-fast` runs, and that every behaviour is tested on.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Row:
     exact_in_double: bool = True
     one_patch_one_token: bool = True
     draw: Callable[[int, int, str], dict[str, Tensor]] = images
+    core: bool = False
 
     @property
     def library(self) -> str:

@@ -19,6 +19,7 @@ SPECIAL = {"pad_token_id": 1, "bos_token_id": 2, "cls_token_id": 2}
 SPECIAL |= {"eos_token_id": 3, "sep_token_id": 3}
 DISENTANGLED = {"relative_attention": True, "position_buckets": 8, "norm_rel_ebd": "layer_norm"}
 DISENTANGLED |= {"pos_att_type": ["p2c", "c2p"], "share_att_key": True}
+MODERN = {**SPECIAL, "local_attention": 8, "classifier_pooling": "mean"}
 DISTIL = {"dim": 32, "hidden_dim": 48, "n_layers": 4, "n_heads": 2, "vocab_size": WORDS}
 
 BLOCKS = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4}
@@ -107,7 +108,7 @@ SEQUENCES: tuple[Row, ...] = (
     _text("albert", "Albert", embedding_size=16),
     _text("deberta_v2", "DebertaV2", **DISENTANGLED),
     _text("deberta_v2_plain", "DebertaV2"),
-    _text("modernbert", "ModernBert", **SPECIAL, local_attention=8, classifier_pooling="mean"),
+    _text("modernbert", "ModernBert", **MODERN, core=True),
     # sounds
     _sound("wav2vec2", "Wav2Vec2"),
     _sound("wav2vec2_stable", "Wav2Vec2", do_stable_layer_norm=True, feat_extract_norm="layer"),
