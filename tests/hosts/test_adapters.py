@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 import tokenprune.adapters
 from tests.zoo.hosts import HF, TEXT, ZOO, plain_vit, registry
-from tests.zoo.hosts_grid import GRID
 from tests.zoo.images import ODD_IMAGES
 from tests.zoo.rows import Row
 from tests.zoo.sequences import SEQUENCES
@@ -85,15 +84,6 @@ class Plain(nn.Module):
         for number in self.order:
             x = layers[number](x)
         return self.ln(x)[:, 0]
-
-
-def test_names_in_the_zoo_are_unique() -> None:
-    names = [row.name for row in ZOO]
-    assert len(set(names)) == len(names) == 70 + len(ODD_IMAGES) + len(SEQUENCES)
-
-
-def test_every_adapter_has_a_row() -> None:
-    assert {row.family for row in (*ZOO, *GRID)} == set(list_adapters())
 
 
 @pytest.mark.parametrize("row", ROWS)

@@ -1,10 +1,10 @@
-"""Toys that the engine cannot prune yet: each a strict xfail."""
+"""Toys that the engine cannot prune yet, each a strict xfail; and how many toys there are."""
 
 import pytest
 
 import tokenprune
 from tests.theorems.case import same_bits, tensors
-from tests.toys.table import GAPS, Toy
+from tests.toys.table import GAPS, TOYS, Toy
 
 
 @pytest.mark.parametrize(
@@ -26,3 +26,9 @@ def test_known_gaps(gap: Toy) -> None:
         model.eval()
         model(**gap.inputs(3, size))
     assert same_bits(host(**gap.inputs()), dense)
+
+
+def test_no_toy_is_lost() -> None:
+    assert len(TOYS) == 40
+    core = {"eager", "rope_by_length", "relative_bias", "mean_and_max", "bool_mask", "timm_vit"}
+    assert {name for name, toy in TOYS.items() if toy.core} == core

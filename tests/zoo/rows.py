@@ -1,13 +1,15 @@
 """A row of the zoo: how a host is built, what it takes, and how its weights are made to matter."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
-__all__ = ["BYPASS", "CLASSES", "RECIPE", "THREE", "Row", "images", "toughen"]
+__all__ = ["BYPASS", "CLASSES", "RECIPE", "THREE", "Row", "images", "over", "restored", "toughen"]
 
 CLASSES = 7
 # Stages that leave 0.6, 0.36, ... of the patches. One right at the start lets a test put anything
@@ -91,6 +93,32 @@ class Row:
     def inputs(self, batch: int = 2, size: int | None = None) -> dict[str, Tensor]:
         """The host's arguments for `batch` images."""
         return self.draw(batch, size or self.sizes[0], self.argument)
+
+
+def over(rows: Iterable[Row]) -> pytest.MarkDecorator:
+    """Run a test on each of some rows."""
+    return pytest.mark.parametrize("row", [pytest.param(row, id=row.name) for row in rows])
+
+
+@contextmanager
+def restored(model: nn.Module, factor: float | None = None) -> Iterator[None]:
+    """Give all weights, buffers and modes back afterwards; until then they are random if `factor`
+    is given."""
+    saved = {name: value.clone() for name, value in model.state_dict().items()}
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        if factor is not None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(1)
+                toughen(model, factor)
+        yield
+    finally:
+        with torch.no_grad():
+            for name, value in model.state_dict().items():
+                value.copy_(saved[name])
+        model.zero_grad()
+        for module, training in modes:
+            module.training = training
 
 
 def toughen(host: nn.Module, factor: float) -> None:
