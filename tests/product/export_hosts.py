@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import tokenprune
-from tests.zoo.rows import toughen
+from tests.zoo.rows import randomize_weights
 from tokenprune.models.lvvit import LVViT
 
 __all__ = ["HALF", "HOSTS", "TINY", "images", "tensors_of", "wrapped"]
@@ -58,7 +58,7 @@ HOSTS = {
 def _wrapped(name: str) -> Any:
     torch.manual_seed(0)
     host = HOSTS[name].make().eval()
-    toughen(host, 20.0)
+    randomize_weights(host, 20.0)
     model = tokenprune.wrap(host, HOSTS[name].recipe, verify=False)
     with torch.no_grad():
         for module in model.token_predictors.modules():

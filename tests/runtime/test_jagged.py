@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import tokenprune
-from tests.toys.vit import toughen
+from tests.toys.vit import randomize_weights
 from tokenprune.errors import KeepIndicesError, PlanError, RecipeError
 from tokenprune.losses import ratio_loss
 from tokenprune.ops.jagged import above_threshold
@@ -72,7 +72,7 @@ def made(host: nn.Module, recipe: Any = RECIPE, **options: Any) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = tokenprune.wrap(host, recipe, **options).eval()
-        toughen(model, 3.0)
+        randomize_weights(model, 3.0)
     return model
 
 

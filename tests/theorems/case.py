@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests.toys.table import Toy
-from tests.toys.vit import PATCH, toughen
+from tests.toys.vit import PATCH, randomize_weights
 
 __all__ = [
     "BATCH",
@@ -59,7 +59,7 @@ class Case(NamedTuple):
         self.model.set_keep_ratio(RATIO)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            toughen(self.model, factor)
+            randomize_weights(self.model, factor)
 
     @property
     def stages(self) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 import tokenprune
 from tests.theorems.case import BOUNDS, SEED, difference, tensors
 from tests.toys.table import TOYS, Toy
-from tests.toys.vit import toughen
+from tests.toys.vit import randomize_weights
 from tokenprune.ops.jagged import above_threshold, in_order, kept_first, one_hot
 from tokenprune.runtime.jagged.buckets import divide
 
@@ -40,7 +40,7 @@ def started(toy: Toy, seed: int, place: float, inputs: dict[str, Tensor]) -> Any
     model = wrapped(toy)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        toughen(model, 3.0)
+        randomize_weights(model, 3.0)
     with torch.no_grad(), model.using("mask"):
         _, trace = model(**inputs, return_trace=True)
     scores = trace.stages[0].keep_logits[..., 0].double().exp().flatten().sort().values

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 import tokenprune
-from tests.zoo.rows import toughen
+from tests.zoo.rows import randomize_weights
 from tokenprune.analysis.padding import behind_real
 from tokenprune.losses import ratio_loss
 
@@ -40,9 +40,9 @@ def modernbert() -> Any:
 def model(request: pytest.FixtureRequest) -> Any:
     torch.manual_seed(0)
     host = request.param().eval()
-    toughen(host, 20.0)
+    randomize_weights(host, 20.0)
     wrapped = tokenprune.wrap(host, RECIPE)
-    toughen(wrapped.token_predictors, 1.0)
+    randomize_weights(wrapped.token_predictors, 1.0)
     return wrapped
 
 

@@ -15,7 +15,7 @@ import tokenprune
 from tests.toys import odd_blocks as blocks
 from tests.toys import odd_hosts as odd
 from tests.toys import vit
-from tests.toys.vit import DEPTH, PATCH, SIZES, Block, Vit, pixels, toughen
+from tests.toys.vit import DEPTH, PATCH, SIZES, Block, Vit, pixels, randomize_weights
 from tokenprune.hosts.registry import ArchSpec
 
 __all__ = ["GAPS", "PREFIXES", "TOYS", "Toy"]
@@ -66,7 +66,7 @@ class Toy:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             host = self.make()
-            toughen(host, factor)
+            randomize_weights(host, factor)
         return host.to(self.dtype).eval()
 
     def inputs(self, batch: int = 2, size: int = SIZES[0], seed: int = 0) -> dict[str, Tensor]:

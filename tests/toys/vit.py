@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Attention", "Block", "Vit", "pixels", "toughen"]
+__all__ = ["Attention", "Block", "Vit", "pixels", "randomize_weights"]
 
 WIDTH, HEADS, PATCH, CLASSES, DEPTH = 16, 2, 4, 5, 3
 SIZES = (16, 24)  # pixels: 16 and 36 patches
@@ -82,7 +82,7 @@ def pixels(batch: int, size: int, seed: int = 0) -> Tensor:
     return torch.randn(batch, 3, size, size, generator=generator)
 
 
-def toughen(host: nn.Module, factor: float) -> None:
+def randomize_weights(host: nn.Module, factor: float) -> None:
     """Random weights that hide no error; query, key and value projections times `factor`.
 
     LayerScale and norms are random in (0.5, 1.5), tables and prefix tokens of scale 0.5.

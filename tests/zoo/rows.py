@@ -9,7 +9,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-__all__ = ["BYPASS", "CLASSES", "RECIPE", "THREE", "Row", "images", "over", "restored", "toughen"]
+__all__ = [
+    "BYPASS",
+    "CLASSES",
+    "RECIPE",
+    "THREE",
+    "Row",
+    "images",
+    "over",
+    "randomize_weights",
+    "restored",
+]
 
 CLASSES = 7
 # Stages that leave 0.6, 0.36, ... of the patches. One right at the start lets a test put anything
@@ -73,12 +83,12 @@ class Row:
         return self.family.partition("/")[0] if "/" in self.family else "other"
 
     def build(self, factor: float | None = None, seed: int = 0) -> nn.Module:
-        """A fresh host in eval mode; toughened if `factor` is given."""
+        """A fresh host in eval mode; with random weights if `factor` is given."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             host = self.make()
             if factor is not None:
-                toughen(host, factor)
+                randomize_weights(host, factor)
         return host.eval()
 
     @property
@@ -110,7 +120,7 @@ def restored(model: nn.Module, factor: float | None = None) -> Iterator[None]:
         if factor is not None:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(1)
-                toughen(model, factor)
+                randomize_weights(model, factor)
         yield
     finally:
         with torch.no_grad():
@@ -121,7 +131,7 @@ def restored(model: nn.Module, factor: float | None = None) -> Iterator[None]:
             module.training = training
 
 
-def toughen(host: nn.Module, factor: float) -> None:
+def randomize_weights(host: nn.Module, factor: float) -> None:
     """Make errors visible: sharp attention, and no parameter at a value that hides one.
 
     Query and key projections (fused ones as a whole) get scale 0.02, as libraries initialise them,
@@ -133,7 +143,7 @@ def toughen(host: nn.Module, factor: float) -> None:
         for path, module in host.named_modules():
             own = path.rpartition(".")[2]
             for name, parameter in module.named_parameters(recurse=False):
-                _toughen(type(module).__name__, own, name, parameter, factor)
+                _randomize(type(module).__name__, own, name, parameter, factor)
 
 
 QUERY_KEY = {"qkv", "q", "k", "kv", "query", "key", "q_proj", "k_proj", "in_proj", "in_proj_weight"}
@@ -150,7 +160,7 @@ TABLES = (
 )
 
 
-def _toughen(kind: str, own: str, name: str, parameter: nn.Parameter, factor: float) -> None:
+def _randomize(kind: str, own: str, name: str, parameter: nn.Parameter, factor: float) -> None:
     if "Norm" in kind:
         parameter.uniform_(0.5, 1.5) if name == "weight" else parameter.normal_(std=0.2)
     elif name.startswith(SCALES) or kind == "LayerScale":
@@ -163,6 +173,3 @@ def _toughen(kind: str, own: str, name: str, parameter: nn.Parameter, factor: fl
         parameter.normal_(std=0.02 * factor)
     elif "Linear" in kind:
         parameter.normal_(std=parameter.shape[1] ** -0.5)
-
-
-# Sizes of every columnar host, in the words of each library.

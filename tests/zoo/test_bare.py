@@ -9,7 +9,7 @@ from torch import Tensor
 
 import tokenprune
 from tests.zoo.hosts import HF
-from tests.zoo.rows import toughen
+from tests.zoo.rows import randomize_weights
 from tests.zoo.sequences import CLIP, DISENTANGLED, SAMPLES, SOUND, SPECIAL, TEXT, sounds, texts
 from tokenprune.errors import UnsupportedHostError
 
@@ -33,7 +33,7 @@ def build(model: str) -> Any:
     torch.manual_seed(0)
     cls = getattr(transformers, model)
     host = cls(cls.config_class(**BARE[model])).eval()
-    toughen(host, 20.0)
+    randomize_weights(host, 20.0)
     return host
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import tokenprune
 from tests.zoo.hosts import HF, TEXT
-from tests.zoo.rows import toughen
+from tests.zoo.rows import randomize_weights
 from tokenprune.errors import UnsupportedHostError, VerificationError
 
 RECIPE = {"version": 1, "schedule": {"blocks": [1, 2], "keep_ratio": 0.6}}
@@ -20,7 +20,7 @@ def dual(model: str) -> Any:
     torch.manual_seed(0)
     cls = getattr(transformers, model)
     host = cls(cls.config_class(text_config=TEXT, vision_config=HF)).eval()
-    toughen(host, 20.0)
+    randomize_weights(host, 20.0)
     return host
 
 
