@@ -22,7 +22,7 @@ from tests.product.reference import (
     gumbel_noise,
     loss_parts,
     policy_softmax,
-    run_columnar,
+    run_plain,
 )
 from tests.product.reference_swin import Swin, run_swin
 from tokenprune.losses import PruningLoss
@@ -36,8 +36,8 @@ DEITS = Columnar(heads=6, stages=(3, 6, 9), depth=12)
 LVVITS = Columnar(heads=6, stages=(4, 8, 12), depth=16, eps=1e-5, scale=2.0, stem="lvvit")
 SWINT = Swin(depths=(2, 2, 6, 2), heads=(3, 6, 12, 24), window=7, stages=(5, 6, 7))
 SUBJECTS: dict[str, tuple[str, Callable[..., Result]]] = {
-    "DeiT-S": ("deit-small", lambda w, x, **o: run_columnar(w, x, DEITS, **o)),
-    "LV-ViT-S": ("lvvit-s", lambda w, x, **o: run_columnar(w, x, LVVITS, **o)),
+    "DeiT-S": ("deit-small", lambda w, x, **o: run_plain(w, x, DEITS, **o)),
+    "LV-ViT-S": ("lvvit-s", lambda w, x, **o: run_plain(w, x, LVVITS, **o)),
     "Swin-T": ("swin-tiny", lambda w, x, **o: run_swin(w, x, SWINT, **o)),
 }
 
@@ -284,7 +284,7 @@ def survivals(batches: int = 40) -> list[Survival]:
     host = timm.create_model("deit_tiny_patch16_224", num_classes=7, **sizes)
     small = Columnar(heads=2, stages=(1, 2, 3), depth=4)
     recipe = {"version": 1, "schedule": {"blocks": [1, 2, 3], "keep_ratio": 0.7}}
-    subject = Subject(host, recipe, lambda w, x, **o: run_columnar(w, x, small, **o), batch=4)
+    subject = Subject(host, recipe, lambda w, x, **o: run_plain(w, x, small, **o), batch=4)
     rows = []
     for probability in KEEP_PROBABILITIES:
         with torch.no_grad():

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
-    "Columnar",
     "Noise",
+    "PlainViT",
     "Result",
     "Softmax",
     "Weights",
@@ -33,7 +33,7 @@ __all__ = [
     "norm",
     "policy_softmax",
     "predict",
-    "run_columnar",
+    "run_plain",
 ]
 
 Weights = Mapping[str, Tensor]
@@ -138,7 +138,7 @@ def policy_softmax(scores: Tensor, policy: Tensor, eps: float = 1e-6) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Columnar:
+class PlainViT:
     """Sizes that a state dict does not tell.
 
     Attributes:
@@ -158,16 +158,16 @@ class Columnar:
     stem: Literal["deit", "lvvit"] = "deit"
 
 
-def run_columnar(
+def run_plain(
     w: Weights,
     images: Tensor,
-    host: Columnar,
+    host: PlainViT,
     *,
     counts: Sequence[int] | None = None,
     noise: Noise | None = None,
     softmax: Softmax = policy_softmax,
 ) -> Result:
-    """A forward of a columnar model: dense, eval or training.
+    """A forward of a plain (isotropic) model: dense, eval or training.
 
     Args:
         counts: Eval: K of each stage; the best K stay, the others leave.
@@ -224,7 +224,7 @@ def _attend(
     return linear(w, f"{name}.proj", (weight @ v).transpose(1, 2).reshape(batch, length, width))
 
 
-def _embed(w: Weights, images: Tensor, host: Columnar, training: bool) -> Tensor:
+def _embed(w: Weights, images: Tensor, host: PlainViT, training: bool) -> Tensor:
     x, name = images, "patch_embed"
     if host.stem == "lvvit":
         for i, (stride, padding) in enumerate([(2, 3), (1, 1), (1, 1)], start=1):

@@ -28,15 +28,15 @@ BYPASS = {
         {"block": 5, "keep_ratio": 0.3},
     ],
 }
-COLUMNAR = {"img_size": 28, "patch_size": 2, "embed_dim": 16, "depth": 4, "num_heads": 2}
+PLAIN = {"img_size": 28, "patch_size": 2, "embed_dim": 16, "depth": 4, "num_heads": 2}
 
 
 def deit() -> nn.Module:
-    return timm.create_model("deit_tiny_patch16_224", num_classes=5, **COLUMNAR)
+    return timm.create_model("deit_tiny_patch16_224", num_classes=5, **PLAIN)
 
 
 def lvvit() -> nn.Module:
-    return LVViT(num_classes=5, **COLUMNAR)
+    return LVViT(num_classes=5, **PLAIN)
 
 
 def swin() -> nn.Module:

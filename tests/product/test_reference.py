@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 import tokenprune
 from tests.product.reference import (
-    Columnar,
+    PlainViT,
     Result,
     Weights,
     gumbel_noise,
     loss_parts,
     policy_softmax,
-    run_columnar,
+    run_plain,
 )
 from tests.product.reference_swin import Swin, run_swin
 from tokenprune.losses import PruningLoss
@@ -104,13 +104,13 @@ def swin() -> nn.Module:
 
 
 def reference_deit(weights: Weights, images: Tensor, **options: Any) -> Result:
-    host = Columnar(heads=2, stages=(1, 2, 3), depth=4)
-    return run_columnar(weights, images, host, **options)
+    host = PlainViT(heads=2, stages=(1, 2, 3), depth=4)
+    return run_plain(weights, images, host, **options)
 
 
 def reference_lvvit(weights: Weights, images: Tensor, **options: Any) -> Result:
-    host = Columnar(heads=2, stages=(1, 2, 3), depth=4, eps=1e-5, scale=2.0, stem="lvvit")
-    return run_columnar(weights, images, host, **options)
+    host = PlainViT(heads=2, stages=(1, 2, 3), depth=4, eps=1e-5, scale=2.0, stem="lvvit")
+    return run_plain(weights, images, host, **options)
 
 
 def reference_swin(weights: Weights, images: Tensor, **options: Any) -> Result:

@@ -17,7 +17,7 @@ from tokenprune.recipe.schema import TrainSection
 from tokenprune.train import DataBundle, DataError, load_data
 from tokenprune.train.images import EpochView
 
-WISHES = TrainSection(random_erasing=0.5, rand_augment="rand-m9-mstd0.5-inc1", color_jitter=0.4)
+CONFIG = TrainSection(random_erasing=0.5, rand_augment="rand-m9-mstd0.5-inc1", color_jitter=0.4)
 
 
 def folder(root: Path, classes: dict[str, int], size: int = 12) -> Path:
@@ -88,7 +88,7 @@ def test_one_folder_is_split_class_by_class(tmp_path: Path) -> None:
 
 def test_augmentation_depends_on_seed_epoch_and_image_only(tmp_path: Path) -> None:
     folder(tmp_path, {"ant": 6, "bee": 6}, size=24)
-    train: Any = load_data(tmp_path, 16, train=WISHES, seed=3).train
+    train: Any = load_data(tmp_path, 16, train=CONFIG, seed=3).train
     view = EpochView(train)
     first = [view[key]["pixel_values"] for key in range(2 * len(view))]
 
@@ -100,12 +100,12 @@ def test_augmentation_depends_on_seed_epoch_and_image_only(tmp_path: Path) -> No
     for workers in (0, 2):
         assert all(map(torch.equal, first, again(workers)))
     assert not torch.equal(first[0], first[len(view)])
-    other: Any = load_data(tmp_path, 16, train=WISHES, seed=4).train
+    other: Any = load_data(tmp_path, 16, train=CONFIG, seed=4).train
     assert not torch.equal(first[0], other[0]["pixel_values"])
 
 
 def test_augmentation_leaves_random_states_alone() -> None:
-    train: Any = load_data(None, 16, train=WISHES).train
+    train: Any = load_data(None, 16, train=CONFIG).train
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
     train.at(5, epoch=2)
     assert random.getstate() == states[0]

@@ -26,7 +26,7 @@ from tokenprune.train.optim import (
     parameter_groups,
 )
 
-WISHES = TrainSection(
+CONFIG = TrainSection(
     epochs=30, learning_rate=0.2, min_learning_rate=0.02, backbone_lr_scale=0.1, warmup_epochs=5
 )
 
@@ -41,7 +41,7 @@ def model() -> nn.Module:
 
 
 def test_schedule_of_a_long_run() -> None:
-    schedule = Schedule.of(WISHES, total=300)
+    schedule = Schedule.of(CONFIG, total=300)
     assert (schedule.warmup, schedule.frozen) == (50, 50)
     assert [schedule.new(step) for step in (0, 24, 49, 50)] == pytest.approx([0.02, 0.5, 1, 1])
     assert schedule.new(175) == pytest.approx(0.55)
@@ -59,8 +59,8 @@ def test_schedule_of_a_long_run() -> None:
 def test_every_run_warms_up_moves_the_host_and_comes_down(
     total: int, epochs: int, warmup: int, frozen: int
 ) -> None:
-    wishes = TrainSection(epochs=epochs, warmup_epochs=warmup, frozen_epochs=frozen)
-    schedule = Schedule.of(wishes, total)
+    config = TrainSection(epochs=epochs, warmup_epochs=warmup, frozen_epochs=frozen)
+    schedule = Schedule.of(config, total)
     factors = [schedule.new(step) for step in range(total)]
     peak = max(schedule.warmup - 1, 0)
     assert factors[peak] == pytest.approx(1)
@@ -71,14 +71,14 @@ def test_every_run_warms_up_moves_the_host_and_comes_down(
 
 
 def test_groups_tell_new_parameters_from_the_hosts_and_decay_matrices_only(model: Any) -> None:
-    groups = {group["name"]: group for group in parameter_groups(model, WISHES)}
+    groups = {group["name"]: group for group in parameter_groups(model, CONFIG)}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     found = {label: {names[id(p)] for p in group["params"]} for label, group in groups.items()}
 
     assert sum(len(group) for group in found.values()) == len(names)
     assert groups["new"]["lr"] == 0.2
     assert groups["host"]["lr"] == pytest.approx(0.02)
-    assert groups["host"]["weight_decay"] == WISHES.weight_decay
+    assert groups["host"]["weight_decay"] == CONFIG.weight_decay
     assert groups["host without decay"]["weight_decay"] == 0
     assert "token_predictors.0.in_proj.1.weight" in found["new"]
     assert "token_predictors.0.in_proj.1.bias" in found["new without decay"]
@@ -101,7 +101,7 @@ def test_frozen_parameters_by_part_of_their_name(model: Any) -> None:
 
 
 def test_the_host_stands_still_while_it_is_frozen(model: Any) -> None:
-    optimizer = make_optimizer(model, WISHES)
+    optimizer = make_optimizer(model, CONFIG)
     scheduler = make_scheduler(optimizer, Schedule(total=4, warmup=0, frozen=2, floor=0.0))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
 
@@ -191,7 +191,7 @@ def test_light_branches_are_new_too() -> None:
     recipe = {"version": 1, "mode": "bypass", "schedule": {"blocks": [1], "keep_ratio": 0.5}}
     model = tokenprune.wrap(host, recipe, verify=False)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = parameter_groups(model, WISHES)
+    groups = parameter_groups(model, CONFIG)
     new = {names[id(p)] for g in groups if g["name"].startswith("new") for p in g["params"]}
     added = ("token_predictors", "token_bypasses")
     assert new == {name for name in names.values() if name.startswith(added)}

@@ -159,10 +159,10 @@ def test_a_grid_host_names_the_mode_it_needs(host: nn.Module) -> None:
         tokenprune.wrap(host, recipe)
 
 
-def test_a_columnar_host_may_be_bypassed_and_its_prefix_tokens_take_the_mlp() -> None:
+def test_a_plain_host_may_be_bypassed_and_its_prefix_tokens_take_the_mlp() -> None:
     vit = timm.models.vision_transformer.VisionTransformer
-    columnar = vit(img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2, num_classes=3)
-    model = tokenprune.wrap(columnar, RECIPE).eval()
+    plain = vit(img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2, num_classes=3)
+    model = tokenprune.wrap(plain, RECIPE).eval()
     _, trace = model(torch.randn(2, 3, 32, 32), return_trace=True)
     assert [stage.num_tokens for stage in trace.stages] == [11, 8]
     assert trace.patch_tokens.shape == (2, 16, 32)

@@ -14,8 +14,8 @@ from tests.toys.table import TOYS
 from tokenprune.rewrite.rewrite import PREDICTORS
 
 
-def lean(model: Any, stages: Sequence[int], amount: float) -> None:
-    """Make the predictors of some stages sure: a positive amount keeps every token."""
+def set_decisions(model: Any, stages: Sequence[int], amount: float) -> None:
+    """Bias the predictors of some stages: a large positive amount keeps every token."""
     with torch.no_grad():
         for stage in stages:
             getattr(model, PREDICTORS)[stage].out_proj[-1].bias.copy_(
@@ -42,7 +42,7 @@ def test_6_nothing_is_nan_for_any_decision(case: Case, seed: int, factor: float)
     for decisions, amounts in DECISIONS.items():
         case.start(seed, factor)
         for stage, amount in enumerate(amounts):
-            lean(case.model, [stage], amount)
+            set_decisions(case.model, [stage], amount)
         output, trace = step(case, case.toy.inputs(2, seed=seed), seed)
         if decisions == "none":
             assert all(stage.decision.sum() == 0 for stage in trace.stages)
@@ -64,7 +64,7 @@ def test_6_nothing_is_nan_under_autocast(case: Case, dtype: torch.dtype) -> None
     for seed, decisions in enumerate(DECISIONS.values()):
         case.start(seed, FACTORS[seed % 2])
         for stage, amount in enumerate(decisions):
-            lean(case.model, [stage], amount)
+            set_decisions(case.model, [stage], amount)
         with torch.autocast("cpu", dtype=dtype):
             output, _ = step(case, case.toy.inputs(2, seed=seed), seed)
         assert_finite(case, output)

@@ -107,7 +107,7 @@ def test_the_graph_computes_what_the_host_does_for_any_batch_size(name: str) -> 
         assert same(output, host(x))
 
 
-def test_decisions_and_burnt_sizes_are_noted_and_nothing_else_is() -> None:
+def test_python_branches_and_specialized_sizes_are_noted() -> None:
     for name in ("loop", "power", "math", "comparison", "format"):
         tracer, _ = record(Host(FUNCTIONS[name]), x=torch.randn(2, 5, WIDTH))
         assert tracer.burnt or name == "format", name

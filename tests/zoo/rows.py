@@ -51,7 +51,7 @@ class Row:
         mode: The mode that serves it.
         refused: What the engine says (a regular expression) if it cannot prune it.
         num_tokens: N where the stages are, if that is not told by the size of an image.
-        final_tokens: Tokens behind the last block, if the host pools them after the stages.
+        final_tokens: Tokens after the last block, if the host pools them after the stages.
         patch: Side in pixels of the square that one token stands for where the stages are.
         one_patch_one_token: No patch token depends on pixels outside its square.
         exact_in_double: It computes in double precision if its weights are double.

@@ -27,7 +27,7 @@ BLOCKS |= {"num_attention_heads": 2}
 SOUND: dict[str, Any] = {**BLOCKS, "conv_dim": (16, 16), "conv_stride": (5, 4)}
 SOUND |= {"conv_kernel": (8, 4), "num_feat_extract_layers": 2, "num_conv_pos_embeddings": 16}
 SOUND |= {"num_conv_pos_embedding_groups": 4, "classifier_proj_size": 16, "vocab_size": 32}
-# SpecAugment and LayerDrop draw anew in each call and decide by it: no graph can hold that.
+# SpecAugment and LayerDrop draw again in each call and decide by it: no graph can hold that.
 SOUND |= {"apply_spec_augment": False, "layerdrop": 0.0}
 SAMPLES = 64 * 20
 CLIP = {**BLOCKS, "image_size": 16, "patch_size": 8, "num_frames": 4}

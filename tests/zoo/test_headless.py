@@ -15,7 +15,7 @@ from tokenprune.errors import UnsupportedHostError
 
 RECIPE = {"version": 1, "schedule": {"blocks": [1, 2], "keep_ratio": 0.6}}
 MODERN = {**TEXT, **SPECIAL, "local_attention": 8}
-BARE: dict[str, dict[str, Any]] = {
+HEADLESS: dict[str, dict[str, Any]] = {
     "ViTModel": HF,
     "BeitModel": {**HF, "use_relative_position_bias": True},
     "Dinov2Model": HF,
@@ -32,7 +32,7 @@ BARE: dict[str, dict[str, Any]] = {
 def build(model: str) -> Any:
     torch.manual_seed(0)
     cls = getattr(transformers, model)
-    host = cls(cls.config_class(**BARE[model])).eval()
+    host = cls(cls.config_class(**HEADLESS[model])).eval()
     randomize_weights(host, 20.0)
     return host
 
@@ -46,7 +46,7 @@ def inputs(host: Any) -> dict[str, Tensor]:
     return {"pixel_values": torch.randn(2, *shape)}
 
 
-@pytest.mark.parametrize("name", BARE)
+@pytest.mark.parametrize("name", HEADLESS)
 def test_tokens_come_back_in_place_or_short(name: str) -> None:
     host = build(name)
     given = inputs(host)
