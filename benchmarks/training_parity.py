@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import tokenprune
 import tokenprune.models
 from tests.product.reference import (
-    Columnar,
+    PlainViT,
     Result,
     Softmax,
     gumbel_noise,
@@ -32,8 +32,8 @@ __all__ = ["Leak", "Parity", "Survival", "leaks", "parities", "survivals"]
 
 FACTORS = (1, 10, 20, 50)
 KEEP_PROBABILITIES = (0.5, 0.3, 0.1, 0.05)
-DEITS = Columnar(heads=6, stages=(3, 6, 9), depth=12)
-LVVITS = Columnar(heads=6, stages=(4, 8, 12), depth=16, eps=1e-5, scale=2.0, stem="lvvit")
+DEITS = PlainViT(heads=6, stages=(3, 6, 9), depth=12)
+LVVITS = PlainViT(heads=6, stages=(4, 8, 12), depth=16, eps=1e-5, scale=2.0, stem="lvvit")
 SWINT = Swin(depths=(2, 2, 6, 2), heads=(3, 6, 12, 24), window=7, stages=(5, 6, 7))
 SUBJECTS: dict[str, tuple[str, Callable[..., Result]]] = {
     "DeiT-S": ("deit-small", lambda w, x, **o: run_plain(w, x, DEITS, **o)),
@@ -282,7 +282,7 @@ def survivals(batches: int = 40) -> list[Survival]:
     torch.manual_seed(0)
     sizes = {"img_size": 24, "patch_size": 4, "embed_dim": 24, "depth": 4, "num_heads": 2}
     host = timm.create_model("deit_tiny_patch16_224", num_classes=7, **sizes)
-    small = Columnar(heads=2, stages=(1, 2, 3), depth=4)
+    small = PlainViT(heads=2, stages=(1, 2, 3), depth=4)
     recipe = {"version": 1, "schedule": {"blocks": [1, 2, 3], "keep_ratio": 0.7}}
     subject = Subject(host, recipe, lambda w, x, **o: run_plain(w, x, small, **o), batch=4)
     rows = []
