@@ -156,14 +156,14 @@ CASES: list[tuple[type[Exception], type[Exception], Callable[[], Any], str]] = [
         errors.TraceError,
         ValueError,
         lambda: stack(AsksForAValue),
-        "cannot be traced.*test_messages.py.*if x.sum",
+        "cannot be traced.*test_errors.py.*if x.sum",
     ),
     (errors.LeakError, ValueError, lambda: stack(TokensFirst), "first dim is not the batch"),
     (
         errors.VerificationError,
         RuntimeError,
         lambda: stack(Convolving),
-        r"first at node 'blocks_1_conv'.*test_messages.py.*self.conv",
+        r"first at node 'blocks_1_conv'.*test_errors.py.*self.conv",
     ),
     (
         errors.HostError,

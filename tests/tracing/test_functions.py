@@ -92,5 +92,5 @@ def test_a_custom_gradient_is_refused_by_name() -> None:
         def backward(ctx: Any, grad: Tensor) -> Tensor:
             return grad
 
-    with pytest.raises(TraceError, match=r"test_tracing_functions.*autograd\.Function"):
+    with pytest.raises(TraceError, match=r"test_functions.*autograd\.Function"):
         wrapped(lambda x: Twice.apply(x))

@@ -199,7 +199,7 @@ def test_each_node_knows_its_module_and_source_line() -> None:
     where = {str(n.target): n.meta["where"] for n in graph.nodes}
     assert where["inner.deep.0"].module == "inner.deep.0"
     assert "host.inner" in str(where["inner.deep.0"])
-    line = r"the host's own forward \(.*test_tracing\.py:\d+: return x\.tanh\(\)  # this line\)"
+    line = r"the host's own forward \(.*test_host_graph\.py:\d+: return x\.tanh\(\)  # this line\)"
     assert re.fullmatch(line, str(where["tanh"]))
 
 
