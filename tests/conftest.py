@@ -13,6 +13,11 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 PRODUCT = Path(__file__).parent / "product"
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Do not even import `product` where slow tests are left out."""
+    return True if collection_path == PRODUCT and config.option.markexpr == "not slow" else None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark as slow: all of `product`, and tests over a toy or a row that is not a core one."""
     for item in items:

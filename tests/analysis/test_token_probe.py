@@ -147,7 +147,7 @@ def test_a_decision_by_the_batch_binds_the_trace_to_it() -> None:
             lambda host, x: x.reshape(x.shape[0], 2, 5, WIDTH).flatten(1, 2),
             None,
             UnsupportedHostError,
-            r"cannot run with fewer tokens after stage 1: .*reshape.*test_token_probe\.py.*It said: ",
+            r"cannot run with fewer tokens after stage 1: .*reshape.*test_token_probe.*It said: ",
         ),
         (
             lambda host, x: x,

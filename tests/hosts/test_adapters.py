@@ -334,6 +334,7 @@ def test_the_folder_under_another_name_is_refused() -> None:
         place.loader.exec_module(module)
 
 
+@pytest.mark.slow
 def test_adapters_import_no_model_library() -> None:
     code = (
         "import sys; from tokenprune.hosts.registry import list_adapters; "

@@ -16,6 +16,7 @@ from tokenprune.ops import (
     sample_decision,
 )
 
+pytestmark = pytest.mark.slow
 B, H, L, D = 2, 3, 5, 4
 
 

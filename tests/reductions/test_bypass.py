@@ -207,6 +207,7 @@ def test_a_block_without_an_mlp_is_refused_by_name() -> None:
         tokenprune.wrap(Host(), recipe, example_inputs=torch.randn(2, 6, 8), adapter=spec)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options", "block", "channels_first"),
     [

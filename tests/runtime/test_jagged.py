@@ -93,6 +93,7 @@ def difference(ours: Any, theirs: Any) -> float:
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HOSTS)
 def test_hosts_are_certified_and_a_batch_is_each_image_alone(name: str) -> None:
     build, recipe = HOSTS[name]
@@ -117,6 +118,7 @@ def test_a_host_that_also_gives_a_loss() -> None:
     assert torch.allclose(output.loss, expected)  # of the whole batch, not of one bucket
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("restore", [True, False])
 def test_outputs_that_hold_tokens(restore: bool) -> None:
     x = images(6)
@@ -169,6 +171,7 @@ def test_saved_models_keep_their_threshold(tmp_path: Any) -> None:
     assert "selection: topk" in text
 
 
+@pytest.mark.slow
 def test_macs_of_each_image(deit: Any) -> None:
     model = deit
     costs = tokenprune.ImageMacs(model)

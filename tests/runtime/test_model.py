@@ -35,8 +35,20 @@ def build(cls: type[nn.Module] = timm.models.vision_transformer.VisionTransforme
     return host
 
 
+@pytest.fixture(scope="module")
+def shared() -> Any:
+    return tokenprune.wrap(build(), RECIPE, verify=False)
+
+
 @pytest.fixture
-def model() -> Any:
+def model(shared: Any) -> Any:
+    """One model for the tests that leave it as they found it, modes and ratios aside."""
+    shared.set_keep_ratio(0.7)
+    return shared.eval()
+
+
+@pytest.fixture
+def own_model() -> Any:
     return tokenprune.wrap(build(), RECIPE, verify=False).eval()
 
 
@@ -282,29 +294,29 @@ def test_what_the_host_kept_from_a_call_of_its_own_is_no_part_of_a_trace() -> No
     assert pruning_of(again).host.table is kept
 
 
-def test_what_belongs_to_one_module_object_stays_there(model: Any) -> None:
+def test_what_belongs_to_one_module_object_stays_there(own_model: Any) -> None:
     """`compile`, parametrisations and replicas write into the object they are called on."""
-    host = tokenprune.unwrap(model)
-    kind, pruned = type(host), model(IMAGES)
-    model.compile(backend="eager")
+    host = tokenprune.unwrap(own_model)
+    kind, pruned = type(host), own_model(IMAGES)
+    own_model.compile(backend="eager")
     assert host._compiled_call_impl is None
-    model._compiled_call_impl = None
-    parametrize.register_parametrization(model, "pos_embed", nn.Identity())
+    own_model._compiled_call_impl = None
+    parametrize.register_parametrization(own_model, "pos_embed", nn.Identity())
     assert type(host) is kind
-    replica = model._replicate_for_data_parallel()
+    replica = own_model._replicate_for_data_parallel()
     replica.cls_token = torch.zeros(1, 1, 16)
     assert host.cls_token.requires_grad
     assert "blocks" in dict(host.named_children())
-    torch.testing.assert_close(model(IMAGES), pruned)
+    torch.testing.assert_close(own_model(IMAGES), pruned)
     with pytest.raises(HostError, match="Use DistributedDataParallel, one process a device"):
         replica(IMAGES)
 
 
-def test_an_attribute_that_changes_is_read_in_every_mode(model: Any) -> None:
+def test_an_attribute_that_changes_is_read_in_every_mode(own_model: Any) -> None:
     """What `reset_classifier` sets decides in the host's Python code: eval must see it too."""
-    model.reset_classifier(5, global_pool="avg")
-    with model.using("gather", keep_indices=[torch.arange(16).expand(2, -1)] * 2):
-        torch.testing.assert_close(model(IMAGES), tokenprune.unwrap(model)(IMAGES))
+    own_model.reset_classifier(5, global_pool="avg")
+    with own_model.using("gather", keep_indices=[torch.arange(16).expand(2, -1)] * 2):
+        torch.testing.assert_close(own_model(IMAGES), tokenprune.unwrap(own_model)(IMAGES))
 
 
 def test_loading_weights_of_another_mode(model: Any) -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 import tokenprune
@@ -75,6 +76,7 @@ print("compiled")
 """
 
 
+@pytest.mark.slow
 def test_8_compiled_models_keep_outputs() -> None:
     # In a process of its own: the shape checks of the test run would break the graphs.
     done = subprocess.run(

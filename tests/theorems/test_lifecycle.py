@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import pytest
 import timm
 import torch
 from hypothesis import settings
@@ -146,5 +147,5 @@ class Lifecycle(RuleBasedStateMachine):
             assert rest == list(self.host.state_dict())
 
 
-TestLifecycle = Lifecycle.TestCase
+TestLifecycle = pytest.mark.slow(Lifecycle.TestCase)
 TestLifecycle.settings = settings(max_examples=8, stateful_step_count=10, deadline=None)

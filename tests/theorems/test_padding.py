@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import (
@@ -36,12 +36,14 @@ def modernbert() -> Any:
     return ModernBertForSequenceClassification(ModernBertConfig(**MODERN))
 
 
-@pytest.fixture(scope="module", params=[bert, modernbert])
+@pytest.fixture(
+    scope="module", params=[pytest.param(bert, marks=pytest.mark.slow), pytest.param(modernbert)]
+)
 def model(request: pytest.FixtureRequest) -> Any:
     torch.manual_seed(0)
     host = request.param().eval()
     randomize_weights(host, 20.0)
-    wrapped = tokenprune.wrap(host, RECIPE)
+    wrapped = tokenprune.wrap(host, RECIPE, verify=False)
     randomize_weights(wrapped.token_predictors, 1.0)
     return wrapped
 
@@ -58,9 +60,11 @@ def texts(lengths: list[int], total: int = LENGTH, seed: int = 0) -> dict[str, T
     }
 
 
+few = settings(max_examples=10)
 lengths = st.lists(st.integers(2, LENGTH), min_size=1, max_size=4)
 
 
+@few
 @given(lengths=lengths, path=st.sampled_from(["gather", "mask"]), seed=st.integers(0, 99))
 def test_no_padded_token_is_kept_while_a_real_one_is_dropped(
     model: Any, lengths: list[int], path: str, seed: int
@@ -81,6 +85,7 @@ def test_no_padded_token_is_kept_while_a_real_one_is_dropped(
         before = kept
 
 
+@few
 @given(lengths=lengths, seed=st.integers(0, 99))
 def test_both_paths_choose_the_same_tokens(model: Any, lengths: list[int], seed: int) -> None:
     inputs = texts(lengths, seed=seed)
@@ -93,8 +98,9 @@ def test_both_paths_choose_the_same_tokens(model: Any, lengths: list[int], seed:
     torch.testing.assert_close(gathered.logits, masked.logits, rtol=1e-4, atol=1e-5)
 
 
+@few
 @given(
-    length=st.integers(4, LENGTH - 1),
+    length=st.sampled_from([4, 9, LENGTH - 1]),
     path=st.sampled_from(["gather", "mask"]),
     seed=st.integers(0, 99),
 )

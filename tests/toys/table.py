@@ -18,7 +18,7 @@ from tests.toys import vit
 from tests.toys.vit import DEPTH, PATCH, SIZES, Block, Vit, pixels, randomize_weights
 from tokenprune.hosts.registry import ArchSpec
 
-__all__ = ["GAPS", "PREFIXES", "TOYS", "Toy"]
+__all__ = ["GAPS", "TOYS", "Toy"]
 
 
 def only_pixels(batch: int, size: int, seed: int) -> dict[str, Tensor]:
@@ -114,17 +114,11 @@ def timm_model(name: str, **options: Any) -> nn.Module:
 
 
 BOTH = {"sizes": SIZES}
-PREFIXES: dict[str, Toy] = {
-    f"prefix_{p}": Toy(
-        f"prefix_{p}", partial(Vit, p), p, SIZES if p < 2 else SIZES[:1], blocks=(p % 2, 2)
-    )
-    for p in range(10)
-}
 _ALL = (
-    PREFIXES["prefix_0"],
-    PREFIXES["prefix_1"],
-    PREFIXES["prefix_2"],
-    PREFIXES["prefix_9"],
+    Toy("prefix_0", partial(Vit, 0), 0, SIZES),
+    Toy("prefix_1", partial(Vit, 1), 1, SIZES, blocks=(1, 2)),
+    Toy("prefix_2", partial(Vit, 2), 2),
+    Toy("prefix_9", partial(Vit, 9), 9, blocks=(1, 2)),
     _attending("eager", blocks.Eager, noisy=True, core=True),
     _attending("by_hand", blocks.ByHand),
     _attending("talking_heads", blocks.TalkingHeads),

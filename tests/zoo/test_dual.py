@@ -12,6 +12,7 @@ from tests.zoo.hosts import HF, TEXT
 from tests.zoo.rows import randomize_weights
 from tokenprune.errors import UnsupportedHostError, VerificationError
 
+pytestmark = pytest.mark.slow
 RECIPE = {"version": 1, "schedule": {"blocks": [1, 2], "keep_ratio": 0.6}}
 MODELS = ["CLIPModel", "SiglipModel"]
 

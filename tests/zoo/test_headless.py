@@ -13,6 +13,7 @@ from tests.zoo.rows import randomize_weights
 from tests.zoo.sequences import CLIP, DISENTANGLED, SAMPLES, SOUND, SPECIAL, TEXT, sounds, texts
 from tokenprune.errors import UnsupportedHostError
 
+pytestmark = pytest.mark.slow
 RECIPE = {"version": 1, "schedule": {"blocks": [1, 2], "keep_ratio": 0.6}}
 MODERN = {**TEXT, **SPECIAL, "local_attention": 8}
 HEADLESS: dict[str, dict[str, Any]] = {
