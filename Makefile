@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check clean venv links
+.PHONY: demo test test-fast check clean venv links
 
 demo: $(STAMP)
 	$(BIN)/tokenprune demo
@@ -11,6 +11,10 @@ demo: $(STAMP)
 # One thread a process: two processes share the machine, and sums keep their order.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q
+
+# A minute: unit tests, and all behaviours over the core toys and the core rows of the zoo.
+test-fast: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q -m "not slow"
 
 check: $(STAMP) links
 	$(BIN)/ruff check

@@ -199,7 +199,7 @@ HEAD = """\
 
 wrote this page, from the shipped recipes `dynamicvit-<host>-k<rho>` and `tokenprune.profile`. One
 image of 224 x 224 pixels, eval, multiply-accumulates (what the papers call FLOPs), attention and
-predictors included. `tests/unit/test_published.py` counts every row again.
+predictors included. `tests/product/test_published.py` counts every row again.
 
 | column | what it is |
 |--------|------------|

@@ -1,6 +1,6 @@
 """Training held against the papers' formulas: what `benchmarks.fidelity` measures and tables.
 
-The formulas are written out in tests/properties/reference.py. All of it runs in double precision,
+The formulas are written out in tests/product/reference.py. All of it runs in double precision,
 so that what differs is the formula and not rounding.
 """
 
@@ -15,16 +15,16 @@ from torch import Tensor, nn
 
 import tokenprune
 import tokenprune.models
-from tests.properties.reference import (
-    Columnar,
+from tests.product.reference import (
+    PlainViT,
     Result,
     Softmax,
     gumbel_noise,
     loss_parts,
     policy_softmax,
-    run_columnar,
+    run_plain,
 )
-from tests.properties.reference_swin import Swin, run_swin
+from tests.product.reference_swin import Swin, run_swin
 from tokenprune.losses import PruningLoss
 from tokenprune.recipe import load_recipe
 
@@ -32,12 +32,12 @@ __all__ = ["Leak", "Parity", "Survival", "leaks", "parities", "survivals"]
 
 FACTORS = (1, 10, 20, 50)
 KEEP_PROBABILITIES = (0.5, 0.3, 0.1, 0.05)
-DEITS = Columnar(heads=6, stages=(3, 6, 9), depth=12)
-LVVITS = Columnar(heads=6, stages=(4, 8, 12), depth=16, eps=1e-5, scale=2.0, stem="lvvit")
+DEITS = PlainViT(heads=6, stages=(3, 6, 9), depth=12)
+LVVITS = PlainViT(heads=6, stages=(4, 8, 12), depth=16, eps=1e-5, scale=2.0, stem="lvvit")
 SWINT = Swin(depths=(2, 2, 6, 2), heads=(3, 6, 12, 24), window=7, stages=(5, 6, 7))
 SUBJECTS: dict[str, tuple[str, Callable[..., Result]]] = {
-    "DeiT-S": ("deit-small", lambda w, x, **o: run_columnar(w, x, DEITS, **o)),
-    "LV-ViT-S": ("lvvit-s", lambda w, x, **o: run_columnar(w, x, LVVITS, **o)),
+    "DeiT-S": ("deit-small", lambda w, x, **o: run_plain(w, x, DEITS, **o)),
+    "LV-ViT-S": ("lvvit-s", lambda w, x, **o: run_plain(w, x, LVVITS, **o)),
     "Swin-T": ("swin-tiny", lambda w, x, **o: run_swin(w, x, SWINT, **o)),
 }
 
@@ -280,9 +280,9 @@ def survivals(batches: int = 40) -> list[Survival]:
     torch.manual_seed(0)
     sizes = {"img_size": 24, "patch_size": 4, "embed_dim": 24, "depth": 4, "num_heads": 2}
     host = timm.create_model("deit_tiny_patch16_224", num_classes=7, **sizes)
-    small = Columnar(heads=2, stages=(1, 2, 3), depth=4)
+    small = PlainViT(heads=2, stages=(1, 2, 3), depth=4)
     recipe = {"version": 1, "schedule": {"blocks": [1, 2, 3], "keep_ratio": 0.7}}
-    subject = Subject(host, recipe, lambda w, x, **o: run_columnar(w, x, small, **o), batch=4)
+    subject = Subject(host, recipe, lambda w, x, **o: run_plain(w, x, small, **o), batch=4)
     rows = []
     for probability in KEEP_PROBABILITIES:
         with torch.no_grad():

@@ -172,7 +172,7 @@ ROPE = "vit_small_patch16_rope_224"
 
 ZOO: tuple[Row, ...] = (
     # timm: vision_transformer
-    _vit("deit", 1, "deit_tiny_patch16_224", recipe=THREE),
+    _vit("deit", 1, "deit_tiny_patch16_224", recipe=THREE, core=True),
     _vit("deit_dynamic", 1, "deit_tiny_patch16_224", dynamic_img_size=True, sizes=TWO_SIZES),
     _vit("deit_distilled", 2, "deit_tiny_distilled_patch16_224"),
     _vit("deit3", 1, "deit3_small_patch16_224"),
@@ -200,7 +200,7 @@ ZOO: tuple[Row, ...] = (
     _timm("eva", "eva", 1, "eva_giant_patch14_224"),
     _timm("eva02", "eva", 1, "eva02_tiny_patch14_224", recipe=THREE),
     _timm("eva02_post_norm", "eva", 1, "eva02_tiny_patch14_224", use_post_norm=True),
-    _timm("dinov3", "eva", 5, "vit_small_patch16_dinov3", sizes=TWO_SIZES),
+    _timm("dinov3", "eva", 5, "vit_small_patch16_dinov3", sizes=TWO_SIZES, core=True),
     _timm("rope", "eva", 1, ROPE),
     _timm("rope_mixed", "eva", 1, "vit_small_patch16_rope_mixed_224"),
     _timm("rope_ape", "eva", 1, "vit_small_patch16_rope_ape_224"),
@@ -208,7 +208,7 @@ ZOO: tuple[Row, ...] = (
     _timm("rope_grouped_queries", "eva", 1, ROPE, num_kv_heads=1, qkv_fused=False),
     _timm("perception_encoder", "eva", 1, "vit_pe_core_tiny_patch16_384", attn_pool_num_heads=2),
     # timm: beit
-    _timm("beit", "beit", 1, "beit_base_patch16_224", recipe=THREE),
+    _timm("beit", "beit", 1, "beit_base_patch16_224", recipe=THREE, core=True),
     _timm("beit_v2", "beit", 1, "beitv2_base_patch16_224"),
     _row(
         "beit_shared_bias",
@@ -227,7 +227,9 @@ ZOO: tuple[Row, ...] = (
     _timm("relpos_shared", "vision_transformer_relpos", 0, "vit_srelpos_small_patch16_224"),
     _timm("relpos_rpn", "vision_transformer_relpos", 0, "vit_relpos_medium_patch16_rpn_224"),
     # timm: windows
-    _swin("swin", "timm/swin_transformer", windowed, model="swin_tiny_patch4_window7_224"),
+    _swin(
+        "swin", "timm/swin_transformer", windowed, model="swin_tiny_patch4_window7_224", core=True
+    ),
     _swin("swin_v2", "timm/swin_transformer_v2", windowed, model="swinv2_tiny_window8_256"),
     _swin("swin_v2_cr", "timm/swin_transformer_v2_cr", windowed, model="swinv2_cr_tiny_224"),
     # tokenprune
@@ -242,7 +244,7 @@ ZOO: tuple[Row, ...] = (
         one_patch_one_token=False,
     ),
     # transformers
-    _hf("vit", 1, "ViTForImageClassification", recipe=THREE),
+    _hf("vit", 1, "ViTForImageClassification", recipe=THREE, core=True),
     _hf(
         "vit_eager", 1, "ViTForImageClassification", "vit", attention="eager", exact_in_double=False
     ),
@@ -287,6 +289,7 @@ ZOO: tuple[Row, ...] = (
         draw=patches,
         one_patch_one_token=False,
         exact_in_double=False,
+        core=True,
     ),
     _hf("vit_msn", 1, "ViTMSNForImageClassification"),
     _hf("ijepa", 0, "IJepaForImageClassification"),

@@ -127,7 +127,7 @@ GRID: tuple[Row, ...] = (
     ),
     _timm(
         "visformer", 4, "visformer_tiny", 64, img_size=64, embed_dim=32, depth=(1, 3, 1),
-        num_heads=2, init_channels=8,
+        num_heads=2, init_channels=8, core=True,
     ),
     _timm(
         "samvit", 3, "samvit_base_patch16_224", 32, img_size=32, patch_size=4, embed_dim=16,

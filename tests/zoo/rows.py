@@ -1,13 +1,25 @@
 """A row of the zoo: how a host is built, what it takes, and how its weights are made to matter."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
-__all__ = ["BYPASS", "CLASSES", "RECIPE", "THREE", "Row", "images", "toughen"]
+__all__ = [
+    "BYPASS",
+    "CLASSES",
+    "RECIPE",
+    "THREE",
+    "Row",
+    "images",
+    "over",
+    "randomize_weights",
+    "restored",
+]
 
 CLASSES = 7
 # Stages that leave 0.6, 0.36, ... of the patches. One right at the start lets a test put anything
@@ -39,11 +51,12 @@ class Row:
         mode: The mode that serves it.
         refused: What the engine says (a regular expression) if it cannot prune it.
         num_tokens: N where the stages are, if that is not told by the size of an image.
-        final_tokens: Tokens behind the last block, if the host pools them after the stages.
+        final_tokens: Tokens after the last block, if the host pools them after the stages.
         patch: Side in pixels of the square that one token stands for where the stages are.
         one_patch_one_token: No patch token depends on pixels outside its square.
         exact_in_double: It computes in double precision if its weights are double.
         draw: Makes an example input, where it is more than images.
+        core: It is among the few that `make test-fast` runs, and that every behaviour is tested on.
     """
 
     name: str
@@ -62,6 +75,7 @@ class Row:
     exact_in_double: bool = True
     one_patch_one_token: bool = True
     draw: Callable[[int, int, str], dict[str, Tensor]] = images
+    core: bool = False
 
     @property
     def library(self) -> str:
@@ -69,12 +83,12 @@ class Row:
         return self.family.partition("/")[0] if "/" in self.family else "other"
 
     def build(self, factor: float | None = None, seed: int = 0) -> nn.Module:
-        """A fresh host in eval mode; toughened if `factor` is given."""
+        """A fresh host in eval mode; with random weights if `factor` is given."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             host = self.make()
             if factor is not None:
-                toughen(host, factor)
+                randomize_weights(host, factor)
         return host.eval()
 
     @property
@@ -91,7 +105,33 @@ class Row:
         return self.draw(batch, size or self.sizes[0], self.argument)
 
 
-def toughen(host: nn.Module, factor: float) -> None:
+def over(rows: Iterable[Row]) -> pytest.MarkDecorator:
+    """Run a test on each of some rows."""
+    return pytest.mark.parametrize("row", [pytest.param(row, id=row.name) for row in rows])
+
+
+@contextmanager
+def restored(model: nn.Module, factor: float | None = None) -> Iterator[None]:
+    """Give all weights, buffers and modes back afterwards; until then they are random if `factor`
+    is given."""
+    saved = {name: value.clone() for name, value in model.state_dict().items()}
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        if factor is not None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(1)
+                randomize_weights(model, factor)
+        yield
+    finally:
+        with torch.no_grad():
+            for name, value in model.state_dict().items():
+                value.copy_(saved[name])
+        model.zero_grad()
+        for module, training in modes:
+            module.training = training
+
+
+def randomize_weights(host: nn.Module, factor: float) -> None:
     """Make errors visible: sharp attention, and no parameter at a value that hides one.
 
     Query and key projections (fused ones as a whole) get scale 0.02, as libraries initialise them,
@@ -103,7 +143,7 @@ def toughen(host: nn.Module, factor: float) -> None:
         for path, module in host.named_modules():
             own = path.rpartition(".")[2]
             for name, parameter in module.named_parameters(recurse=False):
-                _toughen(type(module).__name__, own, name, parameter, factor)
+                _randomize(type(module).__name__, own, name, parameter, factor)
 
 
 QUERY_KEY = {"qkv", "q", "k", "kv", "query", "key", "q_proj", "k_proj", "in_proj", "in_proj_weight"}
@@ -120,7 +160,7 @@ TABLES = (
 )
 
 
-def _toughen(kind: str, own: str, name: str, parameter: nn.Parameter, factor: float) -> None:
+def _randomize(kind: str, own: str, name: str, parameter: nn.Parameter, factor: float) -> None:
     if "Norm" in kind:
         parameter.uniform_(0.5, 1.5) if name == "weight" else parameter.normal_(std=0.2)
     elif name.startswith(SCALES) or kind == "LayerScale":
@@ -133,6 +173,3 @@ def _toughen(kind: str, own: str, name: str, parameter: nn.Parameter, factor: fl
         parameter.normal_(std=0.02 * factor)
     elif "Linear" in kind:
         parameter.normal_(std=parameter.shape[1] ** -0.5)
-
-
-# Sizes of every columnar host, in the words of each library.

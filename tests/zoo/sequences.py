@@ -19,6 +19,7 @@ SPECIAL = {"pad_token_id": 1, "bos_token_id": 2, "cls_token_id": 2}
 SPECIAL |= {"eos_token_id": 3, "sep_token_id": 3}
 DISENTANGLED = {"relative_attention": True, "position_buckets": 8, "norm_rel_ebd": "layer_norm"}
 DISENTANGLED |= {"pos_att_type": ["p2c", "c2p"], "share_att_key": True}
+MODERN = {**SPECIAL, "local_attention": 8, "classifier_pooling": "mean"}
 DISTIL = {"dim": 32, "hidden_dim": 48, "n_layers": 4, "n_heads": 2, "vocab_size": WORDS}
 
 BLOCKS = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4}
@@ -26,7 +27,7 @@ BLOCKS |= {"num_attention_heads": 2}
 SOUND: dict[str, Any] = {**BLOCKS, "conv_dim": (16, 16), "conv_stride": (5, 4)}
 SOUND |= {"conv_kernel": (8, 4), "num_feat_extract_layers": 2, "num_conv_pos_embeddings": 16}
 SOUND |= {"num_conv_pos_embedding_groups": 4, "classifier_proj_size": 16, "vocab_size": 32}
-# SpecAugment and LayerDrop draw anew in each call and decide by it: no graph can hold that.
+# SpecAugment and LayerDrop draw again in each call and decide by it: no graph can hold that.
 SOUND |= {"apply_spec_augment": False, "layerdrop": 0.0}
 SAMPLES = 64 * 20
 CLIP = {**BLOCKS, "image_size": 16, "patch_size": 8, "num_frames": 4}
@@ -107,7 +108,7 @@ SEQUENCES: tuple[Row, ...] = (
     _text("albert", "Albert", embedding_size=16),
     _text("deberta_v2", "DebertaV2", **DISENTANGLED),
     _text("deberta_v2_plain", "DebertaV2"),
-    _text("modernbert", "ModernBert", **SPECIAL, local_attention=8, classifier_pooling="mean"),
+    _text("modernbert", "ModernBert", **MODERN, core=True),
     # sounds
     _sound("wav2vec2", "Wav2Vec2"),
     _sound("wav2vec2_stable", "Wav2Vec2", do_stable_layer_norm=True, feat_extract_norm="layer"),

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import timm
 from torch import nn
 
@@ -47,6 +48,7 @@ def test_a_family_without_a_row_is_found() -> None:
     assert without_a_row(rows, [deit]) == {"transformers/deit"}
 
 
+@pytest.mark.slow
 def test_every_certified_family_has_a_row() -> None:
     rows = json.loads(ATLAS.read_text())
     missing = without_a_row(rows, (row.build() for row in (*ZOO, *GRID)))

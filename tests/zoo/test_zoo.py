@@ -1,8 +1,10 @@
-"""Every behaviour, once, over every host of the zoo."""
+"""Behaviours over the hosts of the zoo.
+
+The certificate proves theorems 1 to 4 on every row. Tests that go further, to any kept set and
+through the pixels, run on the core rows here, and on the toys in `tests/theorems`.
+"""
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -11,11 +13,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 import tokenprune
+from tests.theorems.case import difference, same_bits, tensors
 from tests.zoo.hosts import ZOO
-from tests.zoo.rows import Row, toughen
+from tests.zoo.rows import Row, over, restored
 from tokenprune.errors import UnsupportedHostError
 from tokenprune.recipe.counting import num_keep
 
@@ -25,14 +27,11 @@ FACTORS = (1.0, 50.0)
 
 RUN = [row for row in ZOO if not row.refused]
 REFUSED = [row for row in ZOO if row.refused]
+CORE = [row for row in RUN if row.core]
 STAGE_FIRST = [
-    row for row in RUN if row.one_patch_one_token and row.recipe["schedule"]["blocks"][0] == 0
+    row for row in CORE if row.one_patch_one_token and row.recipe["schedule"]["blocks"][0] == 0
 ]
 RESIZED = [row for row in RUN if len(row.sizes) > 1]
-
-
-def over(rows: Sequence[Row]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("row", [pytest.param(row, id=row.name) for row in rows])
 
 
 class Case(NamedTuple):
@@ -49,49 +48,13 @@ def case_of(row: Row) -> Case:
     host = row.build(FACTORS[0])
     keys = list(host.state_dict())
     dense = outputs(host, row.inputs())
-    return Case(host, tokenprune.wrap(host, row.recipe, example_inputs=row.inputs()), dense, keys)
-
-
-@contextmanager
-def weights(model: nn.Module, factor: float | None = None) -> Iterator[None]:
-    """Toughen a model's weights, and give every weight and mode back afterwards."""
-    saved = {name: value.clone() for name, value in model.state_dict().items()}
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        if factor is not None:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(1)
-                toughen(model, factor)
-        yield
-    finally:
-        with torch.no_grad():
-            for name, value in model.state_dict().items():
-                value.copy_(saved[name])
-        model.zero_grad()
-        for module, training in modes:
-            module.training = training
+    model = tokenprune.wrap(host, row.recipe, example_inputs=row.inputs(), verify=False)
+    return Case(host, model, dense, keys)
 
 
 def outputs(model: nn.Module, inputs: dict[str, Tensor]) -> list[Tensor]:
     with torch.no_grad():
         return tensors(model(**inputs))
-
-
-def tensors(output: Any) -> list[Tensor]:
-    output = dict(output) if isinstance(output, dict) else output
-    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
-
-
-def difference(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
-    """Largest difference relative to the scale of `theirs`; NaN where either holds one."""
-    assert [t.shape for t in ours] == [t.shape for t in theirs]
-    return max(
-        ((a - b).abs().max() / b.abs().max()).item() for a, b in zip(ours, theirs, strict=True)
-    )
-
-
-def same_bits(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 def nested_sets(stages: int, patches: int, batch: int, seed: int) -> list[Tensor]:
@@ -111,7 +74,7 @@ def nested_sets(stages: int, patches: int, batch: int, seed: int) -> list[Tensor
 def test_the_certificate_holds(row: Row) -> None:
     case = case_of(row)
     for factor in FACTORS:
-        with weights(case.model, factor):
+        with restored(case.model, factor):
             certificate = tokenprune.verify(case.model, row.inputs())
             assert certificate.checks
             assert all(check.passed for check in certificate.checks), str(certificate)
@@ -121,14 +84,14 @@ def test_the_certificate_holds(row: Row) -> None:
     assert certificate.num_patches == row.num_patches()
 
 
-@over(RUN)
+@over(CORE)
 def test_keeping_every_token_is_the_host_bit_for_bit(row: Row) -> None:
     case = case_of(row)
     model = case.model
     try:
         model.set_keep_ratio(1.0)
         for factor in FACTORS:
-            with weights(model, factor), torch.no_grad():
+            with restored(model, factor), torch.no_grad():
                 dense = outputs(case.host, row.inputs(3))
                 # with a trace the pruned graph runs, without it the host's own forward
                 traced, trace = model(**row.inputs(3), return_trace=True)
@@ -139,7 +102,7 @@ def test_keeping_every_token_is_the_host_bit_for_bit(row: Row) -> None:
         model.set_keep_ratio(row.recipe["schedule"]["keep_ratio"])
 
 
-@over(RUN)
+@over(CORE)
 def test_unwrap_gives_the_host_back_bit_for_bit(row: Row) -> None:
     case = case_of(row)
     pruned = outputs(case.model, row.inputs())
@@ -151,7 +114,7 @@ def test_unwrap_gives_the_host_back_bit_for_bit(row: Row) -> None:
         assert same_bits(outputs(case.model, row.inputs()), case.dense)
 
 
-@over(RUN)
+@over(CORE)
 def test_mask_path_is_gather_path(row: Row) -> None:
     """For any kept sets. Where sharp attention blows fp32's rounding up, fp64 must tell."""
     model = case_of(row).model
@@ -177,7 +140,7 @@ def test_mask_path_is_gather_path(row: Row) -> None:
         assert error(exact, inputs, sets) < (BOUND_64 if row.exact_in_double else BOUND)
 
     for factor in FACTORS:
-        with weights(model, factor):
+        with restored(model, factor):
             agree()
 
 
@@ -193,7 +156,7 @@ def test_pixels_of_dropped_patches_do_not_matter(row: Row) -> None:
     grid = dropped.view(2, 1, side, side)
     grid = grid.repeat_interleave(row.patch, 2).repeat_interleave(row.patch, 3).expand_as(pixels)
     for factor in FACTORS:
-        with weights(model, factor):
+        with restored(model, factor):
             for path in ("mask", "gather"):
                 with model.using(path, keep_indices=sets):
                     plain = outputs(model, inputs)
@@ -202,7 +165,7 @@ def test_pixels_of_dropped_patches_do_not_matter(row: Row) -> None:
                         assert difference(outputs(model, other), plain) < BOUND
 
 
-@over(RUN)
+@over(CORE)
 def test_an_image_does_not_depend_on_its_neighbours(row: Row) -> None:
     model = case_of(row).model
     inputs = row.inputs(3)
@@ -217,7 +180,7 @@ def test_another_image_size(row: Row) -> None:
     case = case_of(row)
     for size in row.sizes[1:]:
         inputs = row.inputs(2, size)
-        with weights(case.model, FACTORS[1]):
+        with restored(case.model, FACTORS[1]):
             certificate = tokenprune.verify(case.model, inputs)
         assert certificate.num_patches == row.num_patches(size)
         assert certificate.mask_vs_gather < BOUND
@@ -228,7 +191,7 @@ def test_another_image_size(row: Row) -> None:
 @over(RUN)
 def test_a_training_step_reaches_every_predictor_parameter(row: Row) -> None:
     model = case_of(row).model
-    with weights(model):
+    with restored(model):
         model.train()
         generator = torch.Generator().manual_seed(0)
         with model.using(generator=generator):
@@ -257,7 +220,7 @@ def test_the_state_holds_the_host_and_the_predictors(row: Row) -> None:
     assert [key for key in state if key in case.keys] == case.keys
     assert own
     assert all(key.startswith(("token_predictors.", "token_bypasses.")) for key in own)
-    with weights(model):
+    with restored(model):
         other = row.build(FACTORS[0], seed=7)
         model.load_state_dict(other.state_dict())  # a checkpoint of the host alone
         assert same_bits(outputs(case.host, row.inputs()), outputs(other, row.inputs()))
@@ -301,7 +264,7 @@ def test_the_trace_of_eval(row: Row) -> None:
 def test_the_trace_of_training(row: Row) -> None:
     model = case_of(row).model
     total = row.num_patches()
-    with weights(model), torch.no_grad():
+    with restored(model), torch.no_grad():
         model.train()
         traces = []
         for _ in range(2):
@@ -331,27 +294,3 @@ def test_what_cannot_be_pruned_is_refused_and_left_alone(row: Row) -> None:
     assert modes == [module.training for module in host.modules()]
     fresh = row.build(FACTORS[0])
     assert same_bits(outputs(host.eval(), row.inputs()), outputs(fresh, row.inputs()))
-
-
-def test_no_row_is_left_out(request: pytest.FixtureRequest) -> None:
-    assert len(RUN) + len(REFUSED) == len(ZOO)
-    assert {row.name for row in REFUSED} == {
-        "clip_tower",
-        "dinov3_tower",
-        "siglip_tower",
-    }
-    if request.config.option.keyword or any("::" in arg for arg in request.config.args):
-        return  # someone asked for a few tests by name
-    about = [
-        (item.originalname, item.callspec.params["row"].name)
-        for item in request.session.items
-        if item.path == request.path and isinstance(item, pytest.Function) and "[" in item.name
-    ]
-    behaviours = {test for test, _ in about} - {
-        test_pixels_of_dropped_patches_do_not_matter.__name__,
-        test_another_image_size.__name__,
-        test_what_cannot_be_pruned_is_refused_and_left_alone.__name__,
-    }
-    assert len(behaviours) == 9
-    for test in behaviours:
-        assert sorted(row for name, row in about if name == test) == sorted(r.name for r in RUN)

@@ -1,0 +1,165 @@
+"""Token axes: which dims count tokens, what is aligned with them, and what no rule can shorten."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+import tokenprune
+from tokenprune.analysis.token_probe import EXTRA, TokenAxes, TokenDim
+from tokenprune.errors import PlanError, UnsupportedHostError
+
+WIDTH, PATCHES, PREFIX = 8, 9, 1
+RECIPE = {"version": 1, "schedule": {"blocks": [1, 2], "keep_ratio": 0.6}}
+Step = Callable[["Host", Tensor], Tensor]
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.step = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.step(x)
+
+
+class Host(nn.Module):
+    """Three blocks per token, and one step behind the second stage that a test chooses."""
+
+    def __init__(self, step: Step, between: Step | None = None) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(), Block(), Block()])
+        self.step, self.between = step, between
+        self.register_buffer("table", torch.randn(PREFIX + PATCHES, WIDTH))
+        self.register_buffer("square", torch.randn(2, PREFIX + PATCHES, PREFIX + PATCHES))
+        self.register_buffer("rows", torch.randn(PATCHES, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks[1](self.blocks[0](x))
+        if self.between is not None:
+            x = self.between(self, x)
+        return self.step(self, self.blocks[2](x))[:, 0]
+
+
+def wrapped(step: Step, between: Step | None = None) -> Any:
+    spec = tokenprune.ArchSpec(
+        adapter="by hand",
+        blocks=("blocks.0", "blocks.1", "blocks.2"),
+        num_prefix_tokens=PREFIX,
+    )
+    example = torch.randn(2, PREFIX + PATCHES, WIDTH)
+    host = Host(step, between).eval()
+    return tokenprune.wrap(host, RECIPE, adapter=spec, example_inputs=example, verify=False)
+
+
+def probed(step: Step, between: Step | None = None) -> tuple[TokenAxes, dict[str, fx.Node]]:
+    """The axes of a host, and its nodes by name."""
+    (programs,) = wrapped(step, between)._pruning.programs.values()
+    return programs.axes, {node.name: node for node in programs.traced.graph.nodes}
+
+
+def test_sizes_that_say_which_stage_they_follow() -> None:
+    sums = [a + b for a in EXTRA for b in EXTRA] + [a * b for a in EXTRA for b in EXTRA]
+    assert len(set(EXTRA)) == len(EXTRA) > 12
+    assert not set(EXTRA) & set(sums)
+
+
+def test_dims_follow_the_latest_stage_through_any_operation() -> None:
+    def step(host: Host, x: Tensor) -> Tensor:
+        y = x.transpose(1, 2).contiguous()
+        return (y @ x).softmax(-1) @ y[:, :, :1].expand(-1, -1, 5)
+
+    axes, nodes = probed(step)
+    assert axes.dims[nodes["blocks_1_step"]] == {1: TokenDim(0, PREFIX)}
+    assert axes.dims[nodes["blocks_2_step"]] == {1: TokenDim(1, PREFIX)}
+    assert axes.dims[nodes["contiguous"]] == {2: TokenDim(1, PREFIX)}
+    assert nodes["matmul"] not in axes.dims  # channels by channels
+    assert nodes["blocks_0_step"] not in axes.dims  # no stage yet
+    assert {nodes["blocks_2_step"], nodes["matmul"]} <= axes.batch_first
+    assert not axes.batch_bound
+
+
+def test_patches_without_the_prefix_count_from_zero() -> None:
+    axes, nodes = probed(lambda host, x: x[:, PREFIX:] * 2 + x[:, :1])
+    assert axes.dims[nodes["mul"]] == {1: TokenDim(1, 0)}
+
+
+def test_dims_that_count_tokens_times_something_are_folded() -> None:
+    axes, nodes = probed(lambda host, x: x.reshape(-1, WIDTH).tanh().reshape(x.shape))
+    assert nodes["tanh"] in axes.folded
+    assert nodes["tanh"] not in axes.dims
+    assert axes.dims[nodes["reshape_1"]] == {1: TokenDim(1, PREFIX)}
+
+
+@pytest.mark.parametrize(
+    ("step", "consumer", "table", "dims", "rank"),
+    [
+        (lambda host, x: x + host.table, "add_3", "table", {0: TokenDim(1, PREFIX)}, 3),
+        (
+            lambda host, x: x[:, PREFIX:] * host.rows + x[:, :1],
+            "mul",
+            "rows",
+            {0: TokenDim(1, 0)},
+            3,
+        ),
+        (
+            lambda host, x: F.scaled_dot_product_attention(
+                x.unsqueeze(1), x.unsqueeze(1), x.unsqueeze(1), attn_mask=host.square
+            )[:, 0],
+            "scaled_dot_product_attention",
+            "square",
+            {1: TokenDim(1, PREFIX), 2: TokenDim(1, PREFIX)},
+            4,
+        ),
+    ],
+    ids=["table", "rows without a prefix", "bias on both dims"],
+)
+def test_tables_made_for_all_tokens_are_aligned(
+    step: Step, consumer: str, table: str, dims: dict[int, TokenDim], rank: int
+) -> None:
+    axes, nodes = probed(step)
+    aligned = axes.aligned[nodes[consumer]][nodes[table]]
+    assert dict(aligned.dims) == dims
+    assert aligned.rank == rank
+    assert list(axes.aligned) == [nodes[consumer]]
+
+
+def test_a_table_of_the_size_of_the_tokens_is_made_whole() -> None:
+    axes, nodes = probed(lambda host, x: x * torch.arange(x.shape[1])[None, :, None])
+    assert nodes["arange"] in axes.tables
+    assert nodes["getitem"] in axes.sizes or any(n.name.startswith("getitem") for n in axes.sizes)
+
+
+def test_a_decision_by_the_batch_binds_the_trace_to_it() -> None:
+    axes, _ = probed(lambda host, x: x * 2 if x.shape[0] == 2 else x)
+    assert axes.batch_bound
+    axes, _ = probed(lambda host, x: x * 2 if x.shape[2] == WIDTH else x)
+    assert not axes.batch_bound
+
+
+@pytest.mark.parametrize(
+    ("step", "between", "error", "says"),
+    [
+        (
+            lambda host, x: x.reshape(x.shape[0], 2, 5, WIDTH).flatten(1, 2),
+            None,
+            UnsupportedHostError,
+            r"cannot run with fewer tokens after stage 1: .*reshape.*test_token_probe.*It said: ",
+        ),
+        (
+            lambda host, x: x,
+            lambda host, x: x[:, ::2],
+            PlanError,
+            r"Stage 1 \(block 2\) sees tokens of shape \(5, 8\), stage 0 \(block 1\) of \(10, 8\)",
+        ),
+    ],
+    ids=["a grid written out", "tokens pooled in between"],
+)
+def test_what_cannot_run_with_fewer_tokens_is_named(
+    step: Step, between: Step | None, error: type[Exception], says: str
+) -> None:
+    with pytest.raises(error, match=says):
+        wrapped(step, between)

@@ -1,0 +1,68 @@
+"""A wrapped model inside torch.compile: one graph, for every batch size and every image size."""
+
+import copy
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from jaxtyping import config
+
+import tokenprune
+from tests.product.export_hosts import HOSTS, images, tensors_of, wrapped
+from tokenprune.ops.bypass import Layout
+
+
+@pytest.fixture(autouse=True)
+def _no_shape_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checks of the annotations, which only tests put there, break the graph."""
+    monkeypatch.setattr(config, "jaxtyping_disable", True)
+    monkeypatch.setattr(Layout, "gathered", inspect.unwrap(Layout.gathered))
+
+
+def compiled(model: Any) -> Any:
+    torch.compiler.reset()
+    return torch.compile(model, fullgraph=True, backend="eager")
+
+
+def assert_same(found: Any, wanted: Any) -> None:
+    assert type(found) is type(wanted)
+    for one, other in zip(tensors_of(found), tensors_of(wanted), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_one_graph_for_all_batch_sizes(name: str) -> None:
+    model = wrapped(name)
+    run = compiled(model)
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+        for batch in (2, 3, 5):
+            given = images(name, batch)
+            for value in given.values():
+                torch._dynamo.mark_dynamic(value, 0)
+            assert_same(run(**given), model(**given))
+
+
+def test_without_a_word_torch_compiles_once_more_and_then_never() -> None:
+    model = wrapped("deit")
+    run = compiled(model)
+    with torch.no_grad():
+        for batch in (2, 3):
+            run(**images("deit", batch))
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for batch in (5, 2, 7):
+                given = images("deit", batch)
+                assert_same(run(**given), model(**given))
+
+
+def test_a_signature_never_seen_is_traced_when_it_is_compiled() -> None:
+    """Nothing has run before: no program is there, and another image size comes later."""
+    host = HOSTS["deit"].make(dynamic_img_size=True)
+    model = tokenprune.wrap(host, HOSTS["deit"].recipe, verify=False).eval()
+    fresh = copy.deepcopy(model)
+    run = compiled(model)
+    for side in (16, 24):
+        given = torch.randn(2, 3, side, side)
+        with torch.no_grad():
+            assert_same(run(given), fresh(given))
+    assert len(model._pruning.programs) == 2
