@@ -124,7 +124,7 @@ class Bench:
             *(task.seed, task.arm, task.keep_ratio),
             accuracy=evaluate(model, data, "dense" if dense else "gather"),
             gmacs=counted.dense_gmacs if dense else counted.gmacs,
-            tokens=() if dense else pruning_of(model).plan.counts(counted.patches_per_stage),
+            tokens=() if dense else pruning_of(model).budget.counts(counted.patches_per_stage),
             epochs=epochs,
             images=len(data.train),  # type: ignore[arg-type]
             minutes=(time.perf_counter() - started) / 60,

@@ -114,12 +114,12 @@ def speeds(model: Any, images: Tensor, row: dict[str, Any], rounds: int) -> dict
     host = tokenprune.unwrap(model).eval()
     model.set_threshold(None)
     model.set_keep_ratio([k / n for k, n in zip(row["fixed"], patches, strict=True)])
-    fixed = pruning.plan
+    fixed = pruning.budget
     by_threshold = fixed.with_threshold(row["threshold"])
 
-    def running(plan: Any) -> Any:
+    def running(budget: Any) -> Any:
         def run() -> Any:
-            pruning.plan = plan
+            pruning.budget = budget
             return model(images)
 
         return run
@@ -127,7 +127,7 @@ def speeds(model: Any, images: Tensor, row: dict[str, Any], rounds: int) -> dict
     calls = {"dense": lambda: host(images), "fixed": running(fixed)}
     calls |= {f"{n}": running(replace(by_threshold, buckets=n)) for n in BUCKETS}
     with torch.no_grad():
-        pruning.plan = by_threshold
+        pruning.budget = by_threshold
         _, trace = model(images, return_trace=True)
         timings = interleaved(calls, rounds=rounds)
     macs = float(costs(trace).mean())

@@ -17,8 +17,8 @@ from tokenprune.errors import (
     PlanError,
     UnsupportedHostError,
 )
-from tokenprune.rewrite.rewrite import PREDICTORS
 from tokenprune.runtime.model import PrunedModel
+from tokenprune.scorers.protocol import PREDICTORS
 
 RECIPE: dict[str, Any] = {"version": 1, "schedule": {"blocks": [1, 2], "keep_ratio": 0.7}}
 BLOCKS = ("blocks.0", "blocks.1", "blocks.2")
@@ -152,7 +152,7 @@ def test_the_generators_state_moves_by_the_predictors_alone() -> None:
 )
 def test_example_inputs_in_every_form(example: Any) -> None:
     model = tokenprune.wrap(vit(), RECIPE, example_inputs=example)
-    assert len(model._pruning.programs) == 1
+    assert len(model._pruning.cache.all()) == 1
 
 
 class Odd(nn.Module):

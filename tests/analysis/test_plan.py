@@ -4,10 +4,13 @@ from typing import Any, Literal
 
 import pytest
 
-from tokenprune.analysis.plan import Plan, bind
+from tokenprune.analysis.plan import Budget, Plan, bind
+from tokenprune.analysis.sites import Site
 from tokenprune.errors import PlanError
 from tokenprune.hosts.spec import ArchSpec
+from tokenprune.methods import method_of
 from tokenprune.recipe import Recipe
+from tokenprune.reductions import Bypass
 
 
 def spec(blocks: int = 4, mode: Literal["remove", "bypass"] = "remove") -> ArchSpec:
@@ -21,8 +24,9 @@ def recipe(**changes: Any) -> Recipe:
 
 
 def test_a_plan_holds_the_recipe_and_the_facts() -> None:
-    plan = bind(recipe(sampling={"rounding": "ceil"}), spec())
-    assert plan == Plan("remove", (1, 3), (0.7, 0.49), 2, "ceil")
+    plan, budget = bind(recipe(sampling={"rounding": "ceil"}), spec())
+    assert plan == Plan((Site(1, "entry"), Site(3, "entry")), 2)
+    assert budget == Budget((0.7, 0.49), "ceil")
 
 
 @pytest.mark.parametrize(
@@ -31,28 +35,28 @@ def test_a_plan_holds_the_recipe_and_the_facts() -> None:
 def test_counts_are_shares_of_the_patches_before_any_stage(
     rounding: str, counts: tuple[int, ...]
 ) -> None:
-    plan = bind(recipe(sampling={"rounding": rounding}), spec())
-    assert plan.counts((15, 15)) == plan.counts([15, 15]) == counts
-    assert plan.counts((1, 1)) == (1, 1)
+    _, budget = bind(recipe(sampling={"rounding": rounding}), spec())
+    assert budget.counts((15, 15)) == budget.counts([15, 15]) == counts
+    assert budget.counts((1, 1)) == (1, 1)
 
 
 def test_ratios_in_powers_are_free_of_the_noise_of_floating_point() -> None:
-    plan = bind(recipe(), spec()).with_keep_ratio(0.7)
-    assert plan.keep_ratios == (0.7, 0.49)
-    assert bind(recipe(), spec()).with_keep_ratio([0.9, 0.9]).keep_ratios == (0.9, 0.9)
-    assert plan.with_keep_ratio(1).keep_ratios == (1.0, 1.0)
+    plan, budget = bind(recipe(), spec())
+    assert budget.with_keep_ratio(0.7, plan).keep_ratios == (0.7, 0.49)
+    assert budget.with_keep_ratio([0.9, 0.9], plan).keep_ratios == (0.9, 0.9)
+    assert budget.with_keep_ratio(1, plan).keep_ratios == (1.0, 1.0)
 
 
 def test_blocks_that_the_host_does_not_have() -> None:
-    says = r"^recipe 'mine' prunes before blocks \[3\], but the host has 2 blocks \(0 to 1\), found"
+    says = r"^recipe 'mine' prunes at blocks \[3\], but the host has 2 blocks \(0 to 1\), found"
     with pytest.raises(PlanError, match=says):
         bind(recipe(name="mine"), spec(blocks=2))
-    with pytest.raises(PlanError, match=r"^the recipe prunes before blocks \[1, 3\]"):
+    with pytest.raises(PlanError, match=r"^the recipe prunes at blocks \[1, 3\]"):
         bind(recipe(), spec(blocks=1))
 
 
 def test_tokens_cannot_be_removed_from_a_grid() -> None:
     with pytest.raises(PlanError, match=r"`mode: remove`, but this host \(adapter 'by hand'\) nee"):
-        bind(recipe(), spec(mode="bypass"))
+        method_of(recipe(), spec(mode="bypass"))
     for mode in ("remove", "bypass"):
-        assert bind(recipe(mode="bypass"), spec(mode=mode)).mode == "bypass"  # type: ignore[arg-type]
+        assert method_of(recipe(mode="bypass"), spec(mode=mode)).reduction is Bypass  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Token axes: which dims count tokens, what is aligned with them, and what no rule can shorten."""
+"""Facts: which dims count tokens, what is aligned with them, and what no rule can shorten."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,10 +6,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 import tokenprune
-from tokenprune.analysis.token_probe import EXTRA, TokenAxes, TokenDim
+from tokenprune.analysis.analysis import Analysis
+from tokenprune.analysis.facts import NodeFacts, TokenDim
+from tokenprune.analysis.token_probe import EXTRA
 from tokenprune.errors import PlanError, UnsupportedHostError
 
 WIDTH, PATCHES, PREFIX = 8, 9, 1
@@ -55,10 +57,10 @@ def wrapped(step: Step, between: Step | None = None) -> Any:
     return tokenprune.wrap(host, RECIPE, adapter=spec, example_inputs=example, verify=False)
 
 
-def probed(step: Step, between: Step | None = None) -> tuple[TokenAxes, dict[str, fx.Node]]:
-    """The axes of a host, and its nodes by name."""
-    (programs,) = wrapped(step, between)._pruning.programs.values()
-    return programs.axes, {node.name: node for node in programs.traced.graph.nodes}
+def probed(step: Step, between: Step | None = None) -> tuple[Analysis, dict[str, NodeFacts]]:
+    """The analysis of a host, and what is known about its nodes, by name."""
+    (programs,) = wrapped(step, between)._pruning.cache.all()
+    return programs.analysis, {node.name: f for node, f in programs.analysis.facts.items()}
 
 
 def test_sizes_that_say_which_stage_they_follow() -> None:
@@ -72,26 +74,26 @@ def test_dims_follow_the_latest_stage_through_any_operation() -> None:
         y = x.transpose(1, 2).contiguous()
         return (y @ x).softmax(-1) @ y[:, :, :1].expand(-1, -1, 5)
 
-    axes, nodes = probed(step)
-    assert axes.dims[nodes["blocks_1_step"]] == {1: TokenDim(0, PREFIX)}
-    assert axes.dims[nodes["blocks_2_step"]] == {1: TokenDim(1, PREFIX)}
-    assert axes.dims[nodes["contiguous"]] == {2: TokenDim(1, PREFIX)}
-    assert nodes["matmul"] not in axes.dims  # channels by channels
-    assert nodes["blocks_0_step"] not in axes.dims  # no stage yet
-    assert {nodes["blocks_2_step"], nodes["matmul"]} <= axes.batch_first
-    assert not axes.batch_bound
+    analysis, facts = probed(step)
+    assert facts["blocks_1_step"].dims == {1: TokenDim(0, PREFIX)}
+    assert facts["blocks_2_step"].dims == {1: TokenDim(1, PREFIX)}
+    assert facts["contiguous"].dims == {2: TokenDim(1, PREFIX)}
+    assert not facts["matmul"].dims  # channels by channels
+    assert not facts["blocks_0_step"].dims  # no stage yet
+    assert facts["blocks_2_step"].rows_per_image == facts["matmul"].rows_per_image == 1
+    assert not analysis.batch_bound
 
 
 def test_patches_without_the_prefix_count_from_zero() -> None:
-    axes, nodes = probed(lambda host, x: x[:, PREFIX:] * 2 + x[:, :1])
-    assert axes.dims[nodes["mul"]] == {1: TokenDim(1, 0)}
+    _, facts = probed(lambda host, x: x[:, PREFIX:] * 2 + x[:, :1])
+    assert facts["mul"].dims == {1: TokenDim(1, 0)}
 
 
 def test_dims_that_count_tokens_times_something_are_folded() -> None:
-    axes, nodes = probed(lambda host, x: x.reshape(-1, WIDTH).tanh().reshape(x.shape))
-    assert nodes["tanh"] in axes.folded
-    assert nodes["tanh"] not in axes.dims
-    assert axes.dims[nodes["reshape_1"]] == {1: TokenDim(1, PREFIX)}
+    _, facts = probed(lambda host, x: x.reshape(-1, WIDTH).tanh().reshape(x.shape))
+    assert facts["tanh"].folded
+    assert not facts["tanh"].dims
+    assert facts["reshape_1"].dims == {1: TokenDim(1, PREFIX)}
 
 
 @pytest.mark.parametrize(
@@ -120,24 +122,25 @@ def test_dims_that_count_tokens_times_something_are_folded() -> None:
 def test_tables_made_for_all_tokens_are_aligned(
     step: Step, consumer: str, table: str, dims: dict[int, TokenDim], rank: int
 ) -> None:
-    axes, nodes = probed(step)
-    aligned = axes.aligned[nodes[consumer]][nodes[table]]
+    _, facts = probed(step)
+    ((source, aligned),) = facts[consumer].gathers.items()
+    assert source.name == table
     assert dict(aligned.dims) == dims
     assert aligned.rank == rank
-    assert list(axes.aligned) == [nodes[consumer]]
+    assert [name for name, known in facts.items() if known.gathers] == [consumer]
 
 
 def test_a_table_of_the_size_of_the_tokens_is_made_whole() -> None:
-    axes, nodes = probed(lambda host, x: x * torch.arange(x.shape[1])[None, :, None])
-    assert nodes["arange"] in axes.tables
-    assert nodes["getitem"] in axes.sizes or any(n.name.startswith("getitem") for n in axes.sizes)
+    _, facts = probed(lambda host, x: x * torch.arange(x.shape[1])[None, :, None])
+    assert facts["arange"].whole_table
+    assert any(name.startswith("getitem") and f.follows_tokens for name, f in facts.items())
 
 
 def test_a_decision_by_the_batch_binds_the_trace_to_it() -> None:
-    axes, _ = probed(lambda host, x: x * 2 if x.shape[0] == 2 else x)
-    assert axes.batch_bound
-    axes, _ = probed(lambda host, x: x * 2 if x.shape[2] == WIDTH else x)
-    assert not axes.batch_bound
+    analysis, _ = probed(lambda host, x: x * 2 if x.shape[0] == 2 else x)
+    assert analysis.batch_bound
+    analysis, _ = probed(lambda host, x: x * 2 if x.shape[2] == WIDTH else x)
+    assert not analysis.batch_bound
 
 
 @pytest.mark.parametrize(

@@ -9,16 +9,17 @@ import torch
 from torch import Tensor, nn
 
 import tokenprune
-from tokenprune.checks.verify import EXACT, Certificate, Check, _Proof, verify
+from tokenprune.checks.certificate import Certificate, Check
+from tokenprune.checks.proof import EXACT, Theorems
+from tokenprune.checks.verify import verify
 from tokenprune.errors import (
     HostError,
     NotWrappedError,
     UnsupportedHostError,
     VerificationError,
 )
-from tokenprune.rewrite import mix as mask
-from tokenprune.rewrite import rules as mixers
-from tokenprune.rewrite import tables as gather
+from tokenprune.rewrite import rules
+from tokenprune.rewrite.kept import gathered, masked
 from tokenprune.runtime.model import pruning_of
 
 RECIPE: dict[str, Any] = {"version": 1, "schedule": {"blocks": [1, 2], "keep_ratio": 0.7}}
@@ -83,21 +84,15 @@ def test_what_is_not_wrapped() -> None:
 
 
 def nudged(*arguments: Any) -> Any:
-    tokens, kept, logits = GATHER_STAGE(*arguments)
-    return tokens + 1e-6, kept, logits
-
-
-def first_of_all(*arguments: Any) -> Any:
-    tokens, kept, logits = GATHER_STAGE(*arguments)
-    return tokens[:1].expand_as(tokens), kept, logits
+    tokens, kept = SELECT_GATHERED(*arguments)
+    return tokens + 1e-6, kept
 
 
 def detached(*arguments: Any) -> Any:
-    logits, decision, tokens = MASK_STAGE(*arguments)
-    return logits.detach(), decision.detach(), tokens
+    return DECIDE(*arguments).detach()
 
 
-GATHER_STAGE, MASK_STAGE = gather.gather_stage, mask.mask_stage
+SELECT_GATHERED, DECIDE = gathered.select_gathered, masked.decide
 
 
 def read_as_they_are(x: Tensor, policy: Tensor | None, dim: int) -> Tensor:
@@ -111,10 +106,15 @@ def everyone_is_seen(decision: Tensor, num_prefix: int) -> Tensor:
 @pytest.mark.parametrize(
     ("place", "name", "broken", "says"),
     [
-        (gather, "gather_stage", nudged, "every token kept is not the host.*'keep_ratio 1 is"),
-        (mask, "policy_of", everyone_is_seen, "mask and gather path part first at node '.*softmax"),
-        (mixers, "hide_dropped", read_as_they_are, "contents of dropped tokens reach the output"),
-        (mask, "mask_stage", detached, r"predictors cannot be trained.*difference 2\.00e\+01"),
+        (gathered, "select_gathered", nudged, "every token kept is not the host.*'keep_ratio 1 is"),
+        (
+            masked,
+            "policy_of",
+            everyone_is_seen,
+            "gather path differ first at node '.*softmax",
+        ),
+        (rules, "hide_dropped", read_as_they_are, "contents of dropped tokens reach the output"),
+        (masked, "decide", detached, r"predictors cannot be trained.*difference 2\.00e\+01"),
     ],
     ids=["identity", "paths", "contents", "gradients"],
 )
@@ -158,7 +158,7 @@ def test_float64_decides_where_float32_is_too_coarse() -> None:
         for parameter in host.parameters():
             parameter.normal_(std=0.3)
     model = wrapped(host)
-    proof = _Proof(model, {"x": torch.randn(2, 3, 32, 32)})
+    proof = Theorems(model, {"x": torch.randn(2, 3, 32, 32)})
     proof.bound = 2 * EXACT  # as if rounding had been larger than what is allowed
     with torch.no_grad():
         (check,) = proof.paths()
@@ -195,7 +195,7 @@ def test_nothing_is_changed(refused: bool, monkeypatch: pytest.MonkeyPatch) -> N
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     attributes, noise = set(vars(host)), torch.get_rng_state()
     if refused:
-        monkeypatch.setattr(_Proof, "images", lambda self: self._refuse(Check("x", 1, 0), "no"))
+        monkeypatch.setattr(Theorems, "images", lambda self: self._refuse(Check("x", 1, 0), "no"))
         with pytest.raises(VerificationError, match=r"no\. Check 'x'"):
             verify(model)
     else:

@@ -119,7 +119,7 @@ def test_keep_ratios_in_force_are_saved(tmp_path: Path) -> None:
     model = tokenprune.wrap(vit(), STAGES, verify=False)
     model.set_keep_ratio([0.5, 0.25])
     again = load(save(model, tmp_path), vit(seed=1), verify=False)
-    assert pruning_of(again).plan.keep_ratios == (0.5, 0.25)
+    assert pruning_of(again).budget.keep_ratios == (0.5, 0.25)
     assert tokenprune.Recipe.load(tmp_path / RECIPE).resolved_stages[1].keep_ratio == 0.25
 
 

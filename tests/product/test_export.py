@@ -3,7 +3,7 @@
 import re
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -185,9 +185,10 @@ def test_what_export_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     sets = [torch.arange(4).expand(2, -1)]
     with model.using(keep_indices=sets), pytest.raises(ExportError, match=r"keep_indices are forc"):
         tokenprune.export(model, file)
-    programs = next(iter(model._pruning.programs.values()))
+    programs = next(iter(model._pruning.cache.all()))
+    bound = replace(programs.analysis, batch_bound=True)
     with monkeypatch.context() as patch:
-        patch.setattr(programs.axes, "batch_bound", True)
+        patch.setattr(programs, "analysis", bound)
         with pytest.raises(ExportError, match=r"depends on the batch size"):
             tokenprune.export(model, file)
     narrow = tokenprune.wrap(HOSTS["deit"].make().bfloat16(), HALF, verify=False)

@@ -11,7 +11,7 @@ from torch import nn
 import tokenprune
 from tokenprune.cli.visualize import draw
 from tokenprune.reductions.bypass import BYPASSES
-from tokenprune.rewrite.rewrite import PREDICTORS
+from tokenprune.scorers.protocol import PREDICTORS
 from tokenprune.train import DataBundle, evaluate, fit
 
 CLASSES = 3

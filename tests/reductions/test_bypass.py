@@ -1,4 +1,4 @@
-"""Bypass mode: the branch operators, and the MLP region found in a host's graph."""
+"""Bypass mode: the branch operators, and the per-token tail found in a host's graph."""
 
 import pytest
 import timm
@@ -8,17 +8,11 @@ from torch import nn
 import tokenprune
 from tokenprune.errors import PlanError, UnsupportedHostError
 from tokenprune.exporting.check import margins
-from tokenprune.ops.bypass import (
-    Layout,
-    choose_branch,
-    flat_tokens,
-    kept_rows,
-    merge_branches,
-    take_tokens,
-)
-from tokenprune.reductions.bypass import BYPASSES
+from tokenprune.ops.bypass import choose_branch, merge_branches, take_tokens
+from tokenprune.ops.layout import Layout, flat_tokens
+from tokenprune.ops.moving import with_prefix
+from tokenprune.reductions.bypass import BYPASSES, light_branch
 from tokenprune.runtime.model import pruning_of
-from tokenprune.scorers.learned import light_branch
 
 SWIN = {"img_size": 64, "patch_size": 4, "embed_dim": 16, "depths": (1, 3, 1), "window_size": 4}
 RECIPE = {
@@ -63,7 +57,7 @@ def test_merging_all_tokens_is_the_branch_itself() -> None:
         ((2, 12, 4), Layout()),
         ((2, 3, 4, 4), Layout()),
         ((2, 4, 3, 5), Layout(channels_first=True)),
-        ((6, 5, 4), Layout(fold=3)),
+        ((6, 5, 4), Layout(rows_per_image=3)),
         ((2, 2, 2, 3, 4), Layout()),
     ],
 )
@@ -73,7 +67,7 @@ def test_any_layout_comes_back_as_it_was(shape: tuple[int, ...], layout: Layout)
     rows = torch.tensor([[0, 3, 5], [1, 2, 7]])
     taken = take_tokens(x, rows, layout)
     assert taken.ndim == x.ndim
-    one_row = layout._replace(fold=1)
+    one_row = layout._replace(rows_per_image=1)
     assert torch.equal(
         flat_tokens(taken, one_row), tokens.gather(1, rows[..., None].expand(-1, -1, 4))
     )
@@ -89,8 +83,8 @@ def test_any_layout_comes_back_as_it_was(shape: tuple[int, ...], layout: Layout)
 
 def test_prefix_tokens_are_rows_that_stay() -> None:
     kept = torch.tensor([[0, 2], [1, 3]])
-    assert kept_rows(kept, 0) is kept
-    assert kept_rows(kept, 2).tolist() == [[0, 1, 2, 4], [0, 1, 3, 5]]
+    assert with_prefix(kept, 0) is kept
+    assert with_prefix(kept, 2).tolist() == [[0, 1, 2, 4], [0, 1, 3, 5]]
 
 
 def test_choosing_is_merging_and_its_gradient_is_the_difference_of_the_branches() -> None:
@@ -113,11 +107,11 @@ def test_a_branch_that_is_not_taken_may_hold_anything() -> None:
     assert torch.equal(choose_branch(x, x * 2, decision, bypass, poison=True), plain)
 
 
-def test_the_region_is_the_mlp_of_each_block(model: nn.Module, host: nn.Module) -> None:
-    regions = model._programs({"x": torch.randn(2, 3, 64, 64)}).regions
-    assert {block: region.stage for block, region in regions.items()} == {2: 0, 3: 1}
-    region = regions[2]  # block 4 sees a smaller grid
-    inside = {str(node.target) for node in region.inside if node.op == "call_module"}
+def test_the_tail_is_the_mlp_of_each_block(model: nn.Module, host: nn.Module) -> None:
+    tails = model._pruning.programs({"x": torch.randn(2, 3, 64, 64)}).reduction.tails
+    assert {block: tail.stage for block, tail in tails.items()} == {2: 0, 3: 1}
+    tail = tails[2]  # block 4 sees a smaller grid
+    inside = {str(node.target) for node in tail.inside if node.op == "call_module"}
     assert {"layers.1.blocks.1.mlp.fc1", "layers.1.blocks.1.mlp.fc2"} <= inside
     assert not any(".attn." in path for path in inside)
 
@@ -171,9 +165,13 @@ def test_a_plain_host_may_be_bypassed_and_its_prefix_tokens_take_the_mlp() -> No
 def test_each_stage_sees_the_grid_it_stands_on(host: nn.Module) -> None:
     recipe = {"version": 1, "mode": "bypass", "schedule": {"blocks": [0, 2], "keep_ratio": 0.5}}
     model = tokenprune.wrap(host, recipe).eval()
-    programs = model._programs({"x": torch.randn(2, 3, 64, 64)})
+    programs = model._pruning.programs({"x": torch.randn(2, 3, 64, 64)})
     assert programs.num_patches == (256, 64)
-    assert {block: region.stage for block, region in programs.regions.items()} == {0: 0, 2: 1, 3: 1}
+    assert {block: tail.stage for block, tail in programs.reduction.tails.items()} == {
+        0: 0,
+        2: 1,
+        3: 1,
+    }
     _, trace = model(torch.randn(2, 3, 64, 64), return_trace=True)
     assert [stage.num_tokens for stage in trace.stages] == [128, 16]
     assert [p.dim for p in model.token_predictors] == [16, 32]
@@ -236,10 +234,10 @@ def test_a_cube_of_tokens_is_read_as_its_block_reads_it(
     recipe = {"version": 1, "mode": "bypass", "stages": [{"block": block, "keep_ratio": 0.5}]}
     images = {"x": torch.zeros(2, 3, 128, 128)}
     wrapped = tokenprune.wrap(host, recipe, example_inputs=images, verify=False)
-    (programs,) = pruning_of(wrapped).programs.values()
-    (marker,) = programs.traced.markers.values()
+    (programs,) = pruning_of(wrapped).cache.all()
+    (marker,) = programs.analysis.markers
     assert len(set(marker.meta["val"].shape[1:])) == 1
-    assert programs.grids[0].layout.channels_first == channels_first
+    assert programs.analysis.grids[0].layout.channels_first == channels_first
     assert "failed while attempting" not in caplog.text
 
 

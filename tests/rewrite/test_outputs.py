@@ -7,7 +7,7 @@ from transformers import ViTConfig, ViTModel
 
 import tokenprune
 from tokenprune.errors import UnsupportedHostError
-from tokenprune.rewrite.outputs import put_back, put_back_masked
+from tokenprune.ops.moving import put_back, put_back_masked
 
 RECIPE = {"version": 1, "schedule": {"blocks": [1, 2, 3], "keep_ratio": 0.7}}
 SETS = [[0, 1, 3, 5, 6, 7], [1, 3, 6, 7], [3, 6]]

@@ -9,12 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import tokenprune
+from tokenprune.analysis.blocks import site_marker
 from tokenprune.errors import LeakError, UnsupportedHostError
+from tokenprune.ops.align import policy_of
 from tokenprune.ops.attention import masked_attention
-from tokenprune.rewrite.rewrite import Pass, Rewrite, run_passes
-from tokenprune.rewrite.stages import gather_stage, mask_stage, policy_of
-from tokenprune.rewrite.tables import gather_table
-from tokenprune.tracing.tracer import enter_block
+from tokenprune.ops.moving import gather_table
+from tokenprune.rewrite.passes import Pass, run_passes
+from tokenprune.rewrite.rewrite import Rewrite
+from tokenprune.rewrite.stages import decide, score, select_gathered
 
 WIDTH, LENGTH = 8, 10
 RECIPE = {"version": 1, "schedule": {"blocks": [0, 2], "keep_ratio": 0.6}}
@@ -57,7 +59,7 @@ def wrapped(end: Callable[[Host, Tensor], Tensor] = lambda host, x: x[:, 0], **o
 
 def graph(path: Any, **options: Any) -> fx.Graph:
     model = wrapped(**options)
-    (programs,) = model._pruning.programs.values()
+    (programs,) = model._pruning.cache.all()
     return programs.get(model, path).rewrite.graph
 
 
@@ -67,26 +69,26 @@ def count(found: fx.Graph, target: Any) -> int:
 
 def test_the_mask_path_asks_each_predictor_once_and_masks_what_follows() -> None:
     found = graph("mask")
-    assert count(found, mask_stage) == 2
+    assert count(found, score) == count(found, decide) == 2
     assert count(found, policy_of) == 2  # one for each stage, whatever number of blocks reads it
     assert count(found, masked_attention) == 4
     assert count(found, F.scaled_dot_product_attention) == 0
-    assert count(found, gather_stage) == count(found, gather_table) == 0
+    assert count(found, select_gathered) == count(found, gather_table) == 0
 
 
 def test_the_gather_path_gathers_each_table_once_for_each_stage() -> None:
     found = graph("gather")
-    assert count(found, gather_stage) == 2
+    assert count(found, score) == count(found, select_gathered) == 2
     assert count(found, gather_table) == 2
     assert count(found, F.scaled_dot_product_attention) == 4
-    assert count(found, mask_stage) == count(found, masked_attention) == 0
+    assert count(found, decide) == count(found, masked_attention) == 0
 
 
 @pytest.mark.parametrize("path", ["dense", "mask", "gather"])
 def test_no_marker_and_no_dead_node_is_left(path: str) -> None:
     found = graph(path)
     found.lint()
-    assert count(found, enter_block) == 0
+    assert count(found, site_marker) == 0
     assert not [node for node in found.nodes if "cumsum" in str(node.target)]
     (output,) = (node for node in found.nodes if node.op == "output")
     host_output, records, tokens, *_ = output.args[0]
@@ -97,11 +99,11 @@ def test_no_marker_and_no_dead_node_is_left(path: str) -> None:
 
 def test_the_traced_graph_itself_never_changes() -> None:
     model = wrapped()
-    (programs,) = model._pruning.programs.values()
-    before = str(programs.traced.graph)
+    (programs,) = model._pruning.cache.all()
+    before = str(programs.analysis.traced.graph)
     for path in ("dense", "mask", "gather"):
         programs.get(model, path)
-    assert str(programs.traced.graph) == before
+    assert str(programs.analysis.traced.graph) == before
     assert programs.get(model, "mask") is programs.get(model, "mask")
 
 
@@ -169,7 +171,7 @@ def test_a_pass_that_fails_is_named(
     at: str, error: Exception, kind: type[Exception], says: str
 ) -> None:
     model = wrapped()
-    (programs,) = model._pruning.programs.values()
-    rewrite = Rewrite(model, programs.traced, programs.axes, programs.plan)
+    (programs,) = model._pruning.cache.all()
+    rewrite = Rewrite(model, programs.analysis)
     with pytest.raises(kind, match=says):
         run_passes(rewrite, [Fails(at, error)])

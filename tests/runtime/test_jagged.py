@@ -13,8 +13,8 @@ import tokenprune
 from tests.toys.vit import randomize_weights
 from tokenprune.errors import KeepIndicesError, PlanError, RecipeError
 from tokenprune.losses import ratio_loss
-from tokenprune.ops.jagged import above_threshold
 from tokenprune.ops.packing import merge_packed, pack, take_packed
+from tokenprune.ops.selection import above_threshold
 from tokenprune.recipe import Recipe
 from tokenprune.runtime.model import pruning_of
 
@@ -145,7 +145,7 @@ def test_gradients_reach_the_images_and_the_weights_in_eval() -> None:
 
 def test_the_threshold_can_change_and_go_without_a_new_trace(deit: Any) -> None:
     model = deit
-    traced = list(pruning_of(model).programs.values())
+    traced = list(pruning_of(model).cache.all())
     model.set_keep_ratio(0.6)
     x, tokens = images(4), []
     for threshold in (0.01, 0.5, 0.99):
@@ -157,7 +157,7 @@ def test_the_threshold_can_change_and_go_without_a_new_trace(deit: Any) -> None:
     model.set_threshold(None)
     with torch.no_grad():
         assert model(x, return_trace=True)[1].stages[0].num_tokens == 9
-    assert list(pruning_of(model).programs.values()) == traced
+    assert list(pruning_of(model).cache.all()) == traced
 
 
 def test_saved_models_keep_their_threshold(tmp_path: Any) -> None:
@@ -165,7 +165,7 @@ def test_saved_models_keep_their_threshold(tmp_path: Any) -> None:
     model = made(build(), verify=False)
     model.set_threshold(0.25)
     loaded = tokenprune.load(tokenprune.save(model, tmp_path / "one"), build())
-    assert pruning_of(loaded).plan.threshold == 0.25
+    assert pruning_of(loaded).budget.threshold == 0.25
     model.set_threshold(None)
     text = (tokenprune.save(model, tmp_path / "two") / "recipe.yaml").read_text()
     assert "selection: topk" in text

@@ -10,8 +10,8 @@ from torch.nn.utils import parametrize
 
 import tokenprune
 from tokenprune.errors import HostError, KeepIndicesError, PlanError
-from tokenprune.rewrite.rewrite import PREDICTORS
 from tokenprune.runtime.model import pruning_of
+from tokenprune.scorers.protocol import PREDICTORS
 
 RECIPE: dict[str, Any] = {"version": 1, "schedule": {"blocks": [1, 2], "keep_ratio": 0.7}}
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -157,11 +157,11 @@ def test_ratios_are_set_without_another_trace(
     model: Any, ratio: Any, counts: tuple[int, ...]
 ) -> None:
     model(IMAGES)
-    programs = dict(pruning_of(model).programs)
+    programs = pruning_of(model).cache.all()
     model.set_keep_ratio(ratio)
     _, trace = model(IMAGES, return_trace=True)
     assert tuple(stage.num_tokens for stage in trace.stages) == counts
-    assert pruning_of(model).programs == programs
+    assert pruning_of(model).cache.all() == programs
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_ratios_are_set_without_another_trace(
         (1.5, r"must lie in \(0, 1\]"),
         (float("nan"), r"must lie in \(0, 1\]"),
         (-0.5, r"must lie in \(0, 1\]"),
-        ([0.5], r"1 ratios, but the plan has 2 stages, before blocks \[1, 2\]"),
+        ([0.5], r"1 ratios, but the plan has 2 stages, at blocks \[1, 2\]"),
         ([], "0 ratios, but the plan has 2 stages"),
         ([0.5, 0.6], "must not grow from stage to stage"),
         ("half", r"keep_ratio='half': give one number r for r, r\^2"),
@@ -180,10 +180,10 @@ def test_ratios_are_set_without_another_trace(
     ],
 )
 def test_ratios_that_make_no_sense(model: Any, ratio: Any, says: str) -> None:
-    before, plain = pruning_of(model).plan, model(IMAGES)
+    before, plain = pruning_of(model).budget, model(IMAGES)
     with pytest.raises(PlanError, match=says):
         model.set_keep_ratio(ratio)
-    assert pruning_of(model).plan is before
+    assert pruning_of(model).budget is before
     assert torch.equal(model(IMAGES), plain)
 
 

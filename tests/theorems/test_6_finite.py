@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.theorems.case import FACTORS, SEED, Case, fewer, step
 from tests.toys.table import TOYS
-from tokenprune.rewrite.rewrite import PREDICTORS
+from tokenprune.scorers.protocol import PREDICTORS
 
 
 def set_decisions(model: Any, stages: Sequence[int], amount: float) -> None:

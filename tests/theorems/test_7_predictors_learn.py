@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 
 from tests.theorems.case import SEED, Case, fewer, step, tensors
-from tokenprune.rewrite.rewrite import PREDICTORS
+from tokenprune.scorers.protocol import PREDICTORS
 
 # The maximum over no token is a constant, and a sample may drop all 16 tokens of an image.
 CONSTANT_OF_NOTHING = {"max_first", "max_values"}

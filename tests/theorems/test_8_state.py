@@ -11,7 +11,7 @@ import torch
 
 import tokenprune
 from tests.theorems.case import Case, same_bits, tensors
-from tokenprune.rewrite.rewrite import PREDICTORS
+from tokenprune.scorers.protocol import PREDICTORS
 
 
 def test_8_state_dict_holds_the_hosts_keys_and_the_predictors(case: Case) -> None:

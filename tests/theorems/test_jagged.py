@@ -14,7 +14,7 @@ import tokenprune
 from tests.theorems.case import BOUNDS, SEED, difference, tensors
 from tests.toys.table import TOYS, Toy
 from tests.toys.vit import randomize_weights
-from tokenprune.ops.jagged import above_threshold, in_order, kept_first, one_hot
+from tokenprune.ops.selection import above_threshold, in_order, kept_first, one_hot
 from tokenprune.runtime.jagged.buckets import divide
 
 NAMES = (
@@ -60,7 +60,7 @@ def run(model: Any, inputs: dict[str, Tensor], path: Any = None) -> tuple[list[T
 def _clear(model: Any, trace: Any) -> bool:
     """Whether no score of a later stage is so near the threshold that rounding could decide."""
     scores = torch.cat([s.keep_logits[..., 0].exp().flatten() for s in trace.stages])
-    return float((scores - model._pruning.plan.threshold).abs().min()) > 1e-6
+    return float((scores - model._pruning.budget.threshold).abs().min()) > 1e-6
 
 
 def counts(trace: Any) -> list[list[int]]:
@@ -75,7 +75,7 @@ def test_a_batch_is_each_image_alone_and_what_the_mask_path_says(
 ) -> None:
     inputs = toy.inputs(batch, seed=seed)
     model = started(toy, seed, place, inputs)
-    model._pruning.plan = replace(model._pruning.plan, buckets=buckets)
+    model._pruning.budget = replace(model._pruning.budget, buckets=buckets)
     output, trace = run(model, inputs)
     masked, mask_trace = run(model, inputs, "mask")
     assume(_clear(model, mask_trace))

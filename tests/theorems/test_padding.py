@@ -16,8 +16,8 @@ from transformers import (
 
 import tokenprune
 from tests.zoo.rows import randomize_weights
-from tokenprune.analysis.padding import behind_real
 from tokenprune.losses import ratio_loss
+from tokenprune.ops.selection import real_first
 
 LENGTH = 14
 RECIPE = {"version": 1, "schedule": {"blocks": [1, 2], "keep_ratio": 0.6}}
@@ -196,7 +196,7 @@ def test_shares_are_of_the_real_tokens() -> None:
 def test_real_tokens_come_first_whatever_their_scores_are() -> None:
     scores = torch.tensor([float("nan"), float("-inf"), -3e38, 5.0, 0.0])
     logits = torch.stack([scores, scores], -1).unsqueeze(0)
-    ranked = behind_real(logits, torch.tensor([[True, True, True, False, True]]))[0, :, 0]
+    ranked = real_first(logits, torch.tensor([[True, True, True, False, True]]))[0, :, 0]
     assert ranked[3] == ranked.min()
     assert (ranked == ranked.min()).sum() == 1
     assert ranked[3] > float("-inf")

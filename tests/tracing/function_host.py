@@ -35,7 +35,7 @@ class Host(nn.Module):
 
 
 def record(host: nn.Module, **inputs: Any) -> tuple[ValueTracer, fx.Graph]:
-    tracer = ValueTracer(host, blocks=())
+    tracer = ValueTracer(host)
     return tracer, tracer.record(host.forward, inputs)
 
 

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from tests.tracing.function_host import WIDTH, Host, record, replay
 from tokenprune.errors import TraceError
-from tokenprune.tracing.host_graph import trace_call
+from tokenprune.tracing.host_graph import trace
 from tokenprune.tracing.interpret import run
 
 
@@ -221,7 +221,7 @@ def test_torchs_attention_is_opened_and_computes_the_same() -> None:
 
     host = Attends(add_bias_kv=True)
     with pytest.raises(TraceError, match=r"module 'inner'.*bias_k"):
-        trace_call(host, host.forward, {"x": x}, (), ())
+        trace(host, {"x": x})
 
 
 def test_values_are_let_go_after_their_last_use() -> None:
@@ -260,10 +260,10 @@ def test_other_threads_run_torch_as_it_is_while_a_host_is_traced() -> None:
     host = Waits()
     graphs: list[fx.Graph] = []
 
-    def trace() -> None:
-        graphs.append(trace_call(host, host.forward, {"x": torch.ones(2, 4)}, ()).graph)
+    def record_graph() -> None:
+        graphs.append(trace(host, {"x": torch.ones(2, 4)}).graph)
 
-    thread = threading.Thread(target=trace)
+    thread = threading.Thread(target=record_graph)
     thread.start()
     try:
         assert inside.wait(20)

@@ -1,4 +1,4 @@
-"""`trace_call`: block markers, what cannot be traced, and that the host is left as it was."""
+"""`trace`: module calls, markers, what cannot be traced, and that the host is left as it was."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,10 +9,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import tokenprune
 from tests.tracing.function_host import WIDTH, Host, record, snapshot
+from tokenprune.analysis.blocks import Blocks as Found
+from tokenprune.analysis.blocks import find_blocks, site_marker
 from tokenprune.errors import HostError, TraceError
-from tokenprune.tracing.host_graph import Traced, trace_call
-from tokenprune.tracing.tracer import enter_block
+from tokenprune.hosts.spec import ArchSpec
+from tokenprune.tracing.host_graph import HostGraph, trace
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -89,25 +92,31 @@ class Keyword(nn.Module):
         return tokens * scale
 
 
-def trace(host: nn.Module, x: Tensor, stages: tuple[int, ...] = (0,)) -> Traced:
-    blocks = ("first", "second") if isinstance(host, Blocks) else ()
-    return trace_call(host, host.forward, {"x": x}, blocks, stages if blocks else ())
+def traced(host: nn.Module, x: Tensor) -> tuple[HostGraph, Found]:
+    graph = trace(host, {"x": x})
+    spec = ArchSpec(adapter="by hand", blocks=("first", "second"), num_prefix_tokens=0)
+    return graph, find_blocks(host, graph, spec)
 
 
 def test_blocks_are_marked_whether_tokens_come_by_position_or_by_name() -> None:
     host = Blocks(lambda host, x: host.second(2.0, tokens=host.first(x)))
-    traced = trace(host, torch.randn(2, 5, WIDTH), (0, 1))
-    assert [traced.markers[s].args[1] for s in (0, 1)] == [0, 1]
-    assert all(node.target is enter_block for node in traced.markers.values())
-    assert traced.batch_size == 2
-    assert traced.module_outputs["first"].target == "first"
-    assert sorted(traced.modes) == ["", "second"]
+    graph, blocks = traced(host, torch.randn(2, 5, WIDTH))
+    assert [block.entry.args[1] for block in blocks.values()] == [0, 1]
+    assert all(block.entry.target is site_marker for block in blocks.values())
+    assert graph.batch_size == 2
+    assert sorted(graph.calls) == ["first", "second"]
+    ((second,),) = (graph.calls["second"],)
+    assert [node.op for node in second.nodes()] == ["call_function"]
+    assert graph.output_of("first").target == "first"
+    assert graph.output_of("nobody") is None
 
 
 def test_a_block_that_gets_no_tensor_is_named() -> None:
     host = Blocks(lambda host, x: host.first(x))
+    spec = ArchSpec(adapter="by hand", blocks=("first", "second"), num_prefix_tokens=0)
+    recipe = {"version": 1, "schedule": {"blocks": [0, 1], "keep_ratio": 0.5}}
     with pytest.raises(TraceError, match=r"Blocks \[1\] \(second\) take no tensor in the forward"):
-        trace(host, torch.randn(2, 5, WIDTH), (0, 1))
+        tokenprune.wrap(host, recipe, adapter=spec, example_inputs=torch.randn(2, 5, WIDTH))
 
 
 def values_asked(host: Blocks, x: Tensor) -> Tensor:
@@ -166,5 +175,5 @@ def test_what_cannot_be_traced_is_told_with_its_line(
     host = Blocks(function)
     before = snapshot(host)
     with pytest.raises(error, match=says):
-        trace(host, torch.randn(2, 5, WIDTH))
+        traced(host, torch.randn(2, 5, WIDTH))
     assert snapshot(host) == before

@@ -11,7 +11,8 @@ import tokenprune
 from tests.zoo.hosts_grid import GRID
 from tests.zoo.rows import Row, over, restored
 from tokenprune.errors import LeakError
-from tokenprune.runtime.model import ADDED, pruning_of
+from tokenprune.runtime.model import pruning_of
+from tokenprune.runtime.pruning import added_names
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 BOUND = 1e-4  # of the output's scale, in fp32
@@ -28,7 +29,7 @@ def wrapped(row: Row) -> tuple[nn.Module, Any]:
 def random_sets(model: Any, row: Row, batch: int, seed: int) -> list[Tensor]:
     """Kept sets of random sizes; each inside the one before where tokens leave."""
     generator = torch.Generator().manual_seed(seed)
-    patches = model._programs(row.inputs(batch)).num_patches
+    patches = model._pruning.programs(row.inputs(batch)).num_patches
     sets: list[Tensor] = []
     for total in patches:
         nested = bool(sets) and row.mode == "remove"
@@ -101,6 +102,6 @@ def test_training_reaches_everything_that_was_added(row: Row) -> None:
         out, trace = model(**row.inputs(), return_trace=True)
         (logits(out).square().mean() + sum(s.decision.mean() for s in trace.stages)).backward()
         for name, parameter in model.named_parameters():
-            if name.startswith(ADDED):
+            if name.startswith(added_names()):
                 assert parameter.grad is not None, name
                 assert parameter.grad.isfinite().all(), name

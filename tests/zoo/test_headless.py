@@ -62,7 +62,7 @@ def test_tokens_come_back_in_place_or_short(name: str) -> None:
         with torch.no_grad():
             output, trace = model(**given, return_trace=True)
         found[restore] = output.last_hidden_state
-    prefix = model._pruning.plan.num_prefix_tokens
+    prefix = model._pruning.plan.num_prefix
     kept = trace.stages[-1].keep_indices
     assert found[True].shape == dense.shape
     assert found[False].shape[1] == prefix + kept.shape[1] < dense.shape[1]

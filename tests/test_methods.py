@@ -6,9 +6,11 @@ import torch
 from torch import nn
 
 import tokenprune
-from tokenprune.analysis.default_recipe import suggest_recipe
+from tokenprune.analysis.blocks import find_blocks
 from tokenprune.errors import PlanError
-from tokenprune.runtime.model import pruning_of, trace_host
+from tokenprune.methods import with_default_stages
+from tokenprune.runtime.model import pruning_of
+from tokenprune.tracing.host_graph import trace
 
 VIT = timm.models.vision_transformer.VisionTransformer
 SWIN = timm.models.swin_transformer.SwinTransformer
@@ -36,7 +38,7 @@ def test_a_grid_is_bypassed_where_its_longest_stretch_is() -> None:
     host = SWIN(img_size=32, patch_size=2, window_size=4, embed_dim=8, depths=(1, 4, 1),
                 num_heads=(2, 2, 2), num_classes=3)  # fmt: skip
     model = tokenprune.wrap(host)
-    assert pruning_of(model).plan.mode == "bypass"
+    assert pruning_of(model).method.reduction.name == "bypass"
     assert stages(model) == [(2, 0.7), (3, 0.5), (4, 0.3)]
 
 
@@ -56,6 +58,7 @@ def test_it_needs_no_weights_and_leaves_the_host_alone() -> None:
         num_prefix_tokens=1,
         mode="bypass",
     )
-    recipe = suggest_recipe(host, spec, trace_host(host, spec, {"x": torch.randn(2, 3, 16, 16)}))
+    traced = trace(host, {"x": torch.randn(2, 3, 16, 16)})
+    recipe = with_default_stages(None, host, spec, traced, find_blocks(host, traced, spec))
     assert [stage.block for stage in recipe.resolved_stages] == [1, 2, 3]
     assert all(torch.equal(before[key], value) for key, value in host.state_dict().items())
