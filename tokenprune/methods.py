@@ -50,7 +50,7 @@ def method_of(recipe: Recipe, spec: ArchSpec) -> Method:
     Raises:
         PlanError: It does not serve this host, or its parts do not fit each other.
     """
-    method = Method(SCORERS[recipe.scorer], MODES[recipe.mode])
+    method = Method(SCORERS[recipe.scorer], MODES[_mode(recipe, spec)])
     named = f"recipe {recipe.name!r}" if recipe.name else "the recipe"
     if method.reduction.removes and not MODES[spec.mode].removes:
         raise PlanError(
@@ -66,6 +66,12 @@ def method_of(recipe: Recipe, spec: ArchSpec) -> Method:
     if recipe.sampling.selection == "threshold":
         method.check_threshold(recipe.sampling.threshold)
     return method
+
+
+def _mode(recipe: Recipe, spec: ArchSpec) -> str:
+    """Of the recipe; the host's own where the recipe fits any host and gives none."""
+    given = recipe.resolved_stages or "mode" in recipe.model_fields_set
+    return recipe.mode if given else spec.mode
 
 
 def with_default_stages(
@@ -88,7 +94,7 @@ def with_default_stages(
         return recipe
     schedule = {"keep_ratio": KEEP_RATIO}
     recipe = recipe or Recipe.parse({"version": 1, "schedule": schedule})
-    mode = recipe.mode if "mode" in recipe.model_fields_set else spec.mode
+    mode = _mode(recipe, spec)
     reduction: type[Reduction] = MODES[mode]
     candidates, needed = reduction.candidates(host, traced, blocks, spec)
     if len(candidates) <= reduction.skipped:

@@ -1,0 +1,30 @@
+"""Every scorer that needs no training, by name, on every plain host of the zoo."""
+
+import pytest
+import torch
+
+import tokenprune
+from tests.zoo.hosts import ZOO
+from tests.zoo.rows import Row
+from tokenprune.recipe.names import named_recipes
+
+PLAIN = [row for row in ZOO if row.mode == "remove" and not row.refused]
+NAMES = ["key-norm-k0.7", "random-k0.7", "token-norm-k0.7"]
+
+
+@pytest.mark.parametrize("row", [pytest.param(row, id=row.name) for row in PLAIN])
+def test_it_is_certified(row: Row) -> None:
+    """All three at once; `wrap` proves each on the host."""
+    host = row.build(5.0)
+    for name in NAMES:
+        model = tokenprune.wrap(host, name, example_inputs=row.inputs()).eval()
+        with torch.no_grad():
+            _, trace = model(**row.inputs(3), return_trace=True)
+        counts = [stage.num_tokens for stage in trace.stages]
+        assert counts == sorted(counts, reverse=True)
+        assert counts[-1] < row.num_patches()
+
+
+def test_none_is_left_out() -> None:
+    assert len(PLAIN) > 60
+    assert set(NAMES) <= set(named_recipes())
