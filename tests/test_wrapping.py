@@ -177,6 +177,14 @@ def odd(prefix: int = 0, **options: Any) -> Any:
     )
 
 
+def traces_itself() -> Any:
+    class Traces(Odd):
+        def forward(self, x: Tensor, return_trace: bool = False) -> Tensor:
+            return super().forward(x)
+
+    return tokenprune.wrap(Traces(), RECIPE, example_inputs=torch.zeros(2, 5, 4))
+
+
 def replaced_forward() -> Any:
     host = vit()
     host.forward = lambda x: x
@@ -208,9 +216,12 @@ def infinite_weight() -> Any:
         (lambda: odd(taken=PREDICTORS), UnsupportedHostError, f"Odd has an .* '{PREDICTORS}'"),
         (lambda: odd(taken="token_bypasses"), UnsupportedHostError, "attribute 'token_bypasses'"),
         (lambda: odd(taken="_pruning"), UnsupportedHostError, "attribute '_pruning' of its own"),
+        (lambda: odd(taken="using"), UnsupportedHostError, "attribute 'using' of its own"),
+        (lambda: odd(taken="set_threshold"), UnsupportedHostError, "attribute 'set_threshold'"),
+        (traces_itself, UnsupportedHostError, "Traces has an argument 'return_trace'"),
         (nan_buffer, NonFiniteWeightsError, "Buffer 'mask' of VisionTransformer holds NaN"),
         (infinite_weight, NonFiniteWeightsError, "'norm.weight' of .* holds 2 values"),
-        (lambda: odd(prefix=4), PlanError, r"1 patch tokens behind 4 prefix tokens.*Check num_"),
+        (lambda: odd(prefix=4), PlanError, r"1 patch tokens after 4 prefix tokens.*Check num_"),
         (
             lambda: wrapped(example_inputs=[]),
             HostError,

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 import tokenprune
 from tokenprune.analysis.analysis import Analysis
+from tokenprune.analysis.batch_probe import probe_batch
 from tokenprune.analysis.facts import NodeFacts, TokenDim
-from tokenprune.analysis.token_probe import EXTRA
+from tokenprune.analysis.token_probe import EXTRA, _Run
 from tokenprune.errors import PlanError, UnsupportedHostError
 
 WIDTH, PATCHES, PREFIX = 8, 9, 1
@@ -166,3 +167,26 @@ def test_what_cannot_run_with_fewer_tokens_is_named(
 ) -> None:
     with pytest.raises(error, match=says):
         wrapped(step, between)
+
+
+def test_a_second_run_of_the_probe_keeps_nothing_of_the_first() -> None:
+    """A host that splits its tokens by the length of a table: its run is made again."""
+
+    def step(host: Host, x: Tensor) -> Tensor:
+        length = host.table.shape[0] - PREFIX  # follows the tokens, which a first run finds out
+        spare = torch.ones(length + PREFIX)  # in that run a size of its own
+        first, rest = x.split([x.shape[1] - length, length], dim=1)
+        return torch.cat([first, rest * 2], dim=1) + spare[None, :, None]
+
+    pruning = wrapped(step)._pruning
+    (programs,) = pruning.cache.all()
+    analysis, traced = programs.analysis, programs.analysis.traced
+    lengths = {n: dict(f.length_of) for n, f in analysis.facts.items() if f.length_of}
+    assert lengths
+    with torch.no_grad(), traced.fake_mode:
+        batch = probe_batch(pruning.host, traced)
+        once = _Run(pruning.host, traced, analysis.markers, PREFIX, batch, (), lengths)
+        once.run()
+    assert once.finished
+    assert {n for n, f in analysis.facts.items() if f.whole_table} == once.tables
+    assert {n for n, f in analysis.facts.items() if f.follows_tokens} == once.sizes

@@ -224,3 +224,12 @@ def test_a_host_without_weights() -> None:
     assert all(parameter.is_meta for parameter in model.parameters())
     model.to_empty(device="cpu")
     assert not any(parameter.is_meta for parameter in pruning_of(model).host.parameters())
+
+
+def test_frozen_predictors_make_no_claim_about_gradients() -> None:
+    model = wrapped()
+    for parameter in model.token_predictors.parameters():
+        parameter.requires_grad_(False)
+    assert names(verify(model)) == THEOREMS[:-1]
+    next(iter(model.token_predictors.parameters())).requires_grad_(True)
+    assert names(verify(model)) == THEOREMS

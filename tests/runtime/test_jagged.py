@@ -1,5 +1,6 @@
 """`selection: threshold` on tiny models of the libraries, and what surrounds it."""
 
+import copy
 from functools import partial
 from typing import Any
 
@@ -274,3 +275,20 @@ def test_forced_sets_may_have_more_padding_than_any_image_needs(deit: Any) -> No
         narrow = deit(images(2))
     assert torch.equal(wide, narrow)
     assert [stage.keep_indices.shape[1] for stage in trace.stages] == [4, 2]
+
+
+def test_a_cut_program_learns_nothing_from_its_calls() -> None:
+    """Copies and threads share it; what one batch is like must not decide about another."""
+    model = made(from_timm("eva02_tiny_patch14_224", patch_size=8), verify=False).eval()
+    x = images(4)
+    with torch.no_grad():
+        model(x)
+        (programs,) = model._pruning.cache.all()
+        cut = programs.get(model, "jagged").run
+        before = {name: copy.deepcopy(v) for name, v in vars(cut).items() if name != "segments"}
+        for batch in (1, 2, 5):
+            model(images(batch))
+        assert {name: v for name, v in vars(cut).items() if name != "segments"} == before
+        alone = [model(image[None]) for image in x]
+    together = model(x)
+    torch.testing.assert_close(together, torch.cat(alone))

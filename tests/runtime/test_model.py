@@ -327,3 +327,53 @@ def test_loading_weights_of_another_mode(model: Any) -> None:
     with pytest.raises(RuntimeError, match=r"'token_bypasses.*wrapped in mode 'remove' does not"):
         model.load_state_dict(bypassed.state_dict())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class Crowded(timm.models.vision_transformer.VisionTransformer):
+    """A host whose own methods have names that the engine once had in front of them."""
+
+    def _context(self, x: Tensor) -> Tensor:
+        return x + 1
+
+    def _programs(self, x: Tensor) -> Tensor:
+        return x * 2
+
+    def _signature(self) -> int:
+        return 3
+
+    def _analyse(self, x: Tensor) -> Tensor:
+        return x - 1
+
+    def run(self, x: Tensor) -> Tensor:
+        return self._analyse(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self._programs(self._context(self.run(x)))) * self._signature()
+
+
+def test_methods_of_the_host_are_its_own_whatever_they_are_called() -> None:
+    host = build(Crowded).eval()
+    dense = host(IMAGES)
+    model = tokenprune.wrap(host, RECIPE).eval()
+    assert model._signature() == 3
+    assert torch.equal(model._context(IMAGES), IMAGES + 1)
+    model.set_keep_ratio(1.0)
+    assert torch.equal(model(IMAGES), dense)
+    own = {name for name in vars(type(model).__mro__[1]) if not name.startswith("__")}
+    public = {"forward", "using", "set_keep_ratio", "set_threshold", "load_state_dict"}
+    assert own == public | {"_get_name"}
+    assert set(vars(model)) - set(vars(host)) == {"_pruning"}
+
+
+def test_a_budget_is_replaced_and_the_structure_never_is(own_model: Any) -> None:
+    pruning = pruning_of(own_model)
+    plan, budget = pruning.plan, pruning.budget
+    (programs,) = pruning.cache.all()
+    own_model.set_keep_ratio([0.9, 0.2])
+    assert pruning.plan is plan is programs.analysis.plan
+    assert pruning.budget != budget
+    before = pruning.budget
+    tokenprune.ImageMacs(own_model)
+    tokenprune.profile(own_model, budget=budget)
+    assert pruning.budget is before
+    assert not {"keep_ratios", "threshold"} & set(vars(programs.analysis.plan))
