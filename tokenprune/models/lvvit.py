@@ -55,13 +55,9 @@ AUX_WEIGHT = 0.5
 
 @fx.wrap
 def check_image_size(images: Tensor, size: tuple[int, int]) -> None:
-    """Refuse images whose size does not match the position embeddings.
-
-    Raises:
-        HostError: The last two dims of `images` are not `size`.
-    """
+    """Raise HostError unless the images are of the size of the position embeddings."""
     height, width = images.shape[-2:]
-    if height != size[0] or width != size[1]:
+    if (height, width) != size:
         raise HostError(
             f"This LV-ViT takes images of {size[0]}x{size[1]} pixels, got {height}x{width}. "
             f"Resize the images, or build the model with img_size=({height}, {width})."
@@ -78,12 +74,7 @@ class ConvStem(nn.Module):
     """
 
     def __init__(
-        self,
-        img_size: tuple[int, int],
-        patch_size: int,
-        in_chans: int,
-        width: int,
-        embed_dim: int,
+        self, img_size: tuple[int, int], patch_size: int, in_chans: int, width: int, embed_dim: int
     ) -> None:
         super().__init__()
         self.img_size = img_size
@@ -307,12 +298,7 @@ def init_linear(module: nn.Module) -> None:
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: LVViT) -> dict[str, Tensor]:
-    """The parameters in a checkpoint, its position embeddings [1, 1 + N, D] resized to `model`.
-
-    Args:
-        state_dict: Parameters by name, or a checkpoint with them under "state_dict" or "model".
-        model: The model that loads them.
-    """
+    """The parameters in a checkpoint, its position embeddings [1, 1 + N, D] resized to `model`."""
     for key in ("state_dict", "model"):
         state_dict = state_dict.get(key, state_dict)
     weights = {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}
@@ -324,15 +310,11 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: LVViT) -> dict[st
 
 
 def _cfg(url: str = "", crop_pct: float = 0.9) -> dict[str, Any]:
+    """Size, classes and normalisation are timm's defaults, which are ImageNet's."""
     return {
         "url": url,
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
         "fixed_input_size": True,
         "crop_pct": crop_pct,
-        "interpolation": "bicubic",
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
         "first_conv": "patch_embed.conv1",
         "classifier": ("head", "aux_head"),
         "license": "apache-2.0",
@@ -353,7 +335,7 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create(name: str, pretrained: bool, sizes: dict[str, Any], options: dict[str, Any]) -> LVViT:
+def _build(name: str, pretrained: bool, options: dict[str, Any], **sizes: Any) -> LVViT:
     model = build_model_with_cfg(
         LVViT, name, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **(sizes | options)
     )
@@ -362,26 +344,23 @@ def _create(name: str, pretrained: bool, sizes: dict[str, Any], options: dict[st
 
 def lvvit_t(pretrained: bool = False, **options: Any) -> LVViT:
     """LV-ViT-T: 12 blocks of 240 channels; `options` as for `LVViT`."""
-    sizes = {"embed_dim": 240, "depth": 12, "num_heads": 4, "skip_lam": 1.0}
-    return _create("lvvit_t", pretrained, sizes, options)
+    return _build("lvvit_t", pretrained, options, embed_dim=240, depth=12, num_heads=4, skip_lam=1)
 
 
 def lvvit_s(pretrained: bool = False, **options: Any) -> LVViT:
     """LV-ViT-S: 16 blocks of 384 channels; `options` as for `LVViT`."""
-    sizes = {"embed_dim": 384, "depth": 16, "num_heads": 6, "skip_lam": 2.0}
-    return _create("lvvit_s", pretrained, sizes, options)
+    return _build("lvvit_s", pretrained, options, embed_dim=384, depth=16, num_heads=6, skip_lam=2)
 
 
 def lvvit_m(pretrained: bool = False, **options: Any) -> LVViT:
     """LV-ViT-M: 20 blocks of 512 channels; `options` as for `LVViT`."""
-    sizes = {"embed_dim": 512, "depth": 20, "num_heads": 8, "skip_lam": 2.0}
-    return _create("lvvit_m", pretrained, sizes, options)
+    return _build("lvvit_m", pretrained, options, embed_dim=512, depth=20, num_heads=8, skip_lam=2)
 
 
 def lvvit_l(pretrained: bool = False, **options: Any) -> LVViT:
     """LV-ViT-L: 24 blocks of 768 channels; `options` as for `LVViT`."""
-    sizes = {"embed_dim": 768, "depth": 24, "num_heads": 12, "stem_width": 128, "skip_lam": 3.0}
-    return _create("lvvit_l", pretrained, sizes, options)
+    sizes = {"embed_dim": 768, "depth": 24, "num_heads": 12, "stem_width": 128, "skip_lam": 3}
+    return _build("lvvit_l", pretrained, options, **sizes)
 
 
 for _entry in (lvvit_t, lvvit_s, lvvit_m, lvvit_l):

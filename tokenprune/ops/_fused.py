@@ -59,26 +59,15 @@ def _sanitize(
     return torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0).mul_(factor)
 
 
-def _hiding(policy: Float[Tensor, "B Lk"], dtype: torch.dtype) -> Float[Tensor, "B 1 1 Lk"]:
-    """0 at kept keys and -inf at dropped ones, to be added to the logits."""
-    return torch.where(is_kept(policy), 0.0, -math.inf).to(dtype)[:, None, None]
-
-
-def _additive(mask: Shaped[Tensor, "b h q k"] | None, dtype: torch.dtype) -> Tensor | None:
-    """The host's mask in the form that is added to the logits."""
-    if mask is None or mask.dtype != torch.bool:
-        return mask
-    return torch.where(mask, 0.0, -math.inf).to(dtype)
+def _additive(mask: Shaped[Tensor, "b h q k"], dtype: torch.dtype) -> Float[Tensor, "b h q k"]:
+    """A mask in the form that is added to the logits: 0 where a bool is true, else -inf."""
+    return torch.where(mask, 0.0, -math.inf).to(dtype) if mask.dtype == torch.bool else mask
 
 
 def _slices(batch: int, heads: int, square: int, entries: int) -> Iterator[tuple[slice, slice]]:
-    """Images and heads with at most `entries` logits per slice, and at least one head.
+    """Images and heads with at most `entries` logits per slice, `square` of each head.
 
-    Args:
-        batch: images in all.
-        heads: heads in all.
-        square: logits of a head.
-        entries: logits of a slice.
+    A slice has at least one head.
     """
     if batch * heads * square <= entries:
         # No loop: a compiler would specialize it to this batch size.
@@ -113,11 +102,12 @@ def _kernel(
     `key` and `value` are sanitized. The joint mask has no head dim unless the host's has one; if it
     is large, the batch is processed in slices.
     """
-    host = _additive(mask, query.dtype)
+    host = None if mask is None else _additive(mask, query.dtype)
+    kept = is_kept(policy)[:, None, None]
     per_image = query.shape[2] * key.shape[2] * (1 if mask is None else mask.shape[1])
     parts = []
     for images, _ in _slices(query.shape[0], 1, per_image, _SLICE):
-        hiding = _hiding(policy[images], query.dtype)
+        hiding = _additive(kept[images], query.dtype)
         joint = hiding.expand(-1, 1, query.shape[2], -1).contiguous()
         if own_key:
             joint.diagonal(dim1=2, dim2=3).zero_()
@@ -177,9 +167,9 @@ def _backward(
     grad_query, grad_key, grad_value = (torch.empty_like(x) for x in (query, key, value))
     grad_policy = policy.new_zeros(policy.shape, dtype=wide)
     grad_mask = torch.zeros_like(mask, dtype=wide) if mask is not None and needs_mask else None
-    host = _additive(mask, wide)
-    hiding = _hiding(policy, wide)
-    showing = is_kept(policy).to(wide)[:, None, None]
+    host = None if mask is None else _additive(mask, wide)
+    kept = is_kept(policy)[:, None, None]
+    hiding, showing = _additive(kept, wide), kept.to(wide)
 
     small = query.device.type == "cpu" and not torch.compiler.is_compiling()
     entries = _SLICE_CPU if small else _SLICE
@@ -231,17 +221,12 @@ def _backward(
 
 
 def _factor_dtype(query: Float[Tensor, "B H Lq d"]) -> torch.dtype:
-    """The dtype of the factors of matrix products; sums and softmax are always in fp32 or better.
-
-    The operands' on CUDA, fp32 or better elsewhere, where low precision is slower.
-    """
+    """The dtype of the factors of matrix products; low precision is slower without CUDA."""
     return query.dtype if query.is_cuda else torch.promote_types(query.dtype, torch.float32)
 
 
 def _multiply(
-    left: Float[Tensor, "b h m k"],
-    right: Float[Tensor, "b h k n"],
-    out: Float[Tensor, "b h m n"],
+    left: Float[Tensor, "b h m k"], right: Float[Tensor, "b h k n"], out: Float[Tensor, "b h m n"]
 ) -> None:
     """Batched matrix product into `out`, which may have a wider or narrower dtype."""
     if torch.compiler.is_compiling():  # it refuses an `out` that is a view

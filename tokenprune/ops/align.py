@@ -36,11 +36,7 @@ def policy_of(decision: Float[Tensor, "B N"], num_prefix: int) -> Float[Tensor, 
 
 
 def token_dim(x: Shaped[Tensor, "..."], policy: Float[Tensor, "B L"], dim: int) -> int:
-    """`dim` counted from the left, after a look at whether it can hold the policy's tokens.
-
-    Raises:
-        LeakError: it is the batch (dim 0), out of range, or of another size than the policy.
-    """
+    """`dim` counted from the left; LeakError unless it can hold the policy's tokens."""
     found = dim + x.ndim if dim < 0 else dim
     if not 0 < found < x.ndim:
         raise LeakError(
@@ -67,13 +63,11 @@ def dropped_along(policy: Float[Tensor, "B L"], ndim: int, dim: int) -> Bool[Ten
     return along(torch.logical_not(is_kept(policy)), ndim, dim)
 
 
-def diagonal(
-    length: int, ndim: int, dim: int, query_dim: int, device: torch.device
-) -> Bool[Tensor, "..."]:
-    """True where the query along `query_dim` is the key along `dim`; rank `ndim`, 1 elsewhere."""
-    shape = [1] * ndim
-    shape[dim] = shape[query_dim] = length
-    return torch.eye(length, dtype=torch.bool, device=device).reshape(shape)
+def diagonal(x: Shaped[Tensor, "..."], dim: int, query_dim: int) -> Bool[Tensor, "..."]:
+    """True where the query along `query_dim` of `x` is the key along `dim`; 1 along other dims."""
+    shape = [1] * x.ndim
+    shape[dim] = shape[query_dim] = x.shape[dim]
+    return torch.eye(x.shape[dim], dtype=torch.bool, device=x.device).reshape(shape)
 
 
 def finite_if_dropped(

@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from tokenprune.errors import LeakError
@@ -71,7 +71,9 @@ def masked_attention(
             scale=scale,
             enable_gqa=enable_gqa,
         )
-    query, key, value = _autocast(query, key, value)
+    low = autocast_dtype(query.device)
+    if low is not None and query.dtype != torch.float64:  # as autocast runs this function
+        query, key, value = query.to(low), key.to(low), value.to(low)
     if enable_gqa:
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
         value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
@@ -83,7 +85,10 @@ def masked_attention(
     mask = None if attn_mask is None else _mask_4d(attn_mask, leading)
     if is_causal:
         causal = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device).tril()
-        mask = causal[None, None] if mask is None else _hide(mask, causal)
+        if mask is None or mask.dtype == torch.bool:
+            mask = causal[None, None] if mask is None else mask & causal
+        else:
+            mask = torch.where(causal, mask, float("-inf"))
     q, k, v = (
         x.expand(*leading, *x.shape[-2:]).reshape(leading[0], -1, *x.shape[-2:])
         for x in (query, key, value)
@@ -94,14 +99,6 @@ def masked_attention(
     else:
         out = MaskedAttention.apply(q, k, v, policy, mask, scale, own_key)
     return out.reshape(*leading, *out.shape[-2:])
-
-
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Cast to autocast's low precision, in which it runs scaled_dot_product_attention."""
-    dtype = autocast_dtype(tensors[0].device)
-    if dtype is None or tensors[0].dtype == torch.float64:
-        return tensors
-    return tuple(tensor.to(dtype) for tensor in tensors)
 
 
 def _check(
@@ -126,13 +123,6 @@ def _mask_4d(mask: Shaped[Tensor, "..."], leading: tuple[int, ...]) -> Shaped[Te
     if len(leading) != 2 and any(size != 1 for size in heads):
         mask = mask.expand(mask.shape[0], *leading[1:], *mask.shape[-2:])
     return mask.reshape(mask.shape[0], -1, *mask.shape[-2:])
-
-
-def _hide(mask: Tensor, visible: Bool[Tensor, "..."]) -> Tensor:
-    """The host's mask, bool or float, with everything that is not `visible` hidden too."""
-    if mask.dtype == torch.bool:
-        return mask & visible
-    return torch.where(visible, mask, float("-inf"))
 
 
 def _unfused(

@@ -20,17 +20,14 @@ def take_tokens(
 ) -> Shaped[Tensor, "..."]:
     """The tokens at `rows` of a grid or sequence; all of them, untouched, if K = L.
 
-    Returns:
-        As many dims as `x`, so that what follows runs on it as it stands: [B, K, D], [B, 1, K, D]
-        or, with channels first, [B, D, 1, K].
+    As many dims as `x`, so that what follows runs on it as it stands: [B, K, D], [B, 1, K, D] or,
+    with channels first, [B, D, 1, K].
     """
     tokens = flat_tokens(x, layout)
     if rows.shape[1] == tokens.shape[1]:
         return x
-    kept = gather_tokens(tokens, rows, 0)
-    if layout.channels_first:
-        kept = kept.transpose(1, 2)
-    return kept.reshape(layout.gathered(x.shape, rows.shape[1]))
+    shape = layout.gathered(x.shape, rows.shape[1])
+    return flat_tokens_back(gather_tokens(tokens, rows, 0), shape, layout)
 
 
 def merge_branches(
@@ -40,13 +37,9 @@ def merge_branches(
     bypass: nn.Module,
     layout: Layout = TOKENS,
 ) -> Float[Tensor, "..."]:
-    """Put both branches back on the grid; each is computed for its own tokens only.
+    """The branch of every token: `branch` of the kept ones at `rows`, `bypass` run on the others.
 
-    Args:
-        x: What the block adds its branch to.
-        branch: The MLP's result for kept tokens, as `take_tokens` lays them out.
-        rows: Which those are, ascending.
-        bypass: The light branch, run on all other tokens.
+    `x` is what the block adds its branch to; `branch` is laid out as by `take_tokens`.
     """
     tokens = flat_tokens(x, layout)
     batch, count = tokens.shape[:2]
@@ -61,7 +54,7 @@ def merge_branches(
     order = torch.cat([rows, dropped], dim=1)
     here = torch.arange(count, device=x.device).expand(batch, -1)
     place = torch.zeros_like(order).scatter(1, order, here)
-    return flat_tokens_back(gather_tokens(merged, place, 0), x, layout)
+    return flat_tokens_back(gather_tokens(merged, place, 0), x.shape, layout)
 
 
 def choose_branch(
@@ -75,12 +68,9 @@ def choose_branch(
     """The mask path's version: both branches for every token, one of them chosen.
 
     The policy's gradient at a token is <g, branch - bypass>; a branch that is not chosen never
-    reaches the output, whatever it holds.
-
-    Args:
-        poison: Overwrite the branch that is not chosen with NaN and inf (`verify`).
+    reaches the output, whatever it holds. `poison` overwrites it with NaN and inf (for `verify`).
     """
-    shape, branch = branch, flat_tokens(branch, layout)
+    shape, branch = branch.shape, flat_tokens(branch, layout)
     light = bypass(flat_tokens(x, layout)).to(branch.dtype)
     weight = policy.to(branch.dtype).unsqueeze(-1)
     chosen = is_kept(policy).unsqueeze(-1)

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
+from tokenprune.ops.align import dropped_along
 from tokenprune.ops.attention import masked_attention
-from tokenprune.ops.moving import gather_aligned, gather_tokens
+from tokenprune.ops.moving import gather_aligned, gather_table, gather_tokens, put_back
 from tokenprune.ops.selection import has_padding
 
 __all__ = [
@@ -28,13 +29,7 @@ __all__ = [
 def kept_policy(
     numbers: Int[Tensor, "B K"], num_prefix: int, rows_per_image: int = 1
 ) -> Float[Tensor, "Bf L"] | None:
-    """1 at prefix tokens and kept patches, 0 at padding; None where there is no padding.
-
-    Args:
-        numbers: of the kept tokens.
-        num_prefix: P.
-        rows_per_image: of the result.
-    """
+    """1 at prefix tokens and kept patches, 0 at padding; None where there is no padding."""
     if not has_padding(numbers):
         return None
     policy = torch.cat([numbers.new_zeros(numbers.shape[0], num_prefix), numbers], dim=1) >= 0
@@ -53,13 +48,6 @@ def padded_attention(
     Without a mask of the host's every row sees the kept keys, one at least, so a plain mask over
     the keys will do: the kernel runs at its own speed. Padded rows then hold something else than
     with `masked_attention`; nobody reads them.
-
-    Args:
-        query: [B, ..., Lq, d].
-        key: [B, ..., Lk, d].
-        value: [B, ..., Lk, dv].
-        policy: 1 keeps, 0 is padding; None is `scaled_dot_product_attention` itself.
-        options: those of `masked_attention`.
     """
     plain = options.get("attn_mask") is None and not options.get("is_causal")
     if policy is None or not plain or policy.shape[0] != key.shape[0]:
@@ -91,11 +79,10 @@ def gather_table_jagged(
     rows_per_image: int = 1,
 ) -> Shaped[Tensor, "..."]:
     """`gather_aligned` of rows with padding; the table itself if every token of all is kept."""
-    whole = all(table.shape[d] == p + numbers.shape[1] for d, p in zip(dims, prefix, strict=True))
-    if whole and not has_padding(numbers):
-        return table
-    kept = numbers.clamp_min(0)
-    return gather_aligned(table, kept.repeat_interleave(rows_per_image, 0), dims, prefix, rank)
+    if not has_padding(numbers):
+        return gather_table(table, numbers, dims, prefix, rank, rows_per_image)
+    kept = numbers.clamp_min(0).repeat_interleave(rows_per_image, 0)
+    return gather_aligned(table, kept, dims, prefix, rank)
 
 
 def put_back_jagged(
@@ -104,14 +91,10 @@ def put_back_jagged(
     numbers: Int[Tensor, "B K"],
     num_prefix: int,
 ) -> Float[Tensor, "B L D"]:
-    """`full` with the prefix and kept tokens replaced by `tokens`; padding goes nowhere."""
-    dtype = torch.promote_types(full.dtype, tokens.dtype)
-    patches, length = full[:, num_prefix:].to(dtype), full.shape[1] - num_prefix
-    wide = torch.cat([patches, patches[:, :1]], dim=1)
-    index = torch.where(numbers < 0, length, numbers).unsqueeze(-1)
-    new = tokens[:, num_prefix:].to(dtype)
-    wide = wide.scatter(1, index.expand_as(new), new)
-    return torch.cat([tokens[:, :num_prefix].to(dtype), wide[:, :length]], dim=1)
+    """`put_back` of rows with padding, which goes nowhere."""
+    wide = torch.cat([full, full[:, :1]], dim=1)  # padding goes to one more place at the end
+    places = torch.where(numbers < 0, full.shape[1] - num_prefix, numbers)
+    return put_back(wide, tokens, places, num_prefix)[:, :-1]
 
 
 def blank_padding(
@@ -121,6 +104,4 @@ def blank_padding(
     policy = kept_policy(numbers, num_prefix)
     if policy is None:
         return x
-    shape = [1] * x.ndim
-    shape[0], shape[dim] = policy.shape
-    return torch.where(policy.reshape(shape) > 0, x, 0.0)
+    return x.masked_fill(dropped_along(policy, x.ndim, dim), 0.0)

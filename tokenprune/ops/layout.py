@@ -1,6 +1,5 @@
 """How a tensor holds the tokens of each image: in rows, on a grid, channels first or last."""
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -24,8 +23,7 @@ class Layout(NamedTuple):
 
     def gathered(self, shape: torch.Size, count: int) -> tuple[int, ...]:
         """The shape of `take_tokens`: every dim that counts tokens is 1 but one, which is K."""
-        inner = (1,) * (len(shape) - 3) + (count,) if len(shape) > 2 else (count,)
-        batch = shape[0] // self.rows_per_image
+        batch, inner = shape[0] // self.rows_per_image, (1,) * (len(shape) - 3) + (count,)
         if self.channels_first:
             return (batch, shape[1], *inner)
         return (batch, *inner, shape[-1])
@@ -41,9 +39,10 @@ def flat_tokens(x: Shaped[Tensor, "..."], layout: Layout = TOKENS) -> Shaped[Ten
     return x.reshape(x.shape[0] // layout.rows_per_image, -1, x.shape[-1])
 
 
-def flat_tokens_back(tokens: Shaped[Tensor, "B L D"], x: Tensor, layout: Layout) -> Tensor:
-    """`flat_tokens` back in the shape of `x`."""
-    if not layout.channels_first:
-        return tokens.reshape(x.shape)
-    inner = math.prod(x.shape[2:])
-    return tokens.reshape(x.shape[0], inner, x.shape[1]).transpose(1, 2).reshape(x.shape)
+def flat_tokens_back(
+    tokens: Shaped[Tensor, "B L D"], shape: tuple[int, ...], layout: Layout
+) -> Shaped[Tensor, "..."]:
+    """The tokens of `flat_tokens` in a shape of this layout."""
+    if layout.channels_first:
+        tokens = tokens.reshape(shape[0], -1, shape[1]).transpose(1, 2)
+    return tokens.reshape(shape)

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from tokenprune.errors import PlanError
-from tokenprune.ops.align import policy_of
+from tokenprune.ops.align import is_kept, policy_of
 
 __all__ = [
     "gather_aligned",
@@ -108,10 +108,9 @@ def gather_aligned(
         (first, first_prefix), (second, second_prefix) = places
         rows = with_prefix(keep_indices, first_prefix)
         columns = with_prefix(keep_indices, second_prefix)
-        index = (rows[:, :, None] * shape[second] + columns[:, None, :]).reshape(batch, -1)
-        taken = _take_at(out.flatten(first, second), index, first)
-        square = (rows.shape[1], columns.shape[1])
-        return taken.reshape(batch, *shape[1:first], *square, *shape[second + 1 :])
+        index = rows[:, :, None] * shape[second] + columns[:, None, :]
+        taken = _take_at(out.flatten(first, second), index.flatten(1), first)
+        return taken.reshape(*taken.shape[:first], *index.shape[1:], *taken.shape[first + 1 :])
     for place, count in places:
         out = _take_at(out, with_prefix(keep_indices, count), place)
     return out.expand(batch, *out.shape[1:])
@@ -128,9 +127,7 @@ def _take_at(
 
 
 def scatter_tokens(
-    full: Float[Tensor, "B N D"],
-    kept: Float[Tensor, "B K D"],
-    keep_indices: Int[Tensor, "B K"],
+    full: Float[Tensor, "B N D"], kept: Float[Tensor, "B K D"], keep_indices: Int[Tensor, "B K"]
 ) -> Float[Tensor, "B N D"]:
     """Put tokens back where they came from: a new tensor, `full` at all other places.
 
@@ -155,17 +152,12 @@ def gather_table(
     rank: int,
     rows_per_image: int = 1,
 ) -> Shaped[Tensor, "..."]:
-    """`gather_aligned`; the table itself if every token is kept, so that nothing changes at all.
-
-    Args:
-        rows_per_image: Of the result.
-    """
+    """`gather_aligned`; the table itself if every token is kept, so that nothing changes at all."""
     if all(table.shape[d] == p + keep_indices.shape[1] for d, p in zip(dims, prefix, strict=True)):
         return table
-    kept = keep_indices
     if rows_per_image > 1:
-        kept = kept.repeat_interleave(rows_per_image, 0)
-    return gather_aligned(table, kept, dims, prefix, rank)
+        keep_indices = keep_indices.repeat_interleave(rows_per_image, 0)
+    return gather_aligned(table, keep_indices, dims, prefix, rank)
 
 
 def length_after(
@@ -194,8 +186,8 @@ def put_back_masked(
     num_prefix: int,
 ) -> Float[Tensor, "B L D"]:
     """The mask path's `put_back`: `tokens` where kept, `full` where dropped."""
-    kept = policy_of(decision, num_prefix).unsqueeze(-1) > 0.5
-    return torch.where(kept, tokens, full)
+    kept = is_kept(policy_of(decision, num_prefix))
+    return torch.where(kept.unsqueeze(-1), tokens, full)
 
 
 def poisonous(x: Float[Tensor, "... D"]) -> Float[Tensor, " D"]:

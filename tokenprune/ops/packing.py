@@ -35,10 +35,7 @@ class Packed(NamedTuple):
 def pack(numbers: Int[Tensor, "B K"], tokens: Float[Tensor, "B L D"], num_prefix: int) -> Packed:
     """Lay out the batch; prefix tokens always count as kept.
 
-    Args:
-        numbers: of the kept patches, -1 where a row has no more.
-        tokens: of the grid; only their number is read.
-        num_prefix: P.
+    `numbers` are the kept patches, -1 where a row has no more; `tokens` only gives the shape.
     """
     batch, length = tokens.shape[:2]
     like = numbers.new_zeros(batch, length - num_prefix)
@@ -47,12 +44,8 @@ def pack(numbers: Int[Tensor, "B K"], tokens: Float[Tensor, "B L D"], num_prefix
     count = int(kept.sum())
     rows = -(-count // batch)
     spare = order[:1].expand(rows * batch - count)
-    return Packed(
-        torch.cat([order[:count], spare]).reshape(batch, rows),
-        count,
-        order[count:],
-        torch.argsort(order),
-    )
+    places = torch.cat([order[:count], spare]).reshape(batch, rows)
+    return Packed(places, count, order[count:], torch.argsort(order))
 
 
 def take_packed(
@@ -64,11 +57,8 @@ def take_packed(
     if not packed.dropped.numel():
         return x
     batch, rows = packed.kept.shape
-    kept = tokens.flatten(0, 1).index_select(0, packed.kept.flatten())
-    kept = kept.reshape(batch, rows, tokens.shape[2])
-    if layout.channels_first:
-        kept = kept.transpose(1, 2)
-    return kept.reshape(layout.gathered(x.shape, rows))
+    kept = tokens.flatten(0, 1).index_select(0, packed.kept.flatten()).reshape(batch, rows, -1)
+    return flat_tokens_back(kept, layout.gathered(x.shape, rows), layout)
 
 
 def merge_packed(
@@ -78,18 +68,11 @@ def merge_packed(
     bypass: nn.Module,
     layout: Layout = TOKENS,
 ) -> Float[Tensor, "..."]:
-    """Put both branches back on the grid; each is computed for its own tokens only.
-
-    Args:
-        x: what the block adds its branch to.
-        branch: the MLP's result for kept tokens, as `take_packed` lays them out.
-        packed: where they belong.
-        bypass: the light branch, run on all other tokens.
-    """
+    """`merge_branches` for a branch that `take_packed` laid out."""
     if not packed.dropped.numel():
         return branch
     tokens = flat_tokens(x, layout)
     light = bypass(tokens.flatten(0, 1).index_select(0, packed.dropped)).to(branch.dtype)
     kept = flat_tokens(branch, layout._replace(rows_per_image=1)).flatten(0, 1)[: packed.num_kept]
     merged = torch.cat([kept, light]).index_select(0, packed.back)
-    return flat_tokens_back(merged.reshape(tokens.shape), x, layout)
+    return flat_tokens_back(merged.reshape(tokens.shape), x.shape, layout)

@@ -10,13 +10,7 @@ from torch import Tensor
 
 from tokenprune.ops.align import along, dropped_along, is_kept, token_dim
 
-__all__ = [
-    "hide_dropped",
-    "masked_amax",
-    "masked_contraction_operand",
-    "masked_mean",
-    "masked_sum",
-]
+__all__ = ["hide_dropped", "masked_amax", "masked_contraction_operand", "masked_mean", "masked_sum"]
 
 
 def hide_dropped(
@@ -64,10 +58,7 @@ def masked_contraction_operand(
 
 
 def masked_sum(
-    x: Shaped[Tensor, "B ..."],
-    policy: Float[Tensor, "B L"] | None,
-    dim: int,
-    keepdim: bool = False,
+    x: Shaped[Tensor, "B ..."], policy: Float[Tensor, "B L"] | None, dim: int, keepdim: bool = False
 ) -> Shaped[Tensor, "B ..."]:
     """Sum over the kept tokens: `sum_j D_j x_j`, added up in fp32 or better; whole numbers and
     flags in int64, without a gradient.
@@ -92,10 +83,7 @@ def masked_sum(
 
 
 def masked_mean(
-    x: Float[Tensor, "B ..."],
-    policy: Float[Tensor, "B L"] | None,
-    dim: int,
-    keepdim: bool = False,
+    x: Float[Tensor, "B ..."], policy: Float[Tensor, "B L"] | None, dim: int, keepdim: bool = False
 ) -> Float[Tensor, "B ..."]:
     """Mean over the kept tokens: `sum_j D_j x_j / sum_j D_j`.
 
@@ -122,10 +110,7 @@ def masked_mean(
 
 
 def masked_amax(
-    x: Float[Tensor, "B ..."],
-    policy: Float[Tensor, "B L"] | None,
-    dim: int,
-    keepdim: bool = False,
+    x: Float[Tensor, "B ..."], policy: Float[Tensor, "B L"] | None, dim: int, keepdim: bool = False
 ) -> Float[Tensor, "B ..."]:
     """Maximum over the kept tokens.
 

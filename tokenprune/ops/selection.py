@@ -27,17 +27,8 @@ def top_k(keep_logits: Float[Tensor, "B N 2"], num_keep: int) -> Bool[Tensor, "B
 
     The score is `keep_logits[..., 0]`. Of equal scores the lower index wins, on every backend:
     `topk` finds the threshold, and a second `topk` over distinct numbers does the picking, so
-    nothing is left to the order in which a backend meets ties. No sort, so it exports.
-
-    Args:
-        keep_logits: log-probabilities, keep first. NaN counts as the lowest score.
-        num_keep: K, from 1 to N.
-
-    Returns:
-        True at exactly K tokens of each image.
-
-    Raises:
-        PlanError: `num_keep` is not in 1..N.
+    nothing is left to the order in which a backend meets ties. No sort, so it exports. NaN counts
+    as the lowest score.
     """
     num_patches = keep_logits.shape[1]
     if not 1 <= num_keep <= num_patches:
@@ -58,6 +49,10 @@ def top_k(keep_logits: Float[Tensor, "B N 2"], num_keep: int) -> Bool[Tensor, "B
 def select_topk(keep_logits: Float[Tensor, "B N 2"], num_keep: int) -> Int[Tensor, "B K"]:
     """`top_k` as indices of patch tokens, ascending and unique.
 
+    Args:
+        keep_logits: log-probabilities, keep first. NaN counts as the lowest score.
+        num_keep: K, from 1 to N.
+
     Raises:
         PlanError: `num_keep` is not in 1..N.
     """
@@ -65,10 +60,9 @@ def select_topk(keep_logits: Float[Tensor, "B N 2"], num_keep: int) -> Int[Tenso
 
 
 def indices_of(chosen: Bool[Tensor, "B N"], count: int) -> Int[Tensor, "B K"]:
-    """Where `chosen` is true, ascending; without a sort, which ONNX's exporter does not know.
+    """The `count` places of each row where `chosen` is true, ascending.
 
-    Args:
-        count: K, how many are true in each row.
+    Without a sort, which ONNX's exporter does not know.
     """
     length = chosen.shape[1]
     # Chosen places get N..1 and the others 0..-N, so descending rank is ascending index.
@@ -101,12 +95,8 @@ def above_threshold(
 ) -> Bool[Tensor, "B N"]:
     """The tokens whose keep probability is above a threshold; the best one of each image anyway.
 
-    Args:
-        keep_logits: log-probabilities, keep first. NaN counts as the lowest score.
-        threshold: keep probability, in (0, 1).
-        there: which tokens there are: those that no earlier stage dropped. None if all.
-        real: which tokens are no padding of the host's own; only an image without a real token
-            keeps another. None if all are.
+    NaN counts as the lowest score. `there` are the tokens that no earlier stage dropped, `real`
+    those that are no padding of the host's own; only an image without a real token keeps another.
     """
     ranked = keep_logits if real is None else real_first(keep_logits, real)
     wanted = keep_logits[..., 0] > math.log(threshold)

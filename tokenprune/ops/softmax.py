@@ -7,13 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tokenprune.errors import LeakError
-from tokenprune.ops.align import (
-    autocast_dtype,
-    diagonal,
-    dropped_along,
-    finite_if_dropped,
-    token_dim,
-)
+from tokenprune.ops.align import diagonal, dropped_along, finite_if_dropped, token_dim
 
 __all__ = ["masked_softmax"]
 
@@ -66,11 +60,8 @@ def masked_softmax(
                 f"query_dim={query_dim} says that query i is token i, found scores of shape "
                 f"{tuple(scores.shape)} with keys along dim {dim}; pass query_dim=None"
             )
-    if dtype is None:
-        dtype = scores.dtype
-        if autocast_dtype(scores.device) is not None:
-            # Whether autocast runs softmax in fp32 depends on the backend.
-            dtype = torch.softmax(scores.new_zeros(1), 0).dtype
+    if dtype is None:  # whether autocast runs softmax in fp32 depends on the backend
+        dtype = torch.softmax(scores.new_zeros(1), 0).dtype
     probabilities: Tensor = _MaskedSoftmax.apply(scores, policy, dim, query_dim, dtype)
     return probabilities
 
@@ -89,8 +80,7 @@ class _MaskedSoftmax(torch.autograd.Function):
     ) -> Tensor:
         hidden = dropped_along(policy, scores.ndim, dim)
         if query_dim is not None:
-            own = diagonal(scores.shape[dim], scores.ndim, dim, query_dim, scores.device)
-            hidden = hidden & torch.logical_not(own)
+            hidden = hidden & torch.logical_not(diagonal(scores, dim, query_dim))
         ctx.scores_dtype = scores.dtype
         scores = scores.to(torch.promote_types(dtype, torch.float32))
         visible = scores.masked_fill(hidden, float("-inf"))
@@ -98,11 +88,10 @@ class _MaskedSoftmax(torch.autograd.Function):
         exact = torch.softmax(visible, dim).masked_fill(empty, 0)
         probabilities = exact.to(dtype)
         ctx.dim, ctx.query_dim = dim, query_dim
+        weights = probabilities
         if ctx.needs_input_grad[1]:
             weights = torch.where(hidden, weight_if_visible(scores, visible, dim), exact).to(dtype)
-            ctx.save_for_backward(weights, policy)
-        else:
-            ctx.save_for_backward(probabilities, policy)
+        ctx.save_for_backward(weights, policy)
         return probabilities
 
     @staticmethod
@@ -111,11 +100,10 @@ class _MaskedSoftmax(torch.autograd.Function):
         dim, query_dim = ctx.dim, ctx.query_dim
         wide = torch.promote_types(weights.dtype, torch.float32)
         grad, weights = grads[0].to(wide), weights.to(wide)
-        dropped = dropped_along(policy, weights.ndim, dim)
-        hidden = dropped
+        hidden = dropped_along(policy, weights.ndim, dim)
         if query_dim is not None:
-            own = diagonal(weights.shape[dim], weights.ndim, dim, query_dim, weights.device)
-            hidden = dropped & torch.logical_not(own)
+            own = diagonal(weights, dim, query_dim)
+            hidden = hidden & torch.logical_not(own)
         # Not a product with 0: a dropped token's contents may have made `grad` inf or NaN there.
         baseline = (weights * grad).masked_fill(hidden, 0).sum(dim, keepdim=True)
         flow = weights * (grad - baseline)

@@ -31,27 +31,24 @@ __all__ = [
     "pretrain",
 ]
 
-_HOMES = {
-    "DataBundle": "tokenprune.train.data",
-    "DataError": "tokenprune.train.folders",
-    "FitResult": "tokenprune.train.fitting",
-    "PruningTrainer": "tokenprune.train.trainer",
-    "build_host": "tokenprune.hosts.build",
-    "evaluate": "tokenprune.train.evaluation",
-    "fit": "tokenprune.train.fitting",
-    "input_settings": "tokenprune.hosts.build",
-    "kept_tokens": "tokenprune.train.evaluation",
-    "load_data": "tokenprune.train.data",
-    "pretrain": "tokenprune.train.pretraining",
+_NAMES = {
+    "tokenprune.hosts.build": ("build_host", "input_settings"),
+    "tokenprune.train.data": ("DataBundle", "load_data"),
+    "tokenprune.train.evaluation": ("evaluate", "kept_tokens"),
+    "tokenprune.train.fitting": ("FitResult", "fit"),
+    "tokenprune.train.folders": ("DataError",),
+    "tokenprune.train.pretraining": ("pretrain",),
+    "tokenprune.train.trainer": ("PruningTrainer",),
 }
 _EXTRA_PACKAGES = {"PIL", "accelerate", "sklearn", "timm", "torchvision", "transformers"}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    home = next((module for module, names in _NAMES.items() if name in names), None)
+    if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        return getattr(import_module(_HOMES[name]), name)
+        return getattr(import_module(home), name)
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if missing not in _EXTRA_PACKAGES:

@@ -20,11 +20,7 @@ Progress = Callable[[int, int, dict[str, float]], None]
 
 
 def with_overrides(recipe: Recipe, **overrides: Any) -> Recipe:
-    """The recipe with other values in its `train` section; None keeps a value.
-
-    Raises:
-        RecipeError: A value is not allowed there.
-    """
+    """The recipe with other values in its `train` section; None keeps a value."""
     given = {key: value for key, value in overrides.items() if value is not None}
     if not given:
         return recipe
@@ -46,18 +42,7 @@ def training_arguments(
 ) -> TrainingArguments:
     """Arguments for a run; the optimiser, its schedule and the data order are the trainer's own.
 
-    Args:
-        config: the recipe's section, with epochs and batch size of this run.
-        output_dir: where checkpoints go.
-        num_images: to train on.
-        accumulation_steps: backward passes per optimiser step.
-        save_every: "epoch", "never", or a number of optimiser steps.
-        evaluates: after each epoch.
-        show_bar: a progress bar on standard error.
-        num_workers: processes that read images.
-
-    Raises:
-        PlanError: fp16 without an accelerator.
+    Checkpoints go to `output_dir`, after each epoch, never, or every so many optimiser steps.
     """
     use_cpu = not torch.accelerator.is_available()
     if config.mixed_precision == "fp16" and use_cpu:
@@ -65,10 +50,9 @@ def training_arguments(
             "train.mixed_precision is 'fp16', which needs an accelerator, found none. Use "
             "'bf16' or 'no'."
         )
-    options: dict[str, Any] = {}
+    saves: dict[str, Any] = {"save_strategy": "no" if save_every == "never" else save_every}
     if isinstance(save_every, int):
-        options["save_steps"] = save_every
-    saves = {"epoch": "epoch", "never": "no"}.get(str(save_every), "steps")
+        saves = {"save_strategy": "steps", "save_steps": save_every}
     arguments = TrainingArguments(
         output_dir=str(output_dir),
         num_train_epochs=config.epochs,
@@ -80,7 +64,6 @@ def training_arguments(
         fp16=config.mixed_precision == "fp16",
         seed=config.seed % 2**32,  # numpy takes 32 bits
         use_cpu=use_cpu,
-        save_strategy=saves,
         save_total_limit=KEPT_CHECKPOINTS,
         eval_strategy="epoch" if evaluates else "no",
         logging_strategy="steps",
@@ -93,7 +76,7 @@ def training_arguments(
         dataloader_num_workers=num_workers,
         dataloader_pin_memory=not use_cpu,
         ddp_find_unused_parameters=False,
-        **options,
+        **saves,
     )
     # one process, one device: replicas in threads would share noise and trace
     arguments._n_gpu = min(arguments.n_gpu, 1)

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -21,14 +22,9 @@ class WeightAverage:
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        """Start from the current weights.
-
-        Args:
-            model: what is averaged.
-            decay: final value, in (0, 1).
-        """
+        """Start from the current weights; `decay` is the final value, in (0, 1)."""
         self.decay, self.steps = decay, 0
-        self.average = {name: tensor.detach().clone() for name, tensor in _tensors(model)}
+        self.average = _copies(model)
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
@@ -36,12 +32,12 @@ class WeightAverage:
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         for name, tensor in _tensors(model):
-            self.average[name].lerp_(tensor.detach().to(self.average[name].device), 1 - decay)
+            self.average[name].lerp_(tensor, 1 - decay)
 
     @contextmanager
     def inside(self, model: nn.Module) -> Iterator[None]:
         """Give `model` the average inside the `with` block, its own weights afterwards."""
-        trained = {name: tensor.detach().clone() for name, tensor in _tensors(model)}
+        trained = _copies(model)
         self.copy_to(model)
         try:
             yield
@@ -58,13 +54,7 @@ class WeightAverage:
         save_file(tensors, file, metadata={"steps": str(self.steps)})
 
     def load(self, file: Path) -> None:
-        """Read what `save` wrote.
-
-        Raises:
-            CheckpointError: It belongs to another model.
-        """
-        from safetensors import safe_open
-
+        """Read what `save` wrote, if it belongs to this model."""
         tensors = load_file(file)
         if tensors.keys() != self.average.keys():
             odd = sorted(tensors.keys() ^ self.average.keys())
@@ -83,6 +73,10 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, buffer in model.named_buffers():
         if buffer.is_floating_point():
             yield name, buffer
+
+
+def _copies(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in _tensors(model)}
 
 
 @torch.no_grad()

@@ -12,15 +12,15 @@ from torch.utils.data import Dataset
 from tokenprune.recipe.schema import TrainSection
 from tokenprune.train.folders import DataError, read_folder
 from tokenprune.train.idx import is_idx_folder, read_idx_folder
-from tokenprune.train.images import Crops, ImageSet, eval_transform, train_transform
+from tokenprune.train.images import ImageSet
 
 __all__ = ["DataBundle", "load_data"]
 
 DIGITS = "digits"
 HELD_OUT_DIGITS = 360
 HELD_OUT = 0.2  # of each class, where a folder has no val/
-# For digits: mirroring and small crops would change the class.
-SMALL_CROPS = Crops(scale=(0.6, 1.0), ratio=(0.85, 1.18), flip=False)
+# For digits: mirroring and small crops would change the class. Folders get ImageNet's crops.
+SMALL_CROPS = {"scale": (0.6, 1.0), "ratio": (0.85, 1.18), "hflip": 0.0}
 _HALF = 0.5
 
 
@@ -101,35 +101,50 @@ def load_data(
             means than channels.
         PlanError: Neither 1 nor 3 channels.
     """
+    from timm.data import create_transform
+
     if not 0 < held_out <= 1:
         raise DataError(f"held_out must lie in (0, 1], got {held_out}.")
     half = (_HALF,) * in_chans
-    scale = tuple(mean or half), tuple(std or half)
-    if not len(scale[0]) == len(scale[1]) == in_chans:
+    mean, std = tuple(mean or half), tuple(std or half)
+    if not len(mean) == len(std) == in_chans:
         raise DataError(
-            f"mean has {len(scale[0])} numbers and std {len(scale[1])}, but images are to have "
-            f"{in_chans} channels. Give one number for each channel."
+            f"mean has {len(mean)} numbers and std {len(std)}, but images are to have {in_chans} "
+            "channels. Give one number for each channel."
         )
-    config = train or TrainSection()
+    crops: dict[str, Any] = SMALL_CROPS
     if spec is None or spec == DIGITS:
         names, to_train, to_eval = _digits()
-        name, crop_pct, crops = DIGITS, 1.0, SMALL_CROPS
+        name, crop_pct = DIGITS, 1.0
     elif is_idx_folder(Path(spec)):
         names, to_train, to_eval = read_idx_folder(Path(spec))
-        name, crop_pct, crops = Path(spec).name, 1.0, SMALL_CROPS
+        name, crop_pct = Path(spec).name, 1.0
     else:
-        names, listed, listed_eval = read_folder(Path(spec), held_out, seed)
-        to_train, to_eval = _columns(listed), _columns(listed_eval)
-        name, crops = Path(spec).name, Crops()
-    augment = train_transform(image_size, *scale, interpolation, config, crops)
-    plain = eval_transform(image_size, *scale, crop_pct, interpolation)
+        names, *listings = read_folder(Path(spec), held_out, seed)
+        to_train, to_eval = map(_columns, listings)
+        name, crops = Path(spec).name, {}
+    config = train or TrainSection()
+    if config.crop_scale:
+        crops = crops | {"scale": config.crop_scale}
+    shared = {"mean": mean, "std": std, "interpolation": interpolation}
+    plain = create_transform(image_size, crop_pct=crop_pct, **shared)
+    augment = create_transform(
+        image_size,
+        is_training=True,
+        color_jitter=config.color_jitter,
+        auto_augment=config.rand_augment,
+        re_prob=config.random_erasing,
+        re_mode="pixel",
+        **crops,
+        **shared,
+    )
     return DataBundle(
         train=ImageSet(*to_train, augment, in_chans=in_chans, augments=True, seed=seed),
         eval=ImageSet(*to_eval, plain, in_chans=in_chans),
         class_names=tuple(names),
         image_size=image_size,
-        mean=scale[0],
-        std=scale[1],
+        mean=mean,
+        std=std,
         name=name,
     )
 
@@ -147,10 +162,8 @@ def _digits() -> tuple[list[str], tuple[list[Any], list[int]], tuple[list[Any], 
     digits = load_digits()
     # values in the file are 0 to 16
     grey = np.rint(digits.images * (255 / 16)).astype(np.uint8)
-    images = [Image.fromarray(image) for image in grey]
-    labels = [int(label) for label in digits.target]
-    split = train_test_split(
-        range(len(labels)), test_size=HELD_OUT_DIGITS, stratify=labels, random_state=0
+    images, labels = [Image.fromarray(image) for image in grey], digits.target.tolist()
+    images, held_images, labels, held_labels = train_test_split(
+        images, labels, test_size=HELD_OUT_DIGITS, stratify=labels, random_state=0
     )
-    kept, held = ([(images[i], labels[i]) for i in part] for part in split)
-    return [str(name) for name in digits.target_names], _columns(kept), _columns(held)
+    return [str(name) for name in digits.target_names], (images, labels), (held_images, held_labels)

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,27 +17,7 @@ from tokenprune.train.data import DataBundle
 from tokenprune.train.folders import DataError
 from tokenprune.train.logits import class_logits
 
-__all__ = ["Score", "evaluate", "kept_tokens", "score"]
-
-
-@dataclass
-class Score:
-    """Sums over images; sums of several processes can be added.
-
-    Attributes:
-        correct: images with the largest logit at the label.
-        loss: sum of the cross entropy.
-        images: how many.
-    """
-
-    correct: float = 0.0
-    loss: float = 0.0
-    images: float = 0.0
-
-    @property
-    def accuracy(self) -> float:
-        """Share of correct images, in [0, 1]."""
-        return self.correct / self.images
+__all__ = ["evaluate", "kept_tokens", "score"]
 
 
 def evaluate(
@@ -61,7 +40,8 @@ def evaluate(
     """
     images = data.eval
     everything = range(len(images))  # type: ignore[arg-type]
-    return score(model, images, everything, data.num_classes, path, batch_size).accuracy
+    correct, _, count = score(model, images, everything, data.num_classes, path, batch_size)
+    return correct / count
 
 
 def kept_tokens(model: nn.Module, data: DataBundle, batch_size: int = 256) -> Tensor:
@@ -100,19 +80,22 @@ def score(
     path: Path | None,
     batch_size: int,
     num_workers: int = 0,
-) -> Score:
-    """Sums over the chosen images; see `evaluate`."""
+) -> tuple[float, float, float]:
+    """Over the chosen images: how many are right, the sum of the cross entropy, how many there are.
+
+    Sums of several processes can be added.
+    """
     device = next(model.parameters()).device
-    total = Score()
+    correct = loss = count = 0.0
     with kept_modes(model), torch.no_grad(), _on(model, path):
         model.eval()
         for batch in _batches(Subset(images, chosen), batch_size, num_workers):
             labels = batch["labels"].to(device)
             logits = class_logits(model(batch["pixel_values"].to(device)), num_classes).float()
-            total.correct += int((logits.argmax(1) == labels).sum())
-            total.loss += float(F.cross_entropy(logits, labels, reduction="sum"))
-            total.images += len(labels)
-    return total
+            correct += int((logits.argmax(1) == labels).sum())
+            loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+            count += len(labels)
+    return correct, loss, count
 
 
 def _batches(images: Dataset[Any], batch_size: int, num_workers: int = 0) -> DataLoader[Any]:

@@ -157,10 +157,6 @@ def run_trainer(trainer: ImageTrainer, checkpoint: Path | None = None) -> FitRes
     with kept_modes(trainer.model):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         scores = trainer.final_scores()
-    metrics = {
-        **scores,
-        "steps": trainer.state.global_step,
-        "epochs": trainer.config.epochs,
-        "seconds": time.perf_counter() - started,
-    }
+    counts = {"steps": trainer.state.global_step, "epochs": trainer.config.epochs}
+    metrics = {**scores, **counts, "seconds": time.perf_counter() - started}
     return FitResult(metrics, list(trainer.state.log_history))

@@ -19,19 +19,9 @@ class DataError(TokenPruneError, ValueError):
 
 
 def read_folder(root: Path, held_out: float, seed: int) -> tuple[list[str], Listing, Listing]:
-    """The images below `root`, for training and for evaluation.
+    """The sorted class names; images and class indices to train on; and those to evaluate on.
 
-    Args:
-        root: Holds `train/` and `val/`, each with one subfolder per class; or class folders.
-        held_out: Share of each class kept for evaluation where there is no `val/`; all if 1.
-        seed: Of the split.
-
-    Returns:
-        Class names, sorted; images and class indices to train on; and those to evaluate on.
-
-    Raises:
-        DataError: No such folder, fewer than two classes, an empty class, or other classes in
-            `val/`.
+    Without `train/` and `val/`, `held_out` is the share of each class to evaluate on; all if 1.
     """
     if not root.is_dir():
         what = "is a file" if root.exists() else "does not exist"
@@ -41,8 +31,7 @@ def read_folder(root: Path, held_out: float, seed: int) -> tuple[list[str], List
         )
     train, val = root / "train", root / "val"
     if train.is_dir() and val.is_dir():
-        names = _classes(train)
-        others = _classes(val)
+        names, others = _classes(train), _classes(val)
         if set(others) != set(names):
             raise DataError(
                 f"{str(train)!r} has {len(names)} classes and {str(val)!r} {len(others)}; only "

@@ -25,16 +25,7 @@ def is_idx_folder(root: Path) -> bool:
 
 
 def read_idx_folder(root: Path) -> tuple[list[str], Labelled, Labelled]:
-    """The images of `train-images-idx3-ubyte`, `t10k-images-idx3-ubyte` and their labels.
-
-    Files may end in `.gz`.
-
-    Returns:
-        Class names, which are the numbers of the labels; what to train on; what to evaluate on.
-
-    Raises:
-        DataError: A file is missing or broken, or images and labels differ in number.
-    """
+    """Class names, which are the numbers of the labels; what to train on; what to evaluate on."""
     train, held = (_part(root, part) for part in PARTS)
     classes = max(train[1]) + 1
     beyond = [label for label in held[1] if label >= classes]

@@ -1,7 +1,7 @@
 """Base of dense and pruned training: batch order, learning rates, weight average, resume."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from tokenprune.rewrite.settings import Path as ModelPath
 from tokenprune.train.arguments import Progress
 from tokenprune.train.average import WeightAverage
 from tokenprune.train.data import DataBundle
-from tokenprune.train.evaluation import Score, score
+from tokenprune.train.evaluation import score
 from tokenprune.train.folders import DataError
 from tokenprune.train.images import EpochView
 from tokenprune.train.logits import class_logits
@@ -41,7 +41,7 @@ class ImageTrainer(Trainer):
     """
 
     eval_path: ModelPath = "dense"
-    optimizer: Any
+    optimizer: torch.optim.Optimizer
     lr_scheduler: Any
     control: Any
 
@@ -55,30 +55,17 @@ class ImageTrainer(Trainer):
         progress: Progress | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
-        """Prepare a run.
-
-        Args:
-            model: trained in place.
-            args: what `training_arguments` returned.
-            data: images.
-            config: the recipe's section, with epochs and batch size of this run.
-            progress: called after each step with (step, total steps, latest logs).
-            callbacks: additional ones.
-
-        Raises:
-            DataError: `data` has no image to evaluate on.
-        """
+        """Prepare a run; epochs and batch size are those of `config`."""
         if not len(data.eval):  # type: ignore[arg-type]
             raise DataError(f"{data.name or 'The data'} has no image to evaluate on. Add some.")
-        host_config = dict(vars(getattr(model, "config", None) or nn.Module()))
+        host_config = getattr(model, "config", None)
+        before = {} if host_config is None else dict(vars(host_config))
         super().__init__(
-            model=model,
-            args=args,
-            train_dataset=data.train,
-            eval_dataset=data.eval,
-            callbacks=callbacks,
+            model, args, train_dataset=data.train, eval_dataset=data.eval, callbacks=callbacks
         )
-        self._restore_config(host_config)
+        if host_config is not None:  # Trainer writes `use_cache` into it
+            vars(host_config).clear()
+            vars(host_config).update(before)
         self.remove_callback(PrinterCallback)
         self.add_callback(_Hooks(self, progress))
         # the loss is a mean over images, so Trainer must divide it by the accumulation steps
@@ -165,8 +152,7 @@ class ImageTrainer(Trainer):
         """AdamW with the recipe's parameter groups."""
         if self.optimizer is None:
             self.optimizer = make_optimizer(self.model, self.config)
-        made: torch.optim.Optimizer = self.optimizer
-        return made
+        return self.optimizer
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
@@ -200,31 +186,17 @@ class ImageTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Accuracy and cross entropy, each rank on its share; of the averaged weights if kept.
-
-        Args:
-            eval_dataset: images; those of `data` if None.
-            ignore_keys: not used.
-            metric_key_prefix: of the names.
-        """
+        """Accuracy and cross entropy, each rank on its share; of the averaged weights if kept."""
         images: Any = self.data.eval if eval_dataset is None else eval_dataset
         share = range(self.args.process_index, len(images), self.args.world_size)
-        averaged: AbstractContextManager[None] = nullcontext()
-        if self.average is not None and self.is_in_train:
-            averaged = self.average.inside(self.model)
-        own = Score()
-        with averaged:
+        average = self.average if self.is_in_train else None
+        own, workers = (0.0, 0.0, 0.0), self.args.dataloader_num_workers
+        with average.inside(self.model) if average else nullcontext():
             if share:
                 own = score(
-                    self.model,
-                    images,
-                    share,
-                    self.data.num_classes,
-                    self.eval_path,
-                    batch_size=256,
-                    num_workers=self.args.dataloader_num_workers,
+                    self.model, images, share, self.data.num_classes, self.eval_path, 256, workers
                 )
-        sums = torch.tensor([own.correct, own.loss, own.images], device=self.args.device)
+        sums = torch.tensor(own, device=self.args.device)
         correct, loss, count = self.accelerator.reduce(sums, reduction="sum").tolist()
         metrics = {
             f"{metric_key_prefix}_accuracy": correct / count,
@@ -285,15 +257,6 @@ class ImageTrainer(Trainer):
         load_model(self.model, folder / WEIGHTS)
         if self.average is not None:
             self.average.load(folder / AVERAGE)
-
-    def _restore_config(self, before: dict[str, Any]) -> None:
-        """Undo what `transformers.Trainer` wrote into the host's configuration."""
-        config = getattr(self.model, "config", None)
-        if config is not None and before.get("use_cache") != config.use_cache:
-            if "use_cache" in before:
-                config.use_cache = before["use_cache"]
-            else:
-                del config.use_cache
 
 
 class _Hooks(TrainerCallback):

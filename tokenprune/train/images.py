@@ -6,8 +6,7 @@ other ranks. Here every image of every epoch has its own seed.
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from tokenprune.errors import PlanError
-from tokenprune.recipe.schema import TrainSection
 from tokenprune.train.folders import DataError
 
-__all__ = ["Crops", "EpochView", "ImageSet", "eval_transform", "train_transform"]
+__all__ = ["EpochView", "ImageSet"]
 
-Transform = Callable[[Image.Image], Tensor]
 _MODES = {1: "L", 3: "RGB"}
 
 
@@ -37,24 +34,15 @@ class ImageSet(Dataset[dict[str, Any]]):
         self,
         images: Sequence[Image.Image | Path],
         labels: Sequence[int],
-        transform: Transform,
+        transform: Callable[[Image.Image], Tensor],
         *,
         in_chans: int = 3,
         augments: bool = False,
         seed: int = 0,
     ) -> None:
-        """Keep the images; files are read on access.
+        """Keep images and class indices; files are read on access.
 
-        Args:
-            images: in memory, or paths.
-            labels: class index of each.
-            transform: from an image to a tensor.
-            in_chans: 1 for grey, 3 for colour.
-            augments: `transform` is random.
-            seed: of the augmentation.
-
-        Raises:
-            PlanError: `in_chans` is neither 1 nor 3.
+        `augments` says that `transform` is random; `seed` is that of the augmentation.
         """
         if in_chans not in _MODES:
             raise PlanError(
@@ -71,25 +59,14 @@ class ImageSet(Dataset[dict[str, Any]]):
         return self.at(index, epoch=0)
 
     def at(self, index: int, epoch: int) -> dict[str, Any]:
-        """The item with the augmentation of an epoch.
-
-        Raises:
-            DataError: The file is not an image.
-        """
+        """The item with the augmentation of an epoch."""
         image = self.open(index)
-        if self.augments:
-            with _seeded(self.seed, epoch, index):
-                pixels = self.transform(image)
-        else:
+        with _seeded(self.seed, epoch, index) if self.augments else nullcontext():
             pixels = self.transform(image)
         return {"pixel_values": pixels, "labels": self.labels[index]}
 
     def open(self, index: int) -> Image.Image:
-        """The image as it is stored, in the host's number of channels.
-
-        Raises:
-            DataError: The file is not an image.
-        """
+        """The image as it is stored, in the host's number of channels."""
         source = self.images[index]
         if isinstance(source, Image.Image):
             return source.convert(_MODES[self.in_chans])
@@ -97,24 +74,8 @@ class ImageSet(Dataset[dict[str, Any]]):
             with Image.open(source) as image:
                 return image.convert(_MODES[self.in_chans])
         except (UnidentifiedImageError, OSError) as error:
-            raise DataError(
-                f"Cannot read image {source}: {error}. Remove or replace it."
-            ) from error
-
-
-@dataclass(frozen=True)
-class Crops:
-    """Limits of random crops; the defaults are ImageNet's.
-
-    Attributes:
-        scale: share of the area that a crop has.
-        ratio: width over height of a crop.
-        flip: mirror half of the images.
-    """
-
-    scale: tuple[float, float] = (0.08, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    flip: bool = True
+            message = f"Cannot read image {source}: {error}. Remove or replace it."
+            raise DataError(message) from error
 
 
 class EpochView(Dataset[Any]):
@@ -134,59 +95,6 @@ class EpochView(Dataset[Any]):
         epoch, index = divmod(key, self.size)
         at = getattr(self.images, "at", None)
         return self.images[index] if at is None else at(index, epoch)
-
-
-def eval_transform(
-    image_size: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    crop_pct: float,
-    interpolation: str,
-) -> Transform:
-    """Resize so that `crop_pct` of the shorter side is `image_size` pixels, crop the centre."""
-    from timm.data import create_transform
-
-    transform: Transform = create_transform(
-        image_size, mean=mean, std=std, crop_pct=crop_pct, interpolation=interpolation
-    )
-    return transform
-
-
-def train_transform(
-    image_size: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    interpolation: str,
-    config: TrainSection,
-    crops: Crops,
-) -> Transform:
-    """A random crop, and the augmentation of a recipe's `train` section.
-
-    Args:
-        image_size: side in pixels.
-        mean: of each channel.
-        std: of each channel.
-        interpolation: of the resize.
-        config: the recipe's section.
-        crops: used where the recipe gives no `crop_scale`.
-    """
-    from timm.data import create_transform
-
-    transform: Transform = create_transform(
-        image_size,
-        is_training=True,
-        mean=mean,
-        std=std,
-        interpolation=interpolation,
-        scale=config.crop_scale or crops.scale,
-        ratio=crops.ratio,
-        hflip=0.5 if crops.flip else 0.0,
-        color_jitter=config.color_jitter,
-        auto_augment=config.rand_augment,
-        re_prob=config.random_erasing,
-        re_mode="pixel",
-    )
-    return transform
 
 
 @contextmanager

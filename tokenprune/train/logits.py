@@ -10,21 +10,13 @@ __all__ = ["class_logits"]
 
 
 def class_logits(output: Any, num_classes: int) -> Tensor:
-    """The class logits [B, C] in what a host returned: a tensor, a tuple or a transformers output.
-
-    Raises:
-        HostError: There are none.
-        PlanError: Their number is not that of the classes in the data.
-    """
+    """The class logits [B, C] in a tensor, a tuple or an output of transformers."""
     logits = getattr(output, "logits", output)
     if isinstance(logits, tuple | list) and logits:
         logits = logits[0]
     if not isinstance(logits, Tensor) or logits.ndim != 2:
-        found = (
-            f"a tensor {tuple(logits.shape)}"
-            if isinstance(logits, Tensor)
-            else type(output).__name__
-        )
+        is_tensor = isinstance(logits, Tensor)
+        found = f"a tensor {tuple(logits.shape)}" if is_tensor else type(output).__name__
         raise HostError(
             f"Training needs class logits [B, C], the host returned {found}. Use the host's class "
             "with a classification head."

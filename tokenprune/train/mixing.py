@@ -32,15 +32,9 @@ class Mixing:
             )
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mix a batch.
+        """Images, and targets: class probabilities [B, classes] if mixed, else `labels`.
 
-        Args:
-            images: [B, C, height, width].
-            labels: [B] class indices.
-
-        Returns:
-            Images, and targets: class probabilities [B, classes] if mixed, else `labels`. The last
-            image of an odd batch has no partner and stays as it is.
+        The last image of an odd batch has no partner and stays as it is.
         """
         if self.mix is None:
             return images, labels

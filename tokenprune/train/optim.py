@@ -5,7 +5,7 @@ The parts of DynamicViT's training that its paper leaves open; see the `train` s
 
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,13 +23,10 @@ LONGEST_SPAN = 0.25
 
 @dataclass(frozen=True)
 class Schedule:
-    """Factors of the peak learning rate, by optimiser step.
+    """Factors of the peak learning rate over `total` optimiser steps.
 
-    Attributes:
-        total: optimiser steps of the run.
-        warmup: first steps, over which the factor grows linearly.
-        frozen: first steps, in which the host is not trained.
-        floor: the factor at the end of the cosine.
+    They grow linearly in the first `warmup` steps, then follow a cosine down to `floor`. In the
+    first `frozen` steps the host is not trained.
     """
 
     total: int
@@ -43,16 +40,12 @@ class Schedule:
 
         Warm-up and frozen epochs never take more than a quarter of the run each, however short.
         """
-
-        def span(epochs: int) -> int:
-            return round(total * min(epochs / config.epochs, LONGEST_SPAN))
-
-        return cls(
-            total=total,
-            warmup=span(config.warmup_epochs),
-            frozen=span(config.frozen_epochs),
-            floor=min(config.min_learning_rate / config.learning_rate, 1.0),
+        warmup, frozen = (
+            round(total * min(epochs / config.epochs, LONGEST_SPAN))
+            for epochs in (config.warmup_epochs, config.frozen_epochs)
         )
+        floor = min(config.min_learning_rate / config.learning_rate, 1.0)
+        return cls(total, warmup, frozen, floor)
 
     def new(self, step: int) -> float:
         """Factor of the added parameters."""
@@ -86,11 +79,7 @@ def parameter_groups(model: nn.Module, config: TrainSection) -> list[dict[str, A
     """Up to four groups: new or the host's, with and without weight decay.
 
     Biases, other parameters of one dimension, and what the host's `no_weight_decay()` names are not
-    decayed. Parameters that need no gradient are left out.
-
-    Args:
-        model: wrapped, or a dense host: then all parameters are the host's.
-        config: rates and decay.
+    decayed. Parameters that need no gradient are left out. A dense host has no new ones.
     """
     named = getattr(model, "no_weight_decay", None)
     exempt = set(named()) if callable(named) else set()
@@ -112,19 +101,15 @@ def parameter_groups(model: nn.Module, config: TrainSection) -> list[dict[str, A
 
 def make_optimizer(model: nn.Module, config: TrainSection) -> torch.optim.Optimizer:
     """AdamW over the groups of `parameter_groups`."""
-    device = next(model.parameters()).device.type
     # many times faster on small models; exists for these two devices
-    fused = device in ("cpu", "cuda")
+    fused = next(model.parameters()).device.type in ("cpu", "cuda")
     return torch.optim.AdamW(parameter_groups(model, config), lr=config.learning_rate, fused=fused)
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, schedule: Schedule) -> LambdaLR:
     """The schedule of each of the optimizer's groups."""
-    factors: list[Callable[[int], float]] = [
-        schedule.new if group["name"].startswith("new") else schedule.host
-        for group in optimizer.param_groups
-    ]
-    return LambdaLR(optimizer, factors)
+    added = [group["name"].startswith("new") for group in optimizer.param_groups]
+    return LambdaLR(optimizer, [schedule.new if new else schedule.host for new in added])
 
 
 def _is_new(name: str) -> bool:

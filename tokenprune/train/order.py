@@ -38,19 +38,7 @@ class EpochBatches(Sampler[list[int]]):
         num_ranks: int = 1,
         seed: int = 0,
     ) -> None:
-        """Fix the order of all epochs.
-
-        Args:
-            num_images: in the data set.
-            batch_size: images of an optimiser step, over all ranks and accumulation steps.
-            accumulation_steps: backward passes per optimiser step.
-            rank: of this process.
-            num_ranks: processes.
-            seed: of the shuffle.
-
-        Raises:
-            PlanError: `batch_size` cannot be divided evenly.
-        """
+        """Fix the order of all epochs."""
         parts = accumulation_steps * num_ranks
         if batch_size % parts:
             raise PlanError(

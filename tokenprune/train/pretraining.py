@@ -1,9 +1,8 @@
 """`pretrain`: train a dense host where no published weights fit."""
 
 import os
-import tempfile
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import nn
@@ -67,13 +66,11 @@ def pretrain(
         seed=seed,
         **settings,
     )
-    where: AbstractContextManager[str | os.PathLike[str]] = (
-        tempfile.TemporaryDirectory() if output_dir is None else nullcontext(output_dir)
-    )
-    with where as folder:
+    with TemporaryDirectory() as scratch:
+        folder = Path(scratch if output_dir is None else output_dir)
         arguments = training_arguments(
             config,
-            Path(folder),
+            folder,
             num_images=len(data.train),  # type: ignore[arg-type]
             save_every="never" if output_dir is None else "epoch",
             evaluates=False,
@@ -83,6 +80,6 @@ def pretrain(
         trainer = ImageTrainer(
             host, arguments, data, config, progress=progress if callable(progress) else None
         )
-        run = RunFolder(Path(folder), arguments.distributed_state)
+        run = RunFolder(folder, arguments.distributed_state)
         description = {"train": config.model_dump(mode="json"), "host": type(host).__name__}
         return run_trainer(trainer, run.begin(description | describe_run(trainer), resume))

@@ -45,27 +45,17 @@ class RunFolder:
     """Checkpoints and other files that a resumed run needs."""
 
     def __init__(self, path: Path, processes: Any) -> None:
-        """Name a folder.
-
-        Args:
-            path: the folder, which need not exist.
-            processes: accelerate's `PartialState`, or anything with its `is_main_process` and
-                `wait_for_everyone()`.
-        """
+        """Name a folder, which need not exist; `processes` is accelerate's `PartialState`."""
         self.path, self.processes = path, processes
 
     def begin(self, description: Mapping[str, Any], resume: bool) -> Path | None:
         """The checkpoint to resume from; None for a fresh start, which deletes existing ones.
 
-        Checkpoints that another program wrote are deleted only without `resume`.
-
-        Args:
-            description: whatever determines the weights; a resumed run must have the same.
-            resume: if there is a whole checkpoint.
+        Checkpoints that another program wrote are deleted only without `resume`. The description
+        is whatever determines the weights; a resumed run must have the same.
 
         Raises:
-            CheckpointError: the folder holds a run of another description (the message says what
-                differs) or checkpoints of another program.
+            CheckpointError: the folder holds another run, or checkpoints of another program.
         """
         newest = newest_checkpoint(self.path) if resume else None
         if newest is not None:
@@ -114,19 +104,14 @@ class RunFolder:
             if there.get(key) != now.get(key)
         ]
         if differing:
-            raise CheckpointError(
-                "\n  - ".join(
-                    [f"{str(self.path)!r} holds another run, which cannot be resumed:", *differing]
-                )
-                + f"\nChoose another folder, or {NO_RESUME} to start again."
-            )
+            what = f"{str(self.path)!r} holds another run, which cannot be resumed:"
+            do = f"\nChoose another folder, or {NO_RESUME} to start again."
+            raise CheckpointError("\n  - ".join([what, *differing]) + do)
 
 
 def _checkpoints(folder: Path) -> list[Path]:
     """Oldest first, by the step in their names."""
-    if not folder.is_dir():
-        return []
-    found = ((_NAME.fullmatch(path.name), path) for path in folder.iterdir())
+    found = ((_NAME.fullmatch(path.name), path) for path in folder.glob("checkpoint-*"))
     steps = [(int(match[1]), path) for match, path in found if match and path.is_dir()]
     return [path for _, path in sorted(steps)]
 
@@ -135,8 +120,6 @@ def _flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """`{"a": {"b": 1}}` to `{"a.b": 1}`."""
     flat: dict[str, Any] = {}
     for key, value in mapping.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
+        name = f"{prefix}{key}"
+        flat |= _flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
     return flat

@@ -72,11 +72,8 @@ class PruningTrainer(ImageTrainer):
                 f"before {list(pruning.plan.blocks)}. Wrap the host with the recipe that trains it."
             )
         super().__init__(model, args, data, recipe.train, progress=progress, callbacks=callbacks)
-        self.loss = PruningLoss(
-            keep_ratios=pruning.budget.keep_ratios,
-            criterion=self.criterion,
-            **recipe.loss.model_dump(),
-        )
+        ratios, weights = pruning.budget.keep_ratios, recipe.loss.model_dump()
+        self.loss = PruningLoss(keep_ratios=ratios, criterion=self.criterion, **weights)
         self.teacher: PrunedModel | None = None
         if self.loss.distill_logits or self.loss.distill_tokens:
             self.teacher = frozen_copy(model, teacher).to(args.device)
@@ -98,13 +95,8 @@ class PruningTrainer(ImageTrainer):
             output, trace = model(images, return_trace=True)
         logits = class_logits(output, self.data.num_classes)
         decisions = [stage.decision for stage in trace.stages]
-        loss, parts = self.loss(
-            logits,
-            target,
-            decisions,
-            **self._distillation(student, images, trace),
-            real=trace.real,
-        )
+        distilled = self._distillation(student, images, trace)
+        loss, parts = self.loss(logits, target, decisions, **distilled, real=trace.real)
         shares = {f"kept_share_{s}": d.detach().mean() for s, d in enumerate(decisions)}
         self._note({**parts, **shares})
         return (loss, {"logits": logits}) if return_outputs else loss
@@ -157,12 +149,7 @@ class PruningTrainer(ImageTrainer):
 
 
 def frozen_copy(model: nn.Module, teacher: nn.Module | None = None) -> PrunedModel:
-    """A frozen copy in eval mode: of `teacher`, or of `model` if `teacher` is None.
-
-    Args:
-        model: What `wrap` returned.
-        teacher: A host, or a wrapped model.
-    """
+    """A frozen copy in eval mode of `teacher` (a host or a wrapped model), or of `model`."""
     frozen = copy.deepcopy(model if teacher is None else teacher)
     if not isinstance(frozen, PrunedModel):
         frozen = wrap(frozen, pruning_of(model).recipe, verify=False)
