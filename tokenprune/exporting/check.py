@@ -1,7 +1,6 @@
 """Compare an exported file with its model."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,44 +8,30 @@ from torch import Tensor, nn
 
 from tokenprune.checks.proof import TOLERANCE
 from tokenprune.errors import ExportError
-from tokenprune.exporting.run import Run, named_tensors
+from tokenprune.exporting.run import Run, batched_inputs, named_tensors
 from tokenprune.runtime.model import pruning_of
 
-__all__ = ["Deviation", "compare", "margins"]
+__all__ = ["compare", "margins"]
 
 ROUNDS = 8
-
-
-@dataclass(frozen=True)
-class Deviation:
-    """How far a file is from the model, relative to the scale of each output.
-
-    Attributes:
-        largest: The largest difference found.
-        allowed: The largest that rounding may cause in the model's dtype.
-    """
-
-    largest: float
-    allowed: float
+CLOSE = (
+    " Rounding may choose other tokens there: only {:.1e} in log-probability is between the last "
+    "kept and the first dropped one. Pass example_inputs= of real images, or check=False."
+)
 
 
 def compare(
     model: nn.Module, run: Run, example: Mapping[str, Any], batch_sizes: Sequence[int], name: str
-) -> Deviation:
+) -> tuple[float, float]:
     """Run both on fresh inputs of several batch sizes.
 
     A file rounds differently from the model, so where the last kept and the first dropped token
     have nearly equal scores it may keep the other one. Therefore inputs with wide `margins` in the
     model are chosen before the file runs; on these every image must agree.
 
-    Args:
-        model: What was exported, in eval mode.
-        run: The file.
-        example: The inputs of the export.
-        name: Of the file, for the message.
-
-    Raises:
-        ExportError: They differ.
+    Returns:
+        The largest difference found and the largest that rounding may cause in the model's dtype,
+        relative to the scale of each output.
     """
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     allowed = TOLERANCE.get(dtype, TOLERANCE[torch.float32])
@@ -65,26 +50,25 @@ def compare(
             worst = int(error.argmax())
             largest = max(largest, float(error[worst]))
             if not error[worst] <= allowed:
-                raise _differs(
+                message = (
                     f"{name!r} does not compute what {type(model).__name__} does: at batch size "
                     f"{batch_size} output '{output}' is off by {error[worst]:.1e} of its scale, "
-                    f"and rounding may cause {allowed:.0e}.",
-                    float(margin.min() if len(error) == 1 else margin[worst]),
-                    allowed / 10,
+                    f"and rounding may cause {allowed:.0e}. Nothing was written."
                 )
-    return Deviation(largest, allowed)
+                gap = float(margin.min() if len(error) == 1 else margin[worst])
+                raise ExportError(message if gap >= allowed / 10 else message + CLOSE.format(gap))
+    return largest, allowed
 
 
 def margins(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-    """How much the scores of each image must change before other tokens are kept.
+    """How much the scores of each image must change before other tokens are kept: [B].
 
-    Returns:
-        [B] the smallest gap, over the stages, between the scores of the last kept and the first
-        dropped token, in log-probability; inf where nothing is dropped.
+    It is the smallest gap, over the stages, between the scores of the last kept and the first
+    dropped token, in log-probability; inf where nothing is dropped.
     """
     nested = pruning_of(model).method.reduction.nested
     _, trace = model(**inputs, return_trace=True)
-    batch_size = next(v for v in inputs.values() if isinstance(v, Tensor)).shape[0]
+    batch_size = len(next(iter(batched_inputs(inputs).values())))
     least = torch.full((batch_size,), float("inf"), device="cpu")
     present = trace.real
     for stage in trace.stages:
@@ -105,25 +89,17 @@ def _wide_inputs(
     generator: torch.Generator,
 ) -> tuple[dict[str, Any], Tensor]:
     """The inputs with the widest margins among several batches, and those margins [B]."""
-    rows = _batched(example)
-    pool: dict[str, list[Tensor]] = {name: [] for name in rows}
+    drawn: list[dict[str, Any]] = []
     margin = torch.empty(0, device="cpu")
     for _ in range(ROUNDS):
-        drawn = _draw(model, example, batch_size, generator)
-        margin = torch.cat([margin, margins(model, drawn)])
-        for name in rows:
-            pool[name].append(drawn[name])
+        drawn.append(_draw(model, example, batch_size, generator))
+        margin = torch.cat([margin, margins(model, drawn[-1])])
         if int((margin >= enough).sum()) >= batch_size:
             break
     widest = margin.topk(batch_size).indices
-    chosen = {n: torch.cat(parts)[widest.to(parts[0].device)] for n, parts in pool.items()}
-    return {name: chosen.get(name, value) for name, value in example.items()}, margin[widest]
-
-
-def _batched(example: Mapping[str, Any]) -> list[str]:
-    tensors = {name: value for name, value in example.items() if isinstance(value, Tensor)}
-    first = next(iter(tensors.values()))
-    return [n for n, value in tensors.items() if value.ndim and value.shape[0] == first.shape[0]]
+    pool = {n: torch.cat([inputs[n] for inputs in drawn]) for n in batched_inputs(example)}
+    chosen = {name: rows[widest.to(rows.device)] for name, rows in pool.items()}
+    return {**example, **chosen}, margin[widest]
 
 
 def _draw(
@@ -132,8 +108,8 @@ def _draw(
     """Inputs like the example: floats of its mean and deviation, token ids, else rows of it."""
     known = pruning_of(model).spec.inputs
     drawn = dict(example)
-    for name in _batched(example):
-        like, shape = example[name], (batch_size, *example[name].shape[1:])
+    for name, like in batched_inputs(example).items():
+        shape = (batch_size, *like.shape[1:])
         high = known[name].high if name in known else None
         if like.is_floating_point():
             spread, mean = torch.std_mean(like.double().cpu())
@@ -157,13 +133,3 @@ def _difference(wanted: Tensor, found: Tensor, batch_size: int) -> Tensor:
     same = (one == other) | (one.isnan() & other.isnan())
     error = torch.where(same, 0.0, (one - other).abs() / (scale if scale > 0 else 1.0))
     return error.nan_to_num(nan=float("inf"), posinf=float("inf")).reshape(images, -1).amax(dim=1)
-
-
-def _differs(what: str, margin: float, enough: float) -> ExportError:
-    if margin >= enough:
-        return ExportError(f"{what} Nothing was written.")
-    return ExportError(
-        f"{what} Nothing was written. Rounding may choose other tokens there: only {margin:.1e} in "
-        "log-probability is between the last kept and the first dropped one. Pass example_inputs= "
-        "of real images, or check=False."
-    )

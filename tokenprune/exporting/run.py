@@ -1,8 +1,9 @@
 """Run files that `tokenprune.export` wrote, without the host's code."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, is_dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -15,6 +16,7 @@ __all__ = [
     "FORMATS",
     "Format",
     "Run",
+    "batched_inputs",
     "format_of",
     "named_tensors",
     "open_exported",
@@ -46,15 +48,10 @@ def format_of(path: str | os.PathLike[str], asked: str | None) -> Format:
 
 
 def require_onnx() -> None:
-    """Import the packages that write and run ONNX files.
-
-    Raises:
-        MissingDependencyError: A package is not installed.
-    """
+    """Raise MissingDependencyError unless what writes and runs ONNX files is installed."""
     try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
+        for package in ("onnx", "onnxruntime", "onnxscript"):
+            import_module(package)
     except ModuleNotFoundError as error:
         raise MissingDependencyError(
             f"ONNX export needs {error.name}, which is not installed. "
@@ -62,29 +59,28 @@ def require_onnx() -> None:
         ) from error
 
 
-def named_tensors(output: Any) -> dict[str, Tensor]:
+def named_tensors(output: Any, name: str = "") -> dict[str, Tensor]:
     """The tensors of an output by name: a single one is "output", nested ones are "a.0"."""
     if isinstance(output, Tensor):
-        return {ONLY: output}
-    return dict(_tensors(output, ""))
+        return {name or ONLY: output}
+    parts: Iterable[tuple[Any, Any]] = ()
+    if isinstance(output, Mapping):
+        parts = output.items()
+    elif isinstance(output, tuple | list):
+        parts = enumerate(output)
+    elif is_dataclass(output):
+        parts = ((field.name, getattr(output, field.name)) for field in fields(output))
+    found: dict[str, Tensor] = {}
+    for key, part in parts:
+        found |= named_tensors(part, f"{name}.{key}" if name else str(key))
+    return found
 
 
-def _tensors(value: Any, name: str) -> list[tuple[str, Tensor]]:
-    if isinstance(value, Tensor):
-        return [(name, value)]
-    if isinstance(value, Mapping):
-        parts = list(value.items())
-    elif isinstance(value, tuple | list):
-        parts = list(enumerate(value))
-    elif is_dataclass(value) and not isinstance(value, type):
-        parts = [(field.name, getattr(value, field.name)) for field in fields(value)]
-    else:
-        return []
-    return [
-        found
-        for key, part in parts
-        for found in _tensors(part, f"{name}.{key}" if name else str(key))
-    ]
+def batched_inputs(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The inputs whose dim 0 is the batch, as it is in the first tensor."""
+    tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+    size = next(iter(tensors.values())).shape[0]
+    return {name: value for name, value in tensors.items() if value.ndim and len(value) == size}
 
 
 def open_exported(
@@ -125,9 +121,7 @@ def open_exported(
     def run_onnx(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
         arrays = {name: inputs[name].detach().cpu().numpy() for name in input_names}
         found = session.run(output_names, arrays)
-        return {
-            name: torch.from_numpy(array).to(device)
-            for name, array in zip(output_names, found, strict=True)
-        }
+        tensors = (torch.from_numpy(array).to(device) for array in found)
+        return dict(zip(output_names, tensors, strict=True))
 
     return run_onnx

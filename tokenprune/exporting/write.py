@@ -20,6 +20,7 @@ from tokenprune.errors import ExportError
 from tokenprune.exporting.check import compare
 from tokenprune.exporting.run import (
     Format,
+    batched_inputs,
     format_of,
     named_tensors,
     open_exported,
@@ -113,11 +114,11 @@ def export(
         with all_or_nothing(target.parent, last=target.name) as folder:
             file = folder / target.name
             _write(type(model).__name__, program, file, chosen, outputs)
-            found = None
+            deviation = tolerance = None
             if check:
-                like = next(v for v in example.values() if isinstance(v, Tensor))
-                run = open_exported(file, chosen, like.device)
-                found = compare(model, run, example, CHECKED, str(target))
+                device = next(iter(batched_inputs(example).values())).device
+                run = open_exported(file, chosen, device)
+                deviation, tolerance = compare(model, run, example, CHECKED, str(target))
             num_bytes = sum(part.stat().st_size for part in folder.iterdir())
     return ExportReport(
         path=target,
@@ -126,46 +127,37 @@ def export(
         inputs=tuple(name for name, value in example.items() if isinstance(value, Tensor)),
         outputs=outputs,
         checked=CHECKED if check else (),
-        deviation=found.largest if found else None,
-        tolerance=found.allowed if found else None,
+        deviation=deviation,
+        tolerance=tolerance,
     )
-
-
-class _Plain(nn.Module):
-    """The model with a tensor or a dict of tensors as its output, not a class of the host."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
 
 
 def _plain(model: nn.Module, names: Iterable[str]) -> nn.Module:
-    """`model` as a module whose forward takes these arguments by name."""
+    """`model` with arguments of these names, and a tensor or a dict of tensors as its output."""
 
-    def forward(self: _Plain, *args: Any, **kwargs: Any) -> Any:
-        output = self.model(**dict(zip(names, args, strict=False)), **kwargs)
-        return output if isinstance(output, Tensor) else named_tensors(output)
+    class Exported(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            output = self.model(**dict(zip(names, args, strict=False)), **kwargs)
+            return output if isinstance(output, Tensor) else named_tensors(output)
 
     # torch.export uses these names in its checks of the inputs, and cannot read a **kwargs
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+    Exported.forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [inspect.Parameter(name, kind) for name in ("self", *names)]
     )
-    plain: nn.Module = type("Exported", (_Plain,), {"forward": forward})(model)
-    return plain.eval()
+    return Exported().eval()
 
 
 def _two_images(example: dict[str, Any]) -> dict[str, Any]:
     """A batch of one doubled: torch.export specializes a dim of size 1."""
-    first = next(value for value in example.values() if isinstance(value, Tensor))
-    if not first.ndim or first.shape[0] != 1:
+    rows = batched_inputs(example)
+    if any(len(value) > 1 for value in rows.values()):
         return example
-    return {
-        name: torch.cat([value, value])
-        if isinstance(value, Tensor) and value.ndim and value.shape[0] == 1
-        else value
-        for name, value in example.items()
-    }
+    return {**example, **{name: torch.cat([value, value]) for name, value in rows.items()}}
 
 
 def _check_exportable(
@@ -189,8 +181,7 @@ def _check_exportable(
             f"Parameter '{narrow}' of {host} is bfloat16, which onnxruntime cannot run here. "
             "Call model.float() or model.half() first, or export as pt2."
         )
-    programs = pruning_of(model).programs(example)
-    if programs.analysis.batch_bound:
+    if pruning.programs(example).analysis.batch_bound:
         raise ExportError(
             f"The forward of {host} depends on the batch size, so one file cannot serve all sizes. "
             "Run this model with tokenprune."
@@ -200,14 +191,8 @@ def _check_exportable(
 def _export(model: nn.Module, example: Mapping[str, Any]) -> tuple[Any, tuple[str, ...]]:
     """The program of torch.export, and the names of the outputs."""
     outputs = named_tensors(model(**example))  # also builds the program that torch.export traces
-    first = next(value for value in example.values() if isinstance(value, Tensor))
-    batch = torch.export.Dim("batch", min=1)
-    shapes = {
-        name: {0: batch}
-        if isinstance(value, Tensor) and value.ndim and value.shape[0] == first.shape[0]
-        else None
-        for name, value in example.items()
-    }
+    batch, rows = torch.export.Dim("batch", min=1), batched_inputs(example)
+    shapes = {name: {0: batch} if name in rows else None for name in example}
     try:
         program = torch.export.export(
             _plain(model, tuple(example)), (), dict(example), dynamic_shapes=shapes
