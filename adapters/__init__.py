@@ -1,7 +1,7 @@
 """Architecture adapters: facts about families of hosts; installed as `tokenprune.adapters`.
 
 Every module here whose name has no leading underscore holds `ADAPTERS`: `timm_families` and
-`transformers_families` are tables with one row a family, and a family that needs code has its own
+`transformers_families` are tables with one row a family, and a family that needs more has its own
 file. None of them imports timm or transformers: a host is known by the names of its classes.
 """
 
@@ -22,11 +22,7 @@ __all__ = ["register_all"]
 
 @cache
 def register_all() -> None:
-    """Register the shipped adapters in the order of their names; a second call does nothing.
-
-    Raises:
-        AdapterError: A name is taken already.
-    """
+    """Register the shipped adapters in the order of their names; a second call does nothing."""
     names = [module.name for module in iter_modules(__path__) if not module.name.startswith("_")]
     modules = [import_module(f"{__name__}.{name}") for name in names]
     shipped = [adapter for module in modules for adapter in module.ADAPTERS]

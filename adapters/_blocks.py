@@ -24,15 +24,10 @@ LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
 @dataclass(frozen=True)
 class Stack:
-    """Blocks whose containers have the same path, numbers aside, in order.
+    """Blocks whose containers have the same path, numbers aside, in order."""
 
-    Attributes:
-        kinds: Names of their classes.
-        blocks: Their paths.
-    """
-
-    kinds: tuple[str, ...]
-    blocks: tuple[str, ...]
+    kinds: tuple[str, ...]  # names of their classes
+    blocks: tuple[str, ...]  # their paths
 
     def __str__(self) -> str:
         return f"{len(self.blocks)} blocks of class {' and '.join(self.kinds)}"
@@ -53,13 +48,10 @@ def find_stacks(host: nn.Module) -> list[Stack]:
     for path in listed:
         if path not in holders:
             found[re.sub(r"\d+", "#", parent(path))].append(path)
-    stacks = [
-        Stack(
-            tuple(dict.fromkeys(type(host.get_submodule(b)).__name__ for b in blocks)),
-            tuple(blocks),
-        )
-        for blocks in found.values()
-    ]
+    stacks = []
+    for blocks in found.values():
+        kinds = dict.fromkeys(type(host.get_submodule(path)).__name__ for path in blocks)
+        stacks.append(Stack(tuple(kinds), tuple(blocks)))
     return sorted(stacks, key=lambda stack: len(stack.blocks), reverse=True)
 
 

@@ -1,4 +1,4 @@
-"""Families that the generic adapter describes, except for a fact or two."""
+"""Families of transformers that the generic adapter describes, except for a fact or two."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -15,14 +15,8 @@ __all__ = ["Corrected"]
 
 @dataclass(frozen=True, kw_only=True)
 class Corrected:
-    """Adapter of the models that one modeling file of transformers defines.
-
-    Attributes:
-        name: Of the adapter.
-        home: The modeling module.
-        facts: Fields of `ArchSpec` that replace what the generic adapter found, made from the
-            host.
-    """
+    """Adapter of the models that the modeling file `home` defines; `facts` makes fields of
+    `ArchSpec` from the host, which replace what the generic adapter found."""
 
     name: str
     home: str
@@ -33,9 +27,5 @@ class Corrected:
         return from_module(host, self.home)
 
     def describe(self, host: nn.Module) -> ArchSpec:
-        """The facts about `host`.
-
-        Raises:
-            UnsupportedHostError: The generic adapter finds no blocks.
-        """
+        """The facts about `host`."""
         return replace(Generic().describe(host), adapter=self.name, **self.facts(host))

@@ -79,10 +79,8 @@ def image_example(channels: int, size: Any) -> ExampleInput | None:
 
 def conv_channels(module: nn.Module) -> int | None:
     """Channels that the first convolution in `module` takes."""
-    for child in module.modules():
-        if isinstance(child, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-            return child.in_channels
-    return None
+    convolutions = (m for m in module.modules() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d))
+    return next((convolution.in_channels for convolution in convolutions), None)
 
 
 def image_inputs(host: nn.Module) -> dict[str, ExampleInput]:
@@ -92,7 +90,6 @@ def image_inputs(host: nn.Module) -> dict[str, ExampleInput]:
     usual = tuple(configured.get("input_size") or ())
     built_size = getattr(embed, "img_size", None)
     channels = conv_channels(embed if isinstance(embed, nn.Module) else host)
-    if channels is None:
-        channels = usual[0] if usual else 3
+    channels = channels or (usual[0] if usual else 3)
     example = image_example(channels, built_size) or image_example(channels, usual[1:])
     return {first_argument(host): example} if example else {}

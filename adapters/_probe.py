@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,30 +32,37 @@ class Watched:
     grid: tuple[int, int] | None = None
     normed: tuple[int, ...] | None = None
 
+    def enter(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Hook of the block at `path`, before it runs."""
+        tensors = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
+        first = next(tensors, None)
+        self.entered.append((path, () if first is None else tuple(first.shape)))
+
+    def leave_convolution(self, module: nn.Module, args: Any, output: torch.Tensor) -> None:
+        """Hook of a convolution, after it ran."""
+        if not self.entered and output.ndim == 4:
+            self.grid = (output.shape[-2], output.shape[-1])
+
+    def leave_norm(self, module: nn.Module, args: Any, output: torch.Tensor) -> None:
+        """Hook of the final norm, after it ran."""
+        self.normed = tuple(output.shape)
+
 
 def watch(
     host: nn.Module, blocks: Sequence[str], norm: str | None, inputs: Mapping[str, ExampleInput]
 ) -> Watched | str:
-    """Run a copy of `host` in eval mode without memory or arithmetic.
-
-    Args:
-        blocks: Paths of the blocks to watch.
-        norm: Path of the norm to watch.
-        inputs: What the host takes.
-
-    Returns:
-        What was recorded, or the reason why the host does not run without weights.
-    """
+    """What enters the `blocks` and the `norm` at these paths while a copy of `host` runs in eval
+    mode, without memory or arithmetic; or the reason why it does not run without weights."""
     seen = Watched()
     try:
         host = _weightless(host).eval()
         for path, module in host.named_modules():
             if path in blocks:
-                module.register_forward_pre_hook(_note_entry(seen, path), with_kwargs=True)
+                module.register_forward_pre_hook(partial(seen.enter, path), with_kwargs=True)
             elif isinstance(module, nn.Conv2d):
-                module.register_forward_hook(_note_grid(seen))
+                module.register_forward_hook(seen.leave_convolution)
         if norm is not None:
-            host.get_submodule(norm).register_forward_hook(_note_norm(seen))
+            host.get_submodule(norm).register_forward_hook(seen.leave_norm)
         with torch.no_grad():
             host(**{name: _draw(example) for name, example in inputs.items()})
     except Exception as error:  # a host may raise anything
@@ -70,11 +78,8 @@ def _weightless(host: nn.Module) -> nn.Module:
     """
     memo: dict[int, Any] = {}
     for module in host.modules():
-        for tensor in (
-            *module._parameters.values(),
-            *module._buffers.values(),
-            *vars(module).values(),
-        ):
+        owned = (module._parameters, module._buffers, vars(module))
+        for tensor in (value for names in owned for value in names.values()):
             if isinstance(tensor, torch.Tensor):
                 twin = torch.empty_like(tensor, device="meta")
                 is_parameter = isinstance(tensor, nn.Parameter)
@@ -87,27 +92,3 @@ def _draw(example: ExampleInput) -> torch.Tensor:
     if example.ones or example.high is not None:
         return torch.ones(shape, dtype=torch.long, device="meta")
     return torch.randn(shape, device="meta")
-
-
-def _note_entry(seen: Watched, path: str) -> Any:
-    def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-        tensors = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
-        first = next(tensors, None)
-        seen.entered.append((path, () if first is None else tuple(first.shape)))
-
-    return hook
-
-
-def _note_grid(seen: Watched) -> Any:
-    def hook(module: nn.Module, args: Any, output: torch.Tensor) -> None:
-        if not seen.entered and output.ndim == 4:
-            seen.grid = (output.shape[-2], output.shape[-1])
-
-    return hook
-
-
-def _note_norm(seen: Watched) -> Any:
-    def hook(module: nn.Module, args: Any, output: torch.Tensor) -> None:
-        seen.normed = tuple(output.shape)
-
-    return hook

@@ -48,11 +48,7 @@ class TimmFamily:
         return is_class(host, self.home, self.classes) and not getattr(host, self.unless, False)
 
     def describe(self, host: nn.Module) -> ArchSpec:
-        """The facts about `host`.
-
-        Raises:
-            UnsupportedHostError: It has no blocks where the family keeps them.
-        """
+        """The facts about `host`."""
         blocks = self._blocks(host)
         if not blocks:
             raise UnsupportedHostError(
@@ -70,22 +66,17 @@ class TimmFamily:
             inputs=image_inputs(host),
         )
 
-    def _below(self, host: nn.Module) -> str:
-        if self.last_of is None:
-            return ""
-        *_, (name, _) = host.get_submodule(self.last_of).named_children()
-        return f"{self.last_of}.{name}."
-
     def _prefix(self, host: nn.Module) -> int:
         return self.prefix if isinstance(self.prefix, int) else int(getattr(host, self.prefix, 0))
 
     def _blocks(self, host: nn.Module) -> tuple[str, ...]:
-        if self.block is not None:
-            home, _, name = self.block.rpartition(".")
-            wanted = (home or self.home, [name])
-            found = (path for path, m in host.named_modules() if is_class(m, *wanted))
-            return tuple(path for path in found if path.startswith(self._below(host)))
-        if not has_module(host, "blocks"):
-            return ()
-        names = [name for name, _ in host.get_submodule("blocks").named_children()]
-        return tuple(f"blocks.{name}" for name in names)
+        if self.block is None:
+            blocks = getattr(host, "blocks", nn.Module())
+            return tuple(f"blocks.{name}" for name, _ in blocks.named_children())
+        stage = ""
+        if self.last_of is not None:
+            *_, (last, _) = host.get_submodule(self.last_of).named_children()
+            stage = f"{self.last_of}.{last}."
+        home, _, name = self.block.rpartition(".")
+        found = (path for path, m in host.named_modules() if is_class(m, home or self.home, [name]))
+        return tuple(path for path in found if path.startswith(stage))

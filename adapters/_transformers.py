@@ -15,11 +15,9 @@ __all__ = ["TransformersFamily", "config_inputs", "nearest_config", "text_inputs
 
 def nearest_config(host: nn.Module, path: str) -> Any:
     """Configuration of the nearest module at or above `path` that has one; None if none has."""
-    while True:
-        config = getattr(host.get_submodule(path), "config", None)
-        if config is not None or not path:
-            return config
+    while (config := getattr(host.get_submodule(path), "config", None)) is None and path:
         path = parent(path)
+    return config
 
 
 def text_inputs(host: nn.Module) -> dict[str, ExampleInput]:
@@ -73,17 +71,9 @@ class TransformersFamily:
         return from_module(host, self.home)
 
     def describe(self, host: nn.Module) -> ArchSpec:
-        """The facts about `host`.
-
-        Raises:
-            UnsupportedHostError: It has no image tower with blocks of the family.
-        """
-        blocks = tuple(
-            path
-            for path, module in host.named_modules()
-            if is_class(module, self.home, [self.block])
-            and hasattr(nearest_config(host, path), self.marks)
-        )
+        """The facts about `host`."""
+        layers = (p for p, m in host.named_modules() if is_class(m, self.home, [self.block]))
+        blocks = tuple(p for p in layers if hasattr(nearest_config(host, p), self.marks))
         if not blocks:
             raise UnsupportedHostError(
                 f"Adapter {self.name!r} found no {self.block} that works on image patches in "

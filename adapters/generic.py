@@ -45,11 +45,7 @@ class Generic:
         return True
 
     def describe(self, host: nn.Module) -> ArchSpec:
-        """The facts about `host`; `notes` says how they were found.
-
-        Raises:
-            UnsupportedHostError: It has no stack of transformer blocks, or runs none of them.
-        """
+        """The facts about `host`; `notes` says how they were found."""
         stacks = find_stacks(host)
         if not stacks:
             raise UnsupportedHostError(
@@ -59,10 +55,10 @@ class Generic:
                 "networks have no tokens to prune. If the host has blocks, pass "
                 "adapter=ArchSpec(...) with their paths."
             )
-        stack = stacks[0]
+        stack, *others = stacks
         blocks = stack.blocks
         notes = [f"{stack}, from {blocks[0]}"]
-        notes += [f"left out: {other}, from {other.blocks[0]}" for other in stacks[1:]]
+        notes += [f"left out: {other}, from {other.blocks[0]}" for other in others]
         inputs = _inputs(host, blocks[0])
         norm = _norm(host, blocks[-1])
         # hosts read the values of a mask, and on the meta device there are none
@@ -108,9 +104,7 @@ def _inputs(host: nn.Module, block: str) -> Mapping[str, ExampleInput]:
     found = signal_inputs(host, config) or config_inputs(host, config) or image_inputs(host)
     if found:
         return found
-    size = next(
-        (s for s in (getattr(host, n, None) for n in ("image_size", "img_size")) if s), None
-    )
+    size = getattr(host, "image_size", None) or getattr(host, "img_size", None)
     example = image_example(conv_channels(host) or 3, size)
     return {first_argument(host): example} if example else {}
 
@@ -132,13 +126,12 @@ def _reads_neighbours(block: nn.Module) -> bool:
 
 def _ran(host: nn.Module, seen: Watched, blocks: tuple[str, ...]) -> tuple[str, ...]:
     """The blocks in the order they ran; a block that ran twice is listed twice."""
-    runs = tuple(path for path, _ in seen.entered)
-    if not runs:
+    if not seen.entered:
         raise UnsupportedHostError(
             f"None of the {len(blocks)} blocks found in {type(host).__name__} (from {blocks[0]}) "
             "runs in its forward. Pass adapter=ArchSpec(...) with the paths of those that do."
         )
-    return runs
+    return tuple(path for path, _ in seen.entered)
 
 
 def _is_plain(seen: Watched) -> bool:
@@ -171,18 +164,11 @@ def _prefix(
             return stated, f"{join(path, 'num_prefix_tokens')} says so"
     if "input_ids" in inputs and "pixel_values" not in inputs:
         return 1, "text encoders pool the first token"
-    tokens = {
-        name: _count(parameter)
-        for name, parameter in host.named_parameters()
-        if PREFIX.fullmatch(name.rpartition(".")[2])
-    }
-    if tokens:
-        return sum(tokens.values()), f"parameters {', '.join(tokens)}"
-    return 0, "no parameter looks like a class, distillation or register token"
-
-
-def _count(parameter: nn.Parameter) -> int:
-    return parameter.shape[-2] if parameter.ndim > 1 else 1
+    tokens = {n: p for n, p in host.named_parameters() if PREFIX.fullmatch(n.rpartition(".")[2])}
+    if not tokens:
+        return 0, "no parameter looks like a class, distillation or register token"
+    count = sum(token.shape[-2] if token.ndim > 1 else 1 for token in tokens.values())
+    return count, f"parameters {', '.join(tokens)}"
 
 
 def _norm(host: nn.Module, block: str) -> str | None:

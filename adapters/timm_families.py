@@ -11,9 +11,8 @@ VIT_BLOCK = "timm.models.vision_transformer.Block"
 
 def _row(module: str, *classes: str, **fields: Any) -> TimmFamily:
     """The family of `timm.models.{module}`: names of host classes, and fields of `TimmFamily`."""
-    return TimmFamily(
-        name=f"timm/{module}", home=f"timm.models.{module}", classes=classes, **fields
-    )
+    home = f"timm.models.{module}"
+    return TimmFamily(name=f"timm/{module}", home=home, classes=classes, **fields)
 
 
 ADAPTERS = (

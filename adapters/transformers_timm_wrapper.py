@@ -10,7 +10,6 @@ from tokenprune.hosts.spec import ArchSpec
 
 __all__ = ["ADAPTERS"]
 
-HOME = "transformers.models.timm_wrapper.modeling_timm_wrapper"
 INNER = "timm_model"
 
 
@@ -21,14 +20,10 @@ class TimmWrapper:
 
     def matches(self, host: nn.Module) -> bool:
         """Whether the host is a wrapper."""
-        return from_module(host, HOME)
+        return from_module(host, "transformers.models.timm_wrapper.modeling_timm_wrapper")
 
     def describe(self, host: nn.Module) -> ArchSpec:
-        """The facts about the model inside.
-
-        Raises:
-            UnsupportedHostError: That model cannot be described.
-        """
+        """The facts about the model inside."""
         inner = describe(host.get_submodule(INNER))
         example = next(iter(inner.inputs.values()), None)
         return replace(

@@ -15,10 +15,7 @@ def all_or_nothing(target: Path, last: str) -> Iterator[Path]:
     """A new folder, whose files are moved into the folder `target` if the block succeeds.
 
     A `target` that does not exist appears with all files at once. In one that exists, files of the
-    same names are replaced one by one, and other files stay.
-
-    Args:
-        last: Name of the file that is moved last: when it appears, the others are there.
+    same names are replaced one by one, that named `last` after all others, and other files stay.
     """
     target = target.resolve()
     exists = target.exists()

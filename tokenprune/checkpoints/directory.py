@@ -8,9 +8,10 @@ and a checksum of the weights).
 import hashlib
 import json
 import os
+import platform
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -38,23 +39,14 @@ WEIGHTS, RECIPE, FACTS = "model.safetensors", "recipe.yaml", "tokenprune.json"
 
 
 class Facts(BaseModel):
-    """What `tokenprune.json` holds.
+    """What `tokenprune.json` holds."""
 
-    Attributes:
-        format: Of the directory; a larger number is from a newer release.
-        versions: Of Python and of the libraries that took part, for readers.
-        host: Class of the host and what it was described as, for readers and messages.
-        wrap: Options that `wrap` got.
-        aliases: Name of a shared parameter -> the name it is stored under.
-        sha256: Of the weights file.
-    """
-
-    format: int
-    versions: dict[str, str]
-    host: dict[str, Any]
-    wrap: dict[str, Any]
-    aliases: dict[str, str]
-    sha256: str
+    format: int  # of the directory; a larger number is from a newer release
+    versions: dict[str, str]  # of Python and of the libraries that took part, for readers
+    host: dict[str, Any]  # its class and what it was described as, for readers and messages
+    wrap: dict[str, Any]  # options that `wrap` got
+    aliases: dict[str, str]  # name of a shared parameter -> the name it is stored under
+    sha256: str  # of the weights file
 
 
 def save(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
@@ -78,8 +70,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
         >>> tokenprune.save(model, "runs/deit")
         >>> model = tokenprune.load("runs/deit", timm.create_model("deit_small_patch16_224"))
     """
-    pruning = pruning_of(model)
-    target = Path(directory)
+    pruning, target = pruning_of(model), Path(directory)
     if target.exists() and not target.is_dir():
         raise CheckpointError(f"Cannot save to {str(target)!r}: it is a file. Name a directory.")
     tensors, aliases = _one_name_each(model.state_dict())
@@ -119,10 +110,8 @@ def load(directory: str | os.PathLike[str], host: nn.Module, **options: Any) -> 
         AlreadyWrappedError: `host` is wrapped; unwrap it first.
     """
     source = Path(directory)
-    facts = _read_facts(source)
-    recipe = _read_recipe(source)
+    facts, recipe = _read_facts(source), _read_recipe(source)
     tensors = _read_tensors(source, facts)
-    options = {**_wrap_options(facts), **options}
     if isinstance(host, PrunedModel):
         return wrap(host, recipe)  # raises
     state = {name: tensor for name, tensor in tensors.items() if not name.startswith(added_names())}
@@ -138,7 +127,7 @@ def load(directory: str | os.PathLike[str], host: nn.Module, **options: Any) -> 
     check(state, host.state_dict(), head=f"{head} this {type(host).__name__}:")
     with _restored_on_error(host):
         host.load_state_dict(state)
-        model = wrap(host, recipe, **options)
+        model = wrap(host, recipe, **{**_wrap_options(facts), **options})
         added = {name: tensors[name] for name in tensors.keys() - state.keys()}
         own = {name: t for name, t in model.state_dict().items() if name.startswith(added_names())}
         check(added, own, head=f"{head} what its recipe adds to the host:")
@@ -182,31 +171,21 @@ def _recipe_in_force(pruning: Pruning) -> Recipe:
     recipe, ratios = pruning.recipe, pruning.budget.keep_ratios
     threshold = pruning.budget.threshold
     if threshold != (recipe.sampling.threshold if recipe.sampling.selection != "topk" else None):
-        sampling = (
-            {"selection": "topk"}
-            if threshold is None
-            else {"selection": "threshold", "threshold": threshold}
-        )
-        recipe = recipe.model_copy(update={"sampling": recipe.sampling.model_copy(update=sampling)})
+        by_threshold = {"selection": "threshold", "threshold": threshold}
+        chosen = {"selection": "topk"} if threshold is None else by_threshold
+        recipe = recipe.model_copy(update={"sampling": recipe.sampling.model_copy(update=chosen)})
     if tuple(stage.keep_ratio for stage in recipe.resolved_stages) == ratios:
         return recipe
-    stages = [
-        {"block": block, "keep_ratio": ratio}
-        for block, ratio in zip(pruning.plan.blocks, ratios, strict=True)
-    ]
-    mapping = recipe.model_dump(mode="json", exclude_none=True, exclude={"schedule"})
-    return Recipe.parse({**mapping, "stages": stages})
+    return recipe.with_stages(pruning.plan.blocks, ratios)
 
 
 def _versions() -> dict[str, str]:
     packages = {"tokenprune": "tokenprune-torch", "torch": "torch"}
     packages |= {name: name for name in ("timm", "transformers") if name in sys.modules}
-    found = {"python": ".".join(map(str, sys.version_info[:3]))}
+    found = {"python": platform.python_version()} | dict.fromkeys(packages, "unknown")
     for name, distribution in packages.items():
-        try:
+        with suppress(PackageNotFoundError):  # run from a source tree that was never installed
             found[name] = version(distribution)
-        except PackageNotFoundError:  # run from a source tree that was never installed
-            found[name] = "unknown"
     return found
 
 

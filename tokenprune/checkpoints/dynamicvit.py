@@ -40,6 +40,7 @@ HOSTS: dict[tuple[Layout, int, tuple[int, ...]], str] = {
     ("swin", 96, (2, 2, 18, 2)): "swin-small",
     ("swin", 128, (2, 2, 18, 2)): "swin-base",
 }
+State = Mapping[str, Tensor]
 BASE_RATIO = 0.7
 SWIN_STEP = 0.2
 SWIN_PATCHES = 196
@@ -162,9 +163,7 @@ def _does_not_fit(source: Source, what: str) -> str:
     return f"{os.fspath(source)!r} does not fit {what}; names are ours, after the conversion:"
 
 
-def _identify(
-    layout: Layout, weights: Mapping[str, Tensor], source: Source
-) -> tuple[str, dict[str, Any]]:
+def _identify(layout: Layout, weights: State, source: Source) -> tuple[str, dict[str, Any]]:
     """Which published host it is, and the options for timm in addition to the recipe's."""
     first = weights.get("patch_embed.proj.weight")
     if first is None or first.ndim != 4:
@@ -176,9 +175,9 @@ def _identify(
     host = HOSTS.get((layout, width, depths))
     if host is None:
         known = "; ".join(
-            f"{name}: {size[1]} channels, {_blocks(size[2])}"
-            for size, name in HOSTS.items()
-            if size[0] == layout
+            f"{name}: {channels} channels, {_blocks(blocks)}"
+            for (kind, channels, blocks), name in HOSTS.items()
+            if kind == layout
         )
         raise CheckpointError(
             f"{os.fspath(source)!r} has the layout of {layout} with {width} channels and "
@@ -200,18 +199,14 @@ def _blocks(depths: Sequence[int]) -> str:
     return f"{'+'.join(map(str, depths))} blocks"
 
 
-def _num_patches(layout: Layout, weights: Mapping[str, Tensor]) -> int:
+def _num_patches(layout: Layout, weights: State) -> int:
     if layout == "swin" or "pos_embed" not in weights:
         return SWIN_PATCHES
     return weights["pos_embed"].shape[1] - 1
 
 
 def _recipe(
-    host: str,
-    layout: Layout,
-    weights: Mapping[str, Tensor],
-    rho: float | None,
-    options: Mapping[str, Any],
+    host: str, layout: Layout, weights: State, rho: float | None, options: Mapping[str, Any]
 ) -> Recipe:
     """The shipped recipe of a host at ratio rho, with the counts of the authors' code."""
     rho = BASE_RATIO if rho is None else rho
@@ -219,22 +214,17 @@ def _recipe(
     recipe = load_recipe(name if name in list_recipes() else f"dynamicvit-{host}-k{BASE_RATIO:g}")
     blocks = [stage.block for stage in recipe.resolved_stages]
     # Their expressions: the rounding error of a float decides what int() makes of it.
-    exact = [
-        rho - SWIN_STEP * s if layout == "swin" else rho ** (s + 1) for s in range(len(blocks))
-    ]
+    swin, stages = layout == "swin", range(len(blocks))
+    exact = [rho - SWIN_STEP * s if swin else rho ** (s + 1) for s in stages]
     if not all(0.0 < ratio <= 1.0 for ratio in exact):
         raise PlanError(f"keep_ratio {rho} gives stages of {exact}; every one must lie in (0, 1].")
     patches = _num_patches(layout, weights)
     ratios = [_ratio_for(int(patches * ratio), patches, ratio) for ratio in exact]
-    mapping = recipe.model_dump(mode="json", exclude_none=True)
     if name != recipe.name or ratios != [s.keep_ratio for s in recipe.resolved_stages]:
-        mapping.pop("schedule", None)
-        mapping["stages"] = [
-            {"block": block, "keep_ratio": ratio}
-            for block, ratio in zip(blocks, ratios, strict=True)
-        ]
+        recipe = recipe.with_stages(blocks, ratios)
+    mapping = recipe.model_dump(mode="json", exclude_none=True)
     mapping["name"] = name
-    mapping["host"]["kwargs"] = {**mapping["host"].get("kwargs", {}), **options}
+    mapping["host"]["kwargs"] |= options
     return Recipe.parse(mapping)
 
 

@@ -19,18 +19,8 @@ def check_fit(
     head: str,
     tail: str = "",
 ) -> None:
-    """Check that two state dicts have the same names and shapes.
-
-    Args:
-        given: The tensors of the checkpoint.
-        own: The tensors of the model.
-        source: What `given` comes from, in one word.
-        head: First line of the message.
-        tail: Its last line.
-
-    Raises:
-        CheckpointError: They differ; lists what is missing, unexpected, or of another shape.
-    """
+    """Raise `CheckpointError` if the tensors `given` by a `source` do not have the names and shapes
+    of the model's own; `head` and `tail` are the first and the last line of its message."""
     groups = {
         f"missing in the {source}": own.keys() - given.keys(),
         "unexpected": given.keys() - own.keys(),
@@ -40,9 +30,8 @@ def check_fit(
             if own[name].shape != given[name].shape
         },
     }
-    lines = [
-        f"{how} ({len(names)}): {some(sorted(names))}" for how, names in groups.items() if names
-    ]
+    faults = {how: sorted(names) for how, names in groups.items() if names}
+    lines = [f"{how} ({len(names)}): {some(names)}" for how, names in faults.items()]
     if lines:
         raise CheckpointError("\n  - ".join([head, *lines]) + (tail and f"\n{tail}"))
 

@@ -42,12 +42,7 @@ CODE = re.compile(r"GLOBAL ([\w.]+)")
 
 
 def read_release(source: Source) -> tuple[dict[str, Tensor], float | None]:
-    """The state dict in a file, and the base ratio if the file holds training arguments.
-
-    Raises:
-        CheckpointError: The file cannot be read, holds code, or holds no state dict.
-        NonFiniteWeightsError: It holds NaN or inf.
-    """
+    """The state dict in a file, and the base ratio if the file holds training arguments."""
     name = os.fspath(source)
     if not Path(source).is_file():
         raise CheckpointError(f"There is no file {name!r}.")
@@ -73,11 +68,8 @@ def read_release(source: Source) -> tuple[dict[str, Tensor], float | None]:
     for key in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    if not (
-        isinstance(state, dict)
-        and state
-        and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
-    ):
+    pairs = state.items() if isinstance(state, dict) else ()
+    if not pairs or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in pairs):
         raise CheckpointError(
             f"{name!r} holds no state dict, neither by itself nor under 'model' or 'state_dict': "
             f"found {_kind(content)}."
@@ -96,25 +88,15 @@ def _kind(content: Any) -> str:
 
 
 def rename(file: Mapping[str, Tensor], source: Source) -> tuple[Layout, dict[str, Tensor]]:
-    """The layout of a state dict, and its tensors under the names of a wrapped host.
-
-    Args:
-        file: What `read_release` found.
-        source: For messages.
-
-    Raises:
-        CheckpointError: There are no predictors in it.
-    """
+    """The layout of a state dict, and its tensors under the names of a wrapped host."""
     if not any(PREDICTOR.fullmatch(key) for key in file):
         raise CheckpointError(
             f"{os.fspath(source)!r} is no DynamicViT checkpoint: it holds no score_predictor. "
             f"Found {some(list(file))}. Load a dense checkpoint into the host itself. Of the "
             "authors' models, DeiT, LV-ViT and Swin are read; ConvNeXt is no transformer."
         )
-    swin = any(key.startswith("layers.") for key in file)
-    layout: Layout = (
-        "swin" if swin else "lvvit" if any(key.startswith("aux_head.") for key in file) else "deit"
-    )
+    parts = {key.partition(".")[0] for key in file}
+    layout: Layout = "swin" if "layers" in parts else "lvvit" if "aux_head" in parts else "deit"
     depths = count_blocks(file)
     weights = {
         _new_name(key, layout, depths): tensor

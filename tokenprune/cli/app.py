@@ -6,14 +6,13 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from tokenprune.cli.adapters import adapters
 from tokenprune.cli.console import say, show_error
 from tokenprune.cli.convert import register as register_convert
 from tokenprune.cli.demo import demo
 from tokenprune.cli.evaluate import evaluate
 from tokenprune.cli.export import export
 from tokenprune.cli.inspect import inspect
-from tokenprune.cli.recipes import recipes
+from tokenprune.cli.lists import adapters, recipes
 from tokenprune.cli.train import train
 from tokenprune.cli.visualize import visualize
 from tokenprune.errors import TokenPruneError

@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -14,7 +14,7 @@ from rich.text import Text
 
 from tokenprune.report.table import Table
 
-__all__ = ["bar", "say", "show", "show_error", "warn", "working"]
+__all__ = ["bar", "is_main_process", "say", "show", "show_error", "warn", "working"]
 
 # Columns where the terminal gives no width: wide enough that no table is cut.
 PIPE_WIDTH = 140
@@ -36,13 +36,12 @@ def say(*lines: str) -> None:
 
 def show(table: Table) -> None:
     """Print a table."""
-    drawn = RichTable(
-        title=Text(table.title, style="bold"), title_justify="left", box=box.SIMPLE_HEAD
-    )
-    for number, column in enumerate(table.columns):
-        # the first column holds names that users copy: it never wraps
-        justify: Literal["left", "right"] = "right" if number else "left"
-        drawn.add_column(Text(column), justify=justify, overflow="fold", no_wrap=not number)
+    title = Text(table.title, style="bold")
+    drawn = RichTable(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    first, *others = map(Text, table.columns)
+    drawn.add_column(first, overflow="fold", no_wrap=True)  # names that users copy never wrap
+    for column in others:
+        drawn.add_column(column, justify="right", overflow="fold")
     for row in table.rows:
         drawn.add_row(*map(Text, row))
     _console().print(drawn)
@@ -61,12 +60,14 @@ def warn(message: str) -> None:
     _console(stderr=True).print(Text.assemble(("note: ", "bold"), message), soft_wrap=True)
 
 
+def is_main_process() -> bool:
+    """Whether this process is rank 0, which alone writes and prints under `torchrun`."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
 def bar(title: str, unit: str = "steps") -> Iterator[Step]:
-    """A progress bar on standard error; yields a function of (done, total, latest figures).
-
-    Under `torchrun` only rank 0 draws.
-    """
+    """A progress bar on standard error; yields a function of (done, total, latest figures)."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -75,8 +76,8 @@ def bar(title: str, unit: str = "steps") -> Iterator[Step]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    hidden = os.environ.get("RANK", "0") != "0"
-    with Progress(*columns, console=_console(stderr=True), disable=hidden) as progress:
+    console = _console(stderr=True)
+    with Progress(*columns, console=console, disable=not is_main_process()) as progress:
         task = progress.add_task(title, total=1, unit=unit, figures="")
 
         def step(done: int, total: int, figures: Mapping[str, Any]) -> None:

@@ -19,8 +19,7 @@ def convert(
     source: Annotated[Path, typer.Argument(help="The authors' file (DeiT, LV-ViT or Swin).")],
     directory: Annotated[Path, typer.Argument(help="Where to write; tokenprune.load reads it.")],
     keep_ratio: Annotated[
-        float | None,
-        typer.Option(help="Base ratio rho. Default: the file's, else 0.7."),
+        float | None, typer.Option(help="Base ratio rho. Default: the file's, else 0.7.")
     ] = None,
 ) -> None:
     """Turn a DynamicViT release file into a checkpoint of this library.

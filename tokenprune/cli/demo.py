@@ -2,6 +2,7 @@
 
 import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -52,7 +53,7 @@ def demo(
     )
     with bar("dense host") as step:
         pretrain(run.model, run.data, dense_epochs, progress=step, seed=chosen.train.seed)
-    dense_accuracy = evaluate(run.model, run.data, path="dense")
+    accuracy = {"dense": evaluate(run.model, run.data, path="dense")}
     dense_done = time.perf_counter()
 
     model = wrap(run.model, chosen)
@@ -69,20 +70,16 @@ def demo(
         )
     tuned_done = time.perf_counter()
     with working("evaluating"):
-        accuracy = evaluate(model, run.data, path="gather")
-        unpruned = evaluate(model, run.data, path="dense")
+        accuracy["pruned"] = evaluate(model, run.data, path="gather")
+        accuracy["fine-tuned, nothing pruned"] = evaluate(model, run.data, path="dense")
         certificate = verify(model.eval())
         counted = profile(model)
     with bar("timing", unit="rounds") as step:
         timings = _time(model, run.data.eval, rounds, step)
     figures = Figures(
         images=len(run.data.eval),  # type: ignore[arg-type]
-        dense_accuracy=dense_accuracy,
-        pruned_accuracy=accuracy,
-        unpruned_accuracy=unpruned,
-        gmacs=counted.gmacs,
-        dense_gmacs=counted.dense_gmacs,
-        patches_per_stage=counted.patches_per_stage,
+        accuracy=accuracy,
+        counted=counted,
         num_keep=certificate.num_keep,
         timings=timings,
         rounds=rounds,
@@ -94,11 +91,8 @@ def demo(
             "evaluation and timing": time.perf_counter() - tuned_done,
         },
     )
-    tables = [
-        accuracy_table(figures),
-        speed_table(figures),
-        stage_table(chosen, counted, certificate.num_keep),
-    ]
+    stages = stage_table(chosen, counted, certificate.num_keep)
+    tables = [accuracy_table(figures), speed_table(figures), stages]
     details = [cost_table(counted), certificate_table(certificate), settings_table(figures)]
     for table in (*tables, details[-1]):
         show(table)
@@ -107,15 +101,11 @@ def demo(
     write_input(checkpoint, None, run)
     picture = output / "pruning.png"
     draw(model, run.data, count=10).save(picture, format="PNG")
-    report = write(output / "report.html", figures, counted, [*tables, *details], picture)
+    report = write(output / "report.html", counted, [*tables, *details], picture)
     facts = output / "figures.json"
     facts.write_text(json.dumps(figures.as_dict(), indent=2) + "\n", encoding="utf-8")
-    say(
-        f"checkpoint   {checkpoint}",
-        f"picture      {picture}",
-        f"report       {report}",
-        f"figures      {facts}",
-    )
+    say(f"checkpoint   {checkpoint}", f"picture      {picture}")
+    say(f"report       {report}", f"figures      {facts}")
 
 
 def _time(model: Any, images: Any, rounds: int, step: Any) -> dict[int, dict[str, Any]]:
@@ -126,17 +116,10 @@ def _time(model: Any, images: Any, rounds: int, step: Any) -> dict[int, dict[str
     for position, batch in enumerate(BATCHES):
         x = torch.stack([images[i % len(images)]["pixel_values"] for i in range(batch)]).to(device)
 
-        def forward(module: Any, x: torch.Tensor = x) -> Any:
-            return lambda: module(x)
-
         def after(done: int, before: int = position * rounds) -> None:
             step(before + done + 1, rounds * len(BATCHES), {})
 
         with torch.no_grad():
-            found[batch] = interleaved(
-                {"dense": forward(host), "pruned": forward(model)},
-                rounds=rounds,
-                device=device,
-                after_round=after,
-            )
+            calls = {"dense": partial(host, x), "pruned": partial(model, x)}
+            found[batch] = interleaved(calls, rounds=rounds, device=device, after_round=after)
     return found

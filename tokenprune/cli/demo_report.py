@@ -18,37 +18,17 @@ __all__ = ["Figures", "accuracy_table", "settings_table", "speed_table", "write"
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """One run of the demo.
+    """One run of the demo."""
 
-    Attributes:
-        images: Number of held-out images.
-        dense_accuracy: Accuracy of the dense host before pruning, in [0, 1].
-        pruned_accuracy: Accuracy of the fine-tuned model on the gather path.
-        unpruned_accuracy: Accuracy of the fine-tuned model on the dense path.
-        gmacs: 10^9 multiply-accumulates of one image, pruned.
-        dense_gmacs: The same for the dense host.
-        patches_per_stage: N of each stage.
-        num_keep: K of each stage.
-        timings: Batch size -> "dense" and "pruned" -> timing of a forward.
-        rounds: Each timing is the median of this many.
-        threads: Of torch.
-        device: Where the models ran.
-        seconds: Part of the run -> its duration.
-    """
-
-    images: int
-    dense_accuracy: float
-    pruned_accuracy: float
-    unpruned_accuracy: float
-    gmacs: float
-    dense_gmacs: float
-    patches_per_stage: tuple[int, ...]
-    num_keep: tuple[int, ...]
-    timings: Mapping[int, Mapping[str, Timing]]
-    rounds: int
-    threads: int
+    images: int  # held out
+    accuracy: Mapping[str, float]  # in [0, 1], "dense", "pruned" and "fine-tuned, nothing pruned"
+    counted: Profile
+    num_keep: tuple[int, ...]  # K of each stage
+    timings: Mapping[int, Mapping[str, Timing]]  # of batch sizes, "dense" and "pruned"
+    rounds: int  # each timing is the median of this many
+    threads: int  # of torch
     device: str
-    seconds: Mapping[str, float]
+    seconds: Mapping[str, float]  # part of the run -> its duration
 
     def speed(self, batch: int) -> tuple[float, float]:
         """Images per second, dense and pruned."""
@@ -60,17 +40,13 @@ class Figures:
         rates = {str(batch): self.speed(batch) for batch in self.timings}
         return {
             "held_out_images": self.images,
-            "accuracy": {
-                "dense": self.dense_accuracy,
-                "pruned": self.pruned_accuracy,
-                "fine-tuned, nothing pruned": self.unpruned_accuracy,
-            },
-            "gmacs": {"dense": self.dense_gmacs, "pruned": self.gmacs},
+            "accuracy": dict(self.accuracy),
+            "gmacs": {"dense": self.counted.dense_gmacs, "pruned": self.counted.gmacs},
             "images_per_second": {
                 batch: {"dense": dense, "pruned": pruned, "speedup": pruned / dense}
                 for batch, (dense, pruned) in rates.items()
             },
-            "patch_tokens": {"before": self.patches_per_stage, "kept": self.num_keep},
+            "patch_tokens": {"before": self.counted.patches_per_stage, "kept": self.num_keep},
             "rounds": self.rounds,
             "threads": self.threads,
             "device": self.device,
@@ -80,37 +56,27 @@ class Figures:
 
 def accuracy_table(figures: Figures) -> Table:
     """Dense against pruned: the result of the demo."""
-    batch = max(figures.timings)
+
+    def accuracy(of: str) -> str:
+        right = figures.accuracy[of]
+        return f"{100 * right:.2f} % ({round(right * figures.images)} of {figures.images})"
+
+    batch, counted = max(figures.timings), figures.counted
     dense, pruned = figures.speed(batch)
-    tokens = counts_in_words(figures.patches_per_stage, figures.num_keep)
+    patches = counted.patches_per_stage
+    before, after = str(patches[0]), counts_in_words(patches, figures.num_keep)
+    points = 100 * (figures.accuracy["pruned"] - figures.accuracy["dense"])
+    cost = f"{100 * (counted.ratio - 1):+.1f} %"
     rows = (
-        (
-            "dense host",
-            _accuracy(figures.dense_accuracy, figures.images),
-            f"{figures.dense_gmacs:.5f}",
-            f"{dense:.0f}",
-            str(figures.patches_per_stage[0]),
-        ),
-        (
-            "pruned",
-            _accuracy(figures.pruned_accuracy, figures.images),
-            f"{figures.gmacs:.5f}",
-            f"{pruned:.0f}",
-            tokens,
-        ),
-        (
-            "change",
-            f"{100 * (figures.pruned_accuracy - figures.dense_accuracy):+.2f} points",
-            f"{100 * (figures.gmacs / figures.dense_gmacs - 1):+.1f} %",
-            f"{pruned / dense:.2f}x",
-            "",
-        ),
+        ("dense host", accuracy("dense"), f"{counted.dense_gmacs:.5f}", f"{dense:.0f}", before),
+        ("pruned", accuracy("pruned"), f"{counted.gmacs:.5f}", f"{pruned:.0f}", after),
+        ("change", f"{points:+.2f} points", cost, f"{pruned / dense:.2f}x", ""),
     )
     note = (
         f"Accuracy on {figures.images} held-out digits. GMACs of one image. "
         f"Images/s at batch {batch}:\nmedian of {figures.rounds} interleaved rounds, "
         f"{figures.threads} threads. The fine-tuned model without pruning: "
-        f"{_accuracy(figures.unpruned_accuracy, figures.images)}."
+        f"{accuracy('fine-tuned, nothing pruned')}."
     )
     columns = ("", "accuracy", "GMACs", "images/s", "patch tokens")
     return Table("Dense and pruned", columns, rows, note)
@@ -121,17 +87,10 @@ def speed_table(figures: Figures) -> Table:
     rows = []
     for batch, timing in figures.timings.items():
         dense, pruned = figures.speed(batch)
-        spread = max(timing[name].spread for name in ("dense", "pruned"))
-        rows.append(
-            (
-                str(batch),
-                f"{dense:.0f}",
-                f"{pruned:.0f}",
-                f"{pruned / dense:.2f}x",
-                f"{100 * spread:.0f} %",
-            )
-        )
-    bound = figures.dense_gmacs / figures.gmacs
+        spread = f"{100 * max(timing[name].spread for name in ('dense', 'pruned')):.0f} %"
+        gain = f"{pruned / dense:.2f}x"
+        rows.append((str(batch), f"{dense:.0f}", f"{pruned:.0f}", gain, spread))
+    bound = 1 / figures.counted.ratio
     note = f"Bound by GMACs: {bound:.2f}x. Spread: largest distance of a round from the median."
     columns = ("batch", "dense, images/s", "pruned, images/s", "gain", "spread")
     return Table("Speed", columns, tuple(rows), note)
@@ -140,9 +99,7 @@ def speed_table(figures: Figures) -> Table:
 def settings_table(figures: Figures) -> Table:
     """Versions, machine and durations."""
     rows = [
-        ("torch", version("torch")),
-        ("timm", version("timm")),
-        ("transformers", version("transformers")),
+        *((name, version(name)) for name in ("torch", "timm", "transformers")),
         ("machine", f"{platform.machine()}, {figures.threads} threads"),
         ("device", figures.device),
     ]
@@ -151,18 +108,15 @@ def settings_table(figures: Figures) -> Table:
     return Table("This run", ("", "found"), tuple(rows))
 
 
-def write(
-    path: Path, figures: Figures, counted: Profile, tables: Sequence[Table], picture: Path
-) -> Path:
+def write(path: Path, counted: Profile, tables: Sequence[Table], picture: Path) -> Path:
     """Write the HTML report."""
+    blocks = zip(counted.blocks, counted.macs_per_block, counted.dense_macs_per_block, strict=True)
     bars = tuple(
         (name, macs / 1e6, dense / 1e6, f"{macs / 1e6:.2f} of {dense / 1e6:.2f} MMACs")
-        for name, macs, dense in zip(
-            counted.blocks, counted.macs_per_block, counted.dense_macs_per_block, strict=True
-        )
+        for name, macs, dense in blocks
     )
     first, *rest = tables
-    blocks: list[Text | Table | Picture | Bars] = [
+    page: list[Text | Table | Picture | Bars] = [
         Text(
             "A small vision transformer was trained on scikit-learn's digits, wrapped with a "
             "DynamicViT recipe, and fine-tuned. Everything below was measured in that run."
@@ -176,8 +130,4 @@ def write(
         Bars("Cost of each block", bars, "Strong colour: pruned. Pale: dense."),
         *rest,
     ]
-    return write_html(path, "tokenprune demo", blocks)
-
-
-def _accuracy(share: float, images: int) -> str:
-    return f"{100 * share:.2f} % ({round(share * images)} of {images})"
+    return write_html(path, "tokenprune demo", page)

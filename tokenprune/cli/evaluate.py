@@ -1,11 +1,11 @@
 """`tokenprune eval`: accuracy and cost of a trained model."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from tokenprune.cli.console import show, working
+from tokenprune.cli.options import Checkpoint, Images, KeepRatio, Threshold
 from tokenprune.errors import HostError
 from tokenprune.rewrite.settings import PATHS
 
@@ -13,19 +13,13 @@ __all__ = ["evaluate"]
 
 
 def evaluate(
-    checkpoint: Annotated[Path, typer.Argument(help="What `tokenprune train` wrote.")],
-    data: Annotated[
-        str | None, typer.Option(help="Folder of images. Default: those of the training run.")
-    ] = None,
+    checkpoint: Checkpoint,
+    data: Images = None,
     path: Annotated[
         list[str] | None, typer.Option(help="gather, mask or dense; may be repeated.")
     ] = None,
-    keep_ratio: Annotated[
-        str, typer.Option(help="Prune by another ratio: 0.7, or one for each stage: 0.7,0.5.")
-    ] = "",
-    threshold: Annotated[
-        float | None, typer.Option(help="Keep the tokens whose keep probability is above this.")
-    ] = None,
+    keep_ratio: KeepRatio = "",
+    threshold: Threshold = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per forward.")] = 256,
 ) -> None:
     """Evaluate a checkpoint on held-out images."""

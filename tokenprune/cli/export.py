@@ -1,5 +1,6 @@
 """`tokenprune export`: write a model to a file, check it, and time it against its dense export."""
 
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -9,10 +10,11 @@ import typer
 
 from tokenprune.cli.console import bar, show, working
 from tokenprune.cli.hosts import build, recipe_for
+from tokenprune.cli.options import AdapterName, KeepRatio, Options, RecipeName
 from tokenprune.cost.profile import profile
 from tokenprune.cost.timing import Timing, interleaved
 from tokenprune.errors import ExportError, HostError
-from tokenprune.exporting import FORMATS, ExportReport, Format, format_of, open_exported
+from tokenprune.exporting import FORMATS, ExportReport, format_of, open_exported
 from tokenprune.exporting import export as write
 from tokenprune.hosts.inputs import draw_inputs
 from tokenprune.hosts.registry import describe
@@ -32,95 +34,62 @@ def export(
             "`tokenprune train` wrote."
         ),
     ],
-    recipe: Annotated[
-        str, typer.Option("--recipe", "-r", help="Name or file. Default: one that fits.")
-    ] = "",
+    recipe: RecipeName = "",
     format: Annotated[
         str, typer.Option("--format", "-f", help=f"{' or '.join(FORMATS)}. Default: by file name.")
     ] = "",
     output: Annotated[
         Path | None, typer.Option(help="The file. Default: the model's name in this folder.")
     ] = None,
-    option: Annotated[
-        list[str] | None,
-        typer.Option("--option", "-o", help="KEY=VALUE for building the model; may be repeated."),
-    ] = None,
-    adapter: Annotated[str, typer.Option(help="Name of an adapter. Default: detected.")] = "",
+    option: Options = None,
+    adapter: AdapterName = "",
     pretrained: Annotated[
         bool, typer.Option("--pretrained", help="Start from the published weights.")
     ] = False,
     host_weights: Annotated[
         Path | None, typer.Option(help="Start from these weights of the dense host.")
     ] = None,
-    keep_ratio: Annotated[
-        str, typer.Option(help="Prune by another ratio: 0.7, or one for each stage: 0.7,0.5.")
-    ] = "",
+    keep_ratio: KeepRatio = "",
     batch_size: Annotated[int, typer.Option(min=1, help="Images per timed call.")] = 8,
     rounds: Annotated[
         int, typer.Option(min=0, help="Timing rounds of half a second; 0: no timing.")
     ] = 7,
 ) -> None:
     """Write the eval path for any batch size, and compare the file with the model."""
-    from tokenprune.cli.runs import prune_by
+    from tokenprune.cli.runs import load_host_weights, prune_by, reopen_model
 
     asked = format_of(output or "", format or None) if format or output else "onnx"
-    given: dict[str, Any] = {"--recipe": recipe, "--option": option, "--adapter": adapter}
-    given |= {"--pretrained": pretrained, "--host-weights": host_weights}
+    by_name: dict[str, Any] = {"--recipe": recipe, "--option": option, "--adapter": adapter}
+    by_name |= {"--pretrained": pretrained, "--host-weights": host_weights}
+    clash = next((name for name, value in by_name.items() if value), None)
+    is_folder = Path(model).is_dir()
+    if is_folder and clash is not None:
+        raise HostError(
+            f"{clash} is for building a model by name; {model!r} is a folder, and holds its own "
+            "recipe and weights. Leave the option out."
+        )
     with working(f"building {model}"):
-        if Path(model).is_dir():
-            wrapped = _from_checkpoint(Path(model), given)
+        if is_folder:
+            wrapped = reopen_model(Path(model))
         else:
-            wrapped = _from_name(model, recipe, option or [], adapter, pretrained, host_weights)
+            chosen = load_recipe(recipe) if recipe else None
+            host = build(model, option or (), pretrained=pretrained)
+            if host_weights is not None:
+                load_host_weights(host, host_weights)
+            spec = describe(host, adapter or None)
+            wrapped = wrap(host, chosen or recipe_for(model, spec), adapter=spec)
         prune_by(wrapped, keep_ratio)
     target = output or Path(f"{Path(model.rpartition(':')[2]).name}.{asked}")
     with working(f"exporting to {asked}"):
         report = write(wrapped, target, asked)
-    ratio = profile(wrapped).ratio
-    if not rounds:
-        show(_table(model, report, None, {}, ratio, batch_size))
-        return
-    with TemporaryDirectory() as folder:
-        with working("exporting the dense host"), wrapped.using("dense"):
-            dense = _write_dense(wrapped, Path(folder) / f"dense.{asked}", asked)
-        timings = _time(wrapped, report, dense, batch_size, rounds)
-        show(_table(model, report, dense, timings, ratio, batch_size))
-
-
-def _from_checkpoint(folder: Path, given: dict[str, Any]) -> Any:
-    from tokenprune.cli.runs import reopen_model
-
-    clash = next((name for name, value in given.items() if value), None)
-    if clash is not None:
-        raise HostError(
-            f"{clash} is for building a model by name; {str(folder)!r} is a folder, and holds its "
-            "own recipe and weights. Leave the option out."
-        )
-    return reopen_model(folder)
-
-
-def _from_name(
-    model: str,
-    recipe: str,
-    option: list[str],
-    adapter: str,
-    pretrained: bool,
-    host_weights: Path | None,
-) -> Any:
-    from tokenprune.cli.runs import load_host_weights
-
-    chosen = load_recipe(recipe) if recipe else None
-    host = build(model, option, pretrained=pretrained)
-    if host_weights is not None:
-        load_host_weights(host, host_weights)
-    spec = describe(host, adapter or None)
-    return wrap(host, chosen or recipe_for(model, spec), adapter=spec)
-
-
-def _write_dense(wrapped: Any, file: Path, format: Format) -> ExportReport | None:
-    try:
-        return write(wrapped, file, format)
-    except ExportError:
-        return None  # the pruned file is valid, and is not timed against a dense one
+    dense, timings = None, {}
+    if rounds:
+        with TemporaryDirectory() as folder:
+            # where the dense host cannot be exported, the pruned file is compared with nothing
+            with working("exporting the dense host"), suppress(ExportError), wrapped.using("dense"):
+                dense = write(wrapped, Path(folder) / f"dense.{asked}", asked)
+            timings = _time(wrapped, report, dense, batch_size, rounds)
+    show(_table(model, report, dense, timings, profile(wrapped).ratio, batch_size))
 
 
 def _time(

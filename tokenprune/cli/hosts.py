@@ -20,15 +20,10 @@ DEFAULT_RATIO = 0.7
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Library and model of a name; timm if none is named.
-
-    Raises:
-        HostError: There is no such library.
-    """
+    """Library and model of a name; timm if none is named."""
     library, colon, model = name.partition(":")
-    if not colon or "/" in library:  # "hf-hub:..." is timm's own way to name a remote model
-        return "timm", name
-    if library in ("hf-hub", "hf_hub", "local-dir"):
+    # timm's own ways to name a remote model
+    if not colon or "/" in library or library in ("hf-hub", "hf_hub", "local-dir"):
         return "timm", name
     if library not in ("timm", "transformers"):
         raise HostError(
@@ -39,11 +34,7 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def parse_options(texts: Sequence[str]) -> dict[str, Any]:
-    """`["depth=4", "img_size=[32, 32]"]` as a dict; values are YAML.
-
-    Raises:
-        HostError: One has no `=`, or its value is not YAML.
-    """
+    """`["depth=4", "img_size=[32, 32]"]` as a dict; values are YAML."""
     options = {}
     for text in texts:
         key, equals, value = text.partition("=")
@@ -57,40 +48,23 @@ def parse_options(texts: Sequence[str]) -> dict[str, Any]:
 
 
 def host_section(name: str, options: Sequence[str]) -> HostSection:
-    """The `host` section of a recipe for a model named on the command line.
-
-    Raises:
-        HostError: The name or an option cannot be read.
-    """
+    """The `host` section of a recipe for a model named on the command line."""
     library, model = split_name(name)
     mapping = {"library": library, "model": model, "kwargs": parse_options(options)}
     try:
         return HostSection.model_validate(mapping)
     except ValidationError as error:
-        faults = "; ".join(
-            f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()
-        )
-        raise HostError(f"{name!r} with options {list(options)} names no host: {faults}") from error
+        faults = (f"{'.'.join(map(str, f['loc']))}: {f['msg']}" for f in error.errors())
+        asked = f"{name!r} with options {list(options)}"
+        raise HostError(f"{asked} names no host: {'; '.join(faults)}") from error
 
 
 def build(name: str, options: Sequence[str], *, pretrained: bool = False) -> nn.Module:
-    """Build a host in eval mode.
-
-    Args:
-        name: As for `split_name`.
-        options: Texts KEY=VALUE for timm's `create_model` or the configuration.
-        pretrained: With the published weights.
-
-    Raises:
-        MissingDependencyError: The library is not installed.
-        UnsupportedHostError: The library knows no such model; names the nearest.
-        HostError: It cannot be built with these options.
-    """
+    """Build a host in eval mode; options are for timm's `create_model` or the configuration."""
     library, model = split_name(name)
+    kwargs = parse_options(options)
     # not validated: here, unlike in a recipe, an option may be a mapping (`vision_config`)
-    section = HostSection.model_construct(
-        library=library, model=model, kwargs=parse_options(options)
-    )
+    section = HostSection.model_construct(library=library, model=model, kwargs=kwargs)
     return build_host(section, pretrained=pretrained)
 
 
@@ -101,9 +75,9 @@ def recipe_for(name: str, spec: ArchSpec) -> Recipe | None:
     """
     model = split_name(name)[1]
     for shipped in map(load_recipe, list_recipes()):
-        stages = shipped.resolved_stages
-        fits = shipped.mode == spec.mode and stages[-1].block < len(spec.blocks)
-        plain = shipped.host and shipped.host.model == model and not shipped.host.kwargs
-        if plain and fits and stages[0].keep_ratio == DEFAULT_RATIO:
+        host, stages = shipped.host, shipped.resolved_stages
+        if host is None or host.model != model or host.kwargs or shipped.mode != spec.mode:
+            continue
+        if stages[-1].block < len(spec.blocks) and stages[0].keep_ratio == DEFAULT_RATIO:
             return shipped
     return None

@@ -9,6 +9,7 @@ from tokenprune.checks.certificate import Certificate
 from tokenprune.checks.verify import verify
 from tokenprune.cli.console import say, show, working
 from tokenprune.cli.hosts import build, recipe_for
+from tokenprune.cli.options import AdapterName, Options, RecipeName
 from tokenprune.cost.profile import Profile, profile
 from tokenprune.hosts.registry import describe
 from tokenprune.hosts.spec import ArchSpec
@@ -28,14 +29,9 @@ def inspect(
             "loaded."
         ),
     ],
-    recipe: Annotated[
-        str, typer.Option("--recipe", "-r", help="Name or file. Default: one that fits.")
-    ] = "",
-    adapter: Annotated[str, typer.Option(help="Name of an adapter. Default: detected.")] = "",
-    option: Annotated[
-        list[str] | None,
-        typer.Option("--option", "-o", help="KEY=VALUE for building the model; may be repeated."),
-    ] = None,
+    recipe: RecipeName = "",
+    adapter: AdapterName = "",
+    option: Options = None,
     proof: Annotated[bool, typer.Option(help="Run the model to verify the pruning.")] = True,
 ) -> None:
     """Show what an adapter finds in a model, what pruning saves, and the certificate."""
@@ -109,15 +105,8 @@ def cost_table(counted: Profile) -> Table:
         rows.append((path, tokens, f"{macs / 1e9:.4f}", f"{dense[block] / 1e9:.4f}", saved))
     other = f"{counted.other_macs / 1e9:.4f}"
     rows.append(("embedding, head", "", other, other, ""))
-    rows.append(
-        (
-            "all",
-            "",
-            f"{counted.gmacs:.4f}",
-            f"{counted.dense_gmacs:.4f}",
-            f"{100 * (counted.ratio - 1):+.1f} %",
-        )
-    )
+    saved = f"{100 * (counted.ratio - 1):+.1f} %"
+    rows.append(("all", "", f"{counted.gmacs:.4f}", f"{counted.dense_gmacs:.4f}", saved))
     note = f"GMACs of one image with attention. Prefix tokens: {counted.num_prefix_tokens} more."
     columns = ("block", "patch tokens", "GMACs", "dense", "change")
     return Table("Cost", columns, tuple(rows), note)

@@ -1,7 +1,6 @@
 """Shared by the commands that train or evaluate: build a recipe's host and data, reopen a run."""
 
-import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -25,7 +24,6 @@ from tokenprune.train.data import HELD_OUT
 __all__ = [
     "Run",
     "host_of",
-    "is_main_process",
     "keep_ratios",
     "load_host_weights",
     "prepare",
@@ -48,30 +46,16 @@ class _Input(BaseModel):
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A host, or a wrapped model, and images that fit it.
-
-    Attributes:
-        model: The host before training, the wrapped model of a checkpoint.
-        data: Images to train and to evaluate on.
-        settings: How they are prepared: what `input_settings` returned.
-    """
+    """A host, or the wrapped model of a checkpoint; images that fit it, and the `input_settings`
+    they are prepared by."""
 
     model: nn.Module
     data: DataBundle
     settings: dict[str, Any]
 
 
-def is_main_process() -> bool:
-    """Whether this process is rank 0, which alone writes and prints under `torchrun`."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def host_of(recipe: Recipe) -> HostSection:
-    """The recipe's `host` section.
-
-    Raises:
-        PlanError: It has none.
-    """
+    """The recipe's `host` section; raises `PlanError` if it has none."""
     if recipe.host is None:
         named = f"Recipe {recipe.name!r}" if recipe.name else "The recipe"
         raise PlanError(
@@ -84,40 +68,27 @@ def host_of(recipe: Recipe) -> HostSection:
 def prepare(
     recipe: Recipe, data: str | None, *, pretrained: bool, image_size: int | None = None
 ) -> Run:
-    """Build a recipe's dense host and read the images it is trained on.
-
-    Args:
-        recipe: Has a `host` section.
-        data: Folder of images; None or "digits" for scikit-learn's digits.
-        pretrained: Start from the published weights.
-        image_size: Instead of the recipe's.
-
-    Raises:
-        PlanError: The recipe names no host.
-        HostError: The host cannot be built.
-        DataError: The images cannot be read.
-    """
+    """Build a recipe's dense host, and read the images it is trained on: those of a folder, or
+    scikit-learn's digits if `data` is None or "digits"."""
     section = host_of(recipe)
     torch.manual_seed(recipe.train.seed)
     settings = input_settings(section, image_size or recipe.train.image_size, pretrained)
     bundle = load_data(data, **settings, train=recipe.train, seed=recipe.train.seed)
-    host = build_host(
-        section,
-        bundle.num_classes,
-        image_size=settings["image_size"],
-        pretrained=pretrained,
-        in_chans=settings["in_chans"],
-        drop_path=recipe.train.drop_path,
-    )
+    options = {"pretrained": pretrained, "drop_path": recipe.train.drop_path}
+    host = _build(section, bundle.num_classes, settings, **options)
     return Run(model=host, data=bundle, settings=settings)
 
 
-def load_host_weights(host: nn.Module, file: Path) -> None:
-    """Load a dense host's weights: safetensors, or a torch file that holds tensors only.
+def _build(
+    section: HostSection, num_classes: int, settings: Mapping[str, Any], **options: Any
+) -> nn.Module:
+    """The host for images that are prepared by `settings`."""
+    sizes = {name: settings[name] for name in ("image_size", "in_chans")}
+    return build_host(section, num_classes, **sizes, **options)
 
-    Raises:
-        CheckpointError: The file cannot be read, or does not fit the host.
-    """
+
+def load_host_weights(host: nn.Module, file: Path) -> None:
+    """Load a dense host's weights: safetensors, or a torch file that holds tensors only."""
     if not file.is_file():
         raise CheckpointError(f"There is no file {str(file)!r} with weights of the host.")
     try:
@@ -133,9 +104,8 @@ def load_host_weights(host: nn.Module, file: Path) -> None:
             "wrote and that holds tensors only."
         ) from error
     except RuntimeError as error:
-        raise CheckpointError(
-            f"{str(file)!r} does not fit {type(host).__name__}: {error}"
-        ) from error
+        message = f"{str(file)!r} does not fit {type(host).__name__}: {error}"
+        raise CheckpointError(message) from error
 
 
 def write_input(directory: Path, data: str | None, run: Run) -> None:
@@ -149,15 +119,8 @@ def write_input(directory: Path, data: str | None, run: Run) -> None:
 def reopen(directory: Path, data: str | None) -> Run:
     """The wrapped model of a checkpoint, and images prepared as in its training.
 
-    Args:
-        directory: What `tokenprune train` or `tokenprune.save` wrote.
-        data: Folder of images; those it was trained with if None. Of other images than those, all
-            are evaluated on, unless they are in train/ and val/.
-
-    Raises:
-        CheckpointError: It is no checkpoint, does not fit the host that its recipe names, or does
-            not say on which images it was trained and `data` is None.
-        DataError: The images cannot be read, or have other classes.
+    They are those it was trained with if `data` is None. Of other images than those, all are
+    evaluated on, unless they are in train/ and val/.
     """
     recipe = saved_recipe(directory)
     section = host_of(recipe)
@@ -175,52 +138,29 @@ def reopen(directory: Path, data: str | None) -> Run:
         others = data is not None and _resolved(data) != noted.data
         settings, data = noted.settings, data or noted.data
         held_out = 1.0 if others else HELD_OUT
-    options: dict[str, Any] = {**settings, "held_out": held_out}
-    bundle = load_data(data, **options, train=recipe.train, seed=recipe.train.seed)
+    options = {**settings, "held_out": held_out, "train": recipe.train, "seed": recipe.train.seed}
+    bundle = load_data(data, **options)
     if noted is not None and list(bundle.class_names) != noted.class_names:
         raise DataError(
             f"The model in {str(directory)!r} knows the classes {_short(noted.class_names)}, the "
             f"images of {bundle.name!r} have {_short(bundle.class_names)}. Give images of the same "
             "classes with --data."
         )
-    host = build_host(
-        section,
-        bundle.num_classes,
-        image_size=settings["image_size"],
-        in_chans=settings["in_chans"],
-    )
+    host = _build(section, bundle.num_classes, settings)
     return Run(model=load(directory, host), data=bundle, settings=settings)
 
 
 def reopen_model(directory: Path) -> Any:
-    """The wrapped model of a checkpoint; no images are read.
-
-    Raises:
-        CheckpointError: It is no checkpoint, or does not fit the host that its recipe names.
-    """
+    """The wrapped model of a checkpoint; no images are read."""
     section, noted = host_of(saved_recipe(directory)), _read_input(directory)
     if noted is None:  # written by `tokenprune.save`: the host as the recipe describes it
         return load(directory, build_host(section))
-    host = build_host(
-        section,
-        len(noted.class_names),
-        image_size=noted.settings["image_size"],
-        in_chans=noted.settings["in_chans"],
-    )
-    return load(directory, host)
+    return load(directory, _build(section, len(noted.class_names), noted.settings))
 
 
 def prune_by(model: Any, keep_ratio: str, threshold: float | None = None) -> None:
-    """Apply --keep-ratio or --threshold; without them the checkpoint's setting is kept.
-
-    Args:
-        model: What `wrap` returned.
-        keep_ratio: As for `keep_ratios`; "" if not given. Replaces a threshold.
-        threshold: As for `set_threshold`; None if not given.
-
-    Raises:
-        PlanError: Both are given, or one is out of range.
-    """
+    """Apply --keep-ratio, which replaces a threshold, or --threshold; without them ("" and None)
+    the checkpoint's setting is kept."""
     if keep_ratio and threshold is not None:
         raise PlanError(
             "--keep-ratio keeps the same number of tokens of every image, --threshold the tokens "
@@ -234,11 +174,7 @@ def prune_by(model: Any, keep_ratio: str, threshold: float | None = None) -> Non
 
 
 def keep_ratios(text: str) -> float | list[float]:
-    """`"0.7"` as the base ratio of r, r^2, ...; `"0.7,0.5"` as one ratio for each stage.
-
-    Raises:
-        PlanError: It is neither.
-    """
+    """`"0.7"` as the base ratio of r, r^2, ...; `"0.7,0.5"` as one ratio for each stage."""
     try:
         ratios = [float(part) for part in text.split(",")]
     except ValueError:

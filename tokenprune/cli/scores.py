@@ -11,13 +11,7 @@ from tokenprune.rewrite.settings import Path
 from tokenprune.runtime.model import pruning_of
 from tokenprune.train import DataBundle, evaluate, kept_tokens
 
-__all__ = ["PATH_NAMES", "score_table"]
-
-PATH_NAMES: dict[Path, str] = {
-    "gather": "pruned (gather)",
-    "mask": "pruned (mask)",
-    "dense": "nothing pruned",
-}
+__all__ = ["score_table"]
 
 
 def score_table(
@@ -26,33 +20,22 @@ def score_table(
     paths: Sequence[Path] = ("dense", "gather"),
     batch_size: int = 256,
 ) -> Table:
-    """Evaluate a wrapped model on the held-out images.
-
-    Args:
-        model: What `wrap` returned.
-        data: Its `eval` part is used.
-        paths: To run.
-        batch_size: Images per forward.
-    """
+    """Evaluate paths of a wrapped model on the held-out images."""
     counted = profile(model)
     pruned, note = f"{counted.gmacs:.4g}", ""
     if "gather" in paths and pruning_of(model).budget.threshold is not None:
         costs = ImageMacs(model)(kept_tokens(model, data, batch_size)) / 1e9
         pruned = f"{costs.mean():.4g}"
         note = f"mean of images that cost {costs.min():.4g} to {costs.max():.4g} GMACs"
-    gmacs = {
-        "gather": pruned,
-        "mask": "more than dense",
-        "dense": f"{counted.dense_gmacs:.4g}",
+    known = {
+        "gather": ("pruned (gather)", pruned),
+        "mask": ("pruned (mask)", "more than dense"),
+        "dense": ("nothing pruned", f"{counted.dense_gmacs:.4g}"),
     }
-    rows = tuple(
-        (
-            PATH_NAMES[path],
-            f"{100 * evaluate(model, data, path=path, batch_size=batch_size):.2f} %",
-            gmacs[path],
-        )
-        for path in paths
-    )
-    images = len(data.eval)  # type: ignore[arg-type]
-    title = f"{images} held-out images of {data.name}"
-    return Table(title, ("path", "accuracy", "GMACs"), rows, note)
+    rows = []
+    for path in paths:
+        name, gmacs = known[path]
+        accuracy = evaluate(model, data, path=path, batch_size=batch_size)
+        rows.append((name, f"{100 * accuracy:.2f} %", gmacs))
+    title = f"{len(data.eval)} held-out images of {data.name}"  # type: ignore[arg-type]
+    return Table(title, ("path", "accuracy", "GMACs"), tuple(rows), note)

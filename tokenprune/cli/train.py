@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from tokenprune.checkpoints.directory import save
-from tokenprune.cli.console import bar, say, show, working
+from tokenprune.cli.console import bar, is_main_process, say, show, working
 from tokenprune.cli.hosts import host_section
 from tokenprune.errors import HostError, UnsupportedHostError
 from tokenprune.recipe import load_recipe
@@ -59,7 +59,7 @@ def train(
 
     On several processes: torchrun --nproc-per-node 2 --no-python tokenprune train RECIPE
     """
-    from tokenprune.cli.runs import is_main_process, load_host_weights, prepare, write_input
+    from tokenprune.cli.runs import load_host_weights, prepare, write_input
     from tokenprune.cli.scores import score_table
     from tokenprune.train import fit, pretrain
     from tokenprune.train.arguments import with_overrides
@@ -67,8 +67,7 @@ def train(
 
     chosen = load_recipe(recipe)
     if model:
-        section = host_section(model, option or ())
-        chosen = chosen.model_copy(update={"host": section})
+        chosen = chosen.model_copy(update={"host": host_section(model, option or ())})
     elif option:
         raise HostError("--option is for building another host; name it with --model.")
     chosen = with_overrides(chosen, epochs=epochs, batch_size=batch_size, seed=seed)

@@ -25,15 +25,10 @@ UNCOUNTED_ATTENTION = (
 
 
 class Counted(NamedTuple):
-    """What one run cost.
+    """What one run cost."""
 
-    Attributes:
-        macs: MACs by ("block", number), ("predictor", stage) or ("other", 0).
-        tokens: Patch tokens that enter each block.
-    """
-
-    macs: Counter[tuple[str, int]]
-    tokens: dict[int, int]
+    macs: Counter[tuple[str, int]]  # by ("block", number), ("predictor", stage) or ("other", 0)
+    tokens: dict[int, int]  # patch tokens that enter each block
 
 
 def count_macs(
@@ -43,14 +38,8 @@ def count_macs(
     entries: Mapping[int, fx.Node],
     inputs: Mapping[str, Any],
 ) -> Counted:
-    """Count one run of a graph.
-
-    Args:
-        model: Where modules, parameters and buffers are looked up.
-        analysis: Of the trace that `graph` is, or was made from.
-        entries: Block -> the node of `graph` that holds what enters it.
-        inputs: Fake tensors.
-    """
+    """Count one run of a graph, which was made from the trace of `analysis`, on fake tensors;
+    `entries` says which of its nodes holds what enters a block."""
     return _Count(model, analysis, entries).over(graph, inputs)
 
 
@@ -76,8 +65,7 @@ class _Count:
         def step(node: fx.Node, env: Any) -> Any:
             before = counter.total
             value = evaluate(self.model, node, env)
-            flops = counter.total - before
-            if flops:
+            if flops := counter.total - before:
                 self.counted.macs[self._account(node)] += flops // 2
             return value
 
@@ -95,11 +83,9 @@ class _Count:
                 return "predictor", int(rest.partition(".")[0])
         path = node.meta["where"].module
         while path:
-            if path in self._blocks:
-                calls = self._blocks[path]  # several, if the host calls one module again and again
-                return "block", max(
-                    (b for b in calls if b in self.counted.tokens), default=calls[0]
-                )
+            if calls := self._blocks.get(path):  # several, if the host calls one module repeatedly
+                entered = (block for block in calls if block in self.counted.tokens)
+                return "block", max(entered, default=calls[0])
             path = path.rpartition(".")[0]
         return "other", 0
 

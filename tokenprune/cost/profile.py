@@ -90,13 +90,8 @@ class Profile:
             f"{'block':<24}{'tokens':>8}{'MMACs':>12}{'dense':>12}",
         ]
         predictors = dict(zip(self.stages, self.predictor_macs, strict=True))
-        rows = zip(
-            self.blocks,
-            self.tokens_per_block,
-            self.macs_per_block,
-            self.dense_macs_per_block,
-            strict=True,
-        )
+        columns = (self.blocks, self.tokens_per_block, self.macs_per_block)
+        rows = zip(*columns, self.dense_macs_per_block, strict=True)
         for block, (path, tokens, macs, dense) in enumerate(rows):
             if block in predictors:
                 before = f"predictor {self.stages.index(block)}"
@@ -107,10 +102,7 @@ class Profile:
 
 
 def profile(
-    model: nn.Module,
-    example_inputs: ExampleInputs | None = None,
-    *,
-    budget: Budget | None = None,
+    model: nn.Module, example_inputs: ExampleInputs | None = None, *, budget: Budget | None = None
 ) -> Profile:
     """Count what a wrapped model costs in eval, per image.
 
@@ -167,9 +159,8 @@ def _programs(model: nn.Module, example_inputs: ExampleInputs | None) -> Program
     pruning = pruning_of(model)
     if example_inputs is None:
         known = pruning.cache.all()
-        usual = [_shapes(programs) == _shapes(known[0]) for programs in known]
-        for programs, like_wrap in zip(known, usual, strict=True):
-            if like_wrap and _serves(programs, model):
+        for programs in known:  # the first signature is the one that `wrap` traced
+            if _shapes(programs) == _shapes(known[0]) and _serves(programs, model):
                 return programs
     return pruning.programs(pruning.inputs(example_inputs))
 
@@ -181,8 +172,7 @@ _dense_counts: WeakKeyDictionary[fx.Graph, dict[Any, Counted]] = WeakKeyDictiona
 def _dense(model: nn.Module, programs: Programs, inputs: Mapping[str, Any]) -> Counted:
     """The count of the host without pruning, made once for a trace and shapes of weights."""
     shapes = tuple((name, tuple(p.shape)) for name, p in model.named_parameters())
-    analysis = programs.analysis
-    graph = analysis.traced.graph
+    analysis, graph = programs.analysis, programs.analysis.traced.graph
     known = _dense_counts.setdefault(graph, {})
     if shapes not in known:
         entries = {number: block.entry for number, block in analysis.blocks.items()}
@@ -195,7 +185,7 @@ def _traced_inputs(programs: Programs) -> dict[str, torch.Tensor]:
 
 
 def _shapes(programs: Programs) -> list[tuple[int, ...]]:
-    """Of the inputs of one image; the first signature is the one that `wrap` traced."""
+    """Shapes of the inputs of one image."""
     return [tuple(value.shape[1:]) for value in _traced_inputs(programs).values()]
 
 

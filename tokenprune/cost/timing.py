@@ -17,13 +17,9 @@ __all__ = ["Timing", "interleaved"]
 
 @dataclass(frozen=True)
 class Timing:
-    """What one function took.
+    """What one function took."""
 
-    Attributes:
-        rounds: Seconds per call, the mean of each round's turn.
-    """
-
-    rounds: tuple[float, ...]
+    rounds: tuple[float, ...]  # seconds per call, the mean of each round's turn
 
     @property
     def seconds(self) -> float:
@@ -56,9 +52,6 @@ def interleaved(
         turn_seconds: A turn repeats its call until this has passed; one call at least.
         device: Where they compute; an accelerator is waited for.
         after_round: Called with the number of each finished round, for a progress bar.
-
-    Raises:
-        ValueError: There is nothing to time, or no round.
     """
     if not calls or rounds < 1:
         raise ValueError(f"interleaved needs a call and a round, got {len(calls)} and {rounds}.")

@@ -57,13 +57,14 @@ def build_host(
     }
     asked = {name: value for name, value in asked.items() if value is not None}
     try:
-        return build(section, asked, pretrained).eval()
+        host: nn.Module = build(section, asked, pretrained)
+        return host.eval()
     except TokenPruneError:
         raise
     except Exception as error:  # a library may refuse options in any way
+        given = f"the options {dict(section.kwargs) | asked}, pretrained={pretrained}"
         raise HostError(
-            f"{section.library} cannot build {section.model!r} with the options "
-            f"{dict(section.kwargs) | asked}, pretrained={pretrained}: "
+            f"{section.library} cannot build {section.model!r} with {given}: "
             f"{type(error).__name__}: {error}"
         ) from error
 
@@ -83,10 +84,8 @@ def input_settings(
         MissingDependencyError: The library is not installed.
         UnsupportedHostError: The library knows no such model.
     """
-    if section.library == "timm":
-        settings = _timm_settings(section)
-    else:
-        settings = _transformers_settings(section, pretrained)
+    timm = section.library == "timm"
+    settings = _timm_settings(section) if timm else _transformers_settings(section, pretrained)
     if image_size is not None:
         settings["image_size"] = image_size
     if not pretrained:
@@ -120,18 +119,17 @@ def _timm(section: HostSection) -> Any:
     return timm
 
 
-def _timm_host(section: HostSection, asked: Mapping[str, Any], pretrained: bool) -> nn.Module:
+def _timm_host(section: HostSection, asked: Mapping[str, Any], pretrained: bool) -> Any:
     create = _timm(section).create_model
     options = {**section.kwargs, **asked}
     try:
-        host: nn.Module = create(section.model, pretrained=pretrained, **options)
+        return create(section.model, pretrained=pretrained, **options)
     except TypeError as error:
         # hosts without a position table take images of any size, and no option for it
         if "img_size" not in asked or "unexpected keyword argument 'img_size'" not in str(error):
             raise
-        del options["img_size"]
-        host = create(section.model, pretrained=pretrained, **options)
-    return host
+    del options["img_size"]
+    return create(section.model, pretrained=pretrained, **options)
 
 
 def _timm_settings(section: HostSection) -> dict[str, Any]:
@@ -151,9 +149,7 @@ def _timm_settings(section: HostSection) -> dict[str, Any]:
     }
 
 
-def _transformers_host(
-    section: HostSection, asked: Mapping[str, Any], pretrained: bool
-) -> nn.Module:
+def _transformers_host(section: HostSection, asked: Mapping[str, Any], pretrained: bool) -> Any:
     config, build = _config(section, pretrained)
     vision = getattr(config, "vision_config", config)
     if "num_classes" in asked:
@@ -162,8 +158,7 @@ def _transformers_host(
         vision.num_channels = asked["in_chans"]
     if "img_size" in asked:
         vision.image_size = asked["img_size"]
-    if "drop_path_rate" in asked:
-        rate = asked["drop_path_rate"]
+    if rate := asked.get("drop_path_rate"):
         if not hasattr(vision, "drop_path_rate"):
             raise HostError(
                 f"{type(config).__name__} has no stochastic depth, but drop_path={rate} was asked. "
@@ -173,8 +168,7 @@ def _transformers_host(
     if not pretrained:
         # None breaks the choice where a type has several classes (DeiT); empty means the first
         config.architectures = config.architectures or []
-        host: nn.Module = build(config)
-        return host
+        return build(config)
     host, report = _library(section).AutoModelForImageClassification.from_pretrained(
         section.model, config=config, ignore_mismatched_sizes=True, output_loading_info=True
     )

@@ -20,9 +20,6 @@ def draw_inputs(spec: ArchSpec, host: nn.Module, batch_size: int) -> dict[str, t
     """Random inputs of the shapes in `spec.inputs`, on the host's device and in its dtype.
 
     Draws from a generator of its own: the caller's random state stays as it is.
-
-    Raises:
-        UnsupportedHostError: The adapter knows no input shape.
     """
     if not spec.inputs:
         raise UnsupportedHostError(
@@ -46,13 +43,7 @@ def draw_inputs(spec: ArchSpec, host: nn.Module, batch_size: int) -> dict[str, t
 
 @dataclass(frozen=True)
 class CallSignature:
-    """The arguments of a host's forward.
-
-    Attributes:
-        host: Class of the host.
-        names: Of the arguments, in order.
-        accepts_any: It takes **kwargs.
-    """
+    """The arguments of a host's forward, in order, and whether it takes **kwargs."""
 
     host: str
     names: tuple[str, ...]
@@ -60,18 +51,14 @@ class CallSignature:
 
     @classmethod
     def of(cls, host: type[nn.Module]) -> "CallSignature":
-        """That of a class."""
+        """The signature of a class's forward."""
         accepted = inspect.signature(host.forward).parameters.values()
         named = [p.name for p in accepted if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         accepts_any = any(p.kind is p.VAR_KEYWORD for p in accepted)
         return cls(host.__name__, tuple(named)[1:], accepts_any)
 
     def named(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments of a call by name, without those that are None.
-
-        Raises:
-            HostError: The host takes no such arguments.
-        """
+        """The arguments of a call by name, without those that are None."""
         names = self.names
         known = kwargs.keys() <= set(names) or self.accepts_any
         if len(args) > len(names) or not known or set(names[: len(args)]) & kwargs.keys():
@@ -87,14 +74,7 @@ class CallSignature:
 def named_inputs(
     call: CallSignature, spec: ArchSpec, host: nn.Module, given: ExampleInputs | None
 ) -> dict[str, Any]:
-    """The arguments of a call of a host, by name.
-
-    Args:
-        given: A tensor, several, or a mapping; a batch of two is drawn if None.
-
-    Raises:
-        HostError: It holds no tensor, or an argument the host does not take.
-    """
+    """The arguments of a call of a host, by name; a batch of two is drawn if none are given."""
     if given is None:
         return draw_inputs(spec, host, batch_size=2)
     if isinstance(given, Mapping):

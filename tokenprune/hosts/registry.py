@@ -90,22 +90,7 @@ def describe(host: nn.Module, adapter: str | ArchSpec | None = None) -> ArchSpec
         UnknownAdapterError: No adapter has that name.
         UnsupportedHostError: The adapter cannot describe this host.
     """
-    if isinstance(adapter, ArchSpec):
-        return _checked(adapter, host)
-    _load_all()
-    if adapter is not None:
-        if adapter not in _registry:
-            raise UnknownAdapterError(
-                f"No adapter is named {adapter!r}. {did_you_mean(adapter, _registry)}"
-            )
-        return _checked(_registry[adapter].describe(host), host)
-    for candidate in reversed(_registry.values()):
-        if candidate.name != GENERIC and candidate.matches(host):
-            return _checked(candidate.describe(host), host)
-    return _checked(_registry[GENERIC].describe(host), host)
-
-
-def _checked(spec: ArchSpec, host: nn.Module) -> ArchSpec:
+    spec = adapter if isinstance(adapter, ArchSpec) else _adapter(host, adapter).describe(host)
     paths = dict(host.named_modules())
     missing = [path for path in (*spec.blocks, *filter(None, [spec.norm])) if path not in paths]
     if missing or not spec.blocks:
@@ -114,3 +99,13 @@ def _checked(spec: ArchSpec, host: nn.Module) -> ArchSpec:
             f"{missing or 'no blocks at all'}. Pass adapter=ArchSpec(...) with the right paths."
         )
     return spec
+
+
+def _adapter(host: nn.Module, name: str | None) -> Adapter:
+    _load_all()
+    if name is None:
+        others = (one for one in reversed(_registry.values()) if one.name != GENERIC)
+        return next((one for one in others if one.matches(host)), _registry[GENERIC])
+    if name not in _registry:
+        raise UnknownAdapterError(f"No adapter is named {name!r}. {did_you_mean(name, _registry)}")
+    return _registry[name]

@@ -27,9 +27,6 @@ def num_keep(num_patches: int, keep_ratio: float, rounding: Rounding = "floor") 
 
     Returns:
         A whole number in [1, N].
-
-    Raises:
-        ValueError: `num_patches` or `keep_ratio` is out of range.
     """
     if num_patches < 1:
         raise ValueError(f"num_keep needs at least 1 patch token, got num_patches={num_patches}.")
@@ -46,13 +43,8 @@ def num_keep(num_patches: int, keep_ratio: float, rounding: Rounding = "floor") 
 
 
 def counts_in_words(patches: Sequence[int], kept: Sequence[int]) -> str:
-    """Token counts along the network: `196 -> 137 -> 96`; with two grids `784 -> 548, 196 -> 96`.
-
-    Args:
-        patches: N of each stage.
-        kept: K of each stage.
-    """
+    """Token counts along the network, from N and K of each stage: `196 -> 137 -> 96`; with two
+    grids `784 -> 548, 196 -> 96`."""
     grids = groupby(zip(patches, kept, strict=True), key=lambda pair: pair[0])
-    return ", ".join(
-        " -> ".join(map(str, (total, *(count for _, count in pairs)))) for total, pairs in grids
-    )
+    counts = ((total, *(count for _, count in pairs)) for total, pairs in grids)
+    return ", ".join(" -> ".join(map(str, grid)) for grid in counts)

@@ -1,13 +1,13 @@
 """Recipes: where a host is pruned and how its predictors are trained; the shipped ones by name."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from reprlib import Repr
-from typing import Annotated, Any, Literal, Self, TypeAlias
+from typing import Any, Literal, Self, TypeAlias
 
-from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
 from tokenprune.errors import PlanError, RecipeError, UnknownRecipeError, did_you_mean
@@ -20,8 +20,8 @@ from tokenprune.recipe.schema import (
     ScheduleSection,
     Section,
     Stage,
+    Stages,
     TrainSection,
-    check_stages,
 )
 from tokenprune.recipe.yaml import dump_yaml, load_yaml
 
@@ -75,7 +75,7 @@ class Recipe(Section):
     mode: str = "remove"
     scorer: str = "learned"
     place: Literal["entry", "middle"] = "entry"
-    stages: Annotated[tuple[Stage, ...], Field(strict=False)] | None = None
+    stages: Stages | None = None
     schedule: ScheduleSection | None = None
     predictor: PredictorSection = PredictorSection()
     sampling: SamplingSection = SamplingSection()
@@ -93,17 +93,9 @@ class Recipe(Section):
             raise ValueError(str(error)) from error
         return name
 
-    @field_validator("stages")
-    @classmethod
-    def _stages_in_order(cls, stages: tuple[Stage, ...] | None) -> tuple[Stage, ...] | None:
-        if stages is not None:
-            check_stages(stages)
-        return stages
-
     @model_validator(mode="after")
     def _stages_or_schedule(self) -> Self:
-        problem = _choose_one(self.stages is not None, self.schedule is not None)
-        if problem:
+        if problem := _choose_one(self.stages is not None, self.schedule is not None):
             raise ValueError(problem)
         return self
 
@@ -111,9 +103,18 @@ class Recipe(Section):
     def resolved_stages(self) -> tuple[Stage, ...]:
         """The stages, whichever of `stages` and `schedule` the recipe gives; none if it leaves
         the blocks to the host."""
-        if self.schedule is not None:
-            return self.schedule.stages
-        return self.stages or ()
+        return self.schedule.stages if self.schedule else self.stages or ()
+
+    def with_stages(self, blocks: Sequence[int], keep_ratios: Sequence[float]) -> Self:
+        """This recipe with a stage before each of `blocks`, in place of its own stages.
+
+        Raises:
+            RecipeError: blocks do not increase, or a ratio grows or is out of range.
+        """
+        pairs = zip(blocks, keep_ratios, strict=True)
+        stages = [{"block": block, "keep_ratio": ratio} for block, ratio in pairs]
+        mapping = self.model_dump(mode="json", exclude_none=True, exclude={"schedule"})
+        return self.parse({**mapping, "stages": stages})
 
     @classmethod
     def parse(cls, mapping: Mapping[str, Any], where: str = "the recipe") -> Self:
@@ -223,7 +224,7 @@ def load_recipe(source: RecipeSource) -> Recipe:
             "A recipe is given as a name, a path, a mapping or a Recipe, "
             f"found {type(source).__name__}."
         )
-    if _is_path(source):
+    if source.endswith((".yaml", ".yml")) or "/" in source or os.sep in source:
         return Recipe.load(source)
     if source not in _shipped_files():
         named = named_recipe(source)
@@ -235,44 +236,32 @@ def load_recipe(source: RecipeSource) -> Recipe:
     return Recipe.from_text(text, where=f"recipe {source!r}")
 
 
-def _is_path(text: str) -> bool:
-    separators = {"/", os.sep, os.altsep} - {None}
-    return text.endswith((".yaml", ".yml")) or any(mark in text for mark in separators if mark)
-
-
 def _choose_one(has_stages: bool, has_schedule: bool) -> str | None:
-    if has_stages != has_schedule:
-        return None
     found = "both" if has_stages else "neither"
-    return f"give exactly one of `stages` and `schedule`, found {found}"
+    fault = f"give exactly one of `stages` and `schedule`, found {found}"
+    return fault if has_stages == has_schedule else None
 
 
 def _problems(error: ValidationError, mapping: Mapping[str, Any]) -> Iterator[str]:
     details = error.errors(include_url=False)
     for detail in details:
-        path = ".".join(str(part) for part in detail["loc"])
+        path = ".".join(map(str, detail["loc"]))
         yield f"{path}: {_problem(detail)}" if path else _problem(detail)
     if all(detail["loc"] for detail in details):
         # pydantic skips the check of the whole when a part fails
-        problem = _choose_one(
-            mapping.get("stages") is not None, mapping.get("schedule") is not None
-        )
-        if problem:
+        given = (mapping.get(key) is not None for key in ("stages", "schedule"))
+        if problem := _choose_one(*given):
             yield problem
 
 
 def _problem(detail: ErrorDetails) -> str:
     if detail["type"] == "extra_forbidden":
         *parents, key = detail["loc"]
-        return f"unknown key. {did_you_mean(str(key), _keys_of(parents))}"
+        section = _SECTIONS[str(parents[0])] if parents else Recipe
+        return f"unknown key. {did_you_mean(str(key), section.model_fields)}"
     if detail["type"] == "missing":
         return "this key is missing"
     if detail["type"] == "value_error":
         return str(detail["ctx"]["error"])
     message = _MESSAGES.get(detail["type"]) or detail["msg"].replace("Input should", "should")
     return f"{message}, found {_short.repr(detail['input'])}"
-
-
-def _keys_of(parents: list[int | str]) -> list[str]:
-    section = _SECTIONS[str(parents[0])] if parents else Recipe
-    return list(section.model_fields)

@@ -6,11 +6,10 @@ weight averaging are off unless a recipe asks for them.
 """
 
 import math
-from collections.abc import Sequence
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from tokenprune.recipe.counting import Rounding
 
@@ -22,12 +21,12 @@ __all__ = [
     "ScheduleSection",
     "Section",
     "Stage",
+    "Stages",
     "TrainSection",
 ]
 
 _Ratio = Annotated[float, Field(gt=0, le=1)]
 _Share = Annotated[float, Field(ge=0, le=1)]
-_Area = Annotated[float, Field(gt=0, le=1)]
 _Block = Annotated[int, Field(ge=0)]
 _Weight = Annotated[float, Field(ge=0)]
 
@@ -49,7 +48,23 @@ def _check_crop_scale(scale: tuple[float, float]) -> tuple[float, float]:
     return scale
 
 
+def _check_blocks(blocks: tuple[int, ...]) -> tuple[int, ...]:
+    """Raise ValueError unless there is a block and the blocks are strictly increasing."""
+    if not blocks:
+        raise ValueError("there is no stage; give at least one block")
+    for earlier, later in pairwise(blocks):
+        if later == earlier:
+            raise ValueError(f"two stages are at block {later}; leave one of them out")
+        if later < earlier:
+            raise ValueError(f"block {later} comes after block {earlier}; order stages by block")
+    return blocks
+
+
 _Plain = Annotated[Any, AfterValidator(_plain)]
+_CropScale = Annotated[
+    tuple[_Ratio, _Ratio], Field(strict=False), AfterValidator(_check_crop_scale)
+]
+_Blocks = Annotated[tuple[_Block, ...], Field(strict=False), AfterValidator(_check_blocks)]
 
 
 class Section(BaseModel):
@@ -70,6 +85,22 @@ class Stage(Section):
     keep_ratio: _Ratio
 
 
+def _check_stages(stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
+    """Raise ValueError unless blocks are strictly increasing and ratios do not grow."""
+    _check_blocks(tuple(stage.block for stage in stages))
+    for earlier, later in pairwise(stages):
+        if later.keep_ratio > earlier.keep_ratio:
+            raise ValueError(
+                f"keep_ratio grows from {earlier.keep_ratio} at block {earlier.block} to "
+                f"{later.keep_ratio} at block {later.block}; it is the share of the original "
+                "tokens, so it must not grow"
+            )
+    return stages
+
+
+Stages = Annotated[tuple[Stage, ...], Field(strict=False), AfterValidator(_check_stages)]
+
+
 class ScheduleSection(Section):
     """Stages that each keep the same share of what the stage before kept: r, r^2, r^3, ...
 
@@ -79,15 +110,8 @@ class ScheduleSection(Section):
         keep_ratio: r, in (0, 1].
     """
 
-    blocks: Annotated[tuple[_Block, ...], Field(strict=False)] | None = None
+    blocks: _Blocks | None = None
     keep_ratio: _Ratio
-
-    @field_validator("blocks")
-    @classmethod
-    def _in_order(cls, blocks: tuple[int, ...] | None) -> tuple[int, ...] | None:
-        if blocks is not None:
-            check_blocks(blocks)
-        return blocks
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -201,10 +225,7 @@ class TrainSection(Section):
     random_erasing: _Share = 0.0
     rand_augment: Annotated[str, Field(pattern=r"^rand(-[a-z]+[0-9.]+)+$")] | None = None
     color_jitter: Annotated[float, Field(ge=0)] = 0.0
-    crop_scale: (
-        Annotated[tuple[_Area, _Area], Field(strict=False), AfterValidator(_check_crop_scale)]
-        | None
-    ) = None
+    crop_scale: _CropScale | None = None
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     clip_grad: Annotated[float, Field(gt=0)] | None = None
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
@@ -224,26 +245,3 @@ class HostSection(Section):
     library: Literal["timm", "transformers"]
     model: Annotated[str, Field(min_length=1)]
     kwargs: dict[str, _Plain] = Field(default_factory=dict)
-
-
-def check_blocks(blocks: Sequence[int]) -> None:
-    """Raise ValueError unless there is a block and the blocks are strictly increasing."""
-    if not blocks:
-        raise ValueError("there is no stage; give at least one block")
-    for earlier, later in pairwise(blocks):
-        if later == earlier:
-            raise ValueError(f"two stages are at block {later}; leave one of them out")
-        if later < earlier:
-            raise ValueError(f"block {later} comes after block {earlier}; order stages by block")
-
-
-def check_stages(stages: Sequence[Stage]) -> None:
-    """Raise ValueError unless blocks are strictly increasing and ratios do not grow."""
-    check_blocks([stage.block for stage in stages])
-    for earlier, later in pairwise(stages):
-        if later.keep_ratio > earlier.keep_ratio:
-            raise ValueError(
-                f"keep_ratio grows from {earlier.keep_ratio} at block {earlier.block} to "
-                f"{later.keep_ratio} at block {later.block}; it is the share of the original "
-                "tokens, so it must not grow"
-            )

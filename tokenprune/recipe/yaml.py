@@ -53,34 +53,27 @@ def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
 _Dumper.add_representer(str, _text)
 
 for _tag, _pattern, _first in _PLAIN_SCALARS:
+    _scalar = re.compile(_pattern + r"\Z")
     for _class in (_Loader, _Dumper):
-        _class.add_implicit_resolver(
-            f"tag:yaml.org,2002:{_tag}", re.compile(_pattern + r"\Z"), _first
-        )
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _scalar, _first)
 
 
 def load_yaml(text: str, where: str = "the recipe") -> Any:
-    """Read one YAML document.
-
-    Args:
-        text: the document.
-        where: what to call the text in an error message.
+    """Read one YAML document; `where` is what error messages call it.
 
     Raises:
         RecipeError: it is not YAML, nests too deeply, or holds a tag, a repeated key or more than
             one document. Every tag, or else every repeated key, is reported.
     """
     try:
-        tags = list(_tags(text))
-        if tags:
+        if tags := list(_tags(text)):
             raise RecipeError(f"YAML tags are not allowed in {where}; remove them:", tags)
         loader = _Loader(text)
         try:
             node = loader.get_single_node()
             if node is None:
                 return None
-            repeated = list(_repeated_keys(node, (), set()))
-            if repeated:
+            if repeated := list(_repeated_keys(node, (), set())):
                 raise RecipeError(f"A key is given twice in {where}; keep one of each:", repeated)
             return _construct(loader, node, where)
         finally:
@@ -98,8 +91,7 @@ def dump_yaml(value: Any) -> str:
 
 def _tags(text: str) -> Iterator[str]:
     for event in yaml.parse(text, Loader=_Loader):
-        tag = getattr(event, "tag", None)
-        if tag is not None:
+        if (tag := getattr(event, "tag", None)) is not None:
             yield f"{_line(event.start_mark)}: tag {tag!r}"
 
 

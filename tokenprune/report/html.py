@@ -40,13 +40,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG.
-
-    Attributes:
-        title: Heading.
-        png: Contents of the file.
-        description: What it shows; also the alternative text.
-    """
+    """The contents of a PNG file, with a heading and a description, also its alternative text."""
 
     title: str
     png: bytes
@@ -55,32 +49,17 @@ class Picture:
 
 @dataclass(frozen=True)
 class Bars:
-    """Horizontal bars on one scale; the value before is pale.
-
-    Attributes:
-        title: Heading.
-        rows: Label, value, value before, and the text beside the bar.
-        note: One line below.
-    """
+    """Horizontal bars on one scale; the value before is pale."""
 
     title: str
-    rows: tuple[tuple[str, float, float, str], ...]
+    rows: tuple[tuple[str, float, float, str], ...]  # label, value, value before, text beside it
     note: str = ""
 
 
 def write_html(
     path: str | os.PathLike[str], title: str, blocks: Sequence[Text | Table | Picture | Bars]
 ) -> Path:
-    """Write a report.
-
-    Args:
-        path: Of the file; a missing folder is created.
-        title: Of the page.
-        blocks: What it holds, in order. All text is escaped.
-
-    Returns:
-        The path.
-    """
+    """Write a report, of which all text is escaped, and return its path."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     body = "\n".join(_block(block) for block in blocks)

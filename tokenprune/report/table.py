@@ -7,14 +7,8 @@ __all__ = ["Table"]
 
 @dataclass(frozen=True)
 class Table:
-    """Text in rows and columns.
-
-    Attributes:
-        title: One line above it.
-        columns: Headings.
-        rows: One text per column in each. The first column is aligned left, the others right.
-        note: One line below it.
-    """
+    """Text in rows and columns, of which the first is aligned left, the others right; `title` is
+    above it, `note` below."""
 
     title: str
     columns: tuple[str, ...]

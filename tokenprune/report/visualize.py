@@ -20,16 +20,7 @@ BACKGROUND, INK = (255, 255, 255), (30, 30, 30)
 
 
 def grid_shape(num_patches: int, height: int, width: int) -> tuple[int, int]:
-    """Rows and columns of the patches of an image: square ones; a narrower margin may be left.
-
-    Args:
-        num_patches: N.
-        height: Of the image, in pixels.
-        width: Of the image, in pixels.
-
-    Raises:
-        HostError: No grid of that many patches has the image's proportions.
-    """
+    """Rows and columns of the square patches of an image; a narrower margin may be left."""
     grids = [(n, num_patches // n) for n in range(1, num_patches + 1) if num_patches % n == 0]
     fitting = [
         (rows, columns)
@@ -46,16 +37,7 @@ def grid_shape(num_patches: int, height: int, width: int) -> tuple[int, int]:
 
 
 def kept_pixels(decision: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """Which pixels belong to kept patches.
-
-    Args:
-        decision: [B, N] 0/1.
-        grid: Rows and columns of the N patches.
-        size: Height and width of the picture.
-
-    Returns:
-        Bool tensor [B, height, width].
-    """
+    """Which pixels belong to kept patches: [B, height, width] of `size`, from [B, N] 0/1."""
     cells = decision.detach().float().reshape(-1, 1, *grid)
     return F.interpolate(cells, size, mode="nearest")[:, 0] > 0.5
 
@@ -78,21 +60,26 @@ def pruning_grid(
         HostError: Images and trace do not fit together.
         MissingDependencyError: Pillow is not installed.
     """
-    draw_on, picture_of, font_of = _pillow()
+    try:
+        from PIL import Image, ImageDraw, ImageFont
+    except ImportError as error:
+        raise MissingDependencyError(
+            "Pictures need Pillow, which is not installed. Run: pip install 'tokenprune-torch[cli]'"
+        ) from error
     _check(images, trace, labels)
     columns = _columns(images.detach().float().cpu().clamp(0, 1), trace, tile)
     height, width = columns[0][1].shape[-2:]
     step_x, step_y = width + GAP, height + GAP + (LINE if labels else 0)
     whole = (GAP + step_x * len(columns), HEADER + GAP + step_y * len(images))
-    picture = picture_of.new("RGB", whole, BACKGROUND)
-    pen, font = draw_on.Draw(picture), font_of.load_default(size=11)
+    picture = Image.new("RGB", whole, BACKGROUND)
+    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(size=11)
     for number, (title, tiles) in enumerate(columns):
         left = GAP + number * step_x
         pen.multiline_text((left, 4), title, INK, font=font, spacing=2)
         for row, pixels in enumerate(tiles):
             top = HEADER + GAP + row * step_y
             data = (pixels.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
-            picture.paste(picture_of.fromarray(data), (left, top))
+            picture.paste(Image.fromarray(data), (left, top))
             if labels and number == 0:
                 pen.text((left, top + height + 1), labels[row], INK, font=font)
     return picture
@@ -103,9 +90,8 @@ def _columns(pixels: Tensor, trace: PruningTrace, tile: int) -> list[tuple[str, 
     high, wide = pixels.shape[-2:]
     scale = tile / max(high, wide)
     size = max(1, round(high * scale)), max(1, round(wide * scale))
-    large = F.interpolate(
-        pixels.expand(-1, 3, -1, -1), size, mode="nearest" if scale > 1 else "area"
-    )
+    mode = "nearest" if scale > 1 else "area"
+    large = F.interpolate(pixels.expand(-1, 3, -1, -1), size, mode=mode)
     dimmed = LEFT * large + (1 - LEFT) * torch.tensor(DROPPED).view(3, 1, 1)
     columns = [("input", large)]
     for number, stage in enumerate(trace.stages):
@@ -113,12 +99,8 @@ def _columns(pixels: Tensor, trace: PruningTrace, tile: int) -> list[tuple[str, 
         grid = grid_shape(decision.shape[1], high, wide)
         kept = kept_pixels(decision, grid, size).unsqueeze(1)
         count = float(decision.float().sum(dim=1).mean())
-        columns.append(
-            (
-                f"stage {number}\n{count:.4g} of {decision.shape[1]}",
-                torch.where(kept, large, dimmed),
-            )
-        )
+        title = f"stage {number}\n{count:.4g} of {decision.shape[1]}"
+        columns.append((title, torch.where(kept, large, dimmed)))
     return columns
 
 
@@ -138,13 +120,3 @@ def _check(images: Tensor, trace: PruningTrace, labels: Sequence[str]) -> None:
             f"Got {len(images)} images, a trace of {traced} and {len(labels)} labels. Give the "
             "images that the trace was made with, and a label for each or none."
         )
-
-
-def _pillow() -> tuple[Any, Any, Any]:
-    try:
-        from PIL import Image, ImageDraw, ImageFont
-    except ImportError as error:
-        raise MissingDependencyError(
-            "Pictures need Pillow, which is not installed. Run: pip install 'tokenprune-torch[cli]'"
-        ) from error
-    return ImageDraw, Image, ImageFont

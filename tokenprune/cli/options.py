@@ -1,0 +1,27 @@
+"""Arguments and options that several commands share."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["AdapterName", "Checkpoint", "Images", "KeepRatio", "Options", "RecipeName", "Threshold"]
+
+AdapterName = Annotated[str, typer.Option(help="Name of an adapter. Default: detected.")]
+Checkpoint = Annotated[Path, typer.Argument(help="What `tokenprune train` wrote.")]
+Images = Annotated[
+    str | None, typer.Option(help="Folder of images. Default: those of the training run.")
+]
+KeepRatio = Annotated[
+    str, typer.Option(help="Prune by another ratio: 0.7, or one for each stage: 0.7,0.5.")
+]
+Options = Annotated[
+    list[str] | None,
+    typer.Option("--option", "-o", help="KEY=VALUE for building the model; may be repeated."),
+]
+RecipeName = Annotated[
+    str, typer.Option("--recipe", "-r", help="Name or file. Default: one that fits.")
+]
+Threshold = Annotated[
+    float | None, typer.Option(help="Keep the tokens whose keep probability is above this.")
+]
