@@ -131,6 +131,17 @@ def test_a_mixing_that_no_rule_can_mask_is_named(end: Any, says: str) -> None:
         assert tokenprune.unwrap(model)(torch.randn(2, LENGTH, WIDTH)).isfinite().all()
 
 
+def test_a_reduction_in_another_type_stays_in_it() -> None:
+    model = wrapped(lambda host, x: x.mean(dim=1, dtype=torch.float64))
+    x = torch.randn(2, LENGTH, WIDTH)
+    with torch.no_grad(), model.using(path="mask"):
+        masked = model(x)
+    with torch.no_grad():
+        gathered = model(x)
+    assert masked.dtype == gathered.dtype == torch.float64
+    torch.testing.assert_close(masked, gathered, rtol=0, atol=1e-5)
+
+
 def test_batch_statistics_over_dropped_tokens_are_refused_in_training_only() -> None:
     model = wrapped(lambda host, x: host.norm(x.transpose(1, 2))[..., 0])
     x = torch.randn(2, LENGTH, WIDTH)

@@ -7,8 +7,9 @@ from torch import fx, nn
 
 from tokenprune.analysis.blocks import Block, Blocks
 from tokenprune.analysis.facts import Facts
-from tokenprune.analysis.grids import Grid, site_grids
-from tokenprune.analysis.padding import about_padding, find_real
+from tokenprune.analysis.grids import Grid, grid_of
+from tokenprune.analysis.nodes import shape_of
+from tokenprune.analysis.padding import find_padding
 from tokenprune.analysis.plan import Plan
 from tokenprune.analysis.sites import PLACES
 from tokenprune.analysis.token_probe import find_facts
@@ -61,10 +62,7 @@ def analyse(
     *,
     tokens_leave: bool,
 ) -> Analysis:
-    """Probe a trace whose blocks are found.
-
-    Args:
-        tokens_leave: Whether the reduction removes tokens; otherwise every tensor keeps its size.
+    """Probe a trace whose blocks are found; unless `tokens_leave`, every tensor keeps its size.
 
     Raises:
         TraceError: The block of a stage takes no tensor.
@@ -77,27 +75,26 @@ def analyse(
             f"Blocks {missing} ({', '.join(spec.blocks[b] for b in missing)}) take no tensor in "
             f"the forward of {traced.host}, so nothing can be pruned before them."
         )
+    markers = tuple(PLACES[s.place].mark(traced, blocks[s.block]) for s in plan.sites)
     staged = [blocks[site.block] for site in plan.sites]
-    places = [PLACES[site.place] for site in plan.sites]
-    markers = tuple(p.mark(traced, block) for p, block in zip(places, staged, strict=True))
-    grids = site_grids(root, traced.batch_size, staged, plan.num_prefix)
+    grids = tuple(grid_of(root, traced.batch_size, block, plan.num_prefix) for block in staged)
+    for grid, block in zip(grids, staged, strict=True):
+        if grid.num_patches < 2:
+            raise PlanError(
+                f"There are {grid.num_patches} patch tokens after {plan.num_prefix} prefix tokens "
+                f"at block {block.number} ({block.entry.meta['where']}); nothing can be pruned. "
+                "Check num_prefix_tokens."
+            )
     if tokens_leave:
         _check_one_stretch(blocks, staged)
     final = _final(root, traced, blocks, spec)
     mask = spec.padding_mask if tokens_leave else None  # else no padding displaces real tokens
     batch, length = markers[0].meta["val"].shape[:2]
     shapes = ((batch, length), (batch, length - plan.num_prefix))
-    facts, batch_bound = find_facts(
-        root,
-        traced,
-        markers,
-        plan.num_prefix,
-        padding=about_padding(root, traced, mask, shapes),
-        tokens_leave=tokens_leave,
-    )
     first = min((block.entry for block in blocks.values()), key=list(traced.graph.nodes).index)
-    real = find_real(traced, mask, first, shapes) if mask else None
-    return Analysis(traced, blocks, plan, markers, grids, facts, final, real, batch_bound)
+    padding, real = find_padding(root, traced, mask, first, shapes)
+    facts, bound = find_facts(root, traced, markers, plan.num_prefix, padding, tokens_leave)
+    return Analysis(traced, blocks, plan, markers, grids, facts, final, real, bound)
 
 
 def _final(root: nn.Module, traced: HostGraph, blocks: Blocks, spec: ArchSpec) -> fx.Node:
@@ -119,16 +116,14 @@ def _final(root: nn.Module, traced: HostGraph, blocks: Blocks, spec: ArchSpec) -
 
 def _check_one_stretch(blocks: Blocks, staged: Sequence[Block]) -> None:
     """Where tokens leave, all stages must see the same tokens."""
-    first = _entering(staged[0])
+    entering = {number: shape_of(block.entry)[1:] for number, block in blocks.items()}
+    first = entering[staged[0].number]
     for stage, block in enumerate(staged):
-        if _entering(block) != first:
-            same = [number for number, other in blocks.items() if _entering(other) == first]
+        found = entering[block.number]
+        if found != first:
+            same = [number for number, shape in entering.items() if shape == first]
             raise PlanError(
-                f"Stage {stage} (block {block.number}) sees tokens of shape {_entering(block)}, "
+                f"Stage {stage} (block {block.number}) sees tokens of shape {found}, "
                 f"stage 0 (block {staged[0].number}) of {first}: the host changes its grid in "
                 f"between. Put all stages into one stretch, such as blocks {same[0]} to {same[-1]}."
             )
-
-
-def _entering(block: Block) -> tuple[int, ...]:
-    return tuple(block.entry.meta["val"].shape[1:])

@@ -2,8 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import fx
 
@@ -29,10 +28,6 @@ class Aligned(NamedTuple):
     rows_per_image: int = 1
 
 
-def _none() -> Mapping[Any, Any]:
-    return MappingProxyType({})
-
-
 @dataclass(frozen=True)
 class NodeFacts:
     """What the probes found out about one node.
@@ -50,15 +45,15 @@ class NodeFacts:
         length_of: The shape of an aligned table, read as numbers: these dims follow the tokens.
     """
 
-    dims: Mapping[int, TokenDim] = field(default_factory=_none)
+    dims: Mapping[int, TokenDim] = field(default_factory=dict)
     folded: bool = False
     batched: bool = False
     rows_per_image: int | None = None
     follows_tokens: bool = False
     whole_table: bool = False
     counts_real: bool = False
-    gathers: Mapping[fx.Node, Aligned] = field(default_factory=_none)
-    length_of: Mapping[int, TokenDim] = field(default_factory=_none)
+    gathers: Mapping[fx.Node, Aligned] = field(default_factory=dict)
+    length_of: Mapping[int, TokenDim] = field(default_factory=dict)
 
 
 NO_FACTS = NodeFacts()

@@ -99,9 +99,8 @@ def set_kind(targets: Iterable[Any], kind: Kind) -> None:
 
 def known_kind(target: Any) -> Kind | None:
     """The kind of a function, a method's name or a module class; subclasses inherit."""
-    if isinstance(target, type) and issubclass(target, nn.Module):
-        return next((_KINDS[base] for base in target.__mro__ if base in _KINDS), None)
-    return _KINDS.get(target)
+    known = (_KINDS[base] for base in getattr(target, "__mro__", (target,)) if base in _KINDS)
+    return next(known, None)
 
 
 def kind_of(root: nn.Module, node: fx.Node) -> Kind | None:

@@ -7,71 +7,49 @@ tokens than one that fills all N places.
 """
 
 import operator
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
+from tokenprune.analysis.nodes import shape_of
 from tokenprune.analysis.operators import Kind, kind_of
 from tokenprune.tracing.host_graph import HostGraph
 
-__all__ = ["about_padding", "find_real"]
+__all__ = ["find_padding"]
 
 
-def about_padding(
-    root: nn.Module, traced: HostGraph, argument: str | None, shapes: Collection[tuple[int, ...]]
-) -> list[fx.Node]:
-    """The nodes that hold anything of a padding mask: the input `argument`, or the mask of ones
-    that a host makes when it is given none.
+def find_padding(
+    root: nn.Module,
+    traced: HostGraph,
+    argument: str | None,
+    first: fx.Node,
+    shapes: Collection[tuple[int, ...]],
+) -> tuple[list[fx.Node], fx.Node | None]:
+    """The nodes that hold anything of a padding mask, and the one that says which tokens are real;
+    none if there is no mask.
+
+    The mask is the input `argument`, or the mask of ones that a host makes when it is given none;
+    of the latter no node says which tokens are real, since all are. The input itself says it if its
+    shape is one of `shapes`. Else the last such tensor that the host made of it before its first
+    block does (audio models shorten a mask over samples to one over frames).
 
     Args:
-        shapes: Of a mask over all tokens or over the patches: [B, L] and [B, N].
+        first: The entry of the first block.
+        shapes: [B, L] and [B, N]: over all tokens or over the patches.
     """
     if argument is None:
-        return []
-    given = [node for name, node in traced.inputs.items() if name == argument]
-    own = [
-        node
-        for node in traced.graph.nodes
-        if kind_of(root, node) is Kind.ONES and tuple(node.meta["val"].shape) in shapes
-    ]
-    return _made_of(traced.graph, given or own)
-
-
-def find_real(
-    traced: HostGraph, argument: str, first: fx.Node, shapes: Collection[tuple[int, ...]]
-) -> fx.Node | None:
-    """The node that says which tokens are real: [B, L] or [B, N], zero or False where padded.
-
-    The input itself if it has that shape. Else the last such tensor that the host made of it before
-    its first block (audio models shorten a mask over samples to one over frames).
-
-    Args:
-        argument: Name of the mask among the host's inputs.
-        first: The entry of the first block.
-        shapes: [B, L] and [B, N].
-    """
+        return [], None
     nodes = list(traced.graph.nodes)
-    before = set(nodes[: nodes.index(first)])
     given = [node for name, node in traced.inputs.items() if name == argument]
-    fitting = [
-        node
-        for node in _made_of(traced.graph, given)
-        if node in before
-        and isinstance(node.meta.get("val"), Tensor)
-        and not node.meta["val"].is_floating_point()
-        and tuple(node.meta["val"].shape) in shapes
-    ]
-    inputs = [node for node in fitting if node.op == "placeholder"]
-    return next(reversed(inputs or fitting), None)
-
-
-def _made_of(graph: fx.Graph, sources: Sequence[fx.Node]) -> list[fx.Node]:
-    """`sources` and all that is made of them; a tensor that such a node is written into holds it
-    from there on."""
-    found: dict[fx.Node, None] = dict.fromkeys(sources)
-    for node in graph.nodes:
-        if any(used in found for used in node.all_input_nodes):
-            found[node] = None
+    ones = (n for n in nodes if kind_of(root, n) is Kind.ONES and shape_of(n) in shapes)
+    held = dict.fromkeys(given or ones)
+    for node in nodes:
+        if any(used in held for used in node.all_input_nodes):
+            held[node] = None
             if node.target is operator.setitem and isinstance(node.args[0], fx.Node):
-                found[node.args[0]] = None
-    return list(found)
+                held[node.args[0]] = None  # what is written into holds it from there on
+    before = set(nodes[: nodes.index(first)]) if given else set()
+    fitting = [node for node in held if node in before and shape_of(node) in shapes]
+    fitting = [node for node in fitting if not node.meta["val"].is_floating_point()]
+    inputs = [node for node in fitting if node.op == "placeholder"]
+    return list(held), next(reversed(inputs or fitting), None)

@@ -59,11 +59,7 @@ class Budget:
         return tuple(num_keep(patches, ratio, self.rounding) for patches, ratio in pairs)
 
     def with_keep_ratio(self, keep_ratio: float | Sequence[float], plan: Plan) -> "Budget":
-        """The same with other ratios.
-
-        Args:
-            keep_ratio: One ratio r for the base of r, r^2, r^3, ..., or one for each stage.
-            plan: Where the stages are.
+        """The same with other ratios: r, r^2, r^3, ... of one number r, or one for each stage.
 
         Raises:
             PlanError: A ratio is out of (0, 1], they grow, or their number is wrong.
@@ -94,11 +90,7 @@ class Budget:
         return replace(self, keep_ratios=ratios)
 
     def with_threshold(self, threshold: float | None) -> "Budget":
-        """The same, where tokens stay by their keep probability.
-
-        Raises:
-            PlanError: The threshold does not lie in (0, 1).
-        """
+        """The same, where tokens stay by their keep probability: PlanError if out of (0, 1)."""
         number = isinstance(threshold, int | float)
         if threshold is not None and not (number and 0.0 < threshold < 1.0):
             raise PlanError(
@@ -109,11 +101,7 @@ class Budget:
 
 
 def bind(recipe: Recipe, spec: ArchSpec) -> tuple[Plan, Budget]:
-    """Fit a recipe with stages to a host.
-
-    Raises:
-        PlanError: The host has no such block.
-    """
+    """Fit a recipe with stages to a host: PlanError if it has no such block."""
     stages, sampling = recipe.resolved_stages, recipe.sampling
     outside = [stage.block for stage in stages if stage.block >= len(spec.blocks)]
     if outside:
@@ -124,10 +112,6 @@ def bind(recipe: Recipe, spec: ArchSpec) -> tuple[Plan, Budget]:
             "exist."
         )
     plan = Plan(tuple(Site(stage.block, recipe.place) for stage in stages), spec.num_prefix_tokens)
-    budget = Budget(
-        tuple(stage.keep_ratio for stage in stages),
-        sampling.rounding,
-        sampling.threshold if sampling.selection == "threshold" else None,
-        sampling.buckets,
-    )
-    return plan, budget
+    ratios = tuple(stage.keep_ratio for stage in stages)
+    threshold = sampling.threshold if sampling.selection == "threshold" else None
+    return plan, Budget(ratios, sampling.rounding, threshold, sampling.buckets)

@@ -10,7 +10,7 @@ number of tokens is tried.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, permutations
 from typing import Any
 
 import torch
@@ -18,7 +18,9 @@ from torch import fx, nn
 
 from tokenprune.analysis.blocks import Block, Blocks
 from tokenprune.analysis.grids import Grid, grid_of
+from tokenprune.analysis.nodes import makers, shape_of
 from tokenprune.analysis.operators import Kind, attends, couples, kind_of
+from tokenprune.analysis.plan import Plan
 from tokenprune.errors import UnsupportedHostError
 from tokenprune.ops.layout import Layout
 from tokenprune.tracing.host_graph import HostGraph
@@ -53,37 +55,27 @@ class Tail:
 
 
 def find_tails(
-    root: nn.Module,
-    traced: HostGraph,
-    blocks: Blocks,
-    starts: Sequence[int],
-    grids: Sequence[Grid],
-    num_prefix: int,
+    root: nn.Module, traced: HostGraph, blocks: Blocks, plan: Plan, grids: Sequence[Grid]
 ) -> dict[int, Tail]:
     """Block -> tail, for each block that a stage's decision holds for.
 
-    A decision holds for the blocks from its stage on whose tokens lie on the same grid, up to the
-    next stage on that grid.
-
-    Args:
-        starts: The block of each stage.
-        grids: The tokens that each stage sees.
-        num_prefix: P.
+    A decision holds for the blocks from its stage on whose tokens lie on the same grid (`grids`,
+    one a stage), up to the next stage on that grid.
 
     Raises:
         UnsupportedHostError: A stage whose decision no block can use, so that it would do nothing.
     """
     found: dict[int, Tail] = {}
     for number, block in blocks.items():
-        grid = grid_of(root, traced.batch_size, block, num_prefix)
-        stages = [s for s, start in enumerate(starts) if start <= number and grids[s] == grid]
-        if stages:
-            tail = _Search(root, traced, block, grid).tail(stages[-1])
-            if tail is not None:
-                found[number] = tail
-    for stage, start in enumerate(starts):
+        search = _Search(root, traced, block, plan.num_prefix)
+        before = [stage for stage, start in enumerate(plan.blocks) if start <= number]
+        stages = [stage for stage in before if grids[stage] == search.grid]
+        tail = search.tail(stages[-1]) if stages else None
+        if tail is not None:
+            found[number] = tail
+    for stage, start in enumerate(plan.blocks):
         if not any(tail.stage == stage for tail in found.values()):
-            able = sorted(chain(*prunable_blocks(root, traced, blocks, num_prefix).values()))
+            able = sorted(chain(*prunable_blocks(root, traced, blocks, plan.num_prefix).values()))
             advice = f"Blocks that have one: {able}" if able else "No block has one"
             raise UnsupportedHostError(
                 f"Block {start} has no residual branch that acts on each token alone (an MLP), so "
@@ -99,22 +91,18 @@ def prunable_blocks(
     """Grid -> the blocks on it that have a tail."""
     found: dict[Grid, list[int]] = {}
     for number, block in blocks.items():
-        grid = grid_of(root, traced.batch_size, block, num_prefix)
-        if _Search(root, traced, block, grid).tail(0) is not None:
-            found.setdefault(grid, []).append(number)
+        search = _Search(root, traced, block, num_prefix)
+        if search.tail(0) is not None:
+            found.setdefault(search.grid, []).append(number)
     return found
-
-
-def _needs(user: fx.Node, inside: set[fx.Node]) -> bool:
-    """Whether `user` carries a value out of `inside`; one without users writes in place."""
-    return user not in inside and bool(user.users or user.op == "output")
 
 
 class _Search:
     """The search in one block."""
 
-    def __init__(self, root: nn.Module, traced: HostGraph, block: Block, grid: Grid) -> None:
-        self.root, self.traced, self.grid = root, traced, grid
+    def __init__(self, root: nn.Module, traced: HostGraph, block: Block, num_prefix: int) -> None:
+        self.root, self.traced = root, traced
+        self.grid = grid_of(root, traced.batch_size, block, num_prefix)
         self.nodes = list(block.call.nodes())
         self.outside = set(traced.graph.nodes).difference(self.nodes)
 
@@ -123,113 +111,80 @@ class _Search:
         for total in reversed(self.nodes):
             if kind_of(self.root, total) is not Kind.ADD or len(total.args) < 2:
                 continue
-            for source, branch in (total.args[:2], total.args[1::-1]):
+            for source, branch in permutations(total.args[:2]):
                 if not (isinstance(source, fx.Node) and isinstance(branch, fx.Node)):
                     continue
                 layout = self._layout(source)
-                if layout is None or source.meta["val"].shape != branch.meta["val"].shape:
+                if layout is None or set(branch.users) != {total}:
                     continue
-                if self._width(source, layout) != self.grid.num_channels:
+                shape = source.meta["val"].shape
+                width = shape[1 if layout.channels_first else -1]
+                if shape != branch.meta["val"].shape or width != self.grid.num_channels:
                     continue
-                if set(branch.users) != {total}:
-                    continue
-                end = self._per_token_end(source, branch, layout)
+                inside = self._per_token_end(source, branch)
                 # the projection after an attention is no feed-forward part; a whole MLP is
-                if end is not None and sum(map(self._projects, end[0])) > self._attends(
-                    source, branch
-                ):
-                    return Tail(stage, source, branch, total, layout, *end)
+                if sum(map(self._projects, inside)) > self._attends(source, branch):
+                    read = {n for node in inside for n in node.all_input_nodes} - inside
+                    reads = {n: found for n in read if (found := self._layout(n)) is not None}
+                    return Tail(stage, source, branch, total, layout, inside, reads)
         return None
 
     def _attends(self, source: fx.Node, branch: fx.Node) -> bool:
         """Whether there is an attention between `source` (or the block's entry) and `branch`."""
-        seen = {source, *self.outside}
-        queue = [branch]
-        while queue:
-            node = queue.pop()
-            if attends(self.root, node):
-                return True
-            fresh = set(node.all_input_nodes) - seen
-            seen |= fresh
-            queue.extend(fresh)
-        return False
+        made_of = makers(branch, lambda n: n is not source and n not in self.outside)
+        return any(attends(self.root, node) for node in made_of)
 
-    def _per_token_end(
-        self, source: fx.Node, branch: fx.Node, layout: Layout
-    ) -> tuple[frozenset[fx.Node], dict[fx.Node, Layout]] | None:
-        """The nodes after the last that couples tokens, and the tokens that they read."""
+    def _per_token_end(self, source: fx.Node, branch: fx.Node) -> frozenset[fx.Node]:
+        """The nodes after the last that couples tokens; none if they project nothing."""
         ends = {source, *self.outside}
         ends.update(node for node in self.nodes if couples(self.root, node))
-        while True:
-            inside = self._made_by(branch, ends)
-            shared = {n for n in inside - {branch} if any(_needs(u, inside) for u in n.users)}
+        while branch not in ends:
+            inside = frozenset(makers(branch, lambda n: n not in ends and n.op != "get_attr"))
+            shared = {n for n in inside - {branch} if self._is_read_outside(n, inside)}
             if shared:  # something that needs all tokens reads these too
-                ends |= shared
+                ends.update(shared)
                 continue
-            if not any(self._projects(node) for node in inside):
-                return None
-            read = {n for node in inside for n in node.all_input_nodes if n not in inside}
-            reads = {n: found for n in read if (found := self._layout(n)) is not None}
-            stuck = self._first_that_fails(inside, reads, branch, layout)
+            if not any(map(self._projects, inside)):
+                break
+            stuck = self._first_that_fails(inside)
             if stuck is None:
-                return frozenset(inside), reads
+                return inside
             ends.add(stuck)
+        return frozenset()
 
-    def _made_by(self, branch: fx.Node, ends: set[fx.Node]) -> set[fx.Node]:
-        """The nodes that make `branch`, back to `ends`."""
-        inside: set[fx.Node] = set()
-        queue = [branch]
-        while queue:
-            node = queue.pop()
-            if node not in ends and node not in inside and node.op != "get_attr":
-                inside.add(node)
-                queue.extend(node.all_input_nodes)
-        return inside
+    def _is_read_outside(self, node: fx.Node, inside: frozenset[fx.Node]) -> bool:
+        """Whether a node's value is needed outside; a reader without users writes in place."""
+        return any(u not in inside and (u.users or u.op == "output") for u in node.users)
 
     @quiet_trials()
-    def _first_that_fails(
-        self,
-        inside: set[fx.Node],
-        reads: Mapping[fx.Node, Layout],
-        branch: fx.Node,
-        layout: Layout,
-    ) -> fx.Node | None:
+    def _first_that_fails(self, inside: frozenset[fx.Node]) -> fx.Node | None:
         """Run the nodes on another number of tokens; the first that cannot, if any."""
-        env: dict[fx.Node, Any] = {}
+        read = {n for node in inside for n in node.all_input_nodes} - inside
         with torch.no_grad(), self.traced.fake_mode:
+            env: dict[fx.Node, Any] = {n: self._probed(n) for n in read}
             for node in (node for node in self.nodes if node in inside):
-                for read in node.all_input_nodes:
-                    if read not in inside and read not in env:
-                        env[read] = self._probed(read, reads.get(read))
                 try:
                     env[node] = evaluate(self.root, node, env)
                 except Exception:  # whatever it says: it does not run on some tokens alone
                     return node
-                if not self._follows(node, env[node]):
+                value, shape = env[node], self._probed_shape(node)
+                if shape is not None and isinstance(value, torch.Tensor) and value.shape != shape:
                     return node
-        wanted = layout.gathered(branch.meta["val"].shape, PROBED)
-        return None if tuple(env[branch].shape) == wanted else branch
+        return None
 
-    def _probed(self, node: fx.Node, layout: Layout | None) -> Any:
-        value = node.meta["val"]
-        if layout is None:
-            return value
-        return value.new_empty(layout.gathered(value.shape, PROBED))
+    def _probed(self, node: fx.Node) -> Any:
+        value, shape = node.meta["val"], self._probed_shape(node)
+        return value if shape is None else value.new_empty(shape)
 
-    def _follows(self, node: fx.Node, value: Any) -> bool:
-        """Whether a node that holds all tokens at full length holds the probed ones now."""
+    def _probed_shape(self, node: fx.Node) -> tuple[int, ...] | None:
+        """The shape of a tensor of all tokens, for as many as are tried; None for others."""
         layout = self._layout(node)
-        if layout is None or not isinstance(value, torch.Tensor):
-            return True
-        return tuple(value.shape) == layout.gathered(node.meta["val"].shape, PROBED)
+        return None if layout is None else layout.gathered(node.meta["val"].shape, PROBED)
 
     def _layout(self, node: fx.Node) -> Layout | None:
         """How `node` holds the tokens of the grid; None if it does not."""
-        value = node.meta.get("val")
-        if not isinstance(value, torch.Tensor) or value.ndim < 3 or node.op == "get_attr":
-            return None
-        shape, images = value.shape, self.traced.batch_size
-        if shape[0] % images:
+        shape, images = shape_of(node), self.traced.batch_size
+        if len(shape) < 3 or node.op == "get_attr" or shape[0] % images:
             return None
         rows = shape[0] // images
         last = rows * math.prod(shape[1:-1]) == self.grid.length
@@ -237,10 +192,6 @@ class _Search:
         if first and last:
             first = self.grid.layout.channels_first
         return Layout(rows, first) if first or last else None
-
-    def _width(self, node: fx.Node, layout: Layout) -> int:
-        shape = node.meta["val"].shape
-        return int(shape[1] if layout.channels_first else shape[-1])
 
     def _projects(self, node: fx.Node) -> bool:
         return kind_of(self.root, node) is Kind.PROJECTION

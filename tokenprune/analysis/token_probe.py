@@ -8,14 +8,16 @@ a relative-position bias, an attention mask): that tensor is gathered too, and t
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import chain, combinations
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from tokenprune.analysis.batch_probe import BatchFacts, holds_no_tensor, probe_batch
+from tokenprune.analysis.batch_probe import probe_batch
 from tokenprune.analysis.facts import Aligned, Facts, NodeFacts, TokenDim
+from tokenprune.analysis.nodes import holds_no_tensor, makers
 from tokenprune.analysis.operators import Kind, kind_of
 from tokenprune.errors import UnsupportedHostError
 from tokenprune.tracing.host_graph import HostGraph
@@ -33,116 +35,84 @@ def find_facts(
     traced: HostGraph,
     markers: Sequence[fx.Node],
     num_prefix: int,
-    *,
-    padding: Collection[fx.Node] = (),
-    tokens_leave: bool = True,
+    padding: Collection[fx.Node],
+    tokens_leave: bool,
 ) -> tuple[Facts, bool]:
-    """Probe a graph whose nodes carry the value of their trace in `meta["val"]`.
+    """One record for each node; and whether the graph holds for its batch size only.
 
     Args:
         markers: Of the tokens that each stage prunes.
-        num_prefix: P, the prefix tokens among them.
         padding: Nodes that hold anything of the host's padding mask.
         tokens_leave: False where every tensor keeps its size.
-
-    Returns:
-        One record for each node; and whether the graph holds for its batch size only.
 
     Raises:
         UnsupportedHostError: A node cannot run with fewer tokens; its place in the host is named.
     """
+    stages = {node: stage for stage, node in enumerate(markers)}
+    lengths: dict[fx.Node, dict[int, TokenDim]] = {}
     with torch.no_grad(), traced.fake_mode:
-        batch = probe_batch(root, traced)
-        probe = None
-        lengths: dict[fx.Node, dict[int, TokenDim]] = {}
-        while tokens_leave and (probe is None or not probe.finished):
-            probe = _Run(root, traced, markers, num_prefix, batch, padding, lengths)
-            probe.run()
-            lengths = probe.length_of
-    facts = {node: _record(node, batch, probe) for node in traced.graph.nodes}
-    return facts, batch.bound
+        facts, bound = probe_batch(root, traced)
+        while tokens_leave:
+            probe = _Run(root, traced, stages, num_prefix, padding, lengths, dict(facts))
+            if probe.finishes():
+                return probe.facts, bound
+    return facts, bound
 
 
-def _record(node: fx.Node, batch: BatchFacts, probe: "_Run | None") -> NodeFacts:
-    batched, rows = node in batch.batched, batch.rows_per_image.get(node)
-    if probe is None:
-        return NodeFacts(batched=batched, rows_per_image=rows)
-    return NodeFacts(
-        dims=probe.dims.get(node, {}),
-        folded=node in probe.folded,
-        batched=batched,
-        rows_per_image=rows,
-        follows_tokens=node in probe.sizes,
-        whole_table=node in probe.tables,
-        counts_real=node in probe.counts,
-        gathers=probe.gathers.get(node, {}),
-        length_of=probe.length_of.get(node, {}),
-    )
-
-
+@dataclass
 class _Run:
     """One run with other token counts.
 
-    Args:
+    Attributes:
         length_of: Shapes of tables, read as numbers, that follow the tokens; as far as earlier
-            runs found out. A run that finds another stops, with `finished` False.
+            runs found out. A run that finds another adds it and stops.
+        facts: What is known of each node beforehand; the run adds to it.
+        follows: Node -> the latest stage whose tokens its data holds.
+        passed: Node -> the latest stage entered before it.
+        full: N, patches before the first stage.
     """
 
-    def __init__(
-        self,
-        root: nn.Module,
-        traced: HostGraph,
-        markers: Sequence[fx.Node],
-        num_prefix: int,
-        batch: BatchFacts,
-        padding: Collection[fx.Node],
-        length_of: Mapping[fx.Node, dict[int, TokenDim]],
-    ) -> None:
-        self.root, self.traced, self.prefix, self.batch = root, traced, num_prefix, batch
-        self.padding = padding
-        self.markers = {node: stage for stage, node in enumerate(markers)}
-        self.length_of = dict(length_of)
-        self.dims: dict[fx.Node, dict[int, TokenDim]] = {}
-        self.gathers: dict[fx.Node, dict[fx.Node, Aligned]] = {}
-        self.folded, self.sizes = set[fx.Node](), set[fx.Node]()
-        self.tables, self.counts = set[fx.Node](), set[fx.Node]()
-        self.follows: dict[fx.Node, int] = {}  # the latest stage whose tokens a node's data holds
-        self.passed: dict[fx.Node, int] = {}  # the latest stage entered before each node
-        self.latest = -1
-        self.full = 0  # N, patches before the first stage
-        self.finished = False
+    root: nn.Module
+    traced: HostGraph
+    markers: Mapping[fx.Node, int]
+    prefix: int
+    padding: Collection[fx.Node]
+    length_of: dict[fx.Node, dict[int, TokenDim]]
+    facts: dict[fx.Node, NodeFacts]
+    follows: dict[fx.Node, int] = field(default_factory=dict)
+    passed: dict[fx.Node, int] = field(default_factory=dict)
+    latest: int = -1
+    full: int = 0
 
-    def run(self) -> None:
-        """Run until the end, or until one more size turns out to follow the tokens."""
+    def finishes(self) -> bool:
+        """Run until the end, or until one more size turns out to follow the tokens (False)."""
         inputs = {name: node.meta["val"] for name, node in self.traced.inputs.items()}
         for node, value in run(self.root, self.traced.graph, inputs, self._step):
-            tensor = node.op != "output" and isinstance(value, torch.Tensor)
-            if tensor and not self._classify(node, value):
-                return
-        self.finished = True
+            holds_tokens = node in self.follows and isinstance(value, torch.Tensor)
+            if holds_tokens and not self._classify(node, value):
+                return False
+        return True
+
+    def _note(self, node: fx.Node, **found: Any) -> None:
+        self.facts[node] = replace(self.facts[node], **found)
 
     def _step(self, node: fx.Node, env: Environment) -> Any:
         base = node.meta["val"]
         self.passed[node] = self.latest
-        stage = self.markers.get(node)
-        if stage is not None:
-            return self._enter(node, stage, base)
+        if node in self.markers:
+            return self._enter(node, self.markers[node], base)
         if node in self.length_of:
-            self.sizes.add(node)
-            dims = self.length_of[node]
-            return torch.Size(
-                n + (EXTRA[dims[d].stage] if d in dims else 0) for d, n in enumerate(base)
-            )
+            self._note(node, follows_tokens=True, length_of=self.length_of[node])
+            return torch.Size(_with_extra(base, self.length_of[node]))
         sources = [self.follows[n] for n in node.all_input_nodes if n in self.follows]
         counted = None if sources or self.latest < 0 else self._counted(node)
         if counted is not None:
             self.follows[node] = self.latest
-            self.gathers[node] = counted
-            self.counts.add(node)
-            trial = {n: self._gathered(env[n], counted.get(n)) for n in node.all_input_nodes}
-            return evaluate(self.root, node, trial)
+            self._note(node, gathers=counted, counts_real=True)
+            return self._evaluate(node, env, counted)
         any_length = kind_of(self.root, node) is Kind.ANY_LENGTH
-        if sources and (not holds_no_tensor(base) or any_length):
+        plain = holds_no_tensor(base)
+        if sources and (any_length or not plain):
             self.follows[node] = max(sources)
             if any_length:
                 return self._align(node, env, None)
@@ -150,15 +120,13 @@ class _Run:
                 return evaluate(self.root, node, env)
             except Exception as error:
                 return self._align(node, env, error)
-        if holds_no_tensor(base):
-            value = evaluate(self.root, node, env)
-            if value != base:
-                self.sizes.add(node)
-            return value
-        if not any(n in self.sizes for n in node.all_input_nodes):
-            return evaluate(self.root, node, env)
-        self.tables.add(node)
-        return base
+        if not plain and any(self.facts[n].follows_tokens for n in node.all_input_nodes):
+            self._note(node, whole_table=True)
+            return base
+        value = evaluate(self.root, node, env)
+        if plain and value != base:
+            self._note(node, follows_tokens=True)
+        return value
 
     def _counted(self, node: fx.Node) -> dict[fx.Node, Aligned] | None:
         """How to gather what `node` adds up, if it counts real tokens: those that left are none."""
@@ -186,36 +154,22 @@ class _Run:
         return base.new_empty(base.shape[0], base.shape[1] + EXTRA[stage], base.shape[2])
 
     def _align(self, node: fx.Node, env: Environment, error: Exception | None) -> Any:
-        """Gather whichever arguments make the node run, and note them.
-
-        Args:
-            error: What the node raised without; None if it has not been tried, since it takes
-                tables of any length.
-        """
-        stage = self.follows[node]
-        offsets = {
-            dim.prefix
-            for source in node.all_input_nodes
-            for dim in self.dims.get(source, {}).values()
-        }
-        holding = [n for n in node.all_input_nodes if n in self.dims]
+        """Gather whichever arguments make the node run, and note them; `error` is what it raised
+        without, None if it has not been tried, since it takes tables of any length."""
+        stage, inputs = self.follows[node], node.all_input_nodes
+        holding = [n for n in inputs if self.facts[n].dims]
+        offsets = {dim.prefix for n in holding for dim in self.facts[n].dims.values()}
         rank = max((env[n].ndim for n in holding), default=0)
-        rows = max((self.batch.rows_per_image.get(n, 1) for n in holding), default=1)
-        options: dict[fx.Node, list[Aligned]] = {}
-        for source in node.all_input_nodes:
-            value = env.get(source)
-            if source not in self.follows and isinstance(value, torch.Tensor):
-                found = list(self._alignments(value, stage, offsets, rank, rows))
-                if found:
-                    options[source] = found
-        for choice in _choices(options):
-            trial = {n: self._gathered(env[n], choice.get(n)) for n in node.all_input_nodes}
+        rows = max((self.facts[n].rows_per_image or 1 for n in holding), default=1)
+        tables = [n for n in inputs if n not in self.follows and isinstance(env[n], torch.Tensor)]
+        options = {n: list(self._alignments(env[n], stage, offsets, rank, rows)) for n in tables}
+        for choice in _choices({n: found for n, found in options.items() if found}):
             try:
-                value = evaluate(self.root, node, trial)
+                value = self._evaluate(node, env, choice)
             except Exception:
                 continue
             if self._as_expected(node, value, stage):
-                self.gathers[node] = choice
+                self._note(node, gathers=choice)
                 return value
         if error is None:
             return evaluate(self.root, node, env)
@@ -233,12 +187,14 @@ class _Run:
         for subset in subsets:
             yield Aligned({d: dims[d] for d in subset}, max(rank, value.ndim), rows)
 
-    def _gathered(self, value: Any, aligned: Aligned | None) -> Any:
-        if aligned is None:
-            return value
-        shape = [n + (EXTRA[aligned.dims[d].stage] if d in aligned.dims else 0)
-                 for d, n in enumerate(value.shape)]  # fmt: skip
-        return value.new_empty([1] * (aligned.rank - value.ndim) + shape)
+    def _evaluate(self, node: fx.Node, env: Environment, gathers: Mapping[fx.Node, Aligned]) -> Any:
+        """Evaluate a node whose arguments are gathered."""
+        trial = dict(env)
+        for source, aligned in gathers.items():
+            value = env[source]
+            shape = [1] * (aligned.rank - value.ndim) + _with_extra(value.shape, aligned.dims)
+            trial[source] = value.new_empty(shape)
+        return evaluate(self.root, node, trial)
 
     def _as_expected(self, node: fx.Node, value: Any, stage: int) -> bool:
         base = node.meta["val"]
@@ -255,11 +211,10 @@ class _Run:
         """
         lengths = {self.full + p: p for p in range(self.prefix + 1)}
         found = False
-        for number in _numbers_in(node):
-            shape = number.meta["val"]
-            table = number.all_input_nodes[0] if number.all_input_nodes else None
+        for number in makers(node, _may_be_numbers):
+            shape, tables = number.meta["val"], number.all_input_nodes[:1]
             stage = self.passed.get(number, -1)
-            of_table = isinstance(shape, torch.Size) and table not in self.follows
+            of_table = isinstance(shape, torch.Size) and not any(t in self.follows for t in tables)
             if of_table and stage >= 0 and number not in self.length_of:
                 dims = {d: TokenDim(stage, lengths[n]) for d, n in enumerate(shape) if n in lengths}
                 if dims:
@@ -269,8 +224,6 @@ class _Run:
 
     def _classify(self, node: fx.Node, value: torch.Tensor) -> bool:
         """Note the token dims of a node; False if the run must be made again."""
-        if node not in self.follows:
-            return True
         base = node.meta["val"]
         if base.ndim != value.ndim:
             raise UnsupportedHostError(
@@ -291,33 +244,24 @@ class _Run:
             if stages:
                 dims[d] = TokenDim(stages[0], old - self.full)
             elif new != old:
-                self.folded.add(node)
-        if dims:
-            self.dims[node] = dims
+                self._note(node, folded=True)
+        self._note(node, dims=dims)
         return True
 
 
-def _numbers_in(node: fx.Node) -> Iterator[fx.Node]:
-    """The plain numbers that went into a node, the nearest first, but not those inside tensors."""
-    queue, seen = [node], {node}
-    while queue:
-        for used in queue.pop(0).all_input_nodes:
-            several = isinstance(used.meta["val"], tuple | list)
-            if used not in seen and (several or holds_no_tensor(used.meta["val"])):
-                seen.add(used)
-                queue.append(used)
-                if holds_no_tensor(used.meta["val"]):
-                    yield used
+def _with_extra(shape: Sequence[int], dims: Mapping[int, TokenDim]) -> list[int]:
+    """`shape` with the extra tokens of each dim's stage."""
+    return [n + (EXTRA[dims[d].stage] if d in dims else 0) for d, n in enumerate(shape)]
+
+
+def _may_be_numbers(node: fx.Node) -> bool:
+    return isinstance(node.meta["val"], tuple | list) or holds_no_tensor(node.meta["val"])
 
 
 def _choices(options: Mapping[fx.Node, Sequence[Aligned]]) -> Iterator[dict[fx.Node, Aligned]]:
     """All arguments at once first, then each alone."""
-    if not options:
-        return
-    width = max(len(found) for found in options.values())
+    width = max(map(len, options.values()), default=0)
     for i in range(width):
         yield {node: found[min(i, len(found) - 1)] for node, found in options.items()}
     if len(options) > 1:
-        for node, found in options.items():
-            for aligned in found:
-                yield {node: aligned}
+        yield from ({node: aligned} for node, found in options.items() for aligned in found)

@@ -4,6 +4,7 @@ DynamicViT, T-PAMI version, section 3.5.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ from tokenprune.reductions.protocol import MODES, Reduction
 from tokenprune.rewrite.emit import Emit
 from tokenprune.rewrite.kept import KEPT_SETS
 from tokenprune.rewrite.passes import Pass
-from tokenprune.rewrite.rewrite import Rewrite, StageRecord
+from tokenprune.rewrite.rewrite import Rewrite
 from tokenprune.rewrite.select import SelectAtSites
 from tokenprune.rewrite.settings import PathName
 from tokenprune.scorers import Scorer
@@ -35,20 +36,14 @@ __all__ = ["BYPASSES", "Bypass", "light_branch"]
 BYPASSES = "token_bypasses"
 """Where the light branches are: the first part of their state-dict keys."""
 
-# DynamicViT's for Swin: rho, rho - 0.2, rho - 0.4.
-STEP = 0.2
+STEP = 0.2  # DynamicViT's for Swin: rho, rho - 0.2, rho - 0.4
 
 
 def light_branch(
-    dim: int,
-    *,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
+    dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> nn.Sequential:
-    """What a dropped token goes through instead of the MLP: norm and one projection.
-
-    Starts near zero, so that a dropped token at first just keeps its value.
-    """
+    """What a dropped token goes through instead of the MLP: norm and one projection, near zero at
+    first, so that it just keeps its value."""
     project = nn.Linear(dim, dim, device=device, dtype=dtype)
     nn.init.trunc_normal_(project.weight, std=0.02)
     nn.init.zeros_(project.bias)
@@ -69,10 +64,8 @@ class Bypass(Reduction):
 
     def __init__(self, root: nn.Module, analysis: Analysis) -> None:
         super().__init__(root, analysis)
-        plan = analysis.plan
-        self.tails = find_tails(
-            root, analysis.traced, analysis.blocks, plan.blocks, analysis.grids, plan.num_prefix
-        )
+        found = (analysis.traced, analysis.blocks, analysis.plan, analysis.grids)
+        self.tails = find_tails(root, *found)
 
     @classmethod
     def candidates(
@@ -90,25 +83,20 @@ class Bypass(Reduction):
 
     def passes(self, path: PathName, scorer: type[Scorer], restore: bool | None) -> Sequence[Pass]:
         """See `Reduction.passes`; every token stays in the outputs."""
-        edits: list[Pass] = []
-        if path != "dense":
-            selected = SelectAtSites(KEPT_SETS[path], scorer, tokens_leave=False)
-            edits = [selected, SplitTails(self.tails, SPLITS[path])]
-        return [*edits, Emit(tokens_allowed=True, layout=self._final_layout())]
-
-    def _final_layout(self) -> Layout:
-        """As the tokens of the last stage lie, if the final ones are a grid too."""
         shape = self.analysis.final.meta["val"].shape
         rows = max(shape[0] // self.analysis.traced.batch_size, 1)
-        return Layout(rows, self.analysis.grids[-1].layout.channels_first and len(shape) == 4)
+        # as the tokens of the last stage lie, if the final ones are a grid too
+        layout = Layout(rows, self.analysis.grids[-1].layout.channels_first and len(shape) == 4)
+        emit = Emit(tokens_allowed=True, layout=layout)
+        if path == "dense":
+            return [emit]
+        select = SelectAtSites(KEPT_SETS[path], scorer, tokens_leave=False)
+        return [select, SplitTails(self.tails, SPLITS[path]), emit]
 
     def modules(self, **like: Any) -> Mapping[str, nn.Module]:
         """See `Reduction.modules`: a light branch for each block that has a tail."""
         widths = [grid.num_channels for grid in self.analysis.grids]
-        branches = {
-            str(block): light_branch(widths[tail.stage], **like)
-            for block, tail in self.tails.items()
-        }
+        branches = {str(b): light_branch(widths[t.stage], **like) for b, t in self.tails.items()}
         return {BYPASSES: nn.ModuleDict(branches)}
 
     def tokens_in(self, budget: Budget) -> Mapping[int, int]:
@@ -120,47 +108,31 @@ class Split(NamedTuple):
     """How one path runs a tail for kept tokens and the light branch for the others.
 
     Attributes:
-        chosen: Puts in what says which tokens are kept, before a node.
+        choose: (kept, P) -> what says which tokens are kept; (kept, tokens, P) if `images_share`.
         take: (tensor, chosen, layout) -> its kept tokens; None where the tail runs on all tokens.
         merge: (source, branch, chosen, bypass, layout) -> both branches on the grid.
         images_share: Kept tokens of all images share rows.
     """
 
-    chosen: Callable[[Rewrite, fx.Node, StageRecord], fx.Node]
+    choose: Callable[..., object]
     take: Callable[..., object] | None
     merge: Callable[..., object]
     images_share: bool = False
 
 
-def _policy(rw: Rewrite, at: fx.Node, record: StageRecord) -> fx.Node:
-    return rw.insert(at, policy_of, record.kept, rw.num_prefix)
-
-
-def _rows(rw: Rewrite, at: fx.Node, record: StageRecord) -> fx.Node:
-    return rw.insert(at, with_prefix, record.kept, rw.num_prefix)
-
-
-def _packed(rw: Rewrite, at: fx.Node, record: StageRecord) -> fx.Node:
-    return rw.insert(at, pack, record.kept, record.entering, rw.num_prefix)
-
-
 SPLITS: dict[PathName, Split] = {
-    "mask": Split(_policy, None, choose_branch),
-    "gather": Split(_rows, take_tokens, merge_branches),
-    "jagged": Split(_packed, take_packed, merge_packed, images_share=True),
+    "mask": Split(policy_of, None, choose_branch),
+    "gather": Split(with_prefix, take_tokens, merge_branches),
+    "jagged": Split(pack, take_packed, merge_packed, images_share=True),
 }
 
 
+@dataclass
 class SplitTails(Pass):
-    """Run the tail of each block for kept tokens only, and the light branch for the others.
+    """Run the tail of each block for kept tokens only, and the light branch for the others."""
 
-    Args:
-        tails: Block -> its tail.
-        split: How the path does it.
-    """
-
-    def __init__(self, tails: Mapping[int, Tail], split: Split) -> None:
-        self.tails, self.split = tails, split
+    tails: Mapping[int, Tail]
+    split: Split
 
     def requires(self, rewrite: Rewrite) -> None:
         """Where images share rows, a tail must not read anything else that belongs to one image."""
@@ -175,37 +147,27 @@ class SplitTails(Pass):
                     )
 
     def apply(self, rewrite: Rewrite) -> None:
-        stages = zip(rewrite.markers(), rewrite.records, strict=True)
-        chosen = [self.split.chosen(rewrite, marker, record) for marker, record in stages]
+        chosen = []
+        for marker, record in zip(rewrite.markers(), rewrite.records, strict=True):
+            kept = (record.kept, record.entering) if self.split.images_share else (record.kept,)
+            chosen.append(rewrite.insert(marker, self.split.choose, *kept, rewrite.num_prefix))
         for block, tail in self.tails.items():
             source, branch, total = map(rewrite.copy_of, (tail.source, tail.branch, tail.total))
             bypass = rewrite.module(total, f"{BYPASSES}.{block}")
-            if self.split.take is not None:
-                self._take_kept(rewrite, tail, chosen[tail.stage], self.split.take)
-            more = []
+            both = [source, branch, chosen[tail.stage], bypass, tail.layout]
             if self.split.take is None:
-                more = [rewrite.insert(total, getattr, rewrite.settings, "poison")]
-            merged = rewrite.insert(
-                total,
-                self.split.merge,
-                source,
-                branch,
-                chosen[tail.stage],
-                bypass,
-                tail.layout,
-                *more,
-            )
-            total.replace_input_with(branch, merged)
+                both.append(rewrite.insert(total, getattr, rewrite.settings, "poison"))
+            else:
+                _take_kept(rewrite, tail, chosen[tail.stage], self.split.take)
+            total.replace_input_with(branch, rewrite.insert(total, self.split.merge, *both))
 
-    def _take_kept(
-        self, rewrite: Rewrite, tail: Tail, chosen: fx.Node, take: Callable[..., object]
-    ) -> None:
-        """Let the tail read the kept tokens of each tensor that it reads."""
-        order = {node: number for number, node in enumerate(rewrite.graph.nodes)}
-        inside = sorted(map(rewrite.copy_of, tail.inside), key=order.__getitem__)
-        for origin, layout in tail.reads.items():
-            read = rewrite.copy_of(origin)
-            users = [node for node in inside if read in node.all_input_nodes]
-            kept = rewrite.insert(users[0], take, read, chosen, layout)
-            for node in users:
-                node.replace_input_with(read, kept)
+
+def _take_kept(rw: Rewrite, tail: Tail, chosen: fx.Node, take: Callable[..., object]) -> None:
+    """Let the tail read the kept tokens of each tensor that it reads."""
+    inside = set(map(rw.copy_of, tail.inside))
+    for origin, layout in tail.reads.items():
+        read = rw.copy_of(origin)
+        users = [n for n in rw.graph.nodes if n in inside and n in read.users]
+        kept = rw.insert(users[0], take, read, chosen, layout)
+        for node in users:
+            node.replace_input_with(read, kept)

@@ -38,7 +38,6 @@ class Remove(Reduction):
     def candidates(
         cls, root: nn.Module, traced: HostGraph, blocks: Blocks, spec: ArchSpec
     ) -> tuple[Sequence[int], str]:
-        """See `Reduction.candidates`: all blocks."""
         return range(len(spec.blocks)), "two blocks"
 
     @classmethod
@@ -50,19 +49,16 @@ class Remove(Reduction):
         if path == "dense":
             return [Emit(tokens_allowed=True)]
         kept = KEPT_SETS[path]
-        edits: list[Pass] = [SelectAtSites(kept, scorer, tokens_leave=True), CountRealTokens()]
-        if kept.removes:
-            edits = [KeepTablesWhole(), *edits, ResizeTables()]
-        edits.append(HideDropped(kept))
-        if kept.removes:
-            edits.append(GatherAligned(kept))
-        edits.append(RestoreOutputs(kept) if restore else BlankPadding(kept))
-        return [*edits, Emit(tokens_allowed=restore is not None)]
+        select = (SelectAtSites(kept, scorer, tokens_leave=True), CountRealTokens())
+        outputs = RestoreOutputs(kept) if restore else BlankPadding(kept)
+        emit = Emit(tokens_allowed=restore is not None)
+        if not kept.removes:
+            return [*select, HideDropped(kept), outputs, emit]
+        gather = (ResizeTables(), HideDropped(kept), GatherAligned(kept))
+        return [KeepTablesWhole(), *select, *gather, outputs, emit]
 
     def modules(self, **like: Any) -> Mapping[str, nn.Module]:
-        """See `Reduction.modules`; none."""
         return {}
 
     def tokens_in(self, budget: Budget) -> Mapping[int, int]:
-        """See `Reduction.tokens_in`; the shapes tell."""
-        return {}
+        return {}  # the shapes tell

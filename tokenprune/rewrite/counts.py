@@ -13,8 +13,6 @@ class CountRealTokens(Pass):
     nothing is 0, not NaN."""
 
     def apply(self, rewrite: Rewrite) -> None:
-        for node in [node for node in rewrite.nodes() if rewrite.facts(node).counts_real]:
-            readers = list(node.users)
-            some = rewrite.insert_after(node, torch.clamp_min, node, 1)
-            for reader in readers:
-                reader.replace_input_with(node, some)
+        for node in rewrite.nodes():
+            if rewrite.facts(node).counts_real:
+                rewrite.map_output(node, torch.clamp_min, 1)

@@ -1,6 +1,7 @@
 """The last pass: what the rewritten graph returns, and no dead node left in it."""
 
 import operator
+from dataclasses import dataclass
 
 from tokenprune.analysis.blocks import site_marker
 from tokenprune.errors import UnsupportedHostError
@@ -12,16 +13,17 @@ from tokenprune.tracing.effects import has_effect
 __all__ = ["Emit"]
 
 
+@dataclass
 class Emit(Pass):
     """Return (host output, stage records, patch tokens, which patches are real).
 
-    Args:
+    Attributes:
         tokens_allowed: The output may hold tokens: none leave, or the caller said what to do.
         layout: Of the final tokens, if they are not [B, L, D].
     """
 
-    def __init__(self, tokens_allowed: bool, layout: Layout | None = None) -> None:
-        self.tokens_allowed, self.layout = tokens_allowed, layout
+    tokens_allowed: bool
+    layout: Layout | None = None
 
     def requires(self, rewrite: Rewrite) -> None:
         if self.tokens_allowed:
@@ -44,8 +46,7 @@ class Emit(Pass):
             patches = (slice(None), slice(rewrite.num_prefix, None))
             tokens = rewrite.insert_after(tokens, operator.getitem, tokens, patches)
         records = tuple((record.keep_logits, record.kept) for record in rewrite.records)
-        found = (records, tokens, rewrite.real_patches())
-        rewrite.output.args = ((rewrite.output.args[0], *found),)
+        rewrite.output.args = ((rewrite.output.args[0], records, tokens, rewrite.real_patches()),)
         for node in rewrite.nodes():
             if node.target is site_marker:
                 rewrite.dissolve(node)

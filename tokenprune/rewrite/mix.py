@@ -1,5 +1,7 @@
 """Hide tokens that are there but must not be read."""
 
+from dataclasses import dataclass
+
 from tokenprune.rewrite.kept import KeptSet
 from tokenprune.rewrite.passes import Pass
 from tokenprune.rewrite.rewrite import Rewrite
@@ -8,15 +10,11 @@ from tokenprune.rewrite.rules import Hiding, rule_for
 __all__ = ["HideDropped"]
 
 
+@dataclass
 class HideDropped(Pass):
-    """Apply the rule of every operator that mixes tokens; nothing to do where none are hidden.
+    """Apply the rule of every operator that mixes tokens; nothing to do where none are hidden."""
 
-    Args:
-        kept: The kept set of the path.
-    """
-
-    def __init__(self, kept: KeptSet) -> None:
-        self.kept = kept
+    kept: KeptSet
 
     def apply(self, rewrite: Rewrite) -> None:
         if self.kept.attention is None:

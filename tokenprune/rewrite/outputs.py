@@ -4,7 +4,7 @@ A token that a stage drops skips the blocks after it, so it keeps its last value
 the last block (a final norm) acts on each token alone, so it runs once more, on restored tokens.
 """
 
-from typing import Any
+from dataclasses import dataclass
 
 from torch import fx
 from torch.fx.node import map_arg
@@ -18,15 +18,11 @@ from tokenprune.rewrite.rewrite import Rewrite
 __all__ = ["BlankPadding", "RestoreOutputs"]
 
 
+@dataclass
 class BlankPadding(Pass):
-    """Rows of an output that hold no token are 0 (`restore=False`).
+    """Rows of an output that hold no token are 0 (`restore=False`)."""
 
-    Args:
-        kept: The kept set of the path.
-    """
-
-    def __init__(self, kept: KeptSet) -> None:
-        self.kept = kept
+    kept: KeptSet
 
     def apply(self, rewrite: Rewrite) -> None:
         site = rewrite.output_site()
@@ -36,15 +32,11 @@ class BlankPadding(Pass):
                     user.replace_input_with(node, self.kept.blank(rewrite, user, node))
 
 
+@dataclass
 class RestoreOutputs(Pass):
-    """Replace each output that holds tokens by its restored version.
+    """Replace each output that holds tokens by its restored version."""
 
-    Args:
-        kept: The kept set of the path.
-    """
-
-    def __init__(self, kept: KeptSet) -> None:
-        self.kept = kept
+    kept: KeptSet
 
     def apply(self, rewrite: Rewrite) -> None:
         site = rewrite.output_site()
@@ -53,22 +45,19 @@ class RestoreOutputs(Pass):
         done: dict[fx.Node, fx.Node] = {}
 
         def restored(node: fx.Node) -> fx.Node:
-            dims = rewrite.facts(node).dims
-            if isinstance(node.target, type) and node not in done:  # an output inside another
-                done[node] = rewrite.copy_again(site, node, restored)
-            if not dims:
+            dims, inner = rewrite.facts(node).dims, isinstance(node.target, type)
+            if node in done or not (dims or inner):
                 return done.get(node, node)
-            if node not in done:
-                if node in streams:
-                    (dim,) = dims.values()
-                    before = full[dim.stage]
-                    done[node] = self.kept.put_back(rewrite, site, before, node, dim.stage)
-                else:
-                    done[node] = self._again(rewrite, site, node, restored)
+            if node in streams:
+                (dim,) = dims.values()
+                done[node] = self.kept.put_back(rewrite, site, full[dim.stage], node, dim.stage)
+            else:
+                if not inner:  # an output inside another mixes nothing
+                    _check_unmixed(rewrite, node)
+                done[node] = rewrite.copy_again(site, node, restored)
             return done[node]
 
-        site.args = map_arg(site.args, restored)
-        site.kwargs = map_arg(site.kwargs, restored)
+        site.args, site.kwargs = map_arg((site.args, site.kwargs), restored)
 
     def _residual_stream(self, rewrite: Rewrite) -> list[fx.Node]:
         """Where tokens are between blocks, in a layout that can be put back: [B, P + K, D]."""
@@ -92,12 +81,11 @@ class RestoreOutputs(Pass):
             full.append(entering)
         return full
 
-    def _again(self, rewrite: Rewrite, site: fx.Node, node: fx.Node, restored: Any) -> fx.Node:
-        origin = rewrite.origin(node)
-        gathers = rewrite.facts(node).gathers
-        if origin is None or mixes(rewrite.root, origin) or gathers:
-            raise UnsupportedHostError(
-                f"An output holds tokens that {rewrite.where(node)} has mixed, so they cannot be "
-                "given back in place. Wrap with restore=False to get the kept tokens only."
-            )
-        return rewrite.copy_again(site, node, restored)
+
+def _check_unmixed(rewrite: Rewrite, node: fx.Node) -> None:
+    origin = rewrite.origin(node)
+    if origin is None or mixes(rewrite.root, origin) or rewrite.facts(node).gathers:
+        raise UnsupportedHostError(
+            f"An output holds tokens that {rewrite.where(node)} has mixed, so they cannot be "
+            "given back in place. Wrap with restore=False to get the kept tokens only."
+        )

@@ -49,8 +49,7 @@ class Rewrite:
         self.settings = self.graph.placeholder(SETTINGS)
         self._copies: dict[fx.Node, fx.Node] = {}
         traced = analysis.traced.graph
-        output = self.graph.graph_copy(traced, self._copies)
-        self.output = self.graph.output(output)
+        self.output = self.graph.output(self.graph.graph_copy(traced, self._copies))
         self.output.meta = dict(traced.output_node().meta)
         for origin, copy in self._copies.items():
             copy.meta |= {ORIGIN: origin, FACTS: analysis.facts[origin]}
@@ -76,15 +75,12 @@ class Rewrite:
 
     def facts(self, node: Any) -> NodeFacts:
         """What is known about a node of the copy."""
-        known = node.meta.get(FACTS) if isinstance(node, fx.Node) else None
-        return known or NO_FACTS
+        return node.meta.get(FACTS, NO_FACTS) if isinstance(node, fx.Node) else NO_FACTS
 
     def replace(self, old: fx.Node, new: fx.Node) -> None:
         """Put `new` in the place of `old`, which goes; facts included."""
         old.replace_all_uses_with(new)
-        for key in (ORIGIN, FACTS, "val"):
-            if key in old.meta:
-                new.meta[key] = old.meta[key]
+        new.meta |= {key: old.meta[key] for key in (ORIGIN, FACTS, "val") if key in old.meta}
         if ORIGIN in old.meta:
             self._copies[old.meta[ORIGIN]] = new
         self.graph.erase_node(old)
@@ -125,10 +121,10 @@ class Rewrite:
         """The node and its place in the host, for messages."""
         return f"'{node.name}' ({node.target}) at {node.meta.get('where')}"
 
-    def once(self, key: Hashable, make: Callable[[], fx.Node]) -> fx.Node:
-        """What `make` made when it was first asked for under this key."""
+    def once(self, key: Hashable, make: Callable[..., fx.Node], *args: Any) -> fx.Node:
+        """What `make(*args)` returned when it was first asked for under this key."""
         if key not in self._made:
-            self._made[key] = make()
+            self._made[key] = make(*args)
         return self._made[key]
 
     def real_patches(self) -> fx.Node | None:
@@ -137,25 +133,26 @@ class Rewrite:
             return None
         mask = self.copy_of(self.analysis.real)
         patches = self.analysis.num_patches[0]
-        return self.once("real", lambda: self.insert_after(mask, real_patches, mask, patches))
+        return self.once("real", self.insert_after, mask, real_patches, mask, patches)
 
-    def insert(
-        self, before: fx.Node, target: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> fx.Node:
+    def insert(self, before: fx.Node, target: Callable[..., Any], *args: Any, **kw: Any) -> fx.Node:
         """Put a call of `target` before a node; it inherits that node's place in the host."""
         with self.graph.inserting_before(before):
-            node = self.graph.call_function(target, args, kwargs)
+            node = self.graph.call_function(target, args, kw)
         node.meta["where"] = before.meta.get("where")
         return node
 
-    def insert_after(
-        self, after: fx.Node, target: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> fx.Node:
+    def insert_after(self, after: fx.Node, target: Callable[..., Any], *args: Any) -> fx.Node:
         """Put a call of `target` after a node."""
         with self.graph.inserting_after(after):
-            node = self.graph.call_function(target, args, kwargs)
+            node = self.graph.call_function(target, args)
         node.meta["where"] = after.meta.get("where")
         return node
+
+    def map_output(self, node: fx.Node, target: Callable[..., Any], *args: Any) -> None:
+        """Let all that reads a node read a call of `target` on it instead."""
+        new = self.insert_after(node, target, node, *args)
+        node.replace_all_uses_with(new, lambda user: user is not new)
 
     def module(self, before: fx.Node, path: str) -> fx.Node:
         """A node that holds a module of ours, put before another."""
@@ -174,10 +171,9 @@ class Rewrite:
         site = self.output_site()
         fields = dict(site.kwargs) or {"output": site.args[0]}
         leaves, _ = tree_flatten_with_path(fields)
-        named = [(f"{p[0].key}{keystr(p[1:])}", leaf) for p, leaf in leaves]  # type: ignore[attr-defined]
         return [
-            (field, node)
-            for field, leaf in named
+            (f"{path[0].key}{keystr(path[1:])}", node)  # type: ignore[attr-defined]
+            for path, leaf in leaves
             if isinstance(leaf, fx.Node)
             for node in _made_of(leaf)
             if self.facts(node).dims

@@ -12,7 +12,7 @@ An operator of your own, in one file:
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -50,15 +50,16 @@ class OperatorRule:
     hide: Hide
 
 
-_by_kind_rules: dict[Kind, OperatorRule] = {}
 _rules: dict[Any, OperatorRule] = {}
+"""By `Kind`, or by operator for those that this library does not know."""
 
 
 def rule(*targets: Any, kind: Kind, replace: bool = False) -> Callable[[Hide], Hide]:
     """Decorator: the rule of operators that this library does not know.
 
     Args:
-        targets: Functions, names of tensor methods, or module classes (subclasses inherit).
+        targets: Functions, names of tensor methods, or module classes (subclasses inherit). None
+            for all operators of the kind that have no rule of their own.
         kind: What they do with tokens.
         replace: Put it in the place of a rule that there is.
 
@@ -66,42 +67,33 @@ def rule(*targets: Any, kind: Kind, replace: bool = False) -> Callable[[Hide], H
         RegistrationError: One of them has a rule, and `replace` is False.
     """
 
+    keys = targets or (kind,)
+
     def register(hide: Hide) -> Hide:
-        known = [target for target in targets if known_kind(target) is not None]
+        known = [each for each in keys if each in _rules or known_kind(each) is not None]
         if known and not replace:
             raise RegistrationError(
                 f"There is a rule for {known[0]!r} already, of kind {known_kind(known[0])}. Leave "
                 "it out of the targets, or pass replace=True to put yours in its place."
             )
         set_kind(targets, kind)
-        _rules.update(dict.fromkeys(targets, OperatorRule(kind, hide)))
+        _rules.update(dict.fromkeys(keys, OperatorRule(kind, hide)))
         return hide
 
     return register
 
 
 def rule_for(root: nn.Module, node: fx.Node) -> OperatorRule | None:
-    """The rule for a node's operator, if it has one."""
-    kinds: tuple[Any, ...] = (node.target,)
-    if node.op == "call_module":
-        kinds = type(root.get_submodule(str(node.target))).__mro__
-    elif node.op not in ("call_function", "call_method"):
+    """The rule for a node's operator, if it has one: its own, else that of its kind."""
+    if node.op not in ("call_module", "call_function", "call_method"):
         return None
-    own = next((_rules[kind] for kind in kinds if kind in _rules), None)
-    kind = kind_of(root, node)
-    return own or (_by_kind_rules.get(kind) if kind is not None else None)
+    module = node.op == "call_module"
+    own = type(root.get_submodule(str(node.target))).__mro__ if module else (node.target,)
+    keys = (*own, kind_of(root, node))
+    return next((_rules[key] for key in keys if key in _rules), None)
 
 
-def _by_kind(kind: Kind) -> Callable[[Hide], Hide]:
-    """The rule of all operators of one kind."""
-
-    def register(hide: Hide) -> Hide:
-        _by_kind_rules[kind] = OperatorRule(kind, hide)
-        return hide
-
-    return register
-
-
+@dataclass
 class Hiding:
     """The rewriting of one graph whose kept set hides tokens: what a rule works with.
 
@@ -112,11 +104,10 @@ class Hiding:
         zeroed: Nodes that are exactly zero at dropped keys (masked attention weights).
     """
 
-    def __init__(
-        self, rewrite: Rewrite, kept: KeptSet, attention: Callable[..., torch.Tensor]
-    ) -> None:
-        self.rewrite, self.kept, self.attention = rewrite, kept, attention
-        self.zeroed: set[fx.Node] = set()
+    rewrite: Rewrite
+    kept: KeptSet
+    attention: Callable[..., torch.Tensor]
+    zeroed: set[fx.Node] = field(default_factory=set)
 
     def policy(self, node: fx.Node, dim: TokenDim, *sources: fx.Node) -> fx.Node:
         """The policy of the tokens along `dim` of `sources`, which `node` mixes: a row for each row
@@ -131,16 +122,14 @@ class Hiding:
             "layout can be masked."
         )
 
-    def replace(
-        self, node: fx.Node, target: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> fx.Node:
+    def replace(self, node: fx.Node, masked: Callable[..., Any], *args: Any, **kw: Any) -> fx.Node:
         """Put a masked operation in the place of `node`."""
-        new = self.rewrite.insert(node, target, *args, **kwargs)
+        new = self.rewrite.insert(node, masked, *args, **kw)
         self.rewrite.replace(node, new)
         return new
 
 
-@_by_kind(Kind.ATTENTION)
+@rule(kind=Kind.ATTENTION)
 def _attention(hiding: Hiding, node: fx.Node) -> None:
     query, key, value = (argument(node, i, n) for i, n in enumerate(("query", "key", "value")))
     rewrite = hiding.rewrite
@@ -159,7 +148,7 @@ def _attention(hiding: Hiding, node: fx.Node) -> None:
     hiding.replace(node, hiding.attention, query, key, value, policy, own_key=own_key, **options)
 
 
-@_by_kind(Kind.SOFTMAX)
+@rule(kind=Kind.SOFTMAX)
 def _softmax(hiding: Hiding, node: fx.Node) -> None:
     rewrite, scores = hiding.rewrite, argument(node, 0, "input")
     if node.op == "call_module":
@@ -172,29 +161,21 @@ def _softmax(hiding: Hiding, node: fx.Node) -> None:
         return
     policy = hiding.policy(node, dims[axis], scores)
     queries = [d for d, dim in dims.items() if d != axis and dim == dims[axis]]
-    new = hiding.replace(
-        node,
-        masked_softmax,
-        scores,
-        policy,
-        axis,
-        query_dim=queries[0] if queries else None,
-        dtype=dtype,
-    )
-    hiding.zeroed.add(new)
+    options = {"query_dim": queries[0] if queries else None, "dtype": dtype}
+    hiding.zeroed.add(hiding.replace(node, masked_softmax, scores, policy, axis, **options))
 
 
-@_by_kind(Kind.PASSES_ZEROS)
+@rule(kind=Kind.PASSES_ZEROS)
 def _keeps_zeros(hiding: Hiding, node: fx.Node) -> None:
     """Dropout, a cast or a copy of masked weights: dropped keys stay exactly zero."""
     if node.args and node.args[0] in hiding.zeroed:
         hiding.zeroed.add(node)
 
 
-@_by_kind(Kind.CONTRACTION)
+@rule(kind=Kind.CONTRACTION)
 def _contraction(hiding: Hiding, node: fx.Node) -> None:
     rewrite = hiding.rewrite
-    left, right = node.args[0], argument(node, 1, "other", "mat2")
+    left, right = argument(node, 0, "input"), argument(node, 1, "other", "mat2")
     if not (isinstance(left, fx.Node) and isinstance(right, fx.Node)):
         return
     left_axis, right_axis = rewrite.rank(left) - 1, max(rewrite.rank(right) - 2, 0)
@@ -227,11 +208,7 @@ def masked_max(x: torch.Tensor, policy: torch.Tensor, dim: int, keepdim: bool = 
 
 
 def hide_in_reduction(masked: Callable[..., Any]) -> Hide:
-    """The rule of a reduction over one dim.
-
-    Args:
-        masked: Its masked version: (x, policy, dim, keepdim) -> the reduced tensor.
-    """
+    """The rule of a reduction over one dim: `masked(x, policy, dim, keepdim)` replaces it."""
 
     def hide(hiding: Hiding, node: fx.Node) -> None:
         rewrite, source = hiding.rewrite, argument(node, 0, "input")
@@ -240,10 +217,8 @@ def hide_in_reduction(masked: Callable[..., Any]) -> Hide:
             return
         asked = argument(node, 1, "dim", "axis")
         rank = rewrite.rank(source)
-        axes = (
-            range(rank) if asked is None else asked if isinstance(asked, tuple | list) else [asked]
-        )
-        over = [axis % rank for axis in axes]
+        axes = asked if isinstance(asked, tuple | list) else [asked]
+        over = [axis % rank for axis in (range(rank) if asked is None else axes)]
         if not any(axis in dims for axis in over):
             return
         if len(over) != 1:
@@ -253,12 +228,14 @@ def hide_in_reduction(masked: Callable[..., Any]) -> Hide:
             )
         policy = hiding.policy(node, dims[over[0]], source)
         keepdim = argument(node, 2, "keepdim", default=False)
+        if node.kwargs.get("dtype") is not None:
+            source = rewrite.insert(node, torch.Tensor.to, source, node.kwargs["dtype"])
         hiding.replace(node, masked, source, policy, over[0], keepdim)
 
     return hide
 
 
-@_by_kind(Kind.AVERAGE_POOL)
+@rule(kind=Kind.AVERAGE_POOL)
 def _average_pool(hiding: Hiding, node: fx.Node) -> None:
     """`nn.AdaptiveAvgPool1d(1)` on [B, D, N]: a mean over tokens."""
     rewrite, source = hiding.rewrite, argument(node, 0, "input")
@@ -274,19 +251,17 @@ def _average_pool(hiding: Hiding, node: fx.Node) -> None:
     hiding.replace(node, masked_mean, source, hiding.policy(node, dim, source), axis, True)
 
 
-@_by_kind(Kind.BATCH_STATISTIC)
+@rule(kind=Kind.BATCH_STATISTIC)
 def _batch_norm(hiding: Hiding, node: fx.Node) -> None:
-    rewrite, source = hiding.rewrite, argument(node, 0, "input")
-    if isinstance(source, fx.Node) and rewrite.traced_module(node).training:
-        facts = rewrite.facts(source)
-        if facts.dims or facts.folded:
-            raise LeakError(
-                f"{rewrite.where(node)} takes batch statistics over dropped tokens too. Put it in "
-                "eval mode (freeze its statistics) to train this host."
-            )
+    rewrite, facts = hiding.rewrite, hiding.rewrite.facts(argument(node, 0, "input"))
+    if (facts.dims or facts.folded) and rewrite.traced_module(node).training:
+        raise LeakError(
+            f"{rewrite.where(node)} takes batch statistics over dropped tokens too. Put it in eval "
+            "mode (freeze its statistics) to train this host."
+        )
 
 
-_by_kind(Kind.MEAN)(hide_in_reduction(masked_mean))
-_by_kind(Kind.SUM)(hide_in_reduction(masked_sum))
-_by_kind(Kind.AMAX)(hide_in_reduction(masked_amax))
-_by_kind(Kind.MAX)(hide_in_reduction(masked_max))
+rule(kind=Kind.MEAN)(hide_in_reduction(masked_mean))
+rule(kind=Kind.SUM)(hide_in_reduction(masked_sum))
+rule(kind=Kind.AMAX)(hide_in_reduction(masked_amax))
+rule(kind=Kind.MAX)(hide_in_reduction(masked_max))

@@ -1,5 +1,7 @@
 """Put scorer and selection where each stage stands."""
 
+from dataclasses import dataclass
+
 from torch import fx
 
 from tokenprune.analysis.analysis import Analysis
@@ -16,18 +18,20 @@ from tokenprune.scorers.protocol import PREDICTORS
 __all__ = ["SelectAtSites", "nearest_keys"]
 
 
+@dataclass
 class SelectAtSites(Pass):
     """Score the tokens of each stage, and choose.
 
-    Args:
+    Attributes:
         kept: The kept set of the path.
         scorer: What the stages ask.
         tokens_leave: The chosen tokens go on instead of all of them, and bound what later stages
             can choose. Otherwise the graph is left as it is, and the choice is only recorded.
     """
 
-    def __init__(self, kept: KeptSet, scorer: type[Scorer], tokens_leave: bool) -> None:
-        self.kept, self.scorer, self.tokens_leave = kept, scorer, tokens_leave
+    kept: KeptSet
+    scorer: type[Scorer]
+    tokens_leave: bool
 
     def apply(self, rewrite: Rewrite) -> None:
         for stage, marker in enumerate(rewrite.markers()):
@@ -38,11 +42,9 @@ class SelectAtSites(Pass):
             bound = rewrite.records[-1].kept if self.tokens_leave and rewrite.records else None
             point = StagePoint(stage, marker, tokens, bound)
             scorer = rewrite.module(marker, f"{PREDICTORS}.{stage}")
-            present = self.kept.present(rewrite, point)
+            given = (scorer, tokens, self.kept.present(rewrite, point), rewrite.num_prefix)
             needed = self._needed(rewrite, point)
-            keep_logits = rewrite.insert(
-                marker, score, scorer, tokens, present, rewrite.num_prefix, **needed
-            )
+            keep_logits = rewrite.insert(marker, score, *given, **needed)
             left, kept = self.kept.select(rewrite, point, keep_logits)
             rewrite.records.append(StageRecord(tokens, keep_logits, kept))
             if self.tokens_leave:
@@ -61,23 +63,19 @@ class SelectAtSites(Pass):
 
 def nearest_keys(analysis: Analysis, stage: int) -> tuple[fx.Node, int, int, int]:
     """The keys of the attention nearest before a stage: node, dim of the tokens, P, rows an image.
-
-    Raises:
-        PlanError: There is none, or its keys are not the tokens that enter the stage.
-    """
+    PlanError if there is none, or if its keys are not of the tokens that enter the stage."""
     site, grid = analysis.plan.sites[stage], analysis.grids[stage]
     block = analysis.blocks[site.block]
     attention, where = PLACES[site.place].attention(analysis.blocks, block)
+    found = "no attention"
     if attention is not None:
-        shape = attention.key.meta["val"].shape
-        if shape[attention.key_dim] == grid.length and not shape[0] % analysis.traced.batch_size:
-            rows = shape[0] // analysis.traced.batch_size
+        shape = tuple(attention.key.meta["val"].shape)
+        rows, rest = divmod(shape[0], analysis.traced.batch_size)
+        if shape[attention.key_dim] == grid.length and not rest:
             return attention.key, attention.key_dim, analysis.plan.num_prefix, rows
-    found = "found no attention"
-    if attention is not None:
-        found = f"found keys of shape {tuple(attention.key.meta['val'].shape)}"
+        found = f"keys of shape {shape}"
     raise PlanError(
         f"Stage {stage} (block {site.block}) reads the keys of its {grid.length} tokens in the "
-        f"nearest attention, that of {where}, but {found} there. Use stages at later blocks, "
+        f"nearest attention, that of {where}, but found {found} there. Use stages at later blocks, "
         "`place: middle`, or a scorer that reads tokens only, such as token-norm."
     )

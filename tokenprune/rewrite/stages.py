@@ -2,6 +2,10 @@
 
 Every path asks the same scorer (`score`) and chooses by the same rule (`choose`). They differ in
 what they do with the choice: a decision over all patches, fewer tokens, or rows with padding.
+
+`logits` are keep_logits [B, N', 2] of the N' patches that are still there; `previous` is what the
+stage before kept, None at the first. `real` [B, N] is True where a patch is no padding, by original
+number; None if no patch is padding.
 """
 
 from typing import Any
@@ -9,18 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokenprune.ops import selection
 from tokenprune.ops.align import policy_of
 from tokenprune.ops.gumbel import sample_decision
 from tokenprune.ops.moving import gather_tokens, poisonous
-from tokenprune.ops.selection import (
-    above_threshold,
-    has_padding,
-    indices_of,
-    kept_first,
-    one_hot,
-    real_first,
-    top_k,
-)
 from tokenprune.rewrite.settings import CallSettings
 
 __all__ = [
@@ -41,12 +37,8 @@ __all__ = [
 def score(
     scorer: nn.Module, tokens: Tensor, present: Tensor | None, num_prefix: int, **needed: Any
 ) -> Tensor:
-    """keep_logits [B, N, 2] of the patch tokens among `tokens` [B, P + N, D].
-
-    Args:
-        present: [B, N] 1 where a patch is there and real; None if all are.
-        needed: What else the scorer reads.
-    """
+    """keep_logits of the patches in `tokens` [B, P + N', D]; `present` is [B, N'] 1 where one is
+    there and real, None if all are."""
     return scorer(tokens[:, num_prefix:], present, **needed)  # type: ignore[no-any-return]
 
 
@@ -58,25 +50,16 @@ def patch_keys(key: Tensor, key_dim: int, num_prefix: int, rows_per_image: int) 
 
 
 def choose(
-    keep_logits: Tensor,
-    settings: CallSettings,
-    stage: int,
-    present: Tensor | None,
-    real: Tensor | None,
+    logits: Tensor, settings: CallSettings, stage: int, present: Tensor | None, real: Tensor | None
 ) -> Tensor:
-    """Which tokens stay, where no noise is drawn and no set is forced: [B, N] bool.
-
-    Args:
-        keep_logits: [B, N, 2].
-        present: [B, N] bool: what no earlier stage dropped; None if all of them.
-        real: [B, N] bool: what is no padding; None if all of them.
-    """
+    """Which tokens stay, where no noise is drawn and no set is forced: [B, N'] bool, as `present`
+    (what no earlier stage dropped; None: all) and here `real` are."""
     if settings.threshold is not None:
-        return above_threshold(keep_logits, settings.threshold, present, real)
-    ranked = keep_logits if real is None else real_first(keep_logits, real)
+        return selection.above_threshold(logits, settings.threshold, present, real)
+    ranked = logits if real is None else selection.real_first(logits, real)
     if present is not None:
         ranked = ranked.masked_fill(~present.unsqueeze(-1), float("-inf"))
-    return top_k(ranked, settings.num_keep[stage])
+    return selection.top_k(ranked, settings.num_keep[stage])
 
 
 def forced_set(settings: CallSettings, stage: int) -> Tensor | None:
@@ -84,39 +67,31 @@ def forced_set(settings: CallSettings, stage: int) -> Tensor | None:
     return None if settings.keep_indices is None else settings.keep_indices[stage]
 
 
-def present_masked(previous: Tensor | None, real: Tensor, tokens: Tensor) -> Tensor:
+def present_masked(previous: Tensor | None, real: Tensor | None, tokens: Tensor) -> Tensor | None:
     """[B, N] 1 where a patch was kept by the stage before and is no padding."""
-    return real.to(tokens.dtype) if previous is None else previous * real
+    if previous is None or real is None:
+        return previous if real is None else real.to(tokens.dtype)
+    return previous * real
 
 
 def decide(
-    keep_logits: Tensor,
-    previous: Tensor | None,
-    settings: CallSettings,
-    stage: int,
-    real: Tensor | None = None,
+    logits: Tensor, previous: Tensor | None, settings: CallSettings, stage: int, real: Tensor | None
 ) -> Tensor:
-    """The decision [B, N] about every patch, 0 wherever `previous` is.
-
-    Args:
-        keep_logits: [B, N, 2].
-        previous: [B, N] decision of the stage before; None at the first.
-        real: [B, N] True where a patch is no padding; None if none is.
-    """
+    """The decision [B, N] about every patch, 0 wherever `previous` [B, N] is."""
     if previous is None:
-        previous = keep_logits.new_ones(keep_logits.shape[:2])
+        previous = logits.new_ones(logits.shape[:2])
     forced = forced_set(settings, stage)
     if forced is not None:
-        return one_hot(forced, previous)
+        return selection.one_hot(forced, previous)
     if settings.sample:
         return sample_decision(
-            keep_logits,
+            logits,
             previous if real is None else previous * real,
             temperature=settings.temperature,
             hard=settings.hard,
             generator=settings.generator,
         )
-    return choose(keep_logits, settings, stage, previous > 0.5, real).to(previous.dtype)
+    return choose(logits, settings, stage, previous > 0.5, real).to(previous.dtype)
 
 
 def fill_dropped(
@@ -134,93 +109,86 @@ def _real_there(real: Tensor | None, numbers: Tensor | None) -> Tensor | None:
     return real if real is None or numbers is None else real.gather(1, numbers.clamp_min(0))
 
 
-def _own_numbers(keep_logits: Tensor) -> Tensor:
+def _own_numbers(logits: Tensor) -> Tensor:
     """[B, N]: before the first stage, patch i is number i."""
-    batch, patches = keep_logits.shape[:2]
-    return torch.arange(patches, device=keep_logits.device).expand(batch, -1)
+    batch, patches = logits.shape[:2]
+    return torch.arange(patches, device=logits.device).expand(batch, -1)
 
 
 def present_gathered(previous: Tensor | None, real: Tensor, tokens: Tensor) -> Tensor:
     """[B, N'] 1 where one of the patches that are still there is no padding."""
-    there = real if previous is None else real.gather(1, previous)
-    return there.to(tokens.dtype)
+    return (real if previous is None else real.gather(1, previous)).to(tokens.dtype)
 
 
 def select_gathered(
     tokens: Tensor,
-    keep_logits: Tensor,
+    logits: Tensor,
     previous: Tensor | None,
     settings: CallSettings,
     stage: int,
     num_prefix: int,
-    real: Tensor | None = None,
+    real: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Remove the patches that are not kept.
 
     Args:
-        tokens: [B, P + N', D], N' patches still there.
-        keep_logits: [B, N', 2].
-        previous: [B, N'] their original numbers; None at the first stage.
-        real: [B, N] True where a patch is no padding, by original number; None if none is.
+        tokens: [B, P + N', D].
+        previous: [B, N'] their original numbers.
 
     Returns:
         tokens [B, P + K, D], and their numbers [B, K], ascending.
     """
-    numbers = _own_numbers(keep_logits) if previous is None else previous
+    numbers = _own_numbers(logits) if previous is None else previous
     forced = forced_set(settings, stage)
     if forced is not None:
-        forced = forced.to(numbers.device)
-        places = torch.searchsorted(numbers.contiguous(), forced.contiguous())
-    elif settings.num_keep[stage] == keep_logits.shape[1]:
+        places = torch.searchsorted(numbers.contiguous(), forced.to(numbers.device).contiguous())
+    elif settings.num_keep[stage] == logits.shape[1]:
         return tokens, numbers
     else:
-        chosen = choose(keep_logits, settings, stage, None, _real_there(real, previous))
-        places = indices_of(chosen, settings.num_keep[stage])
+        chosen = choose(logits, settings, stage, None, _real_there(real, previous))
+        places = selection.indices_of(chosen, settings.num_keep[stage])
     return gather_tokens(tokens, places, num_prefix), numbers.gather(1, places)
 
 
 def present_jagged(numbers: Tensor | None, real: Tensor | None, tokens: Tensor) -> Tensor | None:
     """[B, N'] 1 where a row holds a token, and one that is no padding of the host's own; None
     where all do."""
-    there = None if numbers is None or not has_padding(numbers) else numbers >= 0
-    real = _real_there(real, numbers)
-    seen = real if there is None or real is None else real & there
-    seen = there if seen is None else seen
+    seen = _real_there(real, numbers)
+    if numbers is not None and selection.has_padding(numbers):
+        seen = numbers >= 0 if seen is None else seen & (numbers >= 0)
     return None if seen is None else seen.to(tokens.dtype)
 
 
 def select_jagged(
-    keep_logits: Tensor,
+    logits: Tensor,
     previous: Tensor | None,
     settings: CallSettings,
     stage: int,
-    real: Tensor | None = None,
-    forced: Tensor | None = None,
+    real: Tensor | None,
+    forced: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Choose the patches of each image that stay; `take_chosen` then removes the others.
 
     Args:
-        keep_logits: [B, N', 2], N' patches of the image that has most.
-        previous: [B, N'] their original numbers, -1 where a row holds no token; None at the first
-            stage.
-        real: [B, N] True where a patch is no padding, by original number; None if none is.
-        forced: The forced set of the images in `keep_logits`, if there is one.
+        previous: [B, N'] original numbers, -1 where a row holds no token; N' is that of the image
+            that has most.
+        forced: The forced set of these images, if there is one.
 
     Returns:
         The places of the chosen ones among the N', [B, K]: ascending, then -1 where an image keeps
         fewer than the one that keeps most; and their original numbers [B, K].
     """
-    numbers = _own_numbers(keep_logits) if previous is None else previous
+    numbers = _own_numbers(logits) if previous is None else previous
     if forced is not None:
         last = torch.iinfo(numbers.dtype).max  # after all numbers, as padding is
         ascending = torch.where(numbers < 0, last, numbers).contiguous()
         forced = forced.to(numbers.device, torch.int64)
-        places = torch.searchsorted(ascending, forced.contiguous())
-        places = torch.where(forced < 0, -1, places)
+        places = torch.where(forced < 0, -1, torch.searchsorted(ascending, forced.contiguous()))
     else:
-        padded = previous is not None and has_padding(numbers)
-        present = numbers >= 0 if padded else None
-        wanted = choose(keep_logits, settings, stage, present, _real_there(real, numbers))
-        fixed = settings.threshold is None
-        places = indices_of(wanted, settings.num_keep[stage]) if fixed else kept_first(wanted)
+        present = numbers >= 0 if previous is not None and selection.has_padding(numbers) else None
+        wanted = choose(logits, settings, stage, present, _real_there(real, numbers))
+        if settings.threshold is None:
+            places = selection.indices_of(wanted, settings.num_keep[stage])
+        else:
+            places = selection.kept_first(wanted)
     return places, torch.where(places < 0, -1, numbers.gather(1, places.clamp_min(0)))

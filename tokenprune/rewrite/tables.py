@@ -1,6 +1,7 @@
 """Tensors that were made for all tokens: RoPE tables, position biases, masks, and their sizes."""
 
 import operator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -11,8 +12,11 @@ from tokenprune.ops.moving import length_after
 from tokenprune.rewrite.kept import KeptSet
 from tokenprune.rewrite.passes import Pass
 from tokenprune.rewrite.rewrite import Rewrite
+from tokenprune.tracing.effects import has_effect
 
 __all__ = ["GatherAligned", "KeepTablesWhole", "ResizeTables"]
+
+RANDOM = ("dropout", "rand", "bernoulli", "multinomial", "method normal")
 
 
 class KeepTablesWhole(Pass):
@@ -22,18 +26,17 @@ class KeepTablesWhole(Pass):
     """
 
     def apply(self, rewrite: Rewrite) -> None:
-        for table in [node for node in rewrite.nodes() if rewrite.facts(node).whole_table]:
-
-            def whole(used: fx.Node, table: fx.Node = table) -> Any:
-                follows = rewrite.facts(used).follows_tokens
-                return _traced_size(rewrite, table, used) if follows else used
-
-            table.args = map_arg(table.args, whole)
-            table.kwargs = map_arg(table.kwargs, whole)
+        for table in rewrite.nodes():
+            if rewrite.facts(table).whole_table:
+                whole = partial(_traced_size, rewrite, table)
+                table.args, table.kwargs = map_arg((table.args, table.kwargs), whole)
 
 
 def _traced_size(rewrite: Rewrite, at: fx.Node, used: fx.Node) -> Any:
+    """A size as it was traced, if it follows the tokens."""
     value = used.meta["val"]
+    if not rewrite.facts(used).follows_tokens:
+        return used
     if not isinstance(value, Size):
         return value
     # only the batch may differ from the trace; it is dim 0 of every tensor that is worth a table
@@ -49,29 +52,21 @@ class ResizeTables(Pass):
             if dims:
                 kept = rewrite.records[max(dim.stage for dim in dims.values())].kept
                 along = tuple((d, dim.prefix) for d, dim in dims.items())
-                readers = list(node.users)
-                new = rewrite.insert_after(node, length_after, node, kept, along)
-                for reader in readers:
-                    reader.replace_input_with(node, new)
+                rewrite.map_output(node, length_after, kept, along)
 
 
+@dataclass
 class GatherAligned(Pass):
-    """Gather RoPE tables, position biases and masks along their token dims, once per stage each.
+    """Gather RoPE tables, position biases and masks along their token dims, once per stage each."""
 
-    Args:
-        kept: The kept set of the path.
-    """
-
-    def __init__(self, kept: KeptSet) -> None:
-        self.kept = kept
+    kept: KeptSet
 
     def apply(self, rewrite: Rewrite) -> None:
-        values = _Values()
+        numbers: dict[Any, int] = {}
         for consumer, source, aligned in rewrite.alignments():
             dims = tuple(aligned.dims.items())
-            key = ("aligned", values(source), dims, aligned.rank, aligned.rows_per_image)
-            make = partial(self.kept.gather, rewrite, consumer, source, aligned)
-            gathered = rewrite.once(key, make)
+            key = ("aligned", _number(source, numbers), dims, aligned.rank, aligned.rows_per_image)
+            gathered = rewrite.once(key, self.kept.gather, rewrite, consumer, source, aligned)
             consumer.replace_input_with(source, gathered)
 
     def ensures(self, rewrite: Rewrite) -> None:
@@ -80,20 +75,13 @@ class GatherAligned(Pass):
                 raise RuntimeError(f"{rewrite.where(consumer)} still reads {source.name} whole")
 
 
-class _Values:
-    """Numbers nodes so that two that hold the same value share one: blocks that each split the same
-    RoPE table get one gather. Random and stateful nodes only equal themselves."""
-
-    def __init__(self) -> None:
-        self._of_node: dict[fx.Node, int] = {}
-        self._of_call: dict[Any, int] = {}
-
-    def __call__(self, node: fx.Node) -> int:
-        if node not in self._of_node:
-            pure = node.op == "get_attr" or (
-                node.op in ("call_function", "call_method") and "dropout" not in str(node.target)
-            )
-            arguments = str(map_arg((node.args, dict(node.kwargs)), self))
-            key = (node.op, node.target, arguments) if pure else node
-            self._of_node[node] = self._of_call.setdefault(key, len(self._of_call))
-        return self._of_node[node]
+def _number(node: fx.Node, known: dict[Any, int]) -> int:
+    """A number that nodes of the same value share, so that blocks that each split the same RoPE
+    table get one gather. Random and stateful nodes share theirs with no other."""
+    if node not in known:
+        called = node.op in ("call_function", "call_method") and not has_effect(node)
+        pure = called and not any(word in str(node.target) for word in RANDOM)
+        made_of = map_arg((node.args, dict(node.kwargs)), lambda used: f"%{_number(used, known)}")
+        key = (node.op, node.target, str(made_of)) if pure or node.op == "get_attr" else node
+        known[node] = known.setdefault(key, len(known))
+    return known[node]

@@ -6,7 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tokenprune.scorers.protocol import SCORERS, Need, Scorer, as_keep_logits
+from tokenprune.recipe.names import SCORERS
+from tokenprune.scorers.protocol import Mask, Need, Scorer, Scores, Tokens, as_keep_logits
 
 __all__ = ["KeyNorm"]
 
@@ -20,12 +21,7 @@ class KeyNorm(Scorer):
 
     needs: ClassVar[Need] = Need.KEYS
 
-    def forward(
-        self,
-        tokens: Float[Tensor, "B N D"],
-        present: Float[Tensor, "B N"] | None = None,
-        **needed: Any,
-    ) -> Float[Tensor, "B N 2"]:
+    def forward(self, tokens: Tokens, present: Mask = None, **needed: Any) -> Scores:
         keys: Float[Tensor, "B H N d"] = needed["keys"]
         wide = torch.promote_types(keys.dtype, torch.float32)
         return as_keep_logits(-torch.linalg.vector_norm(keys, dim=-1, dtype=wide).mean(1))

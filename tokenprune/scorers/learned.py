@@ -4,12 +4,11 @@ from typing import Any, ClassVar, Literal, Self, TypeGuard
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
 from tokenprune.ops.pooling import hide_dropped, masked_mean
 from tokenprune.recipe.schema import PredictorSection
-from tokenprune.scorers.protocol import SCORERS, Scorer
+from tokenprune.scorers.protocol import SCORERS, Mask, Scorer, Scores, Tokens
 
 __all__ = ["TokenPredictor"]
 
@@ -38,16 +37,8 @@ class TokenPredictor(Scorer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Build a predictor for tokens of `dim` channels.
-
-        Args:
-            dim: channels of a token; odd and tiny numbers are fine.
-            activation: between the linear layers.
-            norm_eps: of the layer norm.
-            init_std: of the truncated normal that the weights are drawn from; biases start at 0.
-            device: where the parameters are made.
-            dtype: of the parameters.
-        """
+        """Build a predictor for tokens of `dim` channels; odd and tiny numbers are fine. Weights
+        are drawn from a truncated normal of `init_std`, biases start at 0."""
         super().__init__()
         self.dim = dim
         self.init_std = init_std
@@ -57,17 +48,10 @@ class TokenPredictor(Scorer):
         def linear(inputs: int, outputs: int) -> nn.Linear:
             return nn.Linear(inputs, outputs, device=device, dtype=dtype)
 
-        self.in_proj = nn.Sequential(
-            nn.LayerNorm(dim, eps=norm_eps, device=device, dtype=dtype),
-            linear(dim, dim),
-            act(),
-        )
+        norm = nn.LayerNorm(dim, eps=norm_eps, device=device, dtype=dtype)
+        self.in_proj = nn.Sequential(norm, linear(dim, dim), act())
         self.out_proj = nn.Sequential(
-            linear(dim, hidden),
-            act(),
-            linear(hidden, narrow),
-            act(),
-            linear(narrow, 2),
+            linear(dim, hidden), act(), linear(hidden, narrow), act(), linear(narrow, 2)
         )
         self.reset_parameters()
 
@@ -84,12 +68,7 @@ class TokenPredictor(Scorer):
             elif isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
 
-    def forward(
-        self,
-        tokens: Float[Tensor, "B N D"],
-        present: Float[Tensor, "B N"] | None = None,
-        **needed: Any,
-    ) -> Float[Tensor, "B N 2"]:
+    def forward(self, tokens: Tokens, present: Mask = None, **needed: Any) -> Scores:
         """Log-probabilities, keep first, in fp32 or better also under autocast."""
         features = self.in_proj(hide_dropped(tokens, present, 1))
         local, shared = features.split([self.dim // 2, self.dim - self.dim // 2], dim=-1)

@@ -15,7 +15,12 @@ from torch import Tensor, nn
 from tokenprune.recipe.names import SCORERS
 from tokenprune.recipe.schema import PredictorSection
 
-__all__ = ["PREDICTORS", "SCORERS", "Need", "Scorer", "as_keep_logits"]
+__all__ = ["PREDICTORS", "SCORERS", "Mask", "Need", "Scorer", "Scores", "Tokens", "as_keep_logits"]
+
+Tokens = Float[Tensor, "B N D"]
+Mask = Float[Tensor, "B N"] | None
+Scores = Float[Tensor, "B N 2"]
+"""What a scorer takes and returns; see `Scorer.forward`."""
 
 PREDICTORS = "token_predictors"
 """Where the scorers of a wrapped model are: the first part of their state-dict keys."""
@@ -57,12 +62,7 @@ class Scorer(nn.Module, ABC):
         return cls()
 
     @abstractmethod
-    def forward(
-        self,
-        tokens: Float[Tensor, "B N D"],
-        present: Float[Tensor, "B N"] | None = None,
-        **needed: Any,
-    ) -> Float[Tensor, "B N 2"]:
+    def forward(self, tokens: Tokens, present: Mask = None, **needed: Any) -> Scores:
         """Scores of keeping and of dropping each token, fp32 or better.
 
         Args:
@@ -73,7 +73,7 @@ class Scorer(nn.Module, ABC):
         """
 
 
-def as_keep_logits(score: Float[Tensor, "B N"]) -> Float[Tensor, "B N 2"]:
+def as_keep_logits(score: Float[Tensor, "B N"]) -> Scores:
     """Scores of keeping as the pair that a stage reads, in fp32 or better."""
     wide = score.to(torch.promote_types(score.dtype, torch.float32))
     return torch.stack([wide, -wide], dim=-1)

@@ -3,10 +3,9 @@
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
-from tokenprune.scorers.protocol import SCORERS, Need, Scorer, as_keep_logits
+from tokenprune.recipe.names import SCORERS
+from tokenprune.scorers.protocol import Mask, Need, Scorer, Scores, Tokens, as_keep_logits
 
 __all__ = ["Random"]
 
@@ -17,12 +16,7 @@ class Random(Scorer):
 
     needs: ClassVar[Need] = Need.NOISE
 
-    def forward(
-        self,
-        tokens: Float[Tensor, "B N D"],
-        present: Float[Tensor, "B N"] | None = None,
-        **needed: Any,
-    ) -> Float[Tensor, "B N 2"]:
+    def forward(self, tokens: Tokens, present: Mask = None, **needed: Any) -> Scores:
         # generator=None is another overload, which refuses the open batch size of torch.compile
         source = {} if needed["generator"] is None else {"generator": needed["generator"]}
         return as_keep_logits(torch.rand(tokens.shape[:2], device=tokens.device, **source))

@@ -14,10 +14,8 @@ class Entry:
     name = "entry"
 
     def mark(self, traced: HostGraph, block: Block) -> fx.Node:
-        """See `Place.mark`."""
         return block.entry
 
     def attention(self, blocks: Blocks, block: Block) -> tuple[Attention | None, str]:
-        """See `Place.attention`."""
         before = blocks.get(block.number - 1)
         return (before.attention if before else None), f"the block before block {block.number}"

@@ -15,7 +15,6 @@ class Middle:
     name = "middle"
 
     def mark(self, traced: HostGraph, block: Block) -> fx.Node:
-        """See `Place.mark`."""
         if block.middle is None:
             raise PlanError(
                 f"Block {block.number} ('{block.path}') has no middle: no sum of its tokens and an "
@@ -26,5 +25,4 @@ class Middle:
         return mark_tokens(traced, block.middle, block.number, readers, block.middle.next)
 
     def attention(self, blocks: Blocks, block: Block) -> tuple[Attention | None, str]:
-        """See `Place.attention`."""
         return block.attention, f"block {block.number}"

@@ -28,7 +28,6 @@ class Place(Protocol):
     @property
     def name(self) -> str:
         """As recipes write it."""
-        ...
 
     def mark(self, traced: HostGraph, block: Block) -> fx.Node:
         """The marker of the tokens there: all that reads them afterwards reads the marker.
@@ -36,8 +35,6 @@ class Place(Protocol):
         Raises:
             PlanError: The block has no such place.
         """
-        ...
 
     def attention(self, blocks: Blocks, block: Block) -> tuple[Attention | None, str]:
         """The nearest attention that ran before the place, and what to call it in a message."""
-        ...

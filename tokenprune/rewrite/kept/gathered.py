@@ -16,19 +16,12 @@ class Gathered(KeptSet):
     """`kept` holds the original numbers [B, K] of the tokens that are left, ascending."""
 
     name = "gather"
+    seen = staticmethod(present_gathered)
     table_gather = staticmethod(gather_table)
     restore = staticmethod(put_back)
 
-    def present(self, rw: Rewrite, stage: StagePoint) -> fx.Node | None:
-        real = rw.real_patches()
-        if real is None:
-            return None
-        return rw.insert(stage.at, present_gathered, stage.previous, real, stage.tokens)
-
-    def select(
-        self, rw: Rewrite, stage: StagePoint, keep_logits: fx.Node
-    ) -> tuple[fx.Node, fx.Node]:
+    def select(self, rw: Rewrite, stage: StagePoint, logits: fx.Node) -> tuple[fx.Node, fx.Node]:
         how = (stage.previous, rw.settings, stage.number, rw.num_prefix, rw.real_patches())
-        chosen = rw.insert(stage.at, select_gathered, stage.tokens, keep_logits, *how)
+        chosen = rw.insert(stage.at, select_gathered, stage.tokens, logits, *how)
         left, kept = (rw.insert(stage.at, operator.getitem, chosen, i) for i in range(2))
         return left, kept

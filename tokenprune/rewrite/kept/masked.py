@@ -22,40 +22,25 @@ class Masked(KeptSet):
 
     name = "mask"
     removes = False
+    seen = staticmethod(present_masked)
     attention = staticmethod(masked_attention)
     restore = staticmethod(put_back_masked)
 
-    def present(self, rw: Rewrite, stage: StagePoint) -> fx.Node | None:
-        real = rw.real_patches()
-        if real is None:
-            return stage.previous
-        return rw.insert(stage.at, present_masked, stage.previous, real, stage.tokens)
-
-    def select(
-        self, rw: Rewrite, stage: StagePoint, keep_logits: fx.Node
-    ) -> tuple[fx.Node, fx.Node]:
+    def select(self, rw: Rewrite, stage: StagePoint, logits: fx.Node) -> tuple[fx.Node, fx.Node]:
         how = (stage.previous, rw.settings, stage.number, rw.real_patches())
-        decision = rw.insert(stage.at, decide, keep_logits, *how)
+        decision = rw.insert(stage.at, decide, logits, *how)
         filler = (decision, rw.settings, rw.num_prefix)
         return rw.insert(stage.at, fill_dropped, stage.tokens, *filler), decision
 
     def policy(self, rw: Rewrite, stage: int, prefix: int, rows_per_image: int) -> fx.Node:
-        decision = rw.records[stage].kept
-        policy = rw.once(
-            ("policy", stage, prefix),
-            lambda: rw.insert_after(decision, policy_of, decision, prefix),
-        )
+        decision, key = rw.records[stage].kept, ("policy", stage, prefix)
+        policy = rw.once(key, rw.insert_after, decision, policy_of, decision, prefix)
         if rows_per_image == 1:
             return policy
-        return rw.once(
-            ("policy", stage, prefix, rows_per_image),
-            lambda: rw.insert_after(policy, torch.repeat_interleave, policy, rows_per_image, 0),
-        )
+        repeated = (torch.repeat_interleave, policy, rows_per_image, 0)
+        return rw.once((*key, rows_per_image), rw.insert_after, policy, *repeated)
 
     def stage_traces(
         self, records: Sequence[Any], num_patches: Sequence[int], nested: bool
     ) -> list[StageTrace]:
-        return [
-            StageTrace(logits, decision, None, decision.detach().sum(dim=1).mean())
-            for logits, decision in records
-        ]
+        return [StageTrace(logits, d, None, d.detach().sum(dim=1).mean()) for logits, d in records]

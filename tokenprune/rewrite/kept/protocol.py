@@ -42,6 +42,7 @@ class KeptSet(ABC):
     Attributes:
         name: Of the path.
         removes: Dropped tokens are no longer in the tensors.
+        seen: (previous, real, tokens) -> what the scorer may see; see `present`.
         attention: What attends to tokens some of which are hidden; None if all that are there are
             seen.
         table_gather: (table, kept, dims, prefix, rank, rows_per_image) -> the table for the tokens
@@ -51,18 +52,21 @@ class KeptSet(ABC):
 
     name: ClassVar[PathName]
     removes: ClassVar[bool] = True
+    seen: ClassVar[Callable[..., Tensor | None]]
     attention: ClassVar[Callable[..., Tensor] | None] = None
     table_gather: ClassVar[Callable[..., Tensor]]
     restore: ClassVar[Callable[..., Tensor]]
 
-    @abstractmethod
     def present(self, rw: Rewrite, stage: StagePoint) -> fx.Node | None:
         """What the scorer may see: [B, N'] 1 or 0; None for all tokens."""
+        hidden = stage.previous if self.attention is not None else None
+        real = rw.real_patches()
+        if hidden is None and real is None:
+            return None
+        return rw.insert(stage.at, type(self).seen, stage.previous, real, stage.tokens)
 
     @abstractmethod
-    def select(
-        self, rw: Rewrite, stage: StagePoint, keep_logits: fx.Node
-    ) -> tuple[fx.Node, fx.Node]:
+    def select(self, rw: Rewrite, stage: StagePoint, logits: fx.Node) -> tuple[fx.Node, fx.Node]:
         """The tokens that go on, and `kept`."""
 
     def policy(self, rw: Rewrite, stage: int, prefix: int, rows_per_image: int) -> fx.Node:
@@ -81,17 +85,12 @@ class KeptSet(ABC):
         self, rw: Rewrite, at: fx.Node, full: fx.Node, tokens: fx.Node, stage: int
     ) -> fx.Node:
         """`full` [B, P + N, D], with the tokens that `stage` kept replaced by `tokens`."""
-        return rw.insert(
-            at, type(self).restore, full, tokens, rw.records[stage].kept, rw.num_prefix
-        )
+        how = (rw.records[stage].kept, rw.num_prefix)
+        return rw.insert(at, type(self).restore, full, tokens, *how)
 
     def blank(self, rw: Rewrite, at: fx.Node, tokens: fx.Node) -> fx.Node:
         """An output of the kept tokens alone, with 0 in rows that hold none."""
         return tokens
-
-    def count(self, decision: Tensor, kept: Tensor) -> Tensor | int:
-        """`num_tokens` of a stage's trace."""
-        return kept.shape[1]
 
     def stage_traces(
         self, records: Sequence[Any], num_patches: Sequence[int], nested: bool
@@ -107,7 +106,9 @@ class KeptSet(ABC):
             if before is not None and nested:
                 logits = _spread(logits, before, patches)
             decision = one_hot(kept, logits.new_zeros(logits.shape[0], patches))
-            stages.append(StageTrace(logits, decision, kept, self.count(decision, kept)))
+            same = self.attention is None  # else images keep different numbers of tokens
+            count = kept.shape[1] if same else decision.sum(dim=1).mean()
+            stages.append(StageTrace(logits, decision, kept, count))
             before = kept
         return stages
 
