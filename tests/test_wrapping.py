@@ -210,7 +210,7 @@ def infinite_weight() -> Any:
         (lambda: odd(taken="_pruning"), UnsupportedHostError, "attribute '_pruning' of its own"),
         (nan_buffer, NonFiniteWeightsError, "Buffer 'mask' of VisionTransformer holds NaN"),
         (infinite_weight, NonFiniteWeightsError, "'norm.weight' of .* holds 2 values"),
-        (lambda: odd(prefix=4), PlanError, r"1 patch tokens behind 4 prefix tokens.*Check num_"),
+        (lambda: odd(prefix=4), PlanError, r"1 patch tokens after 4 prefix tokens.*Check num_"),
         (
             lambda: wrapped(example_inputs=[]),
             HostError,
