@@ -20,12 +20,7 @@ KEEP_RATIO = 0.7
 
 @dataclass(frozen=True)
 class Method:
-    """What a recipe prunes with.
-
-    Attributes:
-        scorer: What says which tokens stay.
-        reduction: What becomes of the others.
-    """
+    """What a recipe prunes with: what says which tokens stay, and what becomes of the others."""
 
     scorer: type[Scorer]
     reduction: type[Reduction]
@@ -78,22 +73,15 @@ def with_default_stages(
     recipe: Recipe | None, host: nn.Module, spec: ArchSpec, traced: HostGraph, blocks: Blocks
 ) -> Recipe:
     """A recipe that leaves its blocks to the host, with three stages: at a quarter, a half and
-    three quarters of the blocks that can have one.
-
-    Args:
-        recipe: None for one that keeps 0.7 of the tokens at each stage.
-        host: The model.
-        spec: What its adapter says; of its mode, unless the recipe gives one.
-        traced: One call of its forward in eval mode.
-        blocks: The blocks in it.
+    three quarters of the blocks that can have one. None keeps 0.7 of the tokens at each stage, in
+    the mode that fits the host.
 
     Raises:
         PlanError: There are too few blocks.
     """
     if recipe is not None and recipe.resolved_stages:
         return recipe
-    schedule = {"keep_ratio": KEEP_RATIO}
-    recipe = recipe or Recipe.parse({"version": 1, "schedule": schedule})
+    recipe = recipe or Recipe.parse({"version": 1, "schedule": {"keep_ratio": KEEP_RATIO}})
     mode = _mode(recipe, spec)
     reduction: type[Reduction] = MODES[mode]
     candidates, needed = reduction.candidates(host, traced, blocks, spec)

@@ -10,11 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tokenprune.analysis.blocks import find_blocks
 from tokenprune.analysis.plan import bind
 from tokenprune.checks.verify import verify as verify_model
-from tokenprune.errors import (
-    AlreadyWrappedError,
-    NonFiniteWeightsError,
-    UnsupportedHostError,
-)
+from tokenprune.errors import AlreadyWrappedError, NonFiniteWeightsError, UnsupportedHostError
 from tokenprune.hosts.inputs import CallSignature, ExampleInputs, named_inputs
 from tokenprune.hosts.registry import describe
 from tokenprune.hosts.spec import ArchSpec
@@ -100,29 +96,26 @@ def wrap(
         traced = trace(model, example)
         blocks = find_blocks(model, traced, spec)
         chosen = with_default_stages(chosen, model, spec, traced, blocks)
-    plan, budget = bind(chosen, spec)
-    pruning = Pruning(
-        host=model,
-        spec=spec,
-        recipe=chosen,
-        method=method_of(chosen, spec),
-        plan=plan,
-        budget=budget,
-        call=call,
-        restore=restore,
-        watched=[module for module in model.modules() if _decides_by_mode(module)],
-        lazy=lazy_attributes(model),
-    )
+        plan, budget = bind(chosen, spec)
+        pruning = Pruning(
+            host=model,
+            spec=spec,
+            recipe=chosen,
+            method=method_of(chosen, spec),
+            plan=plan,
+            budget=budget,
+            call=call,
+            restore=restore,
+            watched=[module for module in model.modules() if _decides_by_mode(module)],
+            lazy=lazy_attributes(model),
+        )
+        programs = pruning.programs(example, traced, blocks)
     wrapped = _shell(model)
     wrapped.__dict__[PRUNING] = pruning
-    with kept_modes(wrapped):
-        wrapped.eval()
-        programs = pruning.programs(example, traced, blocks)
-    like = _like(model)
-    scorers = [
-        pruning.method.scorer.make(grid.num_channels, chosen.predictor, **like)
-        for grid in programs.analysis.grids
-    ]
+    first = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    like = {"device": first.device, "dtype": first.dtype}
+    make, grids = pruning.method.scorer.make, programs.analysis.grids
+    scorers = [make(grid.num_channels, chosen.predictor, **like) for grid in grids]
     added = {PREDICTORS: nn.ModuleList(scorers), **programs.reduction.modules(**like)}
     for name, module in added.items():
         wrapped.__dict__["_modules"][name] = module.train(model.training)
@@ -188,13 +181,8 @@ def _check_finite(host: nn.Module) -> None:
     for name, tensor in host.named_parameters():
         if tensor.is_floating_point() and not tensor.is_meta and not torch.isfinite(tensor.sum()):
             bad = int((~torch.isfinite(tensor)).sum())
-            if bad:
+            if bad:  # else the sum alone was too large
                 raise NonFiniteWeightsError(
                     f"Parameter '{name}' of {type(host).__name__} holds {bad} values that are NaN "
                     "or inf. Load a sound checkpoint before wrapping."
                 )
-
-
-def _like(host: nn.Module) -> dict[str, Any]:
-    like = next((p for p in host.parameters() if p.is_floating_point()), torch.empty(0))
-    return {"device": like.device, "dtype": like.dtype}

@@ -152,20 +152,22 @@ def test_a_host_that_decides_by_the_batch_size_is_not_asked_for_another() -> Non
     assert names(verify(model)) == [name for name in THEOREMS if "alone" not in name]
 
 
-def test_float64_decides_where_float32_is_too_coarse() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_float64_decides_where_another_dtype_is_too_coarse(dtype: torch.dtype) -> None:
     host = Vit()
     with torch.no_grad():
         for parameter in host.parameters():
             parameter.normal_(std=0.3)
-    model = wrapped(host)
-    proof = Theorems(model, {"x": torch.randn(2, 3, 32, 32)})
+    model = wrapped(host).to(dtype)
+    proof = Theorems(model, {"x": torch.randn(2, 3, 32, 32, dtype=dtype)})
     proof.bound = 2 * EXACT  # as if rounding had been larger than what is allowed
     with torch.no_grad():
         (check,) = proof.paths()
     assert check.passed
     assert check.bound == EXACT
-    assert check.name.startswith("mask = gather on random kept sets, in float64 (float32: ")
-    assert model.head.weight.dtype == torch.float32
+    name = str(dtype).removeprefix("torch.")
+    assert check.name.startswith(f"mask = gather on random kept sets, in float64 ({name}: ")
+    assert model.head.weight.dtype == dtype
 
 
 def test_an_output_without_tensors_is_refused() -> None:

@@ -120,7 +120,7 @@ def test_the_noise_is_that_of_the_generator(model: Any) -> None:
 @pytest.mark.parametrize(
     ("sets", "says"),
     [
-        (SETS[:1], r"for 1 stages; the plan has 2, before blocks \[1, 2\]"),
+        (SETS[:1], r"for 1 stages; the plan has 2, at blocks \[1, 2\]"),
         ([*SETS, SETS[1]], "for 3 stages; the plan has 2"),
         ([SETS[0][0], SETS[1]], r"\[B, K\] tensors of whole numbers.*found 'shape \(3,\)'"),
         ([[1, 2], SETS[1]], r"\[B, K\] tensors .*found \[1, 2\]"),
@@ -292,6 +292,29 @@ def test_what_the_host_kept_from_a_call_of_its_own_is_no_part_of_a_trace() -> No
     kept = pruning_of(again).host.table
     assert torch.equal(again(larger), wanted)
     assert pruning_of(again).host.table is kept
+
+
+class NamedLikeOurs(timm.models.vision_transformer.VisionTransformer):
+    """Has names that begin as ours do."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.token_predictors_of_another_kind = nn.Linear(16, 16)
+        self.forward_scale = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.forward_scale
+
+
+def test_names_that_begin_as_ours_are_the_hosts() -> None:
+    model = tokenprune.wrap(build(NamedLikeOurs), RECIPE, verify=False).eval()
+    plain = model(IMAGES)
+    model.forward_scale = 2.0
+    assert tokenprune.unwrap(model).forward_scale == 2.0
+    torch.testing.assert_close(model(IMAGES), plain * 2)
+    found = model.load_state_dict({key: v + 1 for key, v in model.state_dict().items()})
+    assert not found.missing_keys
+    assert not found.unexpected_keys
 
 
 def test_what_belongs_to_one_module_object_stays_there(own_model: Any) -> None:

@@ -9,13 +9,8 @@ __all__ = ["Certificate", "Check"]
 
 @dataclass(frozen=True)
 class Check:
-    """One theorem on one model.
-
-    Attributes:
-        name: Which.
-        error: The measured difference, relative to the output's scale.
-        bound: The largest that passes.
-    """
+    """One theorem on one model: the measured difference, relative to the output's scale, and the
+    largest that passes."""
 
     name: str
     error: float

@@ -3,12 +3,11 @@
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
@@ -19,10 +18,11 @@ from tokenprune.ops.moving import gather_aligned
 from tokenprune.ops.selection import in_order
 from tokenprune.reductions import Proof
 from tokenprune.rewrite.settings import SETTINGS, CallSettings, PathName
+from tokenprune.runtime.jagged.buckets import filled
 from tokenprune.runtime.model import pruning_of
 from tokenprune.runtime.program import Program
 from tokenprune.runtime.pruning import added_names
-from tokenprune.tracing.interpret import run
+from tokenprune.tracing.interpret import run, tensors_in
 
 __all__ = ["TOLERANCE", "Theorems"]
 
@@ -32,12 +32,7 @@ TOLERANCE = {torch.float64: EXACT, torch.float32: 1e-4, torch.bfloat16: 5e-2, to
 
 
 class Theorems:
-    """The checks of one model on one input.
-
-    Args:
-        model: What `wrap` returned, in eval mode.
-        inputs: By name.
-    """
+    """The checks of one wrapped model, in eval mode, on one input."""
 
     def __init__(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
         pruning = pruning_of(model)
@@ -48,13 +43,12 @@ class Theorems:
         self.tensors = {n: v for n, v in inputs.items() if isinstance(v, Tensor)}
         first = next(iter(self.tensors.values()))
         self.batch_size = int(first.shape[0]) if first.ndim else 1
-        self.path_name = pruning.path_name
         self.pruned = pruning.path_name("gather")
         self.jagged = pruning.budget.threshold is not None
         self.sets = self._random_sets()
         self.settings = CallSettings(num_keep=(), sample=False, keep_indices=self.sets)
-        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-        self.bound = TOLERANCE.get(dtype, TOLERANCE[torch.float32])
+        self.dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+        self.bound = TOLERANCE.get(self.dtype, TOLERANCE[torch.float32])
         self.outputs: dict[PathName, list[Tensor]] = {}
 
     def _random_sets(self) -> tuple[Tensor, ...]:
@@ -109,14 +103,13 @@ class Theorems:
                 f"{program.rewrite.where(at) if at else 'its first node'}: {error}. Leave this "
                 "host dense, or prune it after that node."
             ) from error
-        return _tensors(output)
+        return tensors_in(output)
 
     def _without_dropped(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The rows of a mask path's output that the gather path returns."""
         nodes = _returned(self.programs.analysis.traced.graph.output_node().args[0])
-        pairs = zip(nodes, tensors, strict=True)
-        kept = (self._kept_rows(node, value) for node, value in pairs)
-        return [t if k is None else k for k, t in zip(kept, tensors, strict=True)]
+        pairs = list(zip(nodes, tensors, strict=True))
+        return [v if (k := self._kept_rows(n, v)) is None else k for n, v in pairs]
 
     def identity(self) -> Iterator[Check]:
         """Theorem 1: with every token kept, the pruned graph is the host, bit for bit."""
@@ -124,7 +117,7 @@ class Theorems:
         fast = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)  # another kernel, with other rounding
         try:
-            dense = _tensors(self.host.forward(**self.inputs))
+            dense = tensors_in(self.host.forward(**self.inputs))
         finally:
             torch.backends.mha.set_fastpath_enabled(fast)
         pruned = self._run(self.pruned, whole)
@@ -136,17 +129,11 @@ class Theorems:
     def paths(self) -> Iterator[Check]:
         """Theorem 2: paths that must agree do, on rows of kept tokens."""
         for claim in self.programs.reduction.proofs:
-            yield self._compared(
-                claim.name,
-                partial(Theorems._apart, claim=claim),
-                partial(Theorems._where_apart, claim=claim),
-            )
+            apart = partial(Theorems._apart, claim=claim)
+            yield self._compared(claim.name, apart, partial(Theorems._where_apart, claim=claim))
 
     def _apart(self, claim: Proof) -> float:
         return _difference(self._run(claim.left), self._run(self._name(claim.right)))
-
-    def _where_apart(self, claim: Proof) -> str:
-        return f"{claim.left} and {claim.right} path differ {self._first_difference(claim)}"
 
     def _name(self, path: PathName) -> PathName:
         return self.pruned if path == "gather" else path
@@ -173,12 +160,13 @@ class Theorems:
     def _compared(
         self, name: str, measure: Callable[["Theorems"], float], what: Callable[["Theorems"], str]
     ) -> Check:
-        """Compare in the model's precision; if that says no, rounding that the host itself blows
-        up, or a real difference? Double precision tells."""
+        """Compare in the model's precision; if that fails, float64 tells a real difference from
+        rounding that the host itself amplifies."""
         proof, check = self, Check(name, measure(self), self.bound)
         if not check.passed and self.bound > EXACT:
             proof = Theorems(copy.deepcopy(self.model).double(), _double(self.inputs))
-            name = f"{name}, in float64 (float32: {check.error:.1e})"
+            given = str(self.dtype).removeprefix("torch.")
+            name = f"{name}, in float64 ({given}: {check.error:.1e})"
             check = Check(name, measure(proof), EXACT)
         if not check.passed:
             proof._refuse(check, what(proof))
@@ -199,42 +187,36 @@ class Theorems:
         """Rows of an image alone, with the empty ones that it has beside longer images."""
         if not self.jagged or self.programs.restore is not False:
             return alone
-        sizes = zip(together.shape, alone.shape, strict=True)
-        more = [max(long - short, 0) for long, short in sizes]
-        return F.pad(alone, [n for extra in reversed(more) for n in (0, extra)])
+        return filled(alone, together.shape[1:])
 
     def _last_alone(self) -> list[Tensor]:
-        """The gather path's output for the last image of the batch, which keeps fewest tokens if
-        images differ."""
-        one = {n: v[-1:] if self._batched(v) else v for n, v in self.tensors.items()}
+        """The gather path's output for the last image alone, of those that keep fewest tokens."""
+        one = self.tensors | {n: v[-1:] for n, v in self._batched().items()}
         sets = tuple(kept[-1:, kept[-1] >= 0] for kept in self.sets)
         return self._output(self.pruned, replace(self.settings, keep_indices=sets), one)
 
     def _beside_another(self) -> list[Tensor]:
         """The gather path's output for the one image and, as a second one, its mirror image."""
-        two = {
-            n: torch.cat([v, v.flip(-1)]) if self._batched(v) else v
-            for n, v in self.tensors.items()
-        }
+        both = {n: torch.cat([v, v.flip(-1)]) for n, v in self._batched().items()}
         pairs = zip(self.sets, self.num_patches, strict=True)
         sets = tuple(torch.cat([kept, patches - 1 - kept.flip(1)]) for kept, patches in pairs)
         settings = replace(self.settings, keep_indices=sets)
-        return self._output(self.pruned, settings, two)
+        return self._output(self.pruned, settings, self.tensors | both)
 
-    def _batched(self, value: Tensor) -> bool:
-        return value.shape[:1] == (self.batch_size,)
+    def _batched(self) -> dict[str, Tensor]:
+        return {n: v for n, v in self.tensors.items() if v.shape[:1] == (self.batch_size,)}
 
     def gradients(self) -> Iterator[Check]:
         """Theorems 6 and 7: every trained parameter of the scorers gets a finite gradient."""
-        names = added_names()
-        added = [p for name, p in self.model.named_parameters() if name.startswith(names)]
-        parameters = [p for p in added if p.requires_grad]
+        named, names = self.model.named_parameters(), added_names()
+        parameters = [p for n, p in named if n.startswith(names) and p.requires_grad]
         if not parameters:
             return  # frozen, or scorers without parameters: no gradient is claimed
-        settings = CallSettings((), sample=True, generator=_generator(parameters[0].device))
+        generator = torch.Generator(parameters[0].device).manual_seed(0)
+        settings = CallSettings((), sample=True, generator=generator)
         program = self.programs.get(self.host, "mask")
         output, records, *_ = program.run(self.model, settings, **self.tensors)
-        loss = sum(t.float().square().mean() for t in _tensors(output) if t.requires_grad)
+        loss = sum(t.float().square().mean() for t in tensors_in(output) if t.requires_grad)
         loss = loss + sum(decision.mean() for _, decision in records)
         found = torch.autograd.grad(loss, parameters, allow_unused=True)
         missing = sum(g is None or not bool(torch.isfinite(g).all()) for g in found)
@@ -250,17 +232,15 @@ class Theorems:
             f"{check.bound:.0e}. Leave this host dense, or prune it after that node."
         )
 
-    def _first_difference(self, claim: Proof) -> str:
+    def _where_apart(self, claim: Proof) -> str:
         """Run both paths in step and name the first node whose kept rows differ."""
+        differ = f"{claim.left} and {claim.right} path differ"
         names = (claim.left, self._name(claim.right))
         left, right = (self.programs.get(self.host, name) for name in names)
         theirs = self._values(right)
         ahead: dict[fx.Node, Any] = {}
         for origin, ours in self._values(left):
-            while origin not in ahead:
-                step = next(theirs, None)
-                if step is None:
-                    break
+            while origin not in ahead and (step := next(theirs, None)) is not None:
                 ahead[step[0]] = step[1]
             other = ahead.pop(origin, None)
             if isinstance(ours, Tensor) and isinstance(other, Tensor):
@@ -270,8 +250,8 @@ class Theorems:
                 other = self._blank(origin, other)
                 if not _difference([kept], [other]) <= self.bound:
                     where = origin.meta["where"]
-                    return f"first at node '{origin.name}' ({origin.target}) of {where}"
-        return "at the output"
+                    return f"{differ} first at node '{origin.name}' ({origin.target}) of {where}"
+        return f"{differ} at the output"
 
     def _values(self, program: Program) -> Iterator[tuple[fx.Node, Any]]:
         inputs = {SETTINGS: self.settings, **self.tensors}
@@ -317,32 +297,15 @@ def _returned(output: Any) -> list[fx.Node]:
     return found
 
 
-def _tensors(output: Any) -> list[Tensor]:
-    """The tensors of an output, those inside plain dataclasses included."""
-    found: list[Tensor] = []
-    for leaf in tree_leaves(output):
-        if isinstance(leaf, Tensor):
-            found.append(leaf)
-        elif is_dataclass(leaf) and not isinstance(leaf, type):
-            found += _tensors([getattr(leaf, field.name) for field in fields(leaf)])
-    return found
-
-
 def _difference(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
     """Largest difference relative to the scale of `theirs`; inf if shapes or NaNs differ."""
-    worst = 0.0
-    if len(ours) != len(theirs):
+    if [t.shape for t in ours] != [t.shape for t in theirs]:
         return float("inf")
+    worst = 0.0
     for a, b in zip(ours, theirs, strict=True):
-        if a.shape != b.shape:
-            return float("inf")
         if torch.equal(a, b) or not b.numel():
             continue
         scale = b.double().abs().max().clamp_min(1e-6)
         error = float(((a.double() - b.double()).abs().max() / scale).item())
         worst = max(worst, error) if error == error else float("inf")
     return worst
-
-
-def _generator(device: torch.device) -> torch.Generator:
-    return torch.Generator(device).manual_seed(0)

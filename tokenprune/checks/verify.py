@@ -39,24 +39,19 @@ def verify(
         )
     with kept_modes(model), attributes_kept(pruning.host), buffers_kept(model):
         model.eval()
-        theorems = Theorems(model, inputs)
+        proof = Theorems(model, inputs)
         with torch.no_grad():
-            checks = [
-                *theorems.identity(),
-                *theorems.paths(),
-                *theorems.contents(),
-                *theorems.images(),
-            ]
+            checks = [*proof.identity(), *proof.paths(), *proof.contents(), *proof.images()]
         if gradients:
-            checks += theorems.gradients()
+            checks += proof.gradients()
     return Certificate(
         host=type(model).__name__,
         adapter=pruning.spec.adapter,
         mode=pruning.method.reduction.name,
-        num_patches=theorems.num_patches[0],
-        patches_per_stage=theorems.num_patches,
+        num_patches=proof.num_patches[0],
+        patches_per_stage=proof.num_patches,
         num_prefix_tokens=pruning.plan.num_prefix,
-        num_keep=pruning.budget.counts(theorems.num_patches),
+        num_keep=pruning.budget.counts(proof.num_patches),
         threshold=pruning.budget.threshold,
         checks=tuple(checks),
     )

@@ -13,26 +13,17 @@ __all__ = ["ProgramCache", "Signature", "signature_of"]
 
 
 class Signature(NamedTuple):
-    """What a trace depends on.
-
-    Attributes:
-        key: All that a branch of the host's Python code may depend on, but for the batch size.
-        batch_size: B.
-    """
+    """What a branch of the host's Python code may depend on: the batch size, and all else."""
 
     key: tuple[Any, ...]
     batch_size: int
 
 
 def signature_of(arguments: Mapping[str, Any], watched: list[nn.Module]) -> Signature:
-    """The signature of a call.
-
-    Args:
-        arguments: By name.
-        watched: Modules whose `training` flag the host's Python code may read.
+    """The signature of a call, for a host whose Python code reads `training` of `watched` modules.
 
     Raises:
-        HostError: There is no tensor among them, or something that no trace can be kept under.
+        HostError: There is no tensor among the arguments, or something else than a plain value.
     """
     tensors = [value for value in arguments.values() if isinstance(value, Tensor)]
     if not tensors:
@@ -65,14 +56,14 @@ class ProgramCache:
     def find(self, signature: Signature) -> Programs | None:
         """The programs for calls of this signature, if there are any."""
         found = self._known.get(signature.key)
-        if found is not None and not _serves(found, signature):
-            found = self._known.get(signature)
+        analysis = found and found.analysis
+        if analysis and analysis.batch_bound and analysis.traced.batch_size != signature.batch_size:
+            return self._known.get(signature)
         return found
 
     def add(self, signature: Signature, programs: Programs) -> None:
         """Keep new programs."""
-        key = signature if signature.key in self._known else signature.key
-        self._known[key] = programs
+        self._known[signature if signature.key in self._known else signature.key] = programs
 
     def all(self) -> list[Programs]:
         """All programs; the first are those that `wrap` traced."""
@@ -81,8 +72,3 @@ class ProgramCache:
     def clear(self) -> None:
         """Forget them: the next call traces again."""
         self._known.clear()
-
-
-def _serves(programs: Programs, signature: Signature) -> bool:
-    analysis = programs.analysis
-    return not analysis.batch_bound or analysis.traced.batch_size == signature.batch_size

@@ -22,8 +22,9 @@ __all__ = ["PUBLIC", "PrunedModel", "pruned_class", "pruning_of"]
 PUBLIC = ("using", "set_keep_ratio", "set_threshold")
 """Names that a wrapped model has beside its host's."""
 PRUNING = "_pruning"
-# What belongs to one nn.Module object: its tables, and what compile, replicas and hooks keep there.
+# Not shared with the host: a module's own tables, and what compile, replicas and hooks put there.
 OF_THE_OBJECT = {*vars(nn.Module()), "_compiled_call_impl", "_former_parameters", "_is_replica"}
+OF_THE_OBJECT = OF_THE_OBJECT - {"training"} | {PRUNING, "forward"}
 
 
 class PrunedModel(nn.Module):
@@ -77,8 +78,8 @@ class PrunedModel(nn.Module):
             keep_ratio: r for r, r^2, r^3, ... over the stages, or one ratio per stage, each of the
                 original patch tokens. So with `mode: bypass` too, where the published Swin models
                 go down in steps instead: give `[r, r - 0.2, r - 0.4]` for those. With a threshold
-            (`set_threshold`, `selection: threshold`) eval does not read the ratios; they stay what
-            training aims at.
+                (`set_threshold`, `selection: threshold`) eval does not read the ratios; they stay
+                what training aims at.
 
         Raises:
             PlanError: A ratio is out of (0, 1], they grow, or their number is wrong.
@@ -108,7 +109,7 @@ class PrunedModel(nn.Module):
         The host's part is loaded by the host, which may have its own way with keys.
         """
         names = added_names()
-        own = {key: value for key, value in state_dict.items() if key.startswith(names)}
+        own = {key: v for key, v in state_dict.items() if key.partition(".")[0] in names}
         rest = {key: value for key, value in state_dict.items() if key not in own}
         unexpected = [key for key in own if key.partition(".")[0] not in self._modules]
         if strict and unexpected:
@@ -119,36 +120,27 @@ class PrunedModel(nn.Module):
                 "mode, or pass strict=False."
             )
         found = self._pruning.host.load_state_dict(rest, strict=strict, assign=assign)
-        for name in names if own else ():
-            part = {k.removeprefix(f"{name}."): v for k, v in own.items() if k.startswith(name)}
-            if name in self._modules:
-                result = getattr(self, name).load_state_dict(part, strict=strict, assign=assign)
-                found.missing_keys.extend(f"{name}.{key}" for key in result.missing_keys)
-                found.unexpected_keys.extend(f"{name}.{key}" for key in result.unexpected_keys)
-            else:
-                found.unexpected_keys.extend(f"{name}.{key}" for key in part)
+        found.unexpected_keys.extend(unexpected)
+        for name in [name for name in names if own and name in self._modules]:
+            part = {k.partition(".")[2]: v for k, v in own.items() if k.partition(".")[0] == name}
+            result = getattr(self, name).load_state_dict(part, strict=strict, assign=assign)
+            found.missing_keys.extend(f"{name}.{key}" for key in result.missing_keys)
+            found.unexpected_keys.extend(f"{name}.{key}" for key in result.unexpected_keys)
         return found
 
     def __setattr__(self, name: str, value: Any) -> None:
         state = self.__dict__
-        shared = PRUNING in state and "_is_replica" not in state and _is_of_the_host(name)
-        before = state.get(name, ...) if shared else ...
+        own = name.startswith("__") or name in OF_THE_OBJECT or name in added_names()
+        shared = PRUNING in state and "_is_replica" not in state and not own
+        before = state.get(name, ...)
         super().__setattr__(name, value)
         if shared:
             setattr(self._pruning.host, name, value)  # a new head, or a mode, is the host's too
-            if name != "training" and name in self.__dict__ and not _same(before, value):
+            if name != "training" and name in state and not _same(before, value):
                 self._pruning.cache.clear()  # its code may have decided by it
 
     def _get_name(self) -> str:
         return f"TokenPruned[{type(self).__name__}]"
-
-
-def _is_of_the_host(name: str) -> bool:
-    if name == "training":
-        return True
-    return not (
-        name.startswith((*added_names(), PRUNING, "forward", "__")) or name in OF_THE_OBJECT
-    )
 
 
 def _same(before: Any, after: Any) -> bool:

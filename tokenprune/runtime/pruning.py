@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokenprune.analysis.analysis import analyse
 from tokenprune.analysis.blocks import Blocks, find_blocks
 from tokenprune.analysis.plan import Budget, Plan
 from tokenprune.errors import HostError, KeepIndicesError, PlanError
@@ -59,15 +60,12 @@ class Pruning:
         host: The dense model.
         spec: What its adapter says.
         recipe: With its stages.
-        method: Scorer and reduction.
         plan: Where the stages are; never changes.
         budget: How much they keep; `set_keep_ratio` and `set_threshold` replace it.
         call: The arguments of the host's forward.
         restore: Whether outputs that hold tokens come back in place; None refuses such outputs.
         watched: Modules whose `training` flag the host's Python code may read.
         lazy: Attributes of the host that were None when it was wrapped.
-        cache: Programs by call signature.
-        overrides: What `using` forces.
     """
 
     host: nn.Module
@@ -88,11 +86,7 @@ class Pruning:
         return named_inputs(self.call, self.spec, self.host, given)
 
     def run(
-        self,
-        model: nn.Module,
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-        return_trace: bool,
+        self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], return_trace: bool
     ) -> Any:
         """One call of the wrapped model."""
         path = self.overrides.path or self.method.path(model.training)
@@ -117,10 +111,10 @@ class Pruning:
         output, records, tokens, real = program.run(model, settings, **tensors)
         if not return_trace:
             return output
-        stages = []
-        if name != "dense":
-            nested = self.method.reduction.nested
-            stages = KEPT_SETS[name].stage_traces(records, programs.num_patches, nested)
+        if name == "dense":
+            return output, PruningTrace([], tokens, real)
+        nested = self.method.reduction.nested
+        stages = KEPT_SETS[name].stage_traces(records, programs.num_patches, nested)
         return output, PruningTrace(stages, tokens, real)
 
     def path_name(self, path: Path) -> PathName:
@@ -133,23 +127,25 @@ class Pruning:
         traced: HostGraph | None = None,
         blocks: Blocks | None = None,
     ) -> Programs:
-        """The programs for a call of this signature; traced if there are none yet.
+        """The programs for a call of this signature; made if there are none yet, of `traced` and
+        `blocks` if this very call was traced already.
 
-        Args:
-            traced: The trace of this very call, if there is one.
-            blocks: The blocks in it.
+        Raises:
+            PlanError: A stage sees no patch tokens, or can do nothing.
+            UnsupportedHostError: The call cannot be traced, or a node run with fewer tokens.
         """
-        signature = signature_of(arguments, self.watched)
+        signature, host = signature_of(arguments, self.watched), self.host
         found = self.cache.find(signature)
         if found is None:
             if traced is None or blocks is None:
                 with hide_lazy_tensors(self.lazy):
-                    traced = trace(self.host, arguments)
-                blocks = find_blocks(self.host, traced, self.spec)
-            with no_autocast_cache(), buffers_kept(self.host):
-                found = Programs.of(
-                    self.host, traced, blocks, self.plan, self.spec, self.method, self.restore
-                )
+                    traced = trace(host, arguments)
+                blocks = find_blocks(host, traced, self.spec)
+            leave = self.method.reduction.removes
+            with no_autocast_cache(), buffers_kept(host):
+                known = analyse(host, traced, blocks, self.plan, self.spec, tokens_leave=leave)
+                reduction = self.method.reduction(host, known)
+            found = Programs(known, reduction, self.method.scorer, self.restore)
             self.cache.add(signature, found)
         return found
 
@@ -163,14 +159,10 @@ class Pruning:
         """
         sampling, forced = self.recipe.sampling, self.overrides.keep_indices
         if forced is not None:
-            batch_size = next(v for v in arguments.values() if isinstance(v, Tensor)).shape[0]
+            padded = self.budget.threshold is not None
+            batch = next(v for v in arguments.values() if isinstance(v, Tensor)).shape[0]
             for kept, patches in zip(forced, programs.num_patches, strict=True):
-                check_keep_indices(
-                    kept,
-                    batch_size=batch_size,
-                    num_patches=patches,
-                    padded=self.budget.threshold is not None,
-                )
+                check_keep_indices(kept, batch_size=batch, num_patches=patches, padded=padded)
         return CallSettings(
             num_keep=self.budget.counts(programs.num_patches),
             sample=path == "mask" and training and self.method.scorer.probabilistic,
@@ -194,7 +186,8 @@ class Pruning:
             raise HostError(f"There is no path {path!r}. Choose one of {', '.join(PATHS)}.")
         was, forced = self.overrides, None
         if keep_indices is not None:
-            forced = tuple(in_order(kept) for kept in self._checked_sets(keep_indices))
+            self._check_sets(keep_indices)
+            forced = tuple(map(in_order, keep_indices))
             if self.budget.threshold is not None:
                 forced = tuple(map(_trimmed, forced))
         self.overrides = Overrides(
@@ -205,7 +198,7 @@ class Pruning:
         finally:
             self.overrides = was
 
-    def _checked_sets(self, sets: Sequence[Tensor]) -> Sequence[Tensor]:
+    def _check_sets(self, sets: Sequence[Tensor]) -> None:
         blocks = list(self.plan.blocks)
         if len(sets) != len(blocks):
             raise KeepIndicesError(
@@ -221,7 +214,6 @@ class Pruning:
             )
         if self.method.reduction.nested:
             _check_nested(sets)
-        return sets
 
     def set_keep_ratio(self, keep_ratio: float | Sequence[float]) -> None:
         """See `PrunedModel.set_keep_ratio`."""
@@ -236,10 +228,8 @@ class Pruning:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _prepare(pruning: Pruning, path: Path, names: tuple[str, ...], *values: Any) -> bool:
-    """Build the program before Dynamo traces the call.
-
-    It runs when the call is compiled, on real tensors, and is no part of what is compiled.
-    """
+    """Build the program before Dynamo traces the call, on real tensors and outside of what is
+    compiled."""
     programs = pruning.programs(dict(zip(names, values, strict=True)))
     programs.get(pruning.host, path)
     return True

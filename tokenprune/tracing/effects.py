@@ -4,20 +4,17 @@ import operator
 
 from torch import fx
 
-__all__ = ["has_effect"]
+__all__ = ["IN_PLACE", "has_effect"]
 
-WRITES = frozenset(
-    getattr(operator, name)
-    for name in ("setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "ior", "iand")
-)
+IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "ior", "iand")
+"""Names of the operators that write into their left side."""
+WRITES = frozenset(getattr(operator, name) for name in ("setitem", *IN_PLACE))
 
 
 def has_effect(node: fx.Node) -> bool:
     """Whether a node writes into a tensor, or is an end of the graph."""
-    if node.op in ("placeholder", "output"):
-        return True
-    if node.op == "call_module":
-        return bool(node.users)
+    if node.op not in ("call_function", "call_method"):
+        return node.op in ("placeholder", "output")
     name = getattr(node.target, "__name__", str(node.target))
     writes = name.endswith("_") and not name.endswith("__")
     return writes or node.target in WRITES

@@ -36,31 +36,24 @@ BUILT_IN = tuple(
     and name not in (*FACTORIES, "result_type", "can_cast", "promote_types")
     and isinstance(getattr(torch, name, None), BuiltinFunctionType)
 )
-# Answers about a tensor that are plain Python; never nodes.
-INQUIRIES = frozenset({"is_floating_point", "is_complex", "is_tensor", "dim", "get_device"})
+# Never nodes: answers about a tensor that are plain Python, and properties of a real tensor.
+UNRECORDED = ("dim", "__get__", "__set__")
+UNRECORDED_PREFIXES = ("is_", "_has", "get_")
 CHECK_WITH = torch._check_with
 ATTENTION = F.multi_head_attention_forward
 APPLY: Any = inspect.getattr_static(autograd.Function, "apply")
 
 
 class Recorder(Protocol):
-    """What a tracer gives."""
+    """A tracer. If `executing`, calls run as they are; if `elsewhere`, this thread has no trace."""
 
     @property
-    def executing(self) -> bool:
-        """Whether calls run as they are instead of being recorded."""
-        ...
+    def executing(self) -> bool: ...
 
     @property
-    def elsewhere(self) -> bool:
-        """Whether this is a thread that does not trace."""
-        ...
+    def elsewhere(self) -> bool: ...
 
-    def create_proxy(
-        self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """Make a node."""
-        ...
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any: ...
 
 
 class _Calls(TorchFunctionMode):
@@ -70,19 +63,11 @@ class _Calls(TorchFunctionMode):
         super().__init__()
         self.tracer = tracer
 
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        if self.tracer.executing or name in INQUIRIES or name.startswith(("is_", "_has", "get_")):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        unrecorded = name in UNRECORDED or name.startswith(UNRECORDED_PREFIXES)
+        if self.tracer.executing or unrecorded:
             return func(*args, **kwargs)
-        if name in ("__get__", "__set__"):
-            return func(*args, **kwargs)  # a property of a real tensor: a constant of the trace
         if is_tensor_method_or_property(func):
             return self.tracer.create_proxy("call_method", name, args, kwargs)
         return self.tracer.create_proxy("call_function", func, args, kwargs)
@@ -127,7 +112,7 @@ def _attention_opened(tracer: Recorder) -> Callable[..., Any]:
 
 
 def _check_with(kind: Any, condition: Any, message: Any = None) -> None:
-    """torch's own assertion wants a bool, and takes no proxy for one."""
+    """torch's own assertion, which takes no proxy for a bool."""
     CHECK_WITH(kind, bool(condition), message)
 
 

@@ -119,19 +119,12 @@ def _calls(graph: fx.Graph, tracer: ValueTracer) -> dict[str, tuple[ModuleCall, 
     alive, numbers = set(nodes), [node.meta[NUMBER] for node in nodes]
     calls: dict[str, list[ModuleCall]] = {}
     for path, inputs, output, start, stop in sorted(tracer.calls, key=lambda call: call.start):
-        begin, end = bisect_left(numbers, start), bisect_left(numbers, stop)
-        made = nodes[begin:end]
+        made = nodes[bisect_left(numbers, start) : bisect_left(numbers, stop)]
+        first, last = (made[0], made[-1]) if made else (None, None)
+        given = tuple(node if node in alive else None for node in inputs)
+        returned = output if output in alive else None
         known = calls.setdefault(path, [])
-        known.append(
-            ModuleCall(
-                path,
-                len(known),
-                tuple(node if node in alive else None for node in inputs),
-                output if output in alive else None,
-                made[0] if made else None,
-                made[-1] if made else None,
-            )
-        )
+        known.append(ModuleCall(path, len(known), given, returned, first, last))
     return {path: tuple(found) for path, found in calls.items()}
 
 
@@ -139,35 +132,24 @@ def _explained(
     error: Exception, tracer: ValueTracer, root: nn.Module, arguments: Mapping[str, Any]
 ) -> TokenPruneError:
     shapes, line = _shapes(arguments), tracer.failed_at(error)
-    if isinstance(error, DataDependentOutputException):
-        said = DATA_DEPENDENT
-    else:
-        said = f"{type(error).__name__}: {error}".rstrip(" .:")
-    if _refused_by_host(error):
+    said = f"{type(error).__name__}: {error}".rstrip(" .:")
+    if isinstance(error, AssertionError | ValueError):  # a check of the host's own
         return HostError(
             f"{type(root).__name__} refused the input {shapes} at {line}. It said: {said}. Give "
             "it an input that it takes by itself."
         )
-    return untraceable(type(root).__name__, shapes, line, said)
+    reason = DATA_DEPENDENT if isinstance(error, DataDependentOutputException) else said
+    return untraceable(type(root).__name__, shapes, line, reason)
 
 
-def untraceable(host: str, shapes: Mapping[str, Any], line: Any, reason: str) -> TraceError:
+def untraceable(host: str, shapes: dict[str, Any], line: Any, reason: str) -> TraceError:
     """The error for a line of the host's source that no graph can hold."""
     return TraceError(
-        f"The forward of {host} cannot be traced for the input {dict(shapes)}: stopped at {line}. "
+        f"The forward of {host} cannot be traced for the input {shapes}: stopped at {line}. "
         f"Reason: {reason}."
     )
 
 
 def _shapes(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        name: tuple(value.shape) if isinstance(value, torch.Tensor) else value
-        for name, value in arguments.items()
-    }
-
-
-def _refused_by_host(error: Exception) -> bool:
-    """A host's own check (`raise ValueError`, `assert`), rather than a limit of tracing."""
-    return isinstance(error, AssertionError | ValueError) and not isinstance(
-        error, NotImplementedError
-    )
+    shapes = {n: tuple(v.shape) for n, v in arguments.items() if isinstance(v, torch.Tensor)}
+    return {**arguments, **shapes}

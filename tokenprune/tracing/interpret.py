@@ -4,20 +4,19 @@ import logging
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from typing import Any
 
-import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["OPAQUE", "evaluate", "quiet_trials", "run", "tensor_attribute"]
+from tokenprune.tracing.opaque import OPAQUE
+
+__all__ = ["evaluate", "quiet_trials", "run", "tensor_attribute", "tensors_in"]
 
 Environment = dict[fx.Node, Any]
-OPAQUE = "opaque"
-"""Key in the `meta` of a node that calls a module whose code decides by what tensors hold: the line
-of the host's source that asks."""
 
 
 @contextmanager
@@ -36,13 +35,15 @@ def tensor_attribute(root: nn.Module, path: str) -> Any:
     return operator.attrgetter(path)(root)
 
 
-def _opaque_output(node: fx.Node, given: Any) -> torch.Tensor | None:
-    """An opaque node's output for fake tensors: of the traced shape, for as many images."""
-    tensors = [leaf for leaf in tree_leaves(given) if isinstance(leaf, torch.Tensor)]
-    if OPAQUE not in node.meta or not any(isinstance(t, FakeTensor) for t in tensors):
-        return None
-    traced: torch.Tensor = node.meta["val"]
-    return traced.new_empty(tensors[0].shape[0], *traced.shape[1:])
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors in containers, plain dataclasses included, in order."""
+    found: list[Tensor] = []
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif is_dataclass(leaf) and not isinstance(leaf, type):
+            found += tensors_in([getattr(leaf, field.name) for field in fields(leaf)])
+    return found
 
 
 def evaluate(root: nn.Module, node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
@@ -55,9 +56,10 @@ def evaluate(root: nn.Module, node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
         return node.target(*args, **kwargs)  # type: ignore[operator]
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    opaque = _opaque_output(node, (args, kwargs))
-    if opaque is not None:
-        return opaque
+    if OPAQUE in node.meta:  # under fake tensors: of the traced shape, for as many images
+        given, traced = tensors_in((args, kwargs)), node.meta["val"]
+        if any(isinstance(t, FakeTensor) for t in given):
+            return traced.new_empty(given[0].shape[0], *traced.shape[1:])
     return root.get_submodule(str(node.target))(*args, **kwargs)
 
 
@@ -70,8 +72,6 @@ def run(
     """Yield each node with its value; values are let go after their last use.
 
     Args:
-        root: Where modules, parameters and buffers are looked up.
-        inputs: Placeholder name -> value.
         step: Computes a node's value; `evaluate` if None.
     """
     last_use = {used: node for node in graph.nodes for used in node.all_input_nodes}

@@ -4,38 +4,17 @@ They can only come before the first block (SigLIP 2 resizes its position embeddi
 each image). Under fake tensors they cannot run; their shape is then that of the example's output.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
-import torch
-from torch import fx, nn
-from torch.fx.node import map_aggregate
+from torch import Tensor
 
 from tokenprune.errors import HostError
-from tokenprune.tracing.interpret import OPAQUE, run
-from tokenprune.tracing.proxy import ValueProxy
 
-__all__ = ["OPAQUE", "as_traced", "run_on_example"]
+__all__ = ["OPAQUE", "as_traced"]
 
-
-def run_on_example(
-    root: nn.Module,
-    graph: fx.Graph,
-    example: Mapping[str, Any],
-    module: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Any:
-    """The output of `module` on the example itself; the graph so far is run to get there."""
-    env = dict(run(root, graph, example))
-
-    def real(argument: Any) -> Any:
-        return env[argument.node] if type(argument) is ValueProxy else argument
-
-    return module(*map_aggregate(args, real), **map_aggregate(kwargs, real))
+OPAQUE = "opaque"
+"""Key in the `meta` of such a node: the line of the host's source that asks what a tensor holds."""
 
 
-def as_traced(value: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+def as_traced(value: Tensor, shape: tuple[int, ...]) -> Tensor:
     """`value`, if it has the traced shape, the batch aside.
 
     Raises:

@@ -11,10 +11,9 @@ OWN_FILES = ("/torch/", "/tokenprune/", "/unittest/", "/contextlib.py", "/functo
 
 
 class Provenance(NamedTuple):
-    """A line of the host's source."""
+    """A line of the host's source, in the forward of `module` ("" for the host itself)."""
 
     module: str
-    """Path of the innermost module whose forward made the node, "" for the host itself."""
     file: str
     line: int
 

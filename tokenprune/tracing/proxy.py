@@ -13,20 +13,19 @@ from typing import Any
 import torch
 from torch import fx
 
+from tokenprune.tracing.effects import IN_PLACE
+
 __all__ = ["ValueProxy", "concrete"]
 
-# Attributes that are constants of a trace: they belong to the signature a graph is kept under.
-CONSTANT_ATTRIBUTES = frozenset(
-    {"dtype", "device", "layout", "ndim", "requires_grad", "is_leaf", "grad_fn", "is_nested"}
-    | {"is_cuda", "is_cpu", "is_mps", "is_meta", "is_sparse", "is_quantized", "itemsize", "type"}
-)
-CONSTANT_METHODS = frozenset(
-    {"dim", "ndimension", "is_floating_point", "is_complex", "element_size", "get_device"}
+# What are constants of a trace, beside flags: they belong to the signature a graph is kept under.
+CONSTANTS = frozenset(
+    {"dtype", "device", "layout", "ndim", "itemsize", "dim", "ndimension", "element_size"}
+    | {"is_floating_point", "is_complex", "get_device"}
 )
 
 
 class ValueProxy(fx.Proxy):
-    """Stands for a node's value while the host's own Python code runs."""
+    """What the host's own Python code gets in place of a node's value."""
 
     @property
     def val(self) -> Any:
@@ -40,15 +39,15 @@ class ValueProxy(fx.Proxy):
         if name.startswith("__") and name.endswith("__"):
             raise AttributeError(name)  # protocols that the value must not seem to answer
         found = getattr(self.val, name)
-        if name in CONSTANT_ATTRIBUTES and not callable(found):
+        if name in CONSTANTS or isinstance(found, bool) or found is None:
             return found
-        if name in CONSTANT_METHODS:
-            return found
-        if callable(found) and not isinstance(found, torch.Tensor):
-            return _Method(self, name)
-        if isinstance(found, bool) or found is None:
-            return found
-        return self.tracer.create_proxy("call_function", getattr, (self, name), {})
+        if not callable(found) or isinstance(found, torch.Tensor):
+            return self.tracer.create_proxy("call_function", getattr, (self, name), {})
+
+        def record(*args: Any, **kwargs: Any) -> Any:
+            return self.tracer.create_proxy("call_method", name, (self, *args), kwargs)
+
+        return record
 
     def _specialize(self, convert: Callable[[Any], Any]) -> Any:
         return self.tracer.specialize(self.node, convert)  # type: ignore[attr-defined]
@@ -99,30 +98,8 @@ class ValueProxy(fx.Proxy):
         return self._specialize(lambda value: round(value, digits))
 
 
-class _Method:
-    """A method of a proxied value, recorded when called."""
-
-    def __init__(self, owner: ValueProxy, name: str) -> None:
-        self.owner, self.name = owner, name
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.owner.tracer.create_proxy("call_method", self.name, (self.owner, *args), kwargs)
-
-
-def _in_place(name: str) -> Callable[[ValueProxy, Any], Any]:
-    target = getattr(operator, name)
-
-    def record(self: ValueProxy, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", target, (self, other), {})
-
-    return record
-
-
-for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "ior", "iand"):
-    setattr(ValueProxy, f"__{_name}__", _in_place(_name))
-
-
-def _compare(name: str) -> Callable[[ValueProxy, Any], Any]:
+def _operator(name: str) -> Callable[[ValueProxy, Any], Any]:
+    """Record an operator, but for a comparison with None or a word, which no tensor equals."""
     target = getattr(operator, name)
 
     def record(self: ValueProxy, other: Any) -> Any:
@@ -133,10 +110,10 @@ def _compare(name: str) -> Callable[[ValueProxy, Any], Any]:
     return record
 
 
-for _name in ("eq", "ne"):
-    setattr(ValueProxy, f"__{_name}__", _compare(_name))
+for _name in (*IN_PLACE, "eq", "ne"):
+    setattr(ValueProxy, f"__{_name}__", _operator(_name))
 
 
 def concrete(argument: Any) -> Any:
-    """The value behind one argument of a recorded call: containers are walked by the caller."""
+    """The value of one argument of a recorded call: containers are walked by the caller."""
     return argument.node.meta["val"] if type(argument) is ValueProxy else argument

@@ -11,7 +11,7 @@ __all__ = [
     "LazyAttributes",
     "attributes_kept",
     "buffers_kept",
-    "caches_emptied",
+    "empty_caches",
     "hide_lazy_tensors",
     "kept_modes",
     "lazy_attributes",
@@ -23,14 +23,11 @@ __all__ = [
 def attributes_kept(root: nn.Module) -> Iterator[None]:
     """Give every module its attributes back, hooks included: a host may write to itself in forward
     (a cache, a window size, a capturing hook), and a value of a trace must not stay there."""
-    held = [
-        kept
+    before: list[tuple[Any, Any]] = [
+        (kept, dict(kept) if isinstance(kept, dict) else list(kept))
         for module in root.modules()
         for kept in (vars(module), *vars(module).values())
         if isinstance(kept, dict | list)
-    ]
-    before: list[tuple[Any, Any]] = [
-        (kept, list(kept) if isinstance(kept, list) else dict(kept)) for kept in held
     ]
     try:
         yield
@@ -43,15 +40,14 @@ def attributes_kept(root: nn.Module) -> Iterator[None]:
                 kept.update(values)
 
 
-@contextmanager
-def caches_emptied(root: nn.Module) -> Iterator[None]:
-    """Hide what hosts have computed from their parameters and keep for the next call (LeViT's
+def empty_caches(root: nn.Module) -> None:
+    """Take out what hosts have computed from their parameters and keep for the next call (LeViT's
     position biases): a trace computes it again. To be used inside `attributes_kept`."""
     for module in root.modules():
         for name, value in vars(module).items():
-            if "cache" in name and isinstance(value, dict) and _all_tensors(value):
-                value.clear()
-    yield
+            cache = value if "cache" in name and isinstance(value, dict) else {}
+            if all(isinstance(kept, torch.Tensor) for kept in cache.values()):
+                cache.clear()
 
 
 LazyAttributes = list[tuple[nn.Module, str]]
@@ -64,13 +60,10 @@ def lazy_attributes(root: nn.Module) -> LazyAttributes:
 
 @contextmanager
 def hide_lazy_tensors(attributes: LazyAttributes) -> Iterator[None]:
-    """Set lazy attributes back to None during a trace.
-
-    A host may have kept a tensor there (the table of its newest length) which the next call
-    replaces, so it is no constant of a graph.
-    """
-    found = [(m, name, vars(m).get(name)) for m, name in attributes]
-    kept = [(m, name, value) for m, name, value in found if isinstance(value, torch.Tensor)]
+    """Set lazy attributes back to None during a trace: a tensor that a host keeps there (the table
+    of its newest length) is replaced by the next call, so it is no constant of a graph."""
+    found = [(module, name, vars(module).get(name)) for module, name in attributes]
+    kept = [entry for entry in found if isinstance(entry[2], torch.Tensor)]
     for module, name, _ in kept:
         vars(module)[name] = None
     try:
@@ -78,10 +71,6 @@ def hide_lazy_tensors(attributes: LazyAttributes) -> Iterator[None]:
     finally:
         for module, name, value in kept:
             vars(module)[name] = value
-
-
-def _all_tensors(values: dict[Any, Any]) -> bool:
-    return all(isinstance(value, torch.Tensor) for value in values.values())
 
 
 @contextmanager

@@ -9,7 +9,8 @@ from plain numbers (`torch.arange(n)`) become nodes as well, not constants.
 import dataclasses
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -22,15 +23,14 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch.fx.node import map_aggregate
-from torch.utils._pytree import tree_leaves
 
 from tokenprune.tracing.decompose import DECOMPOSED
 from tokenprune.tracing.functions import functions_recorded
-from tokenprune.tracing.interpret import tensor_attribute
-from tokenprune.tracing.opaque import OPAQUE, as_traced, run_on_example
-from tokenprune.tracing.provenance import failed_at, where_called
+from tokenprune.tracing.interpret import run, tensor_attribute, tensors_in
+from tokenprune.tracing.opaque import OPAQUE, as_traced
+from tokenprune.tracing.provenance import Provenance, failed_at, where_called
 from tokenprune.tracing.proxy import ValueProxy, concrete
-from tokenprune.tracing.state import attributes_kept, caches_emptied
+from tokenprune.tracing.state import attributes_kept, empty_caches
 
 __all__ = ["NUMBER", "RecordedCall", "ValueTracer"]
 
@@ -41,18 +41,13 @@ MODULE_GETATTR = nn.Module.__getattr__
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 NUMBER = "number"
 """Key in a node's `meta`: nodes are numbered in the order in which the host made them."""
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
 
 
 class RecordedCall(NamedTuple):
-    """One call of a module.
-
-    Attributes:
-        path: Of the module.
-        inputs: Its tensor arguments, in order.
-        output: The first tensor that it returned; None if there is none.
-        start: Number of the first node that it made.
-        stop: One more than the number of the last.
-    """
+    """One call of a module: its tensor arguments, the first tensor it returned (None if there is
+    none), and the numbers of the first node that it made and of the first one made after it."""
 
     path: str
     inputs: tuple[fx.Node, ...]
@@ -69,19 +64,6 @@ def _named_tensors(root: nn.Module) -> Iterator[tuple[int, str]]:
         for name, value in held.items():
             if isinstance(value, torch.Tensor):
                 yield id(value), prefix + name
-
-
-def _given(built: Any) -> Iterator[tuple[str, Any]]:
-    """What an instance of a dataclass was made of; what is None by default is left out."""
-    for field in dataclasses.fields(built):
-        value = getattr(built, field.name)
-        if field.init and not (value is None and field.default is None):
-            yield field.name, value
-
-
-def _holds_tensor(values: Any) -> bool:
-    """Whether there is anything to record: a host may call an `nn.Identity` with None."""
-    return any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(values))
 
 
 class ValueTracer(fx.Tracer):
@@ -104,26 +86,19 @@ class ValueTracer(fx.Tracer):
         self.submodule_paths = {module: name for name, module in root.named_modules()}
         self._names = dict(_named_tensors(root))
         self._attributes: dict[str, ValueProxy] = {}
-        self._modules_entered: list[str] = []
+        self._modules_entered = [""]
         self._failed_in = ""
         self._example: Mapping[str, Any] = {}
         self._count = 0
 
     def record(self, forward: Callable[..., Any], example: Mapping[str, Any]) -> fx.Graph:
-        """Trace `forward(**example)`.
-
-        Args:
-            forward: The host's forward, bound.
-            example: Name -> tensor (becomes an input) or any other value (specialized on).
-        """
+        """Trace `forward(**example)`: tensors become inputs, other values are specialized on."""
         self._example = example
-        arguments = {}
-        for name, value in example.items():
-            if isinstance(value, torch.Tensor):
-                value = self.create_proxy("placeholder", name, (), {}, value=value)
-            arguments[name] = value
-        with ONE_AT_A_TIME, self._patched(), attributes_kept(self.root), caches_emptied(self.root):
-            output = forward(**arguments)
+        tensors = {name: v for name, v in example.items() if isinstance(v, torch.Tensor)}
+        inputs = {n: self.create_proxy("placeholder", n, (), {}, v) for n, v in tensors.items()}
+        with ONE_AT_A_TIME, self._patched(), attributes_kept(self.root):
+            empty_caches(self.root)
+            output = forward(**{**example, **inputs})
             self.create_node("output", "output", (self.create_arg(output),), {})
         return self.graph
 
@@ -132,12 +107,8 @@ class ValueTracer(fx.Tracer):
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             if self.executing:
                 return MODULE_CALL(module, *args, **kwargs)
-            forward = DECOMPOSED.get(type(module))
-
-            def inside(*a: Any, **k: Any) -> Any:
-                return forward(module, *a, **k) if forward else MODULE_CALL(module, *a, **k)
-
-            return self.call_module(module, inside, args, kwargs)
+            forward = partial(DECOMPOSED.get(type(module), MODULE_CALL), module)
+            return self.call_module(module, forward, args, kwargs)
 
         def getattribute(module: nn.Module, name: str) -> Any:
             value = MODULE_GETATTR(module, name)
@@ -145,11 +116,9 @@ class ValueTracer(fx.Tracer):
                 return self._attribute(value)
             return value
 
-        with ExitStack() as stack:
-            stack.enter_context(mock.patch.object(nn.Module, "__call__", call))
-            stack.enter_context(mock.patch.object(nn.Module, "__getattr__", getattribute))
-            stack.enter_context(torch.no_grad())
-            stack.enter_context(functions_recorded(self))
+        calls = mock.patch.object(nn.Module, "__call__", call)
+        attributes = mock.patch.object(nn.Module, "__getattr__", getattribute)
+        with calls, attributes, torch.no_grad(), functions_recorded(self):
             yield
 
     @property
@@ -161,6 +130,14 @@ class ValueTracer(fx.Tracer):
     def executing(self) -> bool:
         """Whether calls run as they are instead of being recorded."""
         return self._executing or self.elsewhere
+
+    @contextmanager
+    def _unrecorded(self) -> Iterator[None]:
+        was, self._executing = self._executing, True
+        try:
+            yield
+        finally:
+            self._executing = was
 
     def _attribute(self, tensor: torch.Tensor) -> Any:
         name = self._names.get(id(tensor))
@@ -175,39 +152,25 @@ class ValueTracer(fx.Tracer):
         if self.executing:
             return convert(node.meta["val"])
         self.specialized.append(node)
-        self._executing = True
-        try:
+        with self._unrecorded():
             return convert(node.meta["val"])
-        finally:
-            self._executing = False
 
     def proxy(self, node: fx.Node) -> ValueProxy:
         return ValueProxy(node, self)
 
-    def create_proxy(
-        self,
-        kind: str,
-        target: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        *rest: Any,
-        value: Any = None,
-        **options: Any,
+    def create_proxy(  # type: ignore[override]
+        self, kind: str, target: Any, args: Args, kwargs: Kwargs, value: Any = None, **options: Any
     ) -> Any:
-        proxy = super().create_proxy(kind, target, args, kwargs, *rest, **options)
-        if kind != "output":
-            proxy.node.meta["val"] = self._evaluate(kind, target, args, kwargs, value)
+        """A node and its value: that of `value`, a real tensor, or else of what the node calls."""
+        proxy = super().create_proxy(kind, target, args, kwargs, **options)
+        proxy.node.meta["val"] = self._evaluate(kind, target, args, kwargs, value)
         return proxy
 
-    def _evaluate(
-        self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any
-    ) -> Any:
-        was, self._executing = self._executing, True
-        try:
-            if kind == "placeholder":
-                return self.fake_mode.from_tensor(value)
+    def _evaluate(self, kind: str, target: Any, args: Args, kwargs: Kwargs, value: Any) -> Any:
+        with self._unrecorded():
             if kind == "get_attr":
                 value = tensor_attribute(self.root, target)
+            if value is not None:
                 tensor = isinstance(value, torch.Tensor)
                 return self.fake_mode.from_tensor(value) if tensor else value
             args, kwargs = map_aggregate(args, concrete), map_aggregate(kwargs, concrete)
@@ -216,17 +179,11 @@ class ValueTracer(fx.Tracer):
                     return target(*args, **kwargs)
                 if kind == "call_method":
                     return getattr(args[0], target)(*args[1:], **kwargs)
-                if value is not None:  # it cannot be had here: made for real
-                    return self.fake_mode.from_tensor(value)
                 return MODULE_CALL(self.root.get_submodule(target), *args, **kwargs)
-        finally:
-            self._executing = was
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
-        node.meta["where"] = where_called(
-            self._modules_entered[-1] if self._modules_entered else ""
-        )
+        node.meta["where"] = where_called(self._modules_entered[-1])
         node.meta[NUMBER] = self._count
         self._count += 1
         node.meta.pop("nn_module_stack", None)
@@ -247,7 +204,9 @@ class ValueTracer(fx.Tracer):
                 )
             return proxy.node
         if dataclasses.is_dataclass(a) and not isinstance(a, type):
-            return self._build(type(a), (), {k: self.create_arg(v) for k, v in _given(a)})
+            fields = [(f, getattr(a, f.name)) for f in dataclasses.fields(a) if f.init]
+            said = {f.name: v for f, v in fields if v is not None or f.default is not None}
+            return self._build(type(a), (), {k: self.create_arg(v) for k, v in said.items()})
         if isinstance(a, tuple) and hasattr(a, "_fields"):
             return self._build(type(a), tuple(map(self.create_arg, a)), {})
         if isinstance(a, dict) and type(a) is not dict:
@@ -262,7 +221,7 @@ class ValueTracer(fx.Tracer):
                 "off (config.use_cache = False)"
             ) from error
 
-    def _build(self, kind: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+    def _build(self, kind: type, args: Args, kwargs: Kwargs) -> fx.Node:
         """A node that makes an output object; nothing reads its value while tracing."""
         node = self.create_node("call_function", kind, args, kwargs)
         node.meta["val"] = None
@@ -273,11 +232,7 @@ class ValueTracer(fx.Tracer):
         return own and not isinstance(m, CONTAINERS) and type(m) not in DECOMPOSED
 
     def call_module(
-        self,
-        m: nn.Module,
-        forward: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        self, m: nn.Module, forward: Callable[..., Any], args: Args, kwargs: Kwargs
     ) -> Any:
         path = self.submodule_paths.get(m)  # type: ignore[union-attr]
         if path is None:  # made inside forward (a loss module): its own calls are recorded
@@ -285,7 +240,7 @@ class ValueTracer(fx.Tracer):
         start = self._count
         self._modules_entered.append(path)
         try:
-            if self.is_leaf_module(m, path) and _holds_tensor((args, kwargs)):
+            if self.is_leaf_module(m, path) and tensors_in((args, kwargs)):  # not Identity()(None)
                 output = self.create_proxy("call_module", path, args, kwargs)
             else:
                 output = self._inside(m, path, forward, args, kwargs)
@@ -297,17 +252,13 @@ class ValueTracer(fx.Tracer):
             self._modules_entered.pop()
         first = output[0] if type(output) in (tuple, list) and output else output
         made = first.node if type(first) is ValueProxy else None
-        given = tuple(v.node for v in (*args, *kwargs.values()) if _is_tensor(v))
-        self.calls.append(RecordedCall(path, given, made, start, self._count))
+        given = [v for v in (*args, *kwargs.values()) if type(v) is ValueProxy]
+        tensors = tuple(v.node for v in given if isinstance(v.val, torch.Tensor))
+        self.calls.append(RecordedCall(path, tensors, made, start, self._count))
         return output
 
     def _inside(
-        self,
-        m: nn.Module,
-        path: str,
-        forward: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        self, m: nn.Module, path: str, forward: Callable[..., Any], args: Args, kwargs: Kwargs
     ) -> Any:
         """Trace through a module; or make it one node, if its code decides by what tensors hold
         and it returns one tensor with a row for each image."""
@@ -319,18 +270,24 @@ class ValueTracer(fx.Tracer):
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             refusal = failed_at(error, self._failed_in or path)
             self._forget(start, specialized)
-            was, self._executing = self._executing, True
-            try:
-                value = run_on_example(self.root, self.graph, self._example, m, args, kwargs)
-            finally:
-                self._executing = was
+            value = self._on_example(m, args, kwargs)
             first = next(v for v in self._example.values() if isinstance(v, torch.Tensor))
             if not isinstance(value, torch.Tensor) or value.shape[:1] != first.shape[:1]:
                 raise
-        output = self.create_proxy("call_module", path, args, kwargs, value=value)
+        output = self.create_proxy("call_module", path, args, kwargs, value)
         output.node.meta[OPAQUE] = refusal
         rest = tuple(value.shape[1:])
         return self.create_proxy("call_function", as_traced, (output, rest), {})
+
+    def _on_example(self, m: nn.Module, args: Args, kwargs: Kwargs) -> Any:
+        """A module's output on the example itself; the graph so far is run to get there."""
+        with self._unrecorded():
+            known = dict(run(self.root, self.graph, self._example))
+
+            def real(argument: Any) -> Any:
+                return known[argument.node] if type(argument) is ValueProxy else argument
+
+            return m(*map_aggregate(args, real), **map_aggregate(kwargs, real))
 
     def _forget(self, start: int, specialized: int) -> None:
         """Take back what was recorded from node number `start` on."""
@@ -343,10 +300,6 @@ class ValueTracer(fx.Tracer):
         self.calls = [call for call in self.calls if call.start < start]
         del self.specialized[specialized:]
 
-    def failed_at(self, error: BaseException) -> Any:
+    def failed_at(self, error: BaseException) -> Provenance:
         """The line of the host's source that led to `error`."""
         return failed_at(error, self._failed_in)
-
-
-def _is_tensor(value: Any) -> bool:
-    return type(value) is ValueProxy and isinstance(value.val, torch.Tensor)

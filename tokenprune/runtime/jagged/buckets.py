@@ -1,43 +1,30 @@
 """Run a cut graph with the images of a batch sorted into buckets of about equal length."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from tokenprune.errors import UnsupportedHostError
 from tokenprune.rewrite.rewrite import Rewrite
 from tokenprune.rewrite.settings import SETTINGS
 from tokenprune.runtime.jagged.cut import Segment, cut
 
-__all__ = ["Bucketed", "divide"]
+__all__ = ["Bucketed", "divide", "filled"]
 
 
-@dataclass(frozen=True)
-class Bucket:
-    """Some images of a batch.
-
-    Attributes:
-        images: Their numbers in the batch.
-        longest: Tokens of the one that has most.
-    """
+class Bucket(NamedTuple):
+    """Some images of a batch, by their numbers in it, and how many tokens the longest has."""
 
     images: tuple[int, ...]
     longest: int
 
 
 def divide(counts: Sequence[int], most: int) -> list[Bucket]:
-    """Sort images by length and divide them so that the padded lengths have the smallest sum.
-
-    Exact, by dynamic programming over the distinct lengths. No more buckets than lengths.
-
-    Args:
-        counts: Tokens of each image.
-        most: Largest number of buckets.
-    """
+    """Sort images by `counts`, their numbers of tokens, into `most` buckets or fewer, so that the
+    padded lengths have the smallest sum: dynamic programming over the distinct lengths."""
     order = sorted(range(len(counts)), key=counts.__getitem__)
     lengths = torch.tensor(sorted(set(counts)))
     ends = torch.bincount(torch.tensor(counts))[lengths].cumsum(0)
@@ -62,18 +49,15 @@ def divide(counts: Sequence[int], most: int) -> list[Bucket]:
 class Bucketed:
     """A jagged program: the cut graph, run segment by segment and bucket by bucket.
 
-    Called as `Program.run` is; `torch.compile` leaves it as it is, since its shapes depend on what
-    the images hold. Where images cannot run apart (a graph that holds for one batch size alone, a
-    host that mixes images) there is one bucket.
+    `torch.compile` leaves it as it is, since its shapes depend on what the images hold. Where
+    images cannot run apart (a graph that holds for one batch size alone, a host that mixes images)
+    there is one bucket.
     """
 
-    def __init__(
-        self, rewrite: Rewrite, function: Callable[[fx.Graph], Callable[..., Any]]
-    ) -> None:
+    def __init__(self, rewrite: Rewrite) -> None:
         placeholders = rewrite.graph.find_nodes(op="placeholder")
         self.inputs = {node.name: str(node.target) for node in placeholders}
-        made = cut(rewrite, function)
-        self.segments, self.rows, self.split = made.pieces, made.rows_per_image, made.split
+        self.segments, self.rows, self.split = cut(rewrite)
         own = [name for s in self.segments for name in (s.chosen, s.numbers) if name]
         self.fills = dict.fromkeys(own, -1)
 
@@ -81,19 +65,19 @@ class Bucketed:
     def __call__(self, model: nn.Module, settings: Any, **tensors: Tensor) -> Any:
         given: Mapping[str, Any] = {**tensors, SETTINGS: settings}
         values = {name: given[target] for name, target in self.inputs.items()}
-        result: Any = None
         for segment in self.segments:
             buckets = self._buckets(segment, values, settings.buckets)
-            parts = [segment.run(model, *self._taken(segment, values, b)) for b in buckets]
-            if not segment.gives:
-                result = parts[0]
+            parts = [
+                segment.run(
+                    model, *(self._taken(n, segment, values, bucket) for n in segment.takes)
+                )
+                for bucket in buckets
+            ]
             for position, name in enumerate(segment.gives):
-                made = [part[position] for part in parts]
-                whole = buckets[0] is None
-                values[name] = made[0] if whole else self._merged(name, made, buckets)
+                values[name] = self._merged(name, [part[position] for part in parts], buckets)
             for name in segment.done:
                 del values[name]
-        return result
+        return parts[0]  # of the last segment, which is run for the whole batch
 
     def _buckets(
         self, segment: Segment, values: Mapping[str, Any], most: int
@@ -106,20 +90,16 @@ class Bucketed:
         return [None] if len(buckets) == 1 else buckets
 
     def _taken(
-        self, segment: Segment, values: Mapping[str, Any], bucket: Bucket | None
-    ) -> list[Any]:
-        if bucket is None or segment.chosen is None:
-            return [values[name] for name in segment.takes]
-        batch = values[segment.chosen].shape[0]
-        return [self._share(segment, name, values[name], bucket, batch) for name in segment.takes]
-
-    def _share(self, segment: Segment, name: str, value: Any, bucket: Bucket, batch: int) -> Any:
+        self, name: str, segment: Segment, values: Mapping[str, Any], bucket: Bucket | None
+    ) -> Any:
         """What a bucket gets of a value."""
-        per_image = self.rows[name]
+        value, per_image = values[name], self.rows[name]
+        if bucket is None or segment.chosen is None:
+            return value
         if per_image is None or not isinstance(value, Tensor):
             return value
         if per_image < 0:
-            per_image = value.shape[0] // batch
+            per_image = value.shape[0] // values[segment.chosen].shape[0]
         if name in (segment.chosen, segment.numbers):
             value = value[:, : bucket.longest]
         if name in segment.shapes:
@@ -129,7 +109,7 @@ class Bucketed:
     def _merged(self, name: str, parts: Sequence[Tensor], buckets: Sequence[Any]) -> Tensor:
         """Results of all buckets as one batch in its own order; short rows are filled up."""
         per_image = self.rows[name]
-        if per_image is None:
+        if buckets[0] is None or per_image is None:
             return parts[0]
         images = [image for bucket in buckets for image in bucket.images]
         if per_image < 0:
@@ -141,7 +121,7 @@ class Bucketed:
                 )
         sizes = [max(part.shape[d] for part in parts) for d in range(1, parts[0].ndim)]
         fill = self.fills.get(name, 0)
-        together = torch.cat([_filled(part, sizes, fill) for part in parts])
+        together = torch.cat([filled(part, sizes, fill) for part in parts])
         back = sorted(range(len(images)), key=images.__getitem__)
         return together.index_select(0, _rows(back, per_image, together.device))
 
@@ -153,9 +133,9 @@ def _rows(images: Sequence[int], per_image: int, device: torch.device) -> Tensor
     return rows
 
 
-def _filled(part: Tensor, sizes: Sequence[int], fill: int) -> Tensor:
+def filled(part: Tensor, sizes: Sequence[int], fill: int = 0) -> Tensor:
     """`part` made as long as `sizes` say, along all dims but the first."""
-    more = [size - has for size, has in zip(sizes, part.shape[1:], strict=True)]
+    more = [max(size - has, 0) for size, has in zip(sizes, part.shape[1:], strict=True)]
     if not any(more):
         return part
     return F.pad(part, [n for extra in reversed(more) for n in (0, extra)], value=fill)

@@ -8,43 +8,26 @@ What mixes images (a loss) waits for the last segment, which sees the whole batc
 
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, fx
 from torch.fx.node import map_arg
-from torch.utils._pytree import tree_leaves
 
 from tokenprune.analysis.operators import Kind, known_kind
 from tokenprune.ops.jagged import kept_policy, take_chosen
 from tokenprune.ops.moving import length_after
 from tokenprune.rewrite.rewrite import Rewrite
+from tokenprune.runtime.function import as_function
 from tokenprune.tracing.effects import has_effect
+from tokenprune.tracing.interpret import tensors_in
 
 __all__ = ["Segment", "Segments", "cut"]
 
 _FACTORIES = (Kind.FACTORY, Kind.ONES)
 
 
-@dataclass(frozen=True)
-class Segments:
-    """A cut graph.
-
-    Attributes:
-        pieces: In the order in which they run.
-        rows_per_image: Of dim 0 of each value that is handed on; None if it belongs to no image, -1
-            if that shows when it is computed.
-        split: Images can run apart; else all run together, on rows as long as the longest.
-    """
-
-    pieces: tuple["Segment", ...]
-    rows_per_image: dict[str, int | None]
-    split: bool
-
-
-@dataclass(frozen=True)
-class Segment:
-    """One piece of a cut graph: a function of (model, *values).
+class Segment(NamedTuple):
+    """One piece of a cut graph: `run`, a function of (model, *values).
 
     Attributes:
         takes: Names of the values that it reads.
@@ -54,7 +37,6 @@ class Segment:
             images run together.
         numbers: Name of the value that says the same in original numbering.
         done: Names that no later segment reads.
-        run: The function.
     """
 
     takes: tuple[str, ...]
@@ -66,21 +48,29 @@ class Segment:
     run: Callable[..., Any]
 
 
-def cut(rewrite: Rewrite, function: Callable[[fx.Graph], Callable[..., Any]]) -> "Segments":
-    """Cut a rewritten jagged graph.
+class Segments(NamedTuple):
+    """A cut graph.
 
-    Args:
-        rewrite: After its last pass.
-        function: Makes a Python function of a graph.
+    Attributes:
+        pieces: In the order in which they run.
+        rows_per_image: Of dim 0 of each value that is handed on; None if it belongs to no image, -1
+            if that shows when it is computed.
+        split: Images can run apart; else all run together, on rows as long as the longest.
     """
-    return _Cut(rewrite, function).segments()
+
+    pieces: tuple[Segment, ...]
+    rows_per_image: dict[str, int | None]
+    split: bool
+
+
+def cut(rewrite: Rewrite) -> Segments:
+    """Cut a rewritten jagged graph, after its last pass."""
+    return _Cut(rewrite).segments()
 
 
 class _Cut:
-    def __init__(
-        self, rewrite: Rewrite, function: Callable[[fx.Graph], Callable[..., Any]]
-    ) -> None:
-        self.rewrite, self.function = rewrite, function
+    def __init__(self, rewrite: Rewrite) -> None:
+        self.rewrite = rewrite
         self.nodes: list[fx.Node] = list(rewrite.graph.nodes)
         self.stages = [node for node in self.nodes if node.target is take_chosen]
         self.mixed = self._mixing_images()
@@ -90,8 +80,8 @@ class _Cut:
         count = max(self.number.values()) + 1
         pieces = [[n for n in self.nodes if self.number[n] == i] for i in range(count)]
         reads = [self._reads(piece) for piece in pieces]
-        chosen: list[fx.Node] = [node.args[1] for node in self.stages]  # type: ignore[misc]
-        numbers = [record.kept for record in self.rewrite.records]
+        chosen = [None, *(str(node.args[1]) for node in self.stages), None]
+        numbers = [None, *(record.kept.name for record in self.rewrite.records), None]
         made = []
         for i, piece in enumerate(pieces):
             later = [value for others in reads[i + 1 :] for value in others]
@@ -102,21 +92,15 @@ class _Cut:
                     takes=tuple(node.name for node in takes),
                     shapes=frozenset(n.name for n, whole in reads[i].items() if not whole),
                     gives=tuple(node.name for node in gives),
-                    chosen=self._of_stage(i, chosen),
-                    numbers=self._of_stage(i, numbers),
+                    chosen=chosen[i],
+                    numbers=numbers[i],
                     done=tuple(node.name for node in takes if node not in set(later)),
-                    run=self.function(self._graph(piece, takes, gives)),
+                    run=as_function(self._graph(piece, takes, gives)),
                 )
             )
         handed_on = dict.fromkeys(value for found in reads for value in found)
         rows = {node.name: self._rows(node) for node in handed_on}
         return Segments(tuple(made), rows, self._splits(handed_on))
-
-    def _of_stage(self, segment: int, nodes: Sequence[fx.Node]) -> str | None:
-        """The one of `nodes`, one a stage, of the stage before a segment."""
-        if not 1 <= segment <= len(self.stages):
-            return None
-        return nodes[segment - 1].name
 
     def _numbered(self) -> dict[fx.Node, int]:
         """Node -> segment: how many stages come before it; the last is for the whole batch."""
@@ -124,10 +108,8 @@ class _Cut:
         current, last = 0, len(self.stages)
         for node in self.nodes:
             current += node.target is take_chosen
-            number[node] = current
-            whole = self._whole(node)
-            if whole is not None:
-                number[node] = number[whole]  # a part is made where the whole is
+            whole = self._whole(node)  # a part is made where the whole is
+            number[node] = current if whole is None else number[whole]
             if number[node] != last or self._cheap(node):
                 continue
             makes_output = node.op == "output" or isinstance(node.target, type)
@@ -167,25 +149,18 @@ class _Cut:
         for node in piece:
             if not self._cheap(node):
                 visit(node)
-        if own and any(node.op == "placeholder" for node in piece):
-            found = {n: True for n in piece if n.op == "placeholder"} | found
-        return found
+        return {node: True for node in piece if node.op == "placeholder"} | found
 
     def _changes(self, segment: int, piece: Sequence[fx.Node], value: fx.Node) -> bool:
         """Whether a value is new or other after a segment."""
-        if value.op == "placeholder":
-            return False
-        if self.number[value] == segment:
-            return True
-        writes = (node for node in piece if node.op != "call_module" and has_effect(node))
-        return any(value in node.args[:1] for node in writes)
+        written = (value in node.args[:1] for node in piece if has_effect(node))
+        return value.op != "placeholder" and (self.number[value] == segment or any(written))
 
     def _graph(
         self, piece: Sequence[fx.Node], takes: Sequence[fx.Node], gives: Sequence[fx.Node]
     ) -> fx.Graph:
-        graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
-        for node in takes:
-            copies[node] = graph.placeholder(node.name)
+        graph = fx.Graph()
+        copies = {node: graph.placeholder(node.name) for node in takes}
 
         def copied(node: fx.Node) -> fx.Node:
             if node not in copies:  # cheap, else it is copied already
@@ -214,8 +189,7 @@ class _Cut:
             source = node.args[0] if node.target is operator.getitem else None
             of_size = isinstance(source, fx.Node) and self._plain(source)
             return of_size or node.target is length_after
-        leaves = tree_leaves(origin.meta.get("val"))
-        return not any(isinstance(leaf, Tensor) for leaf in leaves)
+        return not tensors_in(origin.meta.get("val"))
 
     def _is_tensor(self, node: fx.Node) -> bool:
         origin = self.rewrite.origin(node)
@@ -223,24 +197,22 @@ class _Cut:
 
     def _whole(self, node: fx.Node) -> fx.Node | None:
         """What holds several tensors, if a node takes one of them."""
-        source = node.args[0] if node.target is operator.getitem else None
-        origin = self.rewrite.origin(source) if isinstance(source, fx.Node) else None
+        source: Any = node.args[0] if node.target is operator.getitem else None
+        origin = self.rewrite.origin(source)
         several = origin is not None and isinstance(origin.meta.get("val"), tuple | list)
-        return source if several and isinstance(source, fx.Node) else None
+        return source if several else None
 
     def _rows(self, node: fx.Node) -> int | None:
         """See `Segments.rows_per_image`."""
-        if node is self.rewrite.settings:
-            return None
-        own = self.rewrite.origin(node) is None
+        own = self.rewrite.origin(node) is None and node is not self.rewrite.settings
         return -1 if own else self.rewrite.facts(node).rows_per_image
 
     def _splits(self, handed_on: Iterable[fx.Node]) -> bool:
         """Whether images can be told apart in all that happens between two stages."""
-        for node in handed_on:
-            batched = not self._is_tensor(node) or self.rewrite.facts(node).batched
-            if batched and self._rows(node) is None:
-                return False
         between = range(1, len(self.stages) + 1)
-        bound = self.rewrite.analysis.batch_bound
-        return not bound and not any(self.number[n] in between for n in self.mixed)
+        mixed = any(self.number[node] in between for node in self.mixed)
+        return not (mixed or self.rewrite.analysis.batch_bound) and all(
+            self._is_tensor(node) and not self.rewrite.facts(node).batched
+            for node in handed_on
+            if self._rows(node) is None
+        )
