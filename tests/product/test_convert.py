@@ -28,6 +28,7 @@ from tokenprune.errors import (
     TokenPruneError,
 )
 from tokenprune.recipe import load_recipe
+from tokenprune.recipe.counting import num_keep
 from tokenprune.scorers.learned import TokenPredictor, light_branch
 
 State = dict[str, Tensor]
@@ -116,7 +117,7 @@ def test_every_published_host_is_recognised(host: str, write: Callable[[Any], Pa
 
 
 def counts(recipe: Any) -> list[int]:
-    return [tokenprune.counting.num_keep(196, s.keep_ratio) for s in recipe.resolved_stages]
+    return [num_keep(196, s.keep_ratio) for s in recipe.resolved_stages]
 
 
 @pytest.mark.parametrize(
