@@ -269,6 +269,7 @@ def test_names_at_the_top() -> None:
     assert tokenprune.load_dynamicvit is tokenprune.checkpoints.dynamicvit.load_dynamicvit
 
 
+@pytest.mark.slow
 def test_a_host_that_was_compiled_in_place_is_pruned() -> None:
     host = vit()
     host.compile(backend="eager")

@@ -89,6 +89,7 @@ def test_a_pooling_with_a_learned_query() -> None:
     assert profile(wrapped(host)).tokens_per_block == (16, 9, 5)
 
 
+@pytest.mark.slow
 def test_bypass_mode_counts_tokens_of_the_mlp() -> None:
     small = {"img_size": 32, "patch_size": 2, "embed_dim": 16, "window_size": 4}
     host = timm.create_model(
@@ -125,6 +126,7 @@ def test_a_host_that_only_an_example_describes(small: Any) -> None:
     assert profile(model).macs == profile(small).macs
 
 
+@pytest.mark.slow
 def test_a_cast_model_is_counted_anew() -> None:
     model = wrapped(vit())
     before = profile(model)
@@ -199,6 +201,7 @@ def test_inputs_that_do_not_fit(small: Any) -> None:
         profile(small, {})
 
 
+@pytest.mark.slow
 def test_a_model_that_was_moved_and_trained_is_counted_as_it_was_wrapped() -> None:
     model = wrapped(vit(num_classes=5, dynamic_img_size=True))
     usual = profile(model)

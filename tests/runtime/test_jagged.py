@@ -161,6 +161,7 @@ def test_the_threshold_can_change_and_go_without_a_new_trace(deit: Any) -> None:
     assert list(pruning_of(model).cache.all()) == traced
 
 
+@pytest.mark.slow
 def test_saved_models_keep_their_threshold(tmp_path: Any) -> None:
     build = partial(from_timm, "deit_tiny_patch16_224", patch_size=8)
     model = made(build(), verify=False)

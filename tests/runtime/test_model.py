@@ -281,6 +281,7 @@ class KeepsItsTable(timm.models.vision_transformer.VisionTransformer):
         return super().forward(x + self.table)
 
 
+@pytest.mark.slow
 def test_what_the_host_kept_from_a_call_of_its_own_is_no_part_of_a_trace() -> None:
     host = build(KeepsItsTable).eval()
     model = tokenprune.wrap(host, RECIPE, verify=False)

@@ -100,7 +100,7 @@ def test_both_paths_choose_the_same_tokens(model: Any, lengths: list[int], seed:
 
 @few
 @given(
-    length=st.sampled_from([4, 9, LENGTH - 1]),
+    length=st.sampled_from([5, LENGTH - 1]),
     path=st.sampled_from(["gather", "mask"]),
     seed=st.integers(0, 99),
 )

@@ -14,7 +14,6 @@ from tokenprune.errors import UnsupportedHostError, VerificationError
 
 pytestmark = pytest.mark.slow
 RECIPE = {"version": 1, "schedule": {"blocks": [1, 2], "keep_ratio": 0.6}}
-MODELS = ["CLIPModel", "SiglipModel"]
 
 
 def dual(model: str) -> Any:
@@ -38,8 +37,7 @@ def features(model: Any, pixels: Tensor) -> Tensor:
         return model.get_image_features(pixel_values=pixels).pooler_output
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("restore", [True, False])
+@pytest.mark.parametrize(("name", "restore"), [("CLIPModel", True), ("SiglipModel", False)])
 def test_a_wrapped_tower_prunes_the_features_and_the_dual_model(name: str, restore: bool) -> None:
     host, pixels, texts = dual(name), images(), words()
     dense = features(host, pixels)
@@ -71,9 +69,8 @@ def test_a_wrapped_tower_prunes_the_features_and_the_dual_model(name: str, resto
     assert torch.equal(features(host, pixels), dense)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_contrastive_training_reaches_the_predictors(name: str) -> None:
-    host = dual(name)
+def test_contrastive_training_reaches_the_predictors() -> None:
+    host = dual("SiglipModel")
     host.vision_model = tokenprune.wrap(host.vision_model, RECIPE, restore=False)
     host.train()
     host(pixel_values=images(3), input_ids=words(3), return_loss=True).loss.backward()
@@ -82,9 +79,8 @@ def test_contrastive_training_reaches_the_predictors(name: str) -> None:
         assert parameter.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_the_whole_dual_model_is_refused_since_each_image_meets_every_text(name: str) -> None:
-    host = dual(name)
+def test_the_whole_dual_model_is_refused_since_each_image_meets_every_text() -> None:
+    host = dual("CLIPModel")
     inputs = {"pixel_values": images(), "input_ids": words()}
     with pytest.raises(UnsupportedHostError, match=r"vision_model_output.*restore=True"):
         tokenprune.wrap(host, RECIPE, example_inputs=inputs)

@@ -94,9 +94,9 @@ def find_blocks(host: nn.Module, traced: HostGraph, spec: ArchSpec) -> dict[int,
     same: dict[fx.Node, fx.Node] = {}  # tokens that a block hands on as they are -> their marker
     blocks: dict[int, Block] = {}
     for first, number, call in running:
-        tensors = [same.get(node, node) for node in call.inputs if node is not None]
-        if len(tensors) > spec.token_argument:
-            tokens = tensors[spec.token_argument]
+        given = call.inputs[spec.token_argument : spec.token_argument + 1]
+        if given and given[0] is not None:
+            tokens = same.get(given[0], given[0])
             nodes = list(call.nodes())
             readers = [node for node in tokens.users if node in nodes]
             handed_on = call.output is not None and same.get(call.output, call.output) is tokens

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
-from tokenprune.analysis.operators import Kind, known_kind
+from tokenprune.analysis.operators import Kind, kind_of
 from tokenprune.ops.jagged import kept_policy, take_chosen
 from tokenprune.ops.moving import length_after
 from tokenprune.rewrite.rewrite import Rewrite
@@ -124,7 +124,7 @@ class _Cut:
         for node in self.nodes:
             made_of = [used for used in node.all_input_nodes if used in holds]
             given = node.op == "placeholder" and self._rows(node) is not None
-            factory = node.op != "placeholder" and known_kind(node.target) in _FACTORIES
+            factory = kind_of(self.rewrite.root, node) in _FACTORIES
             if not (given or made_of) or self._plain(node) or factory:
                 continue
             holds.add(node)
