@@ -122,7 +122,7 @@ def test_what_has_no_probabilities_takes_no_threshold() -> None:
 def test_keys_before_the_first_block_do_not_exist() -> None:
     recipe = {"version": 1, "scorer": "key-norm", "stages": [{"block": 0, "keep_ratio": 0.5}]}
     with pytest.raises(
-        PlanError, match=r"in the block before block 0\), but found no attention there"
+        PlanError, match=r"in the block before block 0, but found no attention"
     ):
         tokenprune.wrap(vit(), recipe)
 
