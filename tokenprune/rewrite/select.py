@@ -76,6 +76,6 @@ def nearest_keys(analysis: Analysis, stage: int) -> tuple[fx.Node, int, int, int
         found = f"keys of shape {shape}"
     raise PlanError(
         f"Stage {stage} (block {site.block}) reads the keys of its {grid.length} tokens in the "
-        f"nearest attention, that of {where}, but found {found} there. Use stages at later blocks, "
+        f"nearest attention, in {where}, but found {found} there. Use stages at later blocks, "
         "`place: middle`, or a scorer that reads tokens only, such as token-norm."
     )
