@@ -117,7 +117,7 @@ CASES = (
         vit,
         staged((1, 0.7), (12, 0.5)),
         errors.PlanError,
-        r"before blocks \[12\], but the host has 3 blocks \(0 to 2\)",
+        r"at blocks \[12\], but the host has 3 blocks \(0 to 2\)",
     ),
     Case(
         "ratio of 0",

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import tokenprune
 from tokenprune import errors
 from tokenprune.hosts.registry import describe
+from tokenprune.scorers import SCORERS
 
 RECIPE = {"version": 1, "schedule": {"blocks": [1, 2], "keep_ratio": 0.7}}
 IMAGES = torch.zeros(2, 3, 32, 32)
@@ -119,7 +120,7 @@ CASES: list[tuple[type[Exception], type[Exception], Callable[[], Any], str]] = [
         errors.PlanError,
         ValueError,
         with_recipe(schedule={"blocks": [1, 7], "keep_ratio": 0.7}),
-        r"before blocks \[7\], but the host has 3 blocks \(0 to 2\)",
+        r"at blocks \[7\], but the host has 3 blocks \(0 to 2\)",
     ),
     (
         errors.PlanError,
@@ -133,6 +134,12 @@ CASES: list[tuple[type[Exception], type[Exception], Callable[[], Any], str]] = [
         ValueError,
         lambda: wrapped().set_keep_ratio([0.5]),
         "1 ratios, but the plan has 2 stages",
+    ),
+    (
+        errors.RegistrationError,
+        ValueError,
+        lambda: SCORERS.register("random")(object),
+        "A scorer named 'random' is registered already.*replace=True",
     ),
     (
         errors.AlreadyWrappedError,

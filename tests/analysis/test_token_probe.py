@@ -183,10 +183,9 @@ def test_a_second_run_of_the_probe_keeps_nothing_of_the_first() -> None:
     analysis, traced = programs.analysis, programs.analysis.traced
     lengths = {n: dict(f.length_of) for n, f in analysis.facts.items() if f.length_of}
     assert lengths
+    markers = {marker: stage for stage, marker in enumerate(analysis.markers)}
     with torch.no_grad(), traced.fake_mode:
-        batch = probe_batch(pruning.host, traced)
-        once = _Run(pruning.host, traced, analysis.markers, PREFIX, batch, (), lengths)
-        once.run()
-    assert once.finished
-    assert {n for n, f in analysis.facts.items() if f.whole_table} == once.tables
-    assert {n for n, f in analysis.facts.items() if f.follows_tokens} == once.sizes
+        facts, _ = probe_batch(pruning.host, traced)
+        once = _Run(pruning.host, traced, markers, PREFIX, (), lengths, dict(facts))
+        assert once.finishes()
+    assert once.facts == dict(analysis.facts)

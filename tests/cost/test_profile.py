@@ -15,7 +15,7 @@ from tokenprune.cost.profile import Profile, profile
 from tokenprune.errors import HostError, NotWrappedError
 
 STAGES: dict[str, Any] = {"version": 1, "schedule": {"blocks": [1, 2], "keep_ratio": 0.6}}
-counting = sys.modules["tokenprune.cost.profile"]
+counting = sys.modules["tokenprune.cost.flops"]
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2}
 
 

@@ -383,4 +383,4 @@ def test_faults_are_found_before_the_dense_host_is_trained(
     assert "train.epochs" in run(*line, "--epochs", "0").stderr
     other = tmp_path / "other.yaml"
     other.write_text(RECIPE.replace("[1, 2]", "[1, 7]") + HOST)
-    assert "prunes before blocks [7]" in run("train", other, *line[2:]).stderr
+    assert "prunes at blocks [7]" in run("train", other, *line[2:]).stderr

@@ -121,9 +121,7 @@ def test_what_has_no_probabilities_takes_no_threshold() -> None:
 
 def test_keys_before_the_first_block_do_not_exist() -> None:
     recipe = {"version": 1, "scorer": "key-norm", "stages": [{"block": 0, "keep_ratio": 0.5}]}
-    with pytest.raises(
-        PlanError, match=r"in the block before block 0, but found no attention"
-    ):
+    with pytest.raises(PlanError, match=r"in the block before block 0, but found no attention"):
         tokenprune.wrap(vit(), recipe)
 
 
@@ -135,7 +133,9 @@ def test_unknown_and_taken_names() -> None:
     assert SCORERS["random"] is Random
 
 
-def test_a_scorer_of_ones_own_is_one_class() -> None:
+def test_a_scorer_of_ones_own_is_one_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SCORERS, "_known", dict(SCORERS._known))
+
     class Middle(Scorer):
         def forward(self, tokens: Tensor, present: Tensor | None = None, **needed: Any) -> Tensor:
             places = torch.arange(tokens.shape[1]).expand(tokens.shape[0], -1).float()
