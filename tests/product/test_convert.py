@@ -35,7 +35,8 @@ from tokenprune.errors import (
 )
 from tokenprune.recipe import load_recipe
 from tokenprune.recipe.counting import num_keep
-from tokenprune.scorers.learned import TokenPredictor, light_branch
+from tokenprune.reductions.bypass import light_branch
+from tokenprune.scorers.learned import TokenPredictor
 
 State = dict[str, Tensor]
 SWIN_DEPTHS = {"swin-tiny": (2, 2, 6, 2), "swin-small": (2, 2, 18, 2), "swin-base": (2, 2, 18, 2)}
