@@ -14,7 +14,8 @@ test: $(STAMP)
 
 # A minute: unit tests, and all behaviours over the core toys and the core rows of the zoo.
 test-fast: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q -m "not slow"
+	HYPOTHESIS_PROFILE=fast OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest -n 2 --dist worksteal -q -m "not slow"
 
 check: $(STAMP) links
 	$(BIN)/ruff check

@@ -84,7 +84,7 @@ def conv_channels(module: nn.Module) -> int | None:
 
 
 def image_inputs(host: nn.Module) -> dict[str, ExampleInput]:
-    """Input of a host built like timm's: of the size it was built for, else that of its weights."""
+    """Input of a host built like timm's: of the size it was built for, else of its weights."""
     embed = getattr(host, "patch_embed", None)
     configured = getattr(host, "pretrained_cfg", None) or getattr(host, "default_cfg", None) or {}
     usual = tuple(configured.get("input_size") or ())

@@ -8,9 +8,40 @@ from hypothesis import settings
 
 settings.register_profile("dev", max_examples=25, deadline=None)
 settings.register_profile("ci", max_examples=25, deadline=None, derandomize=True, print_blob=True)
+settings.register_profile("fast", max_examples=5, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
-PRODUCT = Path(__file__).parent / "product"
+TESTS = Path(__file__).parent
+PRODUCT = TESTS / "product"
+# What repeats on other hosts, or with other words, what a fast test of the same folder finds.
+SLOW_FILES = {
+    *("test_bad_input.py", "test_errors.py", "analysis/test_blocks.py", "zoo/test_scorers.py"),
+    *("cost/test_profile.py", "rewrite/test_outputs.py", "theorems/test_padding.py"),
+}
+FAST_IN_SLOW_FILES = {
+    *("test_stages_at_a_middle_are_certified[beit]", "test_it_is_certified[vit]"),
+    *("test_a_place_that_a_block_does_not_have", "test_every_kind_of_attention_counts[sdpa]"),
+    *("test_putting_back_writes_kept_rows_and_the_prefix_only", "test_none_is_left_out"),
+    "test_a_mean_is_over_the_real_tokens_that_are_left",
+}
+SLOW_TESTS = {
+    *("test_a_hierarchical_host_is_bypassed_by_name", "test_gradcheck"),
+    *("test_training_runs_the_gather_path_and_the_state_has_no_new_key", "test_it_exports"),
+    *("test_a_budget_is_replaced_and_the_structure_never_is", "test_nothing_is_changed"),
+    *("test_a_host_that_mixes_images_is_refused_whatever_the_example",),
+    *("test_names_that_begin_as_ours_are_the_hosts", "test_arguments_that_are_no_tensor"),
+    *("test_ratios_of_a_bypass_host_mean_the_same", "test_6_nothing_is_nan_under_autocast"),
+    *("test_predictors_answer_to_the_recipe_and_the_seed", "test_a_host_that_also_gives_a_loss"),
+    *("test_predictors_have_the_type_of_the_host", "test_example_inputs_in_every_form"),
+    *("test_each_stage_sees_the_grid_it_stands_on", "test_the_margin_of_stages_on_two_grids"),
+    *("test_a_grid_is_bypassed_where_its_longest_stretch_is",),
+    *("test_float64_decides_where_another_dtype_is_too_coarse",),
+    *("test_5_sampled_decisions_are_nested", "test_2_in_float64_with_weights_x50"),
+    *("test_keeping_every_token_is_the_host_bit_for_bit", "test_another_image_size"),
+    *("test_unwrap_gives_the_host_back_bit_for_bit", "test_mask_path_is_gather_path"),
+    *("test_pixels_of_dropped_patches_do_not_matter",),
+    *("test_an_image_does_not_depend_on_its_neighbours",),
+}
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -19,9 +50,12 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as slow: all of `product`, and tests over a toy or a row that is not a core one."""
+    """Mark as slow: `product`, what is named above, tests over toys and rows that are not core."""
     for item in items:
         params = item.callspec.params.values() if hasattr(item, "callspec") else ()
         rare = any(getattr(param, "core", True) is False for param in params)
-        if rare or PRODUCT in item.path.parents:
+        file = item.path.relative_to(TESTS).as_posix()
+        again = file in SLOW_FILES and item.name not in FAST_IN_SLOW_FILES
+        named = item.name.partition("[")[0] in SLOW_TESTS
+        if rare or again or named or PRODUCT in item.path.parents:
             item.add_marker(pytest.mark.slow)

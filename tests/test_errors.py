@@ -1,4 +1,4 @@
-"""What each error says. Every class of `tokenprune.errors` stands here once.
+"""What each error says. Every class of `tokenprune.errors` is here once.
 
 That a host which was refused stays as it was is in `test_bad_input.py`.
 """

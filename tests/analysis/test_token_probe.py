@@ -30,7 +30,7 @@ class Block(nn.Module):
 
 
 class Host(nn.Module):
-    """Three blocks per token, and one step behind the second stage that a test chooses."""
+    """Three blocks per token, and one step after the second stage that a test chooses."""
 
     def __init__(self, step: Step, between: Step | None = None) -> None:
         super().__init__()

@@ -48,7 +48,7 @@ class Result:
 
     Attributes:
         logits: [B, classes]; of LV-ViT the sum of both heads.
-        tokens: Final patch tokens behind the norm.
+        tokens: Final patch tokens after the norm.
         class_logits: LV-ViT's class head alone.
         token_logits: LV-ViT's dense head, [B, N or K, classes].
         decisions: [B, N] of each stage, in training.
@@ -143,7 +143,7 @@ class PlainViT:
 
     Attributes:
         heads: H.
-        stages: The block before which each stage stands.
+        stages: The block of each stage.
         depth: Blocks.
         eps: Of the host's layer norms.
         scale: What residual branches are divided by.

@@ -23,7 +23,7 @@ class Swin:
         depths: Blocks of each level.
         heads: H of each level.
         window: Side of a window.
-        stages: The block before which each stage stands, counted over all levels; of one level.
+        stages: The block of each stage, counted over all levels; of one level.
         eps: Of the layer norms.
     """
 

@@ -14,9 +14,9 @@ NAMES = ["key-norm-k0.7", "random-k0.7", "token-norm-k0.7"]
 
 @pytest.mark.parametrize("row", [pytest.param(row, id=row.name) for row in PLAIN])
 def test_it_is_certified(row: Row) -> None:
-    """All three at once; `wrap` proves each on the host."""
+    """`wrap` proves it on the host: all scorers on core rows, one on each of the others in turn."""
     host = row.build(5.0)
-    for name in NAMES:
+    for name in NAMES if row.core else NAMES[PLAIN.index(row) % 3 :][:1]:
         model = tokenprune.wrap(host, name, example_inputs=row.inputs()).eval()
         with torch.no_grad():
             _, trace = model(**row.inputs(3), return_trace=True)

@@ -19,8 +19,8 @@ class TokenDim(NamedTuple):
 class Aligned(NamedTuple):
     """An argument that was made for all tokens: `dims` maps its token dims to what they count.
 
-    `rank` is that of the tensor it is combined with; the gathered tensor is a batch of that rank,
-    with `rows_per_image` rows of dim 0 for each image.
+    `rank` is the rank of the tensor it is combined with; the gathered tensor is a batch of that
+    rank, with `rows_per_image` rows of dim 0 for each image.
     """
 
     dims: Mapping[int, TokenDim]

@@ -19,7 +19,7 @@ class ImageMacs:
 
     The cost is a constant and, for each stage, a polynomial of degree two in the tokens that the
     stage keeps: linear layers are linear in them, attention is quadratic. So a few counted profiles
-    give the exact cost at every count. It is that of an image that runs alone: the padding of a
+    give the exact cost at every count. It is the cost of an image that runs alone: the padding of a
     batch is not counted.
 
         costs = ImageMacs(model)

@@ -33,11 +33,11 @@ class Profile:
         num_patches: N at the first stage.
         patches_per_stage: N of each stage; all the same where tokens leave.
         num_prefix_tokens: P; the blocks process these beside the patch tokens.
-        stages: The block before which each stage stands.
+        stages: The block of each stage.
         blocks: Module paths of the blocks.
         tokens_per_block: Patch tokens that enter each block; in bypass mode, those that go through
             its MLP.
-        macs_per_block: MACs of each block, without the predictor that stands before it.
+        macs_per_block: MACs of each block, without the predictor before it.
         dense_macs_per_block: The same for the host without pruning.
         predictor_macs: MACs of the predictor of each stage.
         macs: All of the pruned eval path: blocks, predictors, embedding, head.

@@ -20,7 +20,7 @@ def take_tokens(
 ) -> Shaped[Tensor, "..."]:
     """The tokens at `rows` of a grid or sequence; all of them, untouched, if K = L.
 
-    As many dims as `x`, so that what follows runs on it as it stands: [B, K, D], [B, 1, K, D] or,
+    As many dims as `x`, so that what follows runs on it unchanged: [B, K, D], [B, 1, K, D] or,
     with channels first, [B, D, 1, K].
     """
     tokens = flat_tokens(x, layout)

@@ -43,7 +43,7 @@ def padded_attention(
     policy: Float[Tensor, "B L"] | None,
     **options: Any,
 ) -> Float[Tensor, "..."]:
-    """`masked_attention` where the hidden keys are padding, in which nothing harmful stands.
+    """`masked_attention` where the hidden keys are padding, which holds nothing harmful.
 
     Without a mask of the host's every row sees the kept keys, one at least, so a plain mask over
     the keys will do: the kernel runs at its own speed. Padded rows then hold something else than
@@ -63,7 +63,7 @@ def take_chosen(
 ) -> Float[Tensor, "B P_plus_K D"]:
     """The prefix tokens and the patches at `chosen`; the tokens themselves if all are.
 
-    What stands in a padded row is some patch of the same image.
+    A padded row holds some patch of the same image.
     """
     if chosen.shape[1] == tokens.shape[1] - num_prefix and not has_padding(chosen):
         return tokens

@@ -1,7 +1,7 @@
 """Bypass with kept sets of different sizes: the kept tokens of a batch in rows without gaps.
 
 What dropped tokens go around acts on each token alone, so it does not matter which tokens share a
-row: no padding is needed but that of the last row.
+row: no padding is needed but in the last row.
 """
 
 from typing import NamedTuple

@@ -56,7 +56,7 @@ class Recipe(Section):
         mode: `remove` gathers dropped tokens away; `bypass` keeps the grid, and dropped tokens skip
             the MLP.
         scorer: what says which tokens stay; `learned` is DynamicViT's predictor.
-        place: where in its block a stage stands: `entry`, or `middle` after attention's residual
+        place: where in its block a stage is: `entry`, or `middle` after attention's residual
             sum.
         stages: pruning points, blocks strictly increasing, ratios never growing.
         schedule: the short form, one ratio for several blocks; exactly one of the two is given.

@@ -35,7 +35,7 @@ def run_passes(rewrite: Rewrite, passes: Sequence[Pass]) -> fx.Graph:
     Raises:
         LeakError: A node mixes tokens in a way no rule can mask.
         PlanError: A scorer reads what the host does not have there.
-        UnsupportedHostError: Anything else that stands in the way; the pass is named.
+        UnsupportedHostError: Anything else in the way; the pass is named.
     """
     for each in passes:
         each.requires(rewrite)

@@ -84,7 +84,7 @@ def rule(*targets: Any, kind: Kind, replace: bool = False) -> Callable[[Hide], H
 
 
 def rule_for(root: nn.Module, node: fx.Node) -> OperatorRule | None:
-    """The rule for a node's operator, if it has one: its own, else that of its kind."""
+    """The rule for a node's operator, if it has one: its own, else its kind's."""
     if node.op not in ("call_module", "call_function", "call_method"):
         return None
     module = node.op == "call_module"

@@ -1,4 +1,4 @@
-"""Put scorer and selection where each stage stands."""
+"""Put scorer and selection at each stage."""
 
 from dataclasses import dataclass
 

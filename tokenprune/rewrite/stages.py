@@ -170,8 +170,8 @@ def select_jagged(
     """Choose the patches of each image that stay; `take_chosen` then removes the others.
 
     Args:
-        previous: [B, N'] original numbers, -1 where a row holds no token; N' is that of the image
-            that has most.
+        previous: [B, N'] original numbers, -1 where a row holds no token; N' is the most
+            that an image has.
         forced: The forced set of these images, if there is one.
 
     Returns:

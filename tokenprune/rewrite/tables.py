@@ -44,7 +44,7 @@ def _traced_size(rewrite: Rewrite, at: fx.Node, used: fx.Node) -> Any:
 
 
 class ResizeTables(Pass):
-    """Where a host reads the length of an aligned table, it means that of the gathered one."""
+    """Where a host reads the length of an aligned table, give it the gathered length."""
 
     def apply(self, rewrite: Rewrite) -> None:
         for node in rewrite.nodes():

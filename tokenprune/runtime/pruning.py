@@ -242,7 +242,7 @@ def _check_nested(sets: Sequence[Tensor]) -> None:
             if lost:
                 raise KeepIndicesError(
                     f"keep_indices of stage {stage} keep patches {lost[:5]} of image {image}, "
-                    f"which stage {stage - 1} dropped. Each stage's set must lie in that of the "
+                    f"which stage {stage - 1} dropped. Each stage's set must lie in the set of the "
                     "stage before."
                 )
 

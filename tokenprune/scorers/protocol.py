@@ -31,8 +31,8 @@ class Need(Flag):
 
     NOTHING = 0
     KEYS = auto()
-    """`keys` [B, H, N, d]: the keys of the patch tokens in the nearest attention: that of the same
-    block at its middle, that of the block before at an entry."""
+    """`keys` [B, H, N, d]: the keys of the patch tokens in the nearest attention: the same
+    block's at its middle, the block before's at an entry."""
     NOISE = auto()
     """`generator`: the source of random numbers that `using(generator=...)` gave, or None."""
 

@@ -1,7 +1,7 @@
 """Modules that decide by what tensors hold: one node, which runs the module itself.
 
 They can only come before the first block (SigLIP 2 resizes its position embeddings to the size of
-each image). Under fake tensors they cannot run; their shape is then that of the example's output.
+each image). Under fake tensors they cannot run; their output has the example's shape.
 """
 
 from torch import Tensor

@@ -161,7 +161,7 @@ class ValueTracer(fx.Tracer):
     def create_proxy(  # type: ignore[override]
         self, kind: str, target: Any, args: Args, kwargs: Kwargs, value: Any = None, **options: Any
     ) -> Any:
-        """A node and its value: that of `value`, a real tensor, or else of what the node calls."""
+        """A node and its value: of `value`, a real tensor, or else of what the node calls."""
         proxy = super().create_proxy(kind, target, args, kwargs, **options)
         proxy.node.meta["val"] = self._evaluate(kind, target, args, kwargs, value)
         return proxy

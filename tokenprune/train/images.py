@@ -42,7 +42,7 @@ class ImageSet(Dataset[dict[str, Any]]):
     ) -> None:
         """Keep images and class indices; files are read on access.
 
-        `augments` says that `transform` is random; `seed` is that of the augmentation.
+        `augments` says that `transform` is random; `seed` is for the augmentation.
         """
         if in_chans not in _MODES:
             raise PlanError(

@@ -1,4 +1,4 @@
-"""Where in a block a stage stands: one file a place."""
+"""Where in a block a stage is: one file a place."""
 
 from tokenprune.analysis.sites.entry import Entry
 from tokenprune.analysis.sites.middle import Middle

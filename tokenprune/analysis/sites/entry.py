@@ -9,7 +9,7 @@ __all__ = ["Entry"]
 
 
 class Entry:
-    """Before everything in the block; the nearest attention is that of the block before."""
+    """Before everything in the block; the nearest attention is in the block before."""
 
     name = "entry"
 

@@ -1,4 +1,4 @@
-"""The seam of sites: where in a found block a stage stands, and what it can read there."""
+"""The seam of sites: where in a found block a stage is, and what it can read there."""
 
 from typing import NamedTuple, Protocol
 

@@ -18,8 +18,8 @@ class StageTrace:
         decision: [B, N] 0/1 over the original patches; carries the straight-through gradient on the
             mask path.
         keep_indices: [B, K] sorted, in original patch numbering; None on the mask path. With a
-            threshold, where images keep different numbers of tokens, K is that of the image that
-            keeps most, and the rows of the others end in -1. `decision.sum(1)` counts each image's
+            threshold, where images keep different numbers of tokens, K is the most that an image
+            keeps, and the rows of the others end in -1. `decision.sum(1)` counts each image's
             tokens.
         num_tokens: Patch tokens per image after the stage: K, or their mean over the batch where
             images differ (mask path, threshold).
