@@ -17,7 +17,7 @@ from tokenprune.tracing.host_graph import trace
 
 PLAIN = [row for row in ZOO if row.mode == "remove" and not row.refused]
 # Blocks that add attention and feed-forward to the same stream, so there is nothing in between.
-PARALLEL = {"parallel_scaling", "parallel_things", "differential"}
+PARALLEL = {"parallel_scaling", "differential"}
 
 
 def blocks_of(row: Row) -> dict[int, Block]:
