@@ -360,7 +360,7 @@ def test_what_does_not_fit_together_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=r"data has 5 classes, .* head has 3"):
         fit(None, model, bundle(classes=5), tmp_path, progress=False)
     other = {"version": 1, "schedule": {"blocks": [1], "keep_ratio": 0.6}}
-    with pytest.raises(PlanError, match=r"prunes at blocks \[1\], .* before\s+\[1, 2\]"):
+    with pytest.raises(PlanError, match=r"prunes before blocks \[1\], .* before\s+\[1, 2\]"):
         fit(other, model, bundle(), tmp_path, progress=False)
     with pytest.raises(NotWrappedError, match=r"Call\s+tokenprune\.wrap"):
         fit(chosen, timm_host(), bundle(), tmp_path, progress=False)
