@@ -10,32 +10,9 @@ from torch import nn
 import tokenprune
 from tests.zoo.hosts import ZOO
 from tests.zoo.rows import Row
-from tokenprune.analysis.blocks import Block, find_blocks
 from tokenprune.errors import PlanError
-from tokenprune.hosts.registry import describe
-from tokenprune.tracing.host_graph import trace
 
 PLAIN = [row for row in ZOO if row.mode == "remove" and not row.refused]
-# Blocks that add attention and feed-forward to the same stream, so there is nothing in between.
-PARALLEL = {"parallel_scaling", "differential"}
-
-
-def blocks_of(row: Row) -> dict[int, Block]:
-    host = row.build()
-    return find_blocks(host, trace(host, row.inputs()), describe(host))
-
-
-@pytest.mark.parametrize("row", [pytest.param(row, id=row.name) for row in PLAIN])
-def test_every_block_has_an_attention_and_a_middle(row: Row) -> None:
-    blocks = blocks_of(row)
-    assert list(blocks) == list(range(row.num_blocks))
-    length = blocks[0].entry.meta["val"].shape[1]
-    for block in blocks.values():
-        assert block.attention is not None
-        assert block.attention.key.meta["val"].shape[block.attention.key_dim] == length
-        assert (block.middle is None) == (row.name in PARALLEL)
-        if block.middle is not None:
-            assert block.middle.meta["val"].shape == block.entry.meta["val"].shape
 
 
 @pytest.mark.parametrize("row", [pytest.param(row, id=row.name) for row in PLAIN if row.core])

@@ -1,4 +1,4 @@
-"""Every scorer that needs no training, by name, on every plain host of the zoo."""
+"""Scorers that need no training, by name, on every plain host of the zoo; and what they read."""
 
 import pytest
 import torch
@@ -9,6 +9,8 @@ from tests.zoo.rows import Row
 from tokenprune.recipe.names import named_recipes
 
 PLAIN = [row for row in ZOO if row.mode == "remove" and not row.refused]
+# Blocks that add attention and feed-forward to the same stream, so there is nothing in between.
+PARALLEL = {"parallel_scaling", "differential"}
 NAMES = ["key-norm-k0.7", "random-k0.7", "token-norm-k0.7"]
 
 
@@ -23,6 +25,13 @@ def test_it_is_certified(row: Row) -> None:
         counts = [stage.num_tokens for stage in trace.stages]
         assert counts == sorted(counts, reverse=True)
         assert counts[-1] < row.num_patches()
+    programs = model._pruning.cache.all()[0]
+    blocks, length = programs.analysis.blocks, programs.analysis.grids[0].length
+    assert list(blocks) == list(range(row.num_blocks))
+    for block in blocks.values():
+        assert block.attention is not None
+        assert block.attention.key.meta["val"].shape[block.attention.key_dim] == length
+        assert (block.middle is None) == (row.name in PARALLEL)
 
 
 def test_none_is_left_out() -> None:
