@@ -72,11 +72,15 @@ def test_a_second_rule_for_one_target_is_refused(monkeypatch: Any) -> None:
         """Change nothing."""
 
     for known in (torch.mean, "sum", nn.Softmax):
-        with pytest.raises(RegistrationError, match=r"There is a rule for .* already, of kind"):
+        with pytest.raises(RegistrationError, match=r"is known already, of kind Kind\.\w+\. Leave"):
             rule(known, kind=Kind.POOL)(leave)
     assert rules.rule_for(nn.Module(), node_of(torch.mean)).hide is not leave  # type: ignore[union-attr]
     rule(torch.mean, kind=Kind.POOL, replace=True)(leave)
     assert rules.rule_for(nn.Module(), node_of(torch.mean)).hide is leave  # type: ignore[union-attr]
+    with pytest.raises(RegistrationError, match=r"Kind\.SOFTMAX.* already, of kind Kind\.SOFTMAX"):
+        rule(kind=Kind.SOFTMAX)(leave)
+    rule(kind=Kind.SOFTMAX, replace=True)(leave)
+    assert rules.rule_for(nn.Module(), node_of(torch.softmax)).hide is leave  # type: ignore[union-attr]
     rule(masked_sum, kind=Kind.POOL)(leave)
     assert operators.known_kind(masked_sum) is Kind.POOL
 

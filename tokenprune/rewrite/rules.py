@@ -73,8 +73,9 @@ def rule(*targets: Any, kind: Kind, replace: bool = False) -> Callable[[Hide], H
         known = [each for each in keys if each in _rules or known_kind(each) is not None]
         if known and not replace:
             raise RegistrationError(
-                f"There is a rule for {known[0]!r} already, of kind {known_kind(known[0])}. Leave "
-                "it out of the targets, or pass replace=True to put yours in its place."
+                f"Asked for a rule for {known[0]!r}, which is known already, of kind "
+                f"{known_kind(known[0]) or kind}. Leave it out of the targets, or pass "
+                "replace=True to put yours in its place."
             )
         set_kind(targets, kind)
         _rules.update(dict.fromkeys(keys, OperatorRule(kind, hide)))
