@@ -4,23 +4,22 @@ import inspect
 from typing import Any
 
 import torch
-from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor, nn
 
 from tokenprune.analysis.blocks import find_blocks
 from tokenprune.analysis.plan import bind
 from tokenprune.checks.verify import verify as verify_model
 from tokenprune.errors import AlreadyWrappedError, NonFiniteWeightsError, UnsupportedHostError
-from tokenprune.hosts.inputs import CallSignature, ExampleInputs, named_inputs
+from tokenprune.hosts.inputs import CallSignature, ExampleInputs, first_floating, named_inputs
 from tokenprune.hosts.registry import describe
 from tokenprune.hosts.spec import ArchSpec
 from tokenprune.methods import method_of, with_default_stages
 from tokenprune.recipe import RecipeSource, load_recipe
-from tokenprune.runtime.model import PRUNING, PUBLIC, PrunedModel, pruned_class, pruning_of
+from tokenprune.runtime.model import PRUNING, PUBLIC, PrunedModel, pruning_of, wrapper_of
 from tokenprune.runtime.pruning import Pruning, added_names
 from tokenprune.scorers.protocol import PREDICTORS
 from tokenprune.tracing.host_graph import trace
-from tokenprune.tracing.state import kept_modes, lazy_attributes
+from tokenprune.tracing.state import kept_modes
 
 __all__ = ["unwrap", "wrap"]
 
@@ -99,6 +98,7 @@ def wrap(
         plan, budget = bind(chosen, spec)
         pruning = Pruning(
             host=model,
+            adapter=adapter,
             spec=spec,
             recipe=chosen,
             method=method_of(chosen, spec),
@@ -106,19 +106,16 @@ def wrap(
             budget=budget,
             call=call,
             restore=restore,
-            watched=[module for module in model.modules() if _decides_by_mode(module)],
-            lazy=lazy_attributes(model),
+            example={n: v.to("meta") if isinstance(v, Tensor) else v for n, v in example.items()},
         )
-        programs = pruning.programs(example, traced, blocks)
-    wrapped = _shell(model)
-    wrapped.__dict__[PRUNING] = pruning
-    first = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+        programs = pruning.programs(example, traced=traced, blocks=blocks)
+    wrapped = wrapper_of(pruning)
+    first = first_floating(model)
     like = {"device": first.device, "dtype": first.dtype}
     make, grids = pruning.method.scorer.make, programs.analysis.grids
     scorers = [make(grid.num_channels, chosen.predictor, **like) for grid in grids]
     added = {PREDICTORS: nn.ModuleList(scorers), **programs.reduction.modules(**like)}
-    for name, module in added.items():
-        wrapped.__dict__["_modules"][name] = module.train(model.training)
+    pruning.added.update({name: module.train(model.training) for name, module in added.items()})
     if verify:
         verify_model(wrapped, example, gradients=False)
     return wrapped
@@ -131,25 +128,6 @@ def unwrap(model: nn.Module) -> nn.Module:
         NotWrappedError: `model` was not returned by `wrap`.
     """
     return pruning_of(model).host
-
-
-def _decides_by_mode(module: nn.Module) -> bool:
-    """Whether a module's `training` flag may decide what is traced, or how it is rewritten."""
-    looked_at = isinstance(module, _BatchNorm | nn.MultiheadAttention)
-    return looked_at or not type(module).__module__.startswith("torch.nn")
-
-
-def _shell(host: nn.Module) -> PrunedModel:
-    """An object of the wrapped class around the host's own parameters, buffers and submodules."""
-    cls = pruned_class(type(host))  # type: ignore[arg-type]
-    wrapped = cls.__new__(cls)
-    wrapped.__dict__.update(host.__dict__)
-    wrapped.__dict__["_modules"] = dict(host._modules)
-    wrapped.__dict__.pop("_compiled_call_impl", None)  # a host compiled in place would run instead
-    for name, value in host.__dict__.items():
-        if name.endswith("_hooks") or "_hooks_with_" in name or "_hooks_always_" in name:
-            wrapped.__dict__[name] = value.copy()
-    return wrapped
 
 
 def _check_free(host: nn.Module) -> None:

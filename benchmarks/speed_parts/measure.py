@@ -146,7 +146,7 @@ def _watched(model: PrunedModel, spent: list[float]) -> Iterator[None]:
 
         return run
 
-    spaces = [p.get(model, "gather").run.__globals__ for p in pruning_of(model).cache.all()]
+    spaces = [p.get(model, "gather").run.__globals__ for p in list(pruning_of(model).cache)]
     was = [dict(space) for space in spaces]
     for space in spaces:
         for name, value in list(space.items()):

@@ -185,7 +185,7 @@ def test_what_export_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     sets = [torch.arange(4).expand(2, -1)]
     with model.using(keep_indices=sets), pytest.raises(ExportError, match=r"keep_indices are forc"):
         tokenprune.export(model, file)
-    programs = next(iter(model._pruning.cache.all()))
+    programs = next(iter(model._pruning.cache))
     bound = replace(programs.analysis, batch_bound=True)
     with monkeypatch.context() as patch:
         patch.setattr(programs, "analysis", bound)

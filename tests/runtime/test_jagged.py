@@ -146,7 +146,7 @@ def test_gradients_reach_the_images_and_the_weights_in_eval() -> None:
 
 def test_the_threshold_can_change_and_go_without_a_new_trace(deit: Any) -> None:
     model = deit
-    traced = list(pruning_of(model).cache.all())
+    traced = list(pruning_of(model).cache)
     model.set_keep_ratio(0.6)
     x, tokens = images(4), []
     for threshold in (0.01, 0.5, 0.99):
@@ -158,7 +158,7 @@ def test_the_threshold_can_change_and_go_without_a_new_trace(deit: Any) -> None:
     model.set_threshold(None)
     with torch.no_grad():
         assert model(x, return_trace=True)[1].stages[0].num_tokens == 9
-    assert list(pruning_of(model).cache.all()) == traced
+    assert list(pruning_of(model).cache) == traced
 
 
 @pytest.mark.slow
@@ -284,7 +284,7 @@ def test_a_cut_program_learns_nothing_from_its_calls() -> None:
     x = images(4)
     with torch.no_grad():
         model(x)
-        (programs,) = model._pruning.cache.all()
+        (programs,) = model._pruning.cache
         cut = programs.get(model, "jagged").run
         before = {name: copy.deepcopy(v) for name, v in vars(cut).items() if name != "segments"}
         for batch in (1, 2, 5):

@@ -25,7 +25,7 @@ def test_it_is_certified(row: Row) -> None:
         counts = [stage.num_tokens for stage in trace.stages]
         assert counts == sorted(counts, reverse=True)
         assert counts[-1] < row.num_patches()
-    programs = model._pruning.cache.all()[0]
+    programs = next(iter(model._pruning.cache))
     blocks, length = programs.analysis.blocks, programs.analysis.grids[0].length
     assert list(blocks) == list(range(row.num_blocks))
     for block in blocks.values():

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from tokenprune.checks.certificate import Check
 from tokenprune.errors import VerificationError
+from tokenprune.hosts.inputs import first_floating
 from tokenprune.ops.jagged import blank_padding
 from tokenprune.ops.moving import gather_aligned
 from tokenprune.ops.selection import in_order
@@ -47,7 +48,7 @@ class Theorems:
         self.jagged = pruning.budget.threshold is not None
         self.sets = self._random_sets()
         self.settings = CallSettings(num_keep=(), sample=False, keep_indices=self.sets)
-        self.dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+        self.dtype = first_floating(model).dtype
         self.bound = TOLERANCE.get(self.dtype, TOLERANCE[torch.float32])
         self.outputs: dict[PathName, list[Tensor]] = {}
 

@@ -158,10 +158,7 @@ def profile(
 def _programs(model: nn.Module, example_inputs: ExampleInputs | None) -> Programs:
     pruning = pruning_of(model)
     if example_inputs is None:
-        known = pruning.cache.all()
-        for programs in known:  # the first signature is the one that `wrap` traced
-            if _shapes(programs) == _shapes(known[0]) and _serves(programs, model):
-                return programs
+        return pruning.programs(pruning.as_wrapped())
     return pruning.programs(pruning.inputs(example_inputs))
 
 
@@ -182,20 +179,6 @@ def _dense(model: nn.Module, programs: Programs, inputs: Mapping[str, Any]) -> C
 
 def _traced_inputs(programs: Programs) -> dict[str, torch.Tensor]:
     return {n: node.meta["val"] for n, node in programs.analysis.traced.inputs.items()}
-
-
-def _shapes(programs: Programs) -> list[tuple[int, ...]]:
-    """Shapes of the inputs of one image."""
-    return [tuple(value.shape[1:]) for value in _traced_inputs(programs).values()]
-
-
-def _serves(programs: Programs, model: nn.Module) -> bool:
-    """False if the model was moved or cast since that trace."""
-    now = next(p for p in model.parameters() if p.is_floating_point())
-    return all(
-        v.device == now.device and (v.dtype == now.dtype or not v.is_floating_point())
-        for v in _traced_inputs(programs).values()
-    )
 
 
 def _fake_inputs(programs: Programs, batch: int) -> dict[str, Any]:

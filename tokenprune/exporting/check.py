@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from tokenprune.checks.proof import TOLERANCE
 from tokenprune.errors import ExportError
 from tokenprune.exporting.run import Run, batched_inputs, named_tensors
+from tokenprune.hosts.inputs import first_floating
 from tokenprune.runtime.model import pruning_of
 
 __all__ = ["compare", "margins"]
@@ -33,7 +34,7 @@ def compare(
         The largest difference found and the largest that rounding may cause in the model's dtype,
         relative to the scale of each output.
     """
-    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    dtype = first_floating(model).dtype
     allowed = TOLERANCE.get(dtype, TOLERANCE[torch.float32])
     generator = torch.Generator().manual_seed(1)
     largest = 0.0

@@ -170,7 +170,7 @@ def _check_exportable(
             f"Parameter '{meta_param}' of {host} is on the meta device and holds no weights. Load "
             "the weights before exporting."
         )
-    if pruning.overrides.keep_indices is not None:
+    if pruning.forced.keep_indices is not None:
         raise ExportError(
             "keep_indices are forced, and would be written into the file as they are. Leave the "
             "`with model.using(keep_indices=...)` block before exporting."

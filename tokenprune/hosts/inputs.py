@@ -11,9 +11,14 @@ from torch import Tensor, nn
 from tokenprune.errors import HostError, UnsupportedHostError
 from tokenprune.hosts.spec import ArchSpec
 
-__all__ = ["CallSignature", "ExampleInputs", "draw_inputs", "named_inputs"]
+__all__ = ["CallSignature", "ExampleInputs", "draw_inputs", "first_floating", "named_inputs"]
 
 ExampleInputs = Tensor | Sequence[Tensor] | Mapping[str, Any]
+
+
+def first_floating(module: nn.Module) -> Tensor:
+    """The parameter that says where a model is and of what type; an empty tensor if none does."""
+    return next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
 
 
 def draw_inputs(spec: ArchSpec, host: nn.Module, batch_size: int) -> dict[str, torch.Tensor]:
@@ -26,7 +31,7 @@ def draw_inputs(spec: ArchSpec, host: nn.Module, batch_size: int) -> dict[str, t
             f"Adapter {spec.adapter!r} knows no input shape of {type(host).__name__}. Pass "
             "example_inputs=, a tensor or a dict of the arguments its forward takes."
         )
-    like = next((p for p in host.parameters() if p.is_floating_point()), torch.empty(0))
+    like = first_floating(host)
     generator = torch.Generator().manual_seed(0)
     drawn = {}
     for name, example in spec.inputs.items():
@@ -50,9 +55,9 @@ class CallSignature:
     accepts_any: bool
 
     @classmethod
-    def of(cls, host: type[nn.Module]) -> "CallSignature":
-        """The signature of a class's forward."""
-        accepted = inspect.signature(host.forward).parameters.values()
+    def of(cls, host: type[nn.Module], method: str = "forward") -> "CallSignature":
+        """The signature of a method of a class."""
+        accepted = inspect.signature(getattr(host, method)).parameters.values()
         named = [p.name for p in accepted if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         accepts_any = any(p.kind is p.VAR_KEYWORD for p in accepted)
         return cls(host.__name__, tuple(named)[1:], accepts_any)

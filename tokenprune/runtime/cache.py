@@ -1,15 +1,18 @@
-"""Programs by the signature of the call that they were traced for."""
+"""The programs of a model, each with the call it serves and what its trace depends on."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokenprune.errors import HostError
 from tokenprune.runtime.program import Programs
 
-__all__ = ["ProgramCache", "Signature", "signature_of"]
+__all__ = ["CacheInfo", "ProgramCache", "Signature", "signature_of"]
+
+LIMIT = 16
+RESTLESS = 4
 
 
 class Signature(NamedTuple):
@@ -19,8 +22,8 @@ class Signature(NamedTuple):
     batch_size: int
 
 
-def signature_of(arguments: Mapping[str, Any], watched: list[nn.Module]) -> Signature:
-    """The signature of a call, for a host whose Python code reads `training` of `watched` modules.
+def signature_of(arguments: Mapping[str, Any], entry: str, training: bool) -> Signature:
+    """The signature of a call of the method `entry`.
 
     Raises:
         HostError: There is no tensor among the arguments, or something else than a plain value.
@@ -31,8 +34,7 @@ def signature_of(arguments: Mapping[str, Any], watched: list[nn.Module]) -> Sign
     batch_size = tensors[0].shape[0] if tensors[0].ndim else 1
     device = tensors[0].device.type
     autocast = device != "meta" and torch.is_autocast_enabled(device)
-    modes = tuple([module.training for module in watched])
-    key = [modes, autocast, torch.get_autocast_dtype(device) if autocast else None]
+    key = [entry, training, autocast, torch.get_autocast_dtype(device) if autocast else None]
     for name, value in arguments.items():
         if isinstance(value, Tensor):
             shape = tuple(value.shape)
@@ -47,28 +49,88 @@ def signature_of(arguments: Mapping[str, Any], watched: list[nn.Module]) -> Sign
     return Signature(tuple(key), batch_size)
 
 
-class ProgramCache:
-    """Signature -> programs. Those that hold for one batch size only are kept under that too."""
+class CacheInfo(NamedTuple):
+    """The programs of a wrapped model.
 
-    def __init__(self) -> None:
-        self._known: dict[Any, Programs] = {}
+    Attributes:
+        programs: How many there are now.
+        limit: How many there may be; the one not used for longest leaves.
+        traced: How many were made since `wrap`.
+        frozen: Whether they run unchecked.
+    """
+
+    programs: int
+    limit: int
+    traced: int
+    frozen: bool
+
+
+class ProgramCache:
+    """Programs by signature, then by what their traces depend on; the last used come first.
+
+    Attributes:
+        limit: How many are kept.
+        frozen: Take the first of a signature, whatever has changed since its trace.
+        traced: How many were added.
+    """
+
+    def __init__(self, limit: int = LIMIT) -> None:
+        self.limit, self.frozen, self.traced = limit, False, 0
+        self._known: list[tuple[Signature, Programs]] = []
+        self._restless = 0
+
+    def __iter__(self) -> Iterator[Programs]:
+        return iter([programs for _, programs in self._known])
+
+    def info(self) -> CacheInfo:
+        """Its size."""
+        return CacheInfo(len(self._known), self.limit, self.traced, self.frozen)
 
     def find(self, signature: Signature) -> Programs | None:
-        """The programs for calls of this signature, if there are any."""
-        found = self._known.get(signature.key)
-        analysis = found and found.analysis
-        if analysis and analysis.batch_bound and analysis.traced.batch_size != signature.batch_size:
-            return self._known.get(signature)
-        return found
+        """The programs for calls of this signature, if there are any for the host as it is."""
+        for place, (known, programs) in enumerate(self._known):
+            if known.key != signature.key:
+                continue
+            if programs.analysis.batch_bound and known.batch_size != signature.batch_size:
+                continue
+            if self.frozen or programs.guards.hold():
+                if place and not torch.compiler.is_dynamo_compiling():
+                    self._known.insert(0, self._known.pop(place))
+                return programs
+        return None
 
     def add(self, signature: Signature, programs: Programs) -> None:
-        """Keep new programs."""
-        self._known[signature if signature.key in self._known else signature.key] = programs
+        """Keep new programs.
 
-    def all(self) -> list[Programs]:
-        """All programs; the first are those that `wrap` traced."""
-        return list(self._known.values())
+        Raises:
+            HostError: The host's own forward changes what it reads, in every call.
+        """
+        self._check_rest(signature)
+        self._known.insert(0, (signature, programs))
+        del self._known[self.limit :]
+        self.traced += 1
 
     def clear(self) -> None:
         """Forget them: the next call traces again."""
         self._known.clear()
+
+    def _check_rest(self, signature: Signature) -> None:
+        """Count traces that the host itself makes necessary."""
+        before = next((p for known, p in self._known if known.key == signature.key), None)
+        changed = None if before is None else before.guards.changed()
+        if before is None or changed is None or not before.analysis.traced.writes(changed):
+            self._restless = 0
+            return
+        self._restless += 1
+        if self._restless > RESTLESS:
+            raise HostError(
+                f"The forward of {before.analysis.traced.host} changes {changed.name!r} of its "
+                f"{type(changed.owner).__name__} in every call and reads it again, so each call "
+                "would be traced anew. Keep it in a buffer, or let nothing depend on it."
+            )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ProgramCache":
+        return type(self)(self.limit)  # the copy's modules are others
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.limit,)

@@ -1,36 +1,101 @@
 """The model that `wrap` returns: the host's class, with a forward that prunes.
 
-It shares the host's parameters, buffers and submodules. Everything else is in one private attribute
-(`Pruning`); the class in front of the host's only forwards to it.
+It has the very attribute dict of its host, so whatever is set, replaced or removed through one is
+so for the other, and for other wrappers of that host. What `wrap` adds is in a slot (`Pruning`),
+which no dict shows: modules it adds are children of the wrapper alone.
 """
 
+import copy
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
-from functools import cache
-from typing import Any, Self
+from functools import cache, partial, wraps
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from tokenprune.errors import HostError, NotWrappedError
 from tokenprune.rewrite.settings import Path
+from tokenprune.runtime.entries import methods_of
 from tokenprune.runtime.pruning import Pruning, added_names
 
-__all__ = ["PUBLIC", "PrunedModel", "pruned_class", "pruning_of"]
+__all__ = ["PUBLIC", "PrunedModel", "pruned_class", "pruning_of", "wrapper_of"]
 
 PUBLIC = ("using", "set_keep_ratio", "set_threshold")
 """Names that a wrapped model has beside its host's."""
 PRUNING = "_pruning"
-# Not shared with the host: a module's own tables, and what compile, replicas and hooks put there.
-OF_THE_OBJECT = {*vars(nn.Module()), "_compiled_call_impl", "_former_parameters", "_is_replica"}
-OF_THE_OBJECT = OF_THE_OBJECT - {"training"} | {PRUNING, "forward"}
+
+
+class Children(MutableMapping[str, nn.Module | None]):
+    """The host's children, then those that `wrap` added."""
+
+    def __init__(self, host: dict[str, nn.Module | None], added: dict[str, nn.Module]) -> None:
+        self._host, self._added = host, added
+
+    def __getitem__(self, name: str) -> nn.Module | None:
+        return self._added[name] if name in self._added else self._host[name]
+
+    def __setitem__(self, name: str, module: nn.Module | None) -> None:
+        if name not in self._added:
+            self._host[name] = module
+        elif isinstance(module, nn.Module):
+            self._added[name] = module
+        else:
+            raise TypeError(f"{name!r} is what wrap added: a module, not {module!r}.")
+
+    def __delitem__(self, name: str) -> None:
+        if name in self._added:
+            raise AttributeError(f"{name!r} is what wrap added; tokenprune.unwrap goes without it.")
+        del self._host[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*self._host, *self._added])
+
+    def __len__(self) -> int:
+        return len(self._host) + len(self._added)
+
+    def copy(self) -> dict[str, nn.Module | None]:
+        """As a plain dict."""
+        return dict(self)
+
+
+class OwnAttribute:
+    """An attribute that a wrapper does not share with its host."""
+
+    def __init__(self, name: str, default: Any) -> None:
+        self.name, self.default = name, default
+
+    def __get__(self, model: "PrunedModel | None", cls: type) -> Any:
+        if model is None:
+            return self.default
+        own = getattr(model, PRUNING).own if hasattr(model, PRUNING) else {}
+        if self.name in own:
+            return own[self.name]
+        return None if self.default is None else self.default.__get__(model, cls)
+
+    def __set__(self, model: "PrunedModel", value: Any) -> None:
+        model._pruning.own[self.name] = value
+
+    def __delete__(self, model: "PrunedModel") -> None:
+        del model._pruning.own[self.name]
 
 
 class PrunedModel(nn.Module):
     """Mixin in front of the host's class. Made by `wrap`, never by hand."""
 
+    __slots__ = (PRUNING,)
     _pruning: Pruning
+    _compiled_call_impl = OwnAttribute("_compiled_call_impl", None)
+
+    @property
+    def _modules(self) -> Any:
+        own = self.__dict__["_modules"]
+        return Children(own, self._pruning.added) if hasattr(self, PRUNING) else own
+
+    @_modules.setter
+    def _modules(self, children: dict[str, nn.Module | None]) -> None:
+        self.__dict__["_modules"] = children
 
     def forward(self, *args: Any, return_trace: bool = False, **kwargs: Any) -> Any:
         """Run the host, pruned.
@@ -45,6 +110,12 @@ class PrunedModel(nn.Module):
             raise HostError(
                 "nn.DataParallel runs replicas of a model in threads, which a wrapped model is not "
                 "made for. Use DistributedDataParallel, one process a device (torchrun)."
+            )
+        if not hasattr(self, PRUNING):
+            raise NotWrappedError(
+                f"This {type(self).__name__} was made by the class of a wrapped model, which does "
+                "not wrap what it makes. Call tokenprune.wrap(model, recipe) on it, or make it by "
+                "the host's own class."
             )
         return self._pruning.run(self, args, kwargs, return_trace)
 
@@ -129,23 +200,20 @@ class PrunedModel(nn.Module):
         return found
 
     def __setattr__(self, name: str, value: Any) -> None:
-        state = self.__dict__
-        own = name.startswith("__") or name in OF_THE_OBJECT or name in added_names()
-        shared = PRUNING in state and "_is_replica" not in state and not own
-        before = state.get(name, ...)
-        super().__setattr__(name, value)
-        if shared:
-            setattr(self._pruning.host, name, value)  # a new head, or a mode, is the host's too
-            if name != "training" and name in state and not _same(before, value):
-                self._pruning.cache.clear()  # its code may have decided by it
+        if name in added_names() and hasattr(self, PRUNING):
+            self._modules[name] = value
+        else:
+            super().__setattr__(name, value)
 
     def _get_name(self) -> str:
         return f"TokenPruned[{type(self).__name__}]"
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        memo[id(self)] = copied = cast(Self, wrapper_of(copy.deepcopy(self._pruning, memo)))
+        return copied
 
-def _same(before: Any, after: Any) -> bool:
-    plain = (bool, int, float, str, type(None), tuple)
-    return before is after or (type(before) is type(after) in plain and before == after)
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return wrapper_of, (self._pruning,)
 
 
 @cache
@@ -163,8 +231,40 @@ def pruned_class(host_class: type[nn.Module]) -> type[PrunedModel]:
     forward.__signature__ = signature.replace(  # type: ignore[attr-defined]
         parameters=[*parameters[:at], extra, *parameters[at:]]
     )
-    names = {"__module__": host_class.__module__, "__doc__": host_class.__doc__, "forward": forward}
+    names = {
+        "__module__": host_class.__module__,
+        "__doc__": host_class.__doc__,
+        **{name: _pruned(name, method) for name, method in methods_of(host_class).items()},
+        "forward": OwnAttribute("forward", forward),
+        **{name: property(partial(_added, name)) for name in added_names()},
+    }
     return type(host_class.__name__, (PrunedModel, host_class), names)
+
+
+def _pruned(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(method)
+    def run(self: PrunedModel, *args: Any, **kwargs: Any) -> Any:
+        if not hasattr(self, PRUNING):
+            return method(self, *args, **kwargs)
+        return self._pruning.call_method(self, name, args, kwargs)
+
+    return run
+
+
+def _added(name: str, model: PrunedModel) -> nn.Module:
+    added = model._pruning.added
+    if name not in added:
+        raise AttributeError(f"This {type(model).__name__} has no {name!r}.")
+    return added[name]
+
+
+def wrapper_of(pruning: Pruning) -> PrunedModel:
+    """A new handle on a host: one that prunes."""
+    cls = pruned_class(type(pruning.host))  # type: ignore[arg-type]
+    wrapped = cls.__new__(cls)
+    wrapped.__dict__ = pruning.host.__dict__
+    wrapped._pruning = pruning
+    return wrapped
 
 
 def pruning_of(model: nn.Module) -> Pruning:

@@ -14,6 +14,7 @@ from tokenprune.rewrite.settings import PathName
 from tokenprune.runtime.function import as_function
 from tokenprune.runtime.jagged.buckets import Bucketed
 from tokenprune.scorers import Scorer
+from tokenprune.tracing.guards import Guards
 
 __all__ = ["Program", "Programs"]
 
@@ -50,6 +51,11 @@ class Programs:
     _made: dict[PathName, Program] = field(default_factory=dict)
 
     @property
+    def guards(self) -> Guards:
+        """What else than its inputs the trace depends on."""
+        return self.analysis.traced.guards
+
+    @property
     def num_patches(self) -> tuple[int, ...]:
         """N of each stage; all the same where tokens leave."""
         return self.analysis.num_patches
@@ -67,6 +73,3 @@ class Programs:
             run = Bucketed(rewrite) if cut else as_function(rewrite.graph)
             self._made[path] = Program(rewrite, run)
         return self._made[path]
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Programs":
-        return self

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 
 from tokenprune.analysis.analysis import analyse
 from tokenprune.analysis.blocks import Blocks, find_blocks
-from tokenprune.analysis.plan import Budget, Plan
+from tokenprune.analysis.plan import Budget, Plan, bind
 from tokenprune.errors import HostError, KeepIndicesError, PlanError
-from tokenprune.hosts.inputs import CallSignature, ExampleInputs, named_inputs
+from tokenprune.hosts.inputs import CallSignature, ExampleInputs, first_floating, named_inputs
+from tokenprune.hosts.registry import describe
 from tokenprune.hosts.spec import ArchSpec
 from tokenprune.methods import Method
 from tokenprune.ops.kept_sets import check_keep_indices
@@ -24,15 +26,11 @@ from tokenprune.rewrite.kept import KEPT_SETS
 from tokenprune.rewrite.kept.pruning_trace import PruningTrace
 from tokenprune.rewrite.settings import PATHS, CallSettings, Path, PathName
 from tokenprune.runtime.cache import ProgramCache, signature_of
+from tokenprune.runtime.entries import BlocksReached, check_what_follows, stopped_at
 from tokenprune.runtime.program import Programs
 from tokenprune.scorers.protocol import PREDICTORS
 from tokenprune.tracing.host_graph import HostGraph, trace
-from tokenprune.tracing.state import (
-    LazyAttributes,
-    buffers_kept,
-    hide_lazy_tensors,
-    no_autocast_cache,
-)
+from tokenprune.tracing.state import buffers_kept, no_autocast_cache
 
 __all__ = ["Overrides", "Pruning", "added_names"]
 
@@ -43,7 +41,7 @@ def added_names() -> tuple[str, ...]:
     return (PREDICTORS, *added)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Overrides:
     """What `using` forces."""
 
@@ -52,23 +50,31 @@ class Overrides:
     generator: torch.Generator | None = None
 
 
+NOTHING = Overrides()
+
+
 @dataclass
 class Pruning:
     """What a wrapped model prunes with, and its programs.
 
     Attributes:
         host: The dense model.
-        spec: What its adapter says.
+        adapter: Which adapter was asked for.
+        spec: What it says of the host.
         recipe: With its stages.
         plan: Where the stages are; never changes.
         budget: How much they keep; `set_keep_ratio` and `set_threshold` replace it.
         call: The arguments of the host's forward.
         restore: Whether outputs that hold tokens come back in place; None refuses such outputs.
-        watched: Modules whose `training` flag the host's Python code may read.
-        lazy: Attributes of the host that were None when it was wrapped.
+        overrides: What `using` forces, by thread.
+        entries: The host's other methods that are known to run its blocks.
+        example: What it was wrapped with; tensors are on the meta device.
+        added: What `wrap` added, by name: children of the wrapped model alone.
+        own: Attributes of the wrapped model that its host does not share.
     """
 
     host: nn.Module
+    adapter: str | ArchSpec | None
     spec: ArchSpec
     recipe: Recipe
     method: Method
@@ -76,28 +82,81 @@ class Pruning:
     budget: Budget
     call: CallSignature
     restore: bool | None
-    watched: list[nn.Module]
-    lazy: LazyAttributes
+    example: dict[str, Any]
+    added: dict[str, nn.Module] = field(default_factory=dict)
+    own: dict[str, Any] = field(default_factory=dict)
     cache: ProgramCache = field(default_factory=ProgramCache)
-    overrides: Overrides = field(default_factory=Overrides)
+    overrides: dict[int, Overrides] = field(default_factory=dict)
+    entries: set[str] = field(default_factory=set)
 
     def inputs(self, given: ExampleInputs | None) -> dict[str, Any]:
         """Example inputs by name; drawn if None."""
         return named_inputs(self.call, self.spec, self.host, given)
 
-    def run(
-        self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], return_trace: bool
+    def as_wrapped(self) -> dict[str, Any]:
+        """Arguments like those it was wrapped with, of zeros, where the host is now."""
+        like = first_floating(self.host)
+        return {
+            name: torch.zeros(
+                value.shape,
+                dtype=like.dtype if value.is_floating_point() else value.dtype,
+                device=like.device,
+            )
+            if isinstance(value, Tensor)
+            else value
+            for name, value in self.example.items()
+        }
+
+    @property
+    def forced(self) -> Overrides:
+        """What `using` forces in this thread."""
+        return self.overrides.get(get_ident(), NOTHING) if self.overrides else NOTHING
+
+    def path(self, training: bool) -> Path:
+        """What a call runs; dense where every token is kept."""
+        path = self.forced.path or self.method.path(training)
+        all_kept = self.forced.keep_indices is None and self.budget.keeps_all
+        return "dense" if path == "gather" and all_kept else path
+
+    def call_method(
+        self, model: nn.Module, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> Any:
-        """One call of the wrapped model."""
-        path = self.overrides.path or self.method.path(model.training)
-        forced = self.overrides.keep_indices is not None
-        keeps_all = path == "gather" and not forced and self.budget.keeps_all
-        if (path == "dense" or keeps_all) and not return_trace:
-            return self.host.forward(*args, **kwargs)
-        arguments = self.call.named(args, kwargs)
+        """Call a method that the host has beside its forward; pruned, if it runs its blocks.
+
+        Raises:
+            HostError: In training, what comes after it in the forward must know what was dropped.
+            UnsupportedHostError: It returns tokens, and `restore` was left open.
+        """
+        if self.path(model.training) == "dense":
+            return getattr(self.host, name)(*args, **kwargs)
+        if name not in self.entries:
+            method = getattr(super(type(model), model), name)
+            try:
+                with stopped_at(self.host.get_submodule(self.spec.blocks[self.plan.blocks[0]])):
+                    return method(*args, **kwargs)
+            except BlocksReached:
+                self.entries.add(name)
+        if self.path(model.training) == "mask":
+            check_what_follows(self.host, self.programs(self.as_wrapped()), name)
+        return self.run(model, args, kwargs, False, name)
+
+    def run(
+        self,
+        model: nn.Module,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        return_trace: bool,
+        entry: str = "forward",
+    ) -> Any:
+        """One call of the wrapped model, or of another method of the host (`entry`)."""
+        path = self.path(model.training)
+        if path == "dense" and not return_trace:
+            return getattr(self.host, entry)(*args, **kwargs)
+        call = self.call if entry == "forward" else CallSignature.of(type(self.host), entry)
+        arguments = call.named(args, kwargs)
         if torch.compiler.is_dynamo_compiling():
-            _prepare(self, path, tuple(arguments), *arguments.values())
-        programs = self.programs(arguments)
+            _prepare(self, path, entry, tuple(arguments), *arguments.values())
+        programs = self.programs(arguments, entry)
         name = self.path_name(path)
         if name == "jagged" and torch.compiler.is_exporting():
             raise PlanError(
@@ -124,6 +183,7 @@ class Pruning:
     def programs(
         self,
         arguments: Mapping[str, Any],
+        entry: str = "forward",
         traced: HostGraph | None = None,
         blocks: Blocks | None = None,
     ) -> Programs:
@@ -134,12 +194,13 @@ class Pruning:
             PlanError: A stage sees no patch tokens, or can do nothing.
             UnsupportedHostError: The call cannot be traced, or a node run with fewer tokens.
         """
-        signature, host = signature_of(arguments, self.watched), self.host
+        signature, host = signature_of(arguments, entry, self.host.training), self.host
         found = self.cache.find(signature)
         if found is None:
             if traced is None or blocks is None:
-                with hide_lazy_tensors(self.lazy):
-                    traced = trace(host, arguments)
+                self.spec = describe(host, self.adapter)  # it may have other blocks now
+                bind(self.recipe, self.spec)
+                traced = trace(host, arguments, entry)
                 blocks = find_blocks(host, traced, self.spec)
             leave = self.method.reduction.removes
             with no_autocast_cache(), buffers_kept(host):
@@ -157,7 +218,7 @@ class Pruning:
         Raises:
             KeepIndicesError: Forced sets do not fit these arguments.
         """
-        sampling, forced = self.recipe.sampling, self.overrides.keep_indices
+        sampling, forced = self.recipe.sampling, self.forced.keep_indices
         if forced is not None:
             padded = self.budget.threshold is not None
             batch = next(v for v in arguments.values() if isinstance(v, Tensor)).shape[0]
@@ -171,7 +232,7 @@ class Pruning:
             temperature=sampling.temperature,
             hard=sampling.hard,
             keep_indices=forced,
-            generator=self.overrides.generator,
+            generator=self.forced.generator,
         )
 
     @contextmanager
@@ -184,19 +245,21 @@ class Pruning:
         """See `PrunedModel.using`."""
         if path is not None and path not in PATHS:
             raise HostError(f"There is no path {path!r}. Choose one of {', '.join(PATHS)}.")
-        was, forced = self.overrides, None
+        was, forced, thread = self.forced, None, get_ident()
         if keep_indices is not None:
             self._check_sets(keep_indices)
             forced = tuple(map(in_order, keep_indices))
             if self.budget.threshold is not None:
                 forced = tuple(map(_trimmed, forced))
-        self.overrides = Overrides(
+        self.overrides[thread] = Overrides(
             path or was.path, forced or was.keep_indices, generator or was.generator
         )
         try:
             yield
         finally:
-            self.overrides = was
+            self.overrides[thread] = was
+            if was is NOTHING:
+                del self.overrides[thread]
 
     def _check_sets(self, sets: Sequence[Tensor]) -> None:
         blocks = list(self.plan.blocks)
@@ -227,10 +290,12 @@ class Pruning:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _prepare(pruning: Pruning, path: Path, names: tuple[str, ...], *values: Any) -> bool:
+def _prepare(
+    pruning: Pruning, path: Path, entry: str, names: tuple[str, ...], *values: Any
+) -> bool:
     """Build the program before Dynamo traces the call, on real tensors and outside of what is
     compiled."""
-    programs = pruning.programs(dict(zip(names, values, strict=True)))
+    programs = pruning.programs(dict(zip(names, values, strict=True)), entry)
     programs.get(pruning.host, path)
     return True
 

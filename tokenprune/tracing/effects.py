@@ -1,14 +1,24 @@
 """Which nodes of a graph must stay though nobody reads them."""
 
 import operator
+from typing import Any
 
-from torch import fx
+from torch import Tensor, fx, nn
 
-__all__ = ["IN_PLACE", "has_effect"]
+__all__ = ["IN_PLACE", "has_effect", "of_content", "store"]
 
 IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "ior", "iand")
 """Names of the operators that write into their left side."""
 WRITES = frozenset(getattr(operator, name) for name in ("setitem", *IN_PLACE))
+
+
+def store(module: nn.Module, name: str, value: Any) -> None:
+    """Set what a host's forward leaves in an attribute of a module: a map it shows, a size."""
+    kept = getattr(module, name, None)
+    if isinstance(kept, list) and isinstance(value, list):
+        kept[:] = value  # others may hold this very list
+    else:
+        setattr(module, name, value)
 
 
 def has_effect(node: fx.Node) -> bool:
@@ -17,4 +27,16 @@ def has_effect(node: fx.Node) -> bool:
         return node.op in ("placeholder", "output")
     name = getattr(node.target, "__name__", str(node.target))
     writes = name.endswith("_") and not name.endswith("__")
-    return writes or node.target in WRITES
+    return writes or node.target in WRITES or node.target is store
+
+
+def of_content(graph: fx.Graph) -> set[fx.Node]:
+    """The tensors that depend on what the inputs hold, not on their shapes alone."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        shape_only = name.startswith("new_") or name.endswith("_like")
+        reads = node.op == "placeholder" or not found.isdisjoint(node.all_input_nodes)
+        if reads and isinstance(node.meta.get("val"), Tensor) and not shape_only:
+            found.add(node)
+    return found

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from tokenprune.errors import HostError, TokenPruneError, TraceError
 from tokenprune.tracing.effects import has_effect
+from tokenprune.tracing.guards import Guards, Watched
 from tokenprune.tracing.state import buffers_kept, no_autocast_cache
 from tokenprune.tracing.tracer import NUMBER, ValueTracer
 
@@ -57,6 +58,8 @@ class HostGraph:
         batch_size: B.
         specialized: Nodes whose value Python read.
         calls: Module path -> its calls, in order.
+        guards: What else it depends on.
+        written: (id of a module, name) of what the host's forward sets.
     """
 
     host: str
@@ -65,6 +68,12 @@ class HostGraph:
     batch_size: int
     specialized: tuple[fx.Node, ...]
     calls: Mapping[str, tuple[ModuleCall, ...]]
+    guards: Guards
+    written: frozenset[tuple[int, str]]
+
+    def writes(self, watched: Watched) -> bool:
+        """Whether the host's forward itself sets a watched attribute."""
+        return (id(watched.owner), watched.name) in self.written
 
     @property
     def inputs(self) -> dict[str, fx.Node]:
@@ -77,8 +86,8 @@ class HostGraph:
         return outputs[-1] if outputs else None
 
 
-def trace(host: nn.Module, arguments: Mapping[str, Any]) -> HostGraph:
-    """Trace `host.forward(**arguments)`; the host is left as it was.
+def trace(host: nn.Module, arguments: Mapping[str, Any], entry: str = "forward") -> HostGraph:
+    """Trace a call of the method `entry` of a host, which is left as it was.
 
     Args:
         arguments: Tensors become inputs, everything else is specialized on.
@@ -90,7 +99,7 @@ def trace(host: nn.Module, arguments: Mapping[str, Any]) -> HostGraph:
     tracer = ValueTracer(host)
     try:
         with no_autocast_cache(), buffers_kept(host):
-            graph = tracer.record(host.forward, arguments)
+            graph = tracer.record(getattr(host, entry), arguments)
     except TokenPruneError:
         raise
     except Exception as error:
@@ -110,6 +119,8 @@ def trace(host: nn.Module, arguments: Mapping[str, Any]) -> HostGraph:
         batch_size=int(first.meta["val"].shape[0]),
         specialized=tuple(tracer.specialized),
         calls=_calls(graph, tracer),
+        guards=Guards(tracer.reads, [getattr(host, entry)]),
+        written=frozenset(tracer.written),
     )
 
 

@@ -1,43 +1,95 @@
 """Put back what running a host may change: attributes, buffers, modes, autocast's cache."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from tokenprune.tracing.reads import ABSENT, OF_TORCH, may_be_watched
+
 __all__ = [
-    "LazyAttributes",
+    "Kept",
+    "Written",
     "attributes_kept",
     "buffers_kept",
     "empty_caches",
-    "hide_lazy_tensors",
     "kept_modes",
-    "lazy_attributes",
     "no_autocast_cache",
 ]
 
 
+class Written(NamedTuple):
+    """An attribute that a module's own forward has set, or whose contents it has changed."""
+
+    module: nn.Module
+    name: str
+    value: Any
+
+
+class Kept:
+    """What was in the modules of a host, in what they hold, in their classes and their files."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self._contents: dict[int, tuple[Any, Any]] = {}
+        self._classes: list[tuple[type, dict[str, Any]]] = []
+        self._modules = list(root.modules())
+        for module in self._modules:
+            self._keep(vars(module), depth=4)
+        for cls in {cls for module in self._modules for cls in type(module).__mro__}:
+            if not cls.__module__.startswith(("torch", "builtins")):
+                values = {n: v for n, v in vars(cls).items() if n[:2] != "__" and not callable(v)}
+                self._classes.append((cls, values))
+                self._keep(list(values.values()), depth=2)
+                self._keep(vars(sys.modules.get(cls.__module__, sys)), depth=2)
+
+    def _keep(self, value: Any, depth: int) -> None:
+        value = vars(value) if may_be_watched(type(value)) else value
+        if id(value) not in self._contents and isinstance(value, list | dict) and depth:
+            contents = list(value) if isinstance(value, list) else dict(value)
+            self._contents[id(value)] = value, contents
+            for inner in contents if isinstance(contents, list) else contents.values():
+                self._keep(inner, depth - 1)
+
+    def written(self) -> Iterator[Written]:
+        """What has been set since, or changed in place."""
+        for module in self._modules:
+            before = self._contents[id(vars(module))][1]
+            for name, value in vars(module).items():
+                if name in OF_TORCH or name == "_modules":
+                    continue
+                kept, contents = self._contents.get(id(value), (value, value))
+                if value is not before.get(name, ABSENT) or not _same(kept, contents):
+                    yield Written(module, name, value)
+
+    def put_back(self) -> None:
+        """Make everything what it was; what is the same is not touched."""
+        for cls, values in self._classes:
+            for name, value in values.items():
+                if vars(cls).get(name, ABSENT) is not value:
+                    setattr(cls, name, value)
+        for kept, contents in self._contents.values():
+            if _same(kept, contents):
+                continue
+            if isinstance(kept, list):
+                kept[:] = contents
+                continue
+            for name in kept.keys() - contents.keys():
+                del kept[name]
+            kept.update(contents)
+
+
 @contextmanager
-def attributes_kept(root: nn.Module) -> Iterator[None]:
+def attributes_kept(root: nn.Module) -> Iterator[Kept]:
     """Give every module its attributes back, hooks included: a host may write to itself in forward
     (a cache, a window size, a capturing hook), and a value of a trace must not stay there."""
-    before: list[tuple[Any, Any]] = [
-        (kept, dict(kept) if isinstance(kept, dict) else list(kept))
-        for module in root.modules()
-        for kept in (vars(module), *vars(module).values())
-        if isinstance(kept, dict | list)
-    ]
+    kept = Kept(root)
     try:
-        yield
+        yield kept
     finally:
-        for kept, values in before:
-            if isinstance(kept, list):
-                kept[:] = values
-            elif not _same(kept, values):
-                kept.clear()
-                kept.update(values)
+        kept.put_back()
 
 
 def empty_caches(root: nn.Module) -> None:
@@ -48,29 +100,6 @@ def empty_caches(root: nn.Module) -> None:
             cache = value if "cache" in name and isinstance(value, dict) else {}
             if all(isinstance(kept, torch.Tensor) for kept in cache.values()):
                 cache.clear()
-
-
-LazyAttributes = list[tuple[nn.Module, str]]
-
-
-def lazy_attributes(root: nn.Module) -> LazyAttributes:
-    """The attributes of a host that are None: some get a tensor in the first call."""
-    return [(m, name) for m in root.modules() for name, value in vars(m).items() if value is None]
-
-
-@contextmanager
-def hide_lazy_tensors(attributes: LazyAttributes) -> Iterator[None]:
-    """Set lazy attributes back to None during a trace: a tensor that a host keeps there (the table
-    of its newest length) is replaced by the next call, so it is no constant of a graph."""
-    found = [(module, name, vars(module).get(name)) for module, name in attributes]
-    kept = [entry for entry in found if isinstance(entry[2], torch.Tensor)]
-    for module, name, _ in kept:
-        vars(module)[name] = None
-    try:
-        yield
-    finally:
-        for module, name, value in kept:
-            vars(module)[name] = value
 
 
 @contextmanager
@@ -108,6 +137,10 @@ def no_autocast_cache() -> Iterator[None]:
         torch.set_autocast_cache_enabled(was)
 
 
-def _same(ours: dict[Any, Any], theirs: dict[Any, Any]) -> bool:
-    """Whether two dicts hold the same objects; what they hold is not compared."""
-    return len(ours) == len(theirs) and all(ours.get(k, ours) is v for k, v in theirs.items())
+def _same(ours: Any, theirs: Any) -> bool:
+    """Whether two lists or dicts hold the same objects; what they hold is not compared."""
+    if not isinstance(ours, list | dict) or len(ours) != len(theirs):
+        return ours is theirs
+    if isinstance(ours, list):
+        return all(map(lambda a, b: a is b, ours, theirs))
+    return all(ours.get(key, ours) is value for key, value in theirs.items())

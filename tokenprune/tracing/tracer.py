@@ -8,7 +8,7 @@ from plain numbers (`torch.arange(n)`) become nodes as well, not constants.
 
 import dataclasses
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -23,14 +23,17 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch.fx.node import map_aggregate
+from torch.utils._pytree import tree_leaves
 
 from tokenprune.tracing.decompose import DECOMPOSED
+from tokenprune.tracing.effects import of_content, store
 from tokenprune.tracing.functions import functions_recorded
 from tokenprune.tracing.interpret import run, tensor_attribute, tensors_in
 from tokenprune.tracing.opaque import OPAQUE, as_traced
 from tokenprune.tracing.provenance import Provenance, failed_at, where_called
 from tokenprune.tracing.proxy import ValueProxy, concrete
-from tokenprune.tracing.state import attributes_kept, empty_caches
+from tokenprune.tracing.reads import Reads
+from tokenprune.tracing.state import Written, attributes_kept, empty_caches
 
 __all__ = ["NUMBER", "RecordedCall", "ValueTracer"]
 
@@ -81,6 +84,8 @@ class ValueTracer(fx.Tracer):
         self._executing = False
         self._thread = threading.get_ident()
         self.specialized: list[fx.Node] = []
+        self.reads = Reads()
+        self.written: set[tuple[int, str]] = set()
         self.calls: list[RecordedCall] = []
         self.tensor_attrs = {}
         self.submodule_paths = {module: name for name, module in root.named_modules()}
@@ -96,11 +101,27 @@ class ValueTracer(fx.Tracer):
         self._example = example
         tensors = {name: v for name, v in example.items() if isinstance(v, torch.Tensor)}
         inputs = {n: self.create_proxy("placeholder", n, (), {}, v) for n, v in tensors.items()}
-        with ONE_AT_A_TIME, self._patched(), attributes_kept(self.root):
+        with ONE_AT_A_TIME, attributes_kept(self.root) as kept:
             empty_caches(self.root)
-            output = forward(**{**example, **inputs})
-            self.create_node("output", "output", (self.create_arg(output),), {})
+            with self._patched():
+                output = forward(**{**example, **inputs})
+                self._store(kept.written())
+                self.create_node("output", "output", (self.create_arg(output),), {})
         return self.graph
+
+    def _store(self, written: Iterable[Written]) -> None:
+        """Nodes for what the forward has left in attributes, but for tensors that do not depend on
+        what the inputs hold: those are computed again, and a pruned program may hold parts only."""
+        content: set[fx.Node] | None = None
+        for module, name, value in written:
+            nodes = [leaf.node for leaf in tree_leaves(value) if type(leaf) is ValueProxy]
+            tensors = {node for node in nodes if isinstance(node.meta["val"], torch.Tensor)}
+            content = of_content(self.graph) if content is None else content
+            if isinstance(value, dict):
+                value = {concrete(key): entry for key, entry in value.items()}
+            if tensors <= content:
+                self.written.add((id(module), name))
+                self.create_node("call_function", store, self.create_arg((module, name, value)), {})
 
     @contextmanager
     def _patched(self) -> Iterator[None]:
@@ -112,13 +133,16 @@ class ValueTracer(fx.Tracer):
 
         def getattribute(module: nn.Module, name: str) -> Any:
             value = MODULE_GETATTR(module, name)
+            if not self.elsewhere:
+                self.reads.registered(module, name, value)
             if isinstance(value, torch.Tensor) and not self.executing:
                 return self._attribute(value)
             return value
 
         calls = mock.patch.object(nn.Module, "__call__", call)
         attributes = mock.patch.object(nn.Module, "__getattr__", getattribute)
-        with calls, attributes, torch.no_grad(), functions_recorded(self):
+        reads = self.reads.recorded(lambda: self.elsewhere, lambda m: self.is_leaf_module(m, ""))
+        with calls, attributes, reads, torch.no_grad(), functions_recorded(self):
             yield
 
     @property

@@ -1,0 +1,82 @@
+"""The host's other methods that run its blocks: `forward_features`, `get_image_features`, ...
+
+Which do is not known before: a method is tried on the wrapped model, and stops where it would run
+the first block that prunes. What stops has a program of its own.
+"""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FunctionType
+from typing import Any
+
+from torch import nn
+
+from tokenprune.analysis.operators import mixes
+from tokenprune.errors import HostError
+from tokenprune.runtime.program import Programs
+
+__all__ = ["BlocksReached", "check_what_follows", "methods_of", "stopped_at"]
+
+
+class BlocksReached(BaseException):
+    """A method of a wrapped model is about to run blocks. No host is to catch it."""
+
+
+def methods_of(host_class: type[nn.Module]) -> dict[str, FunctionType]:
+    """The public methods that a host's classes define beside those that every module has."""
+    classes = host_class.__mro__[: host_class.__mro__.index(nn.Module)]
+    found = {name: value for cls in reversed(classes) for name, value in vars(cls).items()}
+    of_all = dir(nn.Module)
+    return {
+        name: value
+        for name, value in found.items()
+        if isinstance(value, FunctionType) and not name.startswith("_") and name not in of_all
+    }
+
+
+@contextmanager
+def stopped_at(block: nn.Module) -> Iterator[None]:
+    """Raise `BlocksReached` where this thread calls `block`."""
+    own, thread = vars(block), threading.get_ident()
+    before = own.get("forward")
+    run = block.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() == thread:
+            raise BlocksReached
+        return run(*args, **kwargs)
+
+    own["forward"] = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            own.pop("forward", None)
+        else:
+            own["forward"] = before
+
+
+def check_what_follows(root: nn.Module, whole: Programs, name: str) -> None:
+    """Refuse a method whose result the rest of the forward cannot read without the policy.
+
+    Args:
+        whole: Programs of the forward.
+        name: Of the method.
+
+    Raises:
+        HostError: After the last block the forward takes a mean over tokens, say, which in training
+            must leave out dropped ones.
+    """
+    analysis = whole.analysis
+    last = analysis.blocks[max(analysis.blocks)].call.last
+    node = last.next if last is not None else analysis.final.next
+    while node.op != "output":
+        if mixes(root, node) and any(analysis.facts[n].dims for n in node.all_input_nodes):
+            raise HostError(
+                f"Asked for {name}() of a wrapped {analysis.traced.host} in training, where "
+                f"dropped tokens are still among the tokens it returns; what its forward does with "
+                f"them afterwards, at {node.meta['where']}, has to leave them out. Call the model "
+                "itself, or model.eval() with restore=False."
+            )
+        node = node.next

@@ -1,0 +1,156 @@
+"""What a trace depends on beside its inputs, and whether that is still so.
+
+Python's answers are constants of a graph: attributes, children, classes, configs, the names that
+functions look up. All of it is looked at again before a program runs, and that has to be quick:
+what is looked up in one way is one list, which C code builds and compares with that of the trace.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import repeat
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from tokenprune.tracing.names import names_of
+from tokenprune.tracing.reads import ABSENT, Reads, may_be_watched, snapshot
+
+__all__ = ["Guards", "Watched"]
+
+DIFFERS = (RuntimeError, ValueError, TypeError, AttributeError)
+"""What a comparison of tensors or arrays raises, and the look at something that is gone."""
+
+
+class Watched(NamedTuple):
+    """One value that Python read.
+
+    Attributes:
+        owner: Whose it is.
+        look: Called with `table`, `name` and a value for "absent"; gives what is there now.
+        expected: What was there.
+    """
+
+    owner: Any
+    look: Callable[[Any, str, Any], Any]
+    table: Any
+    name: str
+    expected: Any
+
+    def same(self) -> bool:
+        """Whether it is as it was."""
+        try:
+            now = self.look(self.table, self.name, ABSENT)
+            alike = type(now) is type(self.expected) or isinstance(now, list | dict | set)
+            return alike and bool(now == self.expected)
+        except DIFFERS:
+            return False
+
+
+class Alike:
+    """Many values that are looked up in one way."""
+
+    def __init__(self, watched: list[Watched]) -> None:
+        self.watched = watched
+        self._look = watched[0].look
+        self._tables = [one.table for one in watched]
+        self._names = [one.name for one in watched]
+        self._expected = [one.expected for one in watched]
+        self._types = list(map(type, map(self._look, self._tables, self._names, repeat(ABSENT))))
+
+    def same(self) -> bool:
+        """Whether all are as they were."""
+        try:
+            now = list(map(self._look, self._tables, self._names, repeat(ABSENT)))
+            return now == self._expected and list(map(type, now)) == self._types
+        except DIFFERS:
+            return False
+
+
+class Guards:
+    """All that one trace of a host depends on.
+
+    Args:
+        reads: What was read while it was traced; the host is as it was before.
+        functions: The entry points that were called.
+    """
+
+    def __init__(self, reads: Reads, functions: Iterable[Any]) -> None:
+        # What differs already was written by the forward itself before it was read.
+        alike: dict[Any, dict[Any, Watched]] = {}
+        for watched in _watched(reads, functions):
+            if watched.same():
+                place = (id(watched.table), watched.name)
+                alike.setdefault(watched.look, {})[place] = watched
+        self._alike = [Alike(list(group.values())) for group in alike.values()]
+
+    def hold(self) -> bool:
+        """Whether a trace made now would read the same."""
+        return all(group.same() for group in self._alike)
+
+    def __iter__(self) -> Iterator[Watched]:
+        for group in self._alike:
+            yield from group.watched
+
+    def changed(self) -> Watched | None:
+        """The first value that is not what it was."""
+        return next((watched for watched in self if not watched.same()), None)
+
+
+def _watched(reads: Reads, functions: Iterable[Any]) -> Iterator[Watched]:
+    called, owners = list(functions), list(reads.objects.values())
+    for key, value in reads.values.items():
+        owner, name = reads.objects[key[0]], key[1]
+        if name == "_modules":
+            yield Watched(owner, _items, owner._modules, name, list(value.items()))
+        else:
+            yield Watched(owner, dict.get, vars(owner), name, value)
+        called.append(value)
+    for key in reads.inherited:
+        owner, name = reads.objects[key[0]], key[1]
+        yield Watched(owner, dict.get, vars(owner), name, ABSENT)  # an own one would hide it
+        if hasattr(type(owner), name):
+            value = getattr(type(owner), name)
+            yield Watched(type(owner), getattr, type(owner), name, snapshot(value))
+            called.append(value)
+        else:  # made up by `__getattr__`: a config's other name for something
+            yield Watched(owner, getattr, owner, name, snapshot(getattr(owner, name, ABSENT)))
+    for owner in owners:
+        yield Watched(owner, getattr, owner, "__class__", type(owner))
+    for (owner_id, name), child in reads.children.items():
+        owner = reads.objects[owner_id]
+        yield Watched(owner, dict.get, owner._modules, name, child)
+    for owner_id, name in reads.tensors:
+        owner = reads.objects[owner_id]
+        places = (getattr(owner, kind, {}) for kind in ("__dict__", "_parameters", "_buffers"))
+        table = next((place for place in places if name in place), {})
+        yield Watched(owner, _of_tensor, table, name, _of_tensor(table, name, None))
+    for place, name in names_of(called):
+        if isinstance(place, type):
+            yield Watched(place, getattr, place, name, getattr(place, name))
+        else:
+            value = place[name]
+            yield Watched(place, dict.get, place, name, snapshot(value))
+            if may_be_watched(type(value)):  # a registry, say of attention functions
+                yield Watched(value, _itself, kept := _kept_by(value), name, snapshot(kept))
+
+
+def _items(children: dict[str, nn.Module], _name: str, _absent: Any) -> list[Any]:
+    return list(children.items())  # in their order
+
+
+OF_TENSOR = attrgetter("dtype", "device", "shape")
+
+
+def _of_tensor(table: dict[str, Tensor], name: str, _absent: Any) -> Any:
+    return OF_TENSOR(table[name]) if table.get(name) is not None else None
+
+
+def _itself(table: Any, _name: str, _absent: Any) -> Any:
+    return table
+
+
+def _kept_by(value: Any) -> list[Any]:
+    """What an object holds, and the lists, sets and dicts of its classes."""
+    shared = [vars(cls) for cls in type(value).__mro__ if may_be_watched(cls)]
+    kept = [v for names in shared for v in names.values() if isinstance(v, list | dict | set)]
+    return [vars(value), *kept]
