@@ -12,10 +12,13 @@ from tokenprune.hosts.registry import list_adapters, register_adapter
 from tokenprune.hosts.spec import ArchSpec, ExampleInput
 from tokenprune.recipe import Recipe, list_recipes
 from tokenprune.rewrite.kept.pruning_trace import PruningTrace, StageTrace
+from tokenprune.runtime.cache import CacheInfo
+from tokenprune.runtime.serving import cache_info, clear_cache, freeze_guards
 from tokenprune.wrapping import unwrap, wrap
 
 __all__ = [
     "ArchSpec",
+    "CacheInfo",
     "Certificate",
     "ExampleInput",
     "ExportReport",
@@ -24,9 +27,12 @@ __all__ = [
     "PruningTrace",
     "Recipe",
     "StageTrace",
+    "cache_info",
+    "clear_cache",
     "convert_dynamicvit",
     "errors",
     "export",
+    "freeze_guards",
     "list_adapters",
     "list_recipes",
     "load",

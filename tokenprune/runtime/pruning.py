@@ -110,13 +110,25 @@ class Pruning:
     @property
     def forced(self) -> Overrides:
         """What `using` forces in this thread."""
-        return self.overrides.get(get_ident(), NOTHING) if self.overrides else NOTHING
+        if not self.overrides:
+            return NOTHING
+        if not torch.compiler.is_dynamo_compiling():
+            return self.overrides.get(get_ident(), NOTHING)
+        if len(self.overrides) > 1:  # a compiler cannot see which thread runs
+            raise HostError(
+                "A compiled model was called while several threads are inside of `using`. Compile "
+                "and call it in one thread, or give each thread a copy.deepcopy of the model."
+            )
+        return next(iter(self.overrides.values()))
 
     def path(self, training: bool) -> Path:
-        """What a call runs; dense where every token is kept."""
-        path = self.forced.path or self.method.path(training)
-        all_kept = self.forced.keep_indices is None and self.budget.keeps_all
-        return "dense" if path == "gather" and all_kept else path
+        """What a call runs."""
+        return self.forced.path or self.method.path(training)
+
+    def runs_host(self, path: Path) -> bool:
+        """Whether a path is the host itself: nothing is pruned."""
+        keeps_all = self.forced.keep_indices is None and self.budget.keeps_all
+        return path == "dense" or (path == "gather" and keeps_all)
 
     def call_method(
         self, model: nn.Module, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]
@@ -127,7 +139,8 @@ class Pruning:
             HostError: In training, what comes after it in the forward must know what was dropped.
             UnsupportedHostError: It returns tokens, and `restore` was left open.
         """
-        if self.path(model.training) == "dense":
+        path = self.path(model.training)
+        if self.runs_host(path):
             return getattr(self.host, name)(*args, **kwargs)
         if name not in self.entries:
             method = getattr(super(type(model), model), name)
@@ -136,7 +149,7 @@ class Pruning:
                     return method(*args, **kwargs)
             except BlocksReached:
                 self.entries.add(name)
-        if self.path(model.training) == "mask":
+        if path == "mask":
             check_what_follows(self.host, self.programs(self.as_wrapped()), name)
         return self.run(model, args, kwargs, False, name)
 
@@ -150,7 +163,7 @@ class Pruning:
     ) -> Any:
         """One call of the wrapped model, or of another method of the host (`entry`)."""
         path = self.path(model.training)
-        if path == "dense" and not return_trace:
+        if self.runs_host(path) and not return_trace:
             return getattr(self.host, entry)(*args, **kwargs)
         call = self.call if entry == "forward" else CallSignature.of(type(self.host), entry)
         arguments = call.named(args, kwargs)

@@ -5,20 +5,35 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-__all__ = ["IN_PLACE", "has_effect", "of_content", "store"]
+__all__ = ["IN_PLACE", "Count", "Store", "has_effect", "of_content"]
 
 IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "ior", "iand")
 """Names of the operators that write into their left side."""
 WRITES = frozenset(getattr(operator, name) for name in ("setitem", *IN_PLACE))
 
 
-def store(module: nn.Module, name: str, value: Any) -> None:
-    """Set what a host's forward leaves in an attribute of a module: a map it shows, a size."""
-    kept = getattr(module, name, None)
-    if isinstance(kept, list) and isinstance(value, list):
-        kept[:] = value  # others may hold this very list
-    else:
-        setattr(module, name, value)
+class Store:
+    """A node's target: sets what a host's forward leaves in an attribute of one of its modules, a
+    map to be shown, say, or a size."""
+
+    __name__ = "store"
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self.module, self.name = module, name
+
+    def __call__(self, value: Any) -> None:
+        kept = getattr(self.module, self.name, None)
+        if isinstance(kept, list) and isinstance(value, list):
+            kept[:] = value  # others may hold this very list
+        else:
+            setattr(self.module, self.name, value)
+
+
+class Count(Store):
+    """Counts an attribute of a module up."""
+
+    def __call__(self, step: Any) -> None:
+        setattr(self.module, self.name, getattr(self.module, self.name) + step)
 
 
 def has_effect(node: fx.Node) -> bool:
@@ -27,7 +42,7 @@ def has_effect(node: fx.Node) -> bool:
         return node.op in ("placeholder", "output")
     name = getattr(node.target, "__name__", str(node.target))
     writes = name.endswith("_") and not name.endswith("__")
-    return writes or node.target in WRITES or node.target is store
+    return writes or node.target in WRITES or isinstance(node.target, Store)
 
 
 def of_content(graph: fx.Graph) -> set[fx.Node]:

@@ -5,11 +5,13 @@ functions look up. All of it is looked at again before a program runs, and that 
 what is looked up in one way is one list, which C code builds and compares with that of the trace.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from itertools import repeat
 from operator import attrgetter
+from types import FunctionType
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from tokenprune.tracing.names import names_of
@@ -72,20 +74,38 @@ class Guards:
     Args:
         reads: What was read while it was traced; the host is as it was before.
         functions: The entry points that were called.
+        counted: (id of a module, name) of counters that nothing depends on.
     """
 
-    def __init__(self, reads: Reads, functions: Iterable[Any]) -> None:
+    def __init__(
+        self, reads: Reads, functions: Iterable[Any], counted: Set[tuple[int, str]] = frozenset()
+    ) -> None:
         # What differs already was written by the forward itself before it was read.
         alike: dict[Any, dict[Any, Watched]] = {}
         for watched in _watched(reads, functions):
-            if watched.same():
+            if watched.same() and (id(watched.owner), watched.name) not in counted:
                 place = (id(watched.table), watched.name)
                 alike.setdefault(watched.look, {})[place] = watched
         self._alike = [Alike(list(group.values())) for group in alike.values()]
+        read = [w for w in self if isinstance(w.owner, nn.Module | type)]
+        of_modules = [w for w in read if w.look is not _items]
+        self._plain = [(w.owner, w.name, w.expected) for w in of_modules if _plain(w.expected)]
+        self._objects = [
+            (w.owner, w.name, id(w.expected))
+            for w in of_modules
+            if isinstance(w.expected, nn.Module | FunctionType | type)
+        ]
 
     def hold(self) -> bool:
         """Whether a trace made now would read the same."""
+        if torch.compiler.is_dynamo_compiling():
+            return self._read_one_by_one()
         return all(group.same() for group in self._alike)
+
+    def _read_one_by_one(self) -> bool:
+        """For a compiler, which watches on its own what it has seen Python read."""
+        plain = all(getattr(owner, name) == value for owner, name, value in self._plain)
+        return plain and all(id(getattr(owner, name)) == i for owner, name, i in self._objects)
 
     def __iter__(self) -> Iterator[Watched]:
         for group in self._alike:
@@ -97,21 +117,19 @@ class Guards:
 
 
 def _watched(reads: Reads, functions: Iterable[Any]) -> Iterator[Watched]:
-    called, owners = list(functions), list(reads.objects.values())
+    called, owners = [*functions, *reads.functions()], list(reads.objects.values())
     for key, value in reads.values.items():
         owner, name = reads.objects[key[0]], key[1]
         if name == "_modules":
             yield Watched(owner, _items, owner._modules, name, list(value.items()))
         else:
             yield Watched(owner, dict.get, vars(owner), name, value)
-        called.append(value)
     for key in reads.inherited:
         owner, name = reads.objects[key[0]], key[1]
         yield Watched(owner, dict.get, vars(owner), name, ABSENT)  # an own one would hide it
         if hasattr(type(owner), name):
             value = getattr(type(owner), name)
             yield Watched(type(owner), getattr, type(owner), name, snapshot(value))
-            called.append(value)
         else:  # made up by `__getattr__`: a config's other name for something
             yield Watched(owner, getattr, owner, name, snapshot(getattr(owner, name, ABSENT)))
     for owner in owners:
@@ -132,6 +150,10 @@ def _watched(reads: Reads, functions: Iterable[Any]) -> Iterator[Watched]:
             yield Watched(place, dict.get, place, name, snapshot(value))
             if may_be_watched(type(value)):  # a registry, say of attention functions
                 yield Watched(value, _itself, kept := _kept_by(value), name, snapshot(kept))
+
+
+def _plain(value: Any) -> bool:
+    return value is None or isinstance(value, bool | int | float | str | torch.dtype)
 
 
 def _items(children: dict[str, nn.Module], _name: str, _absent: Any) -> list[Any]:

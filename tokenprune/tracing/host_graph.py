@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from tokenprune.errors import HostError, TokenPruneError, TraceError
 from tokenprune.tracing.effects import has_effect
 from tokenprune.tracing.guards import Guards, Watched
+from tokenprune.tracing.names import caches_of
 from tokenprune.tracing.state import buffers_kept, no_autocast_cache
 from tokenprune.tracing.tracer import NUMBER, ValueTracer
 
@@ -96,14 +97,29 @@ def trace(host: nn.Module, arguments: Mapping[str, Any], entry: str = "forward")
         HostError: The host itself refuses these arguments, or returns no tensor.
         TraceError: Its code cannot be traced; the line of its source is named.
     """
-    tracer = ValueTracer(host)
-    try:
-        with no_autocast_cache(), buffers_kept(host):
-            graph = tracer.record(getattr(host, entry), arguments)
-    except TokenPruneError:
-        raise
-    except Exception as error:
-        raise _explained(error, tracer, host, arguments) from error
+    call = getattr(host, entry)
+    for again in (True, False):
+        tracer = ValueTracer(host)
+        try:
+            with no_autocast_cache(), buffers_kept(host):
+                graph = tracer.record(call, arguments)
+        except TokenPruneError:
+            raise
+        except Exception as error:
+            if not (_caches_emptied(tracer, call) and again):
+                raise _explained(error, tracer, host, arguments) from error
+        else:
+            if not (_caches_emptied(tracer, call) and again):
+                break
+    kept = tracer.leaked()
+    if kept is not None:
+        raise untraceable(
+            type(host).__name__,
+            _shapes(arguments),
+            kept,
+            "this tensor is kept in a list or dict that is no attribute of a module, which a "
+            "pruned call would not fill; keep it in the module, or use a forward hook",
+        )
     if not graph.output_node().all_input_nodes:
         raise HostError(
             f"{type(host).__name__} returns no tensor for the input {_shapes(arguments)}. Wrap a "
@@ -119,9 +135,19 @@ def trace(host: nn.Module, arguments: Mapping[str, Any], entry: str = "forward")
         batch_size=int(first.meta["val"].shape[0]),
         specialized=tuple(tracer.specialized),
         calls=_calls(graph, tracer),
-        guards=Guards(tracer.reads, [getattr(host, entry)]),
+        guards=Guards(tracer.reads, [call], tracer.counted),
         written=frozenset(tracer.written),
     )
+
+
+def _caches_emptied(tracer: ValueTracer, call: Any) -> bool:
+    """Empty each `lru_cache` that the host's code uses: it may hold values of the trace, and may
+    have given it values of a call before. Whether there was anything in one."""
+    used = caches_of([call, *tracer.reads.functions()])
+    filled = [cached for cached in used if cached.cache_info().currsize]
+    for cached in filled:
+        cached.cache_clear()
+    return bool(filled)
 
 
 def _calls(graph: fx.Graph, tracer: ValueTracer) -> dict[str, tuple[ModuleCall, ...]]:

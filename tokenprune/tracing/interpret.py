@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
-from tokenprune.tracing.effects import store
+from tokenprune.tracing.effects import Store
 from tokenprune.tracing.opaque import OPAQUE
 
 __all__ = ["evaluate", "quiet_trials", "run", "tensor_attribute", "tensors_in"]
@@ -53,7 +53,7 @@ def evaluate(root: nn.Module, node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
         return tensor_attribute(root, str(node.target))
     args = map_arg(node.args, env.__getitem__)
     kwargs = map_arg(node.kwargs, env.__getitem__)
-    if node.target is store:  # that is for a real call
+    if isinstance(node.target, Store):  # that is for a real call
         return None
     if node.op == "call_function":
         return node.target(*args, **kwargs)  # type: ignore[operator]

@@ -1,12 +1,14 @@
 """The names that functions look up outside of themselves: what else a trace depends on."""
 
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
-__all__ = ["Namespace", "names_of"]
+__all__ = ["Namespace", "caches_of", "codes_of", "names_of"]
 
 Namespace = dict[str, Any] | type
+CACHED = type(lru_cache(len))
 NOT_FOLLOWED = ("torch", "numpy", "tokenprune", "builtins", "typing", "functools", "contextlib")
 
 
@@ -17,31 +19,53 @@ def names_of(functions: Iterable[Any]) -> Iterator[tuple[Namespace, str]]:
     Functions of torch and numpy are not looked into. A name that is only read on some other
     branch is among them: more is watched than was read, never less.
     """
+    for function in reached(functions):
+        yield from _looked_up(function)
+
+
+def reached(functions: Iterable[Any]) -> Iterator[FunctionType]:
+    """These functions and those that they may call, each once."""
     waiting, seen = list(functions), set()
     while waiting:
         function = _plain(waiting.pop())
         if function is None or function in seen or _foreign(function):
             continue
         seen.add(function)
+        yield function
         waiting += [cell.cell_contents for cell in function.__closure__ or () if _filled(cell)]
-        around, names = function.__globals__, set(_names(function.__code__))
-        for name in names & around.keys():
-            yield around, name
-            value = around[name]
-            if isinstance(value, ModuleType):
-                inside = vars(value)
-                yield from ((inside, inner) for inner in names & inside.keys())
-                waiting += [inside[inner] for inner in names & inside.keys()]
-            else:
-                waiting.append(value)
-        for base, name in _overridden(function, names):
-            yield base, name
-            waiting.append(vars(base)[name])
+        waiting += [_value(place, name) for place, name in _looked_up(function)]
+
+
+def codes_of(functions: Iterable[Any]) -> list[CodeType]:
+    """The code of these functions and of those that they may call."""
+    return [code for function in reached(functions) for code in _codes(function.__code__)]
+
+
+def caches_of(functions: Iterable[Any]) -> list[Any]:
+    """Those with an `lru_cache` among functions and all that they may call."""
+    found = list(functions)
+    found += [_value(place, name) for place, name in names_of(found)]
+    return [function for function in found if isinstance(function, CACHED)]
+
+
+def _value(place: Namespace, name: str) -> Any:
+    return place[name] if isinstance(place, dict) else vars(place)[name]
+
+
+def _looked_up(function: FunctionType) -> Iterator[tuple[Namespace, str]]:
+    around, names = function.__globals__, {n for c in _codes(function.__code__) for n in c.co_names}
+    for name in names & around.keys():
+        yield around, name
+        if isinstance(around[name], ModuleType):
+            inside = vars(around[name])
+            yield from ((inside, inner) for inner in names & inside.keys())
+    yield from _overridden(function, names)
 
 
 def _plain(value: Any) -> FunctionType | None:
     value = value.__func__ if isinstance(value, MethodType | staticmethod | classmethod) else value
     value = value.fget if isinstance(value, property) else value
+    value = value.__wrapped__ if isinstance(value, CACHED) else value
     return value if isinstance(value, FunctionType) else None
 
 
@@ -56,11 +80,11 @@ def _filled(cell: Any) -> bool:
         return False
 
 
-def _names(code: CodeType) -> Iterator[str]:
-    yield from code.co_names
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    yield code
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            yield from _names(constant)
+            yield from _codes(constant)
 
 
 def _overridden(function: FunctionType, names: set[str]) -> list[tuple[type, str]]:

@@ -76,6 +76,11 @@ class Reads:
         elif isinstance(value, torch.Tensor):
             self.tensors[id(module), name] = None
 
+    def functions(self) -> list[Any]:
+        """What of it may have been called: methods, and functions kept in attributes."""
+        classes = {(type(self.objects[i]), name) for i, name in self.inherited}
+        return [getattr(cls, name, None) for cls, name in classes] + list(self.values.values())
+
     def _add(self, owner: Any, name: str, value: Any) -> None:
         self.objects[id(owner)] = owner
         key, own = (id(owner), name), object.__getattribute__(owner, "__dict__")

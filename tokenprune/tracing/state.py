@@ -26,6 +26,7 @@ class Written(NamedTuple):
 
     module: nn.Module
     name: str
+    before: Any
     value: Any
 
 
@@ -34,16 +35,19 @@ class Kept:
 
     def __init__(self, root: nn.Module) -> None:
         self._contents: dict[int, tuple[Any, Any]] = {}
+        self._shared: list[int] = []
         self._classes: list[tuple[type, dict[str, Any]]] = []
         self._modules = list(root.modules())
         for module in self._modules:
             self._keep(vars(module), depth=4)
+        owned = len(self._contents)
         for cls in {cls for module in self._modules for cls in type(module).__mro__}:
             if not cls.__module__.startswith(("torch", "builtins")):
                 values = {n: v for n, v in vars(cls).items() if n[:2] != "__" and not callable(v)}
                 self._classes.append((cls, values))
                 self._keep(list(values.values()), depth=2)
                 self._keep(vars(sys.modules.get(cls.__module__, sys)), depth=2)
+        self._shared = list(self._contents)[owned:]
 
     def _keep(self, value: Any, depth: int) -> None:
         value = vars(value) if may_be_watched(type(value)) else value
@@ -62,7 +66,15 @@ class Kept:
                     continue
                 kept, contents = self._contents.get(id(value), (value, value))
                 if value is not before.get(name, ABSENT) or not _same(kept, contents):
-                    yield Written(module, name, value)
+                    yield Written(module, name, before.get(name), value)
+
+    def shared(self) -> Iterator[Any]:
+        """What of it no module holds, and has been changed since."""
+        for kept, contents in map(self._contents.__getitem__, self._shared):
+            if not _same(kept, contents):
+                yield kept
+        for cls, values in self._classes:
+            yield from (v for n, v in vars(cls).items() if n in values and v is not values[n])
 
     def put_back(self) -> None:
         """Make everything what it was; what is the same is not touched."""

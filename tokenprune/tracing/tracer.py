@@ -7,11 +7,14 @@ from plain numbers (`torch.arange(n)`) become nodes as well, not constants.
 """
 
 import dataclasses
+import gc
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from types import CodeType
+from typing import Any, NamedTuple, cast
 from unittest import mock
 
 import numpy as np
@@ -25,10 +28,12 @@ from torch._subclasses.fake_tensor import (
 from torch.fx.node import map_aggregate
 from torch.utils._pytree import tree_leaves
 
+from tokenprune.tracing.counters import only_counted
 from tokenprune.tracing.decompose import DECOMPOSED
-from tokenprune.tracing.effects import of_content, store
+from tokenprune.tracing.effects import Count, Store, of_content
 from tokenprune.tracing.functions import functions_recorded
 from tokenprune.tracing.interpret import run, tensor_attribute, tensors_in
+from tokenprune.tracing.names import codes_of
 from tokenprune.tracing.opaque import OPAQUE, as_traced
 from tokenprune.tracing.provenance import Provenance, failed_at, where_called
 from tokenprune.tracing.proxy import ValueProxy, concrete
@@ -69,6 +74,11 @@ def _named_tensors(root: nn.Module) -> Iterator[tuple[int, str]]:
                 yield id(value), prefix + name
 
 
+def nodes_in(value: Any) -> set[fx.Node]:
+    """The nodes of the proxies in containers."""
+    return {leaf.node for leaf in tree_leaves(value) if type(leaf) is ValueProxy}
+
+
 class ValueTracer(fx.Tracer):
     """Records one call of a host.
 
@@ -86,6 +96,7 @@ class ValueTracer(fx.Tracer):
         self.specialized: list[fx.Node] = []
         self.reads = Reads()
         self.written: set[tuple[int, str]] = set()
+        self.counted: set[tuple[int, str]] = set()
         self.calls: list[RecordedCall] = []
         self.tensor_attrs = {}
         self.submodule_paths = {module: name for name, module in root.named_modules()}
@@ -95,6 +106,8 @@ class ValueTracer(fx.Tracer):
         self._failed_in = ""
         self._example: Mapping[str, Any] = {}
         self._count = 0
+        self._proxies: list[weakref.ref[ValueProxy]] = []
+        self._kept_elsewhere: list[fx.Node] = []
 
     def record(self, forward: Callable[..., Any], example: Mapping[str, Any]) -> fx.Graph:
         """Trace `forward(**example)`: tensors become inputs, other values are specialized on."""
@@ -105,23 +118,35 @@ class ValueTracer(fx.Tracer):
             empty_caches(self.root)
             with self._patched():
                 output = forward(**{**example, **inputs})
-                self._store(kept.written())
-                self.create_node("output", "output", (self.create_arg(output),), {})
+                result = self.create_arg(output)
+            codes = codes_of([forward, *self.reads.functions()])
+            self._store(codes, kept.written(), kept.shared())
+            self.create_node("output", "output", (result,), {})
         return self.graph
 
-    def _store(self, written: Iterable[Written]) -> None:
+    def _store(
+        self, codes: list[CodeType], written: Iterable[Written], shared: Iterable[Any]
+    ) -> None:
         """Nodes for what the forward has left in attributes, but for tensors that do not depend on
         what the inputs hold: those are computed again, and a pruned program may hold parts only."""
-        content: set[fx.Node] | None = None
-        for module, name, value in written:
-            nodes = [leaf.node for leaf in tree_leaves(value) if type(leaf) is ValueProxy]
-            tensors = {node for node in nodes if isinstance(node.meta["val"], torch.Tensor)}
-            content = of_content(self.graph) if content is None else content
+        content = of_content(self.graph)
+        for module, name, before, value in written:
+            place = (id(module), name)
+            if type(before) is type(value) in (int, float) and only_counted(codes, name):
+                self.counted.add(place)
+                self._effect(Count(module, name), value - before)
+                continue
+            nodes = {n for n in nodes_in(value) if isinstance(n.meta["val"], torch.Tensor)}
             if isinstance(value, dict):
                 value = {concrete(key): entry for key, entry in value.items()}
-            if tensors <= content:
-                self.written.add((id(module), name))
-                self.create_node("call_function", store, self.create_arg((module, name, value)), {})
+            if nodes <= content:
+                self.written.add(place)
+                self._effect(Store(module, name), value)
+        self._kept_elsewhere = [node for value in shared for node in nodes_in(value) & content]
+
+    def _effect(self, target: Store, value: Any) -> None:
+        node = self.create_node("call_function", target, (self.create_arg(value),), {})
+        node.meta["val"] = None
 
     @contextmanager
     def _patched(self) -> Iterator[None]:
@@ -180,7 +205,28 @@ class ValueTracer(fx.Tracer):
             return convert(node.meta["val"])
 
     def proxy(self, node: fx.Node) -> ValueProxy:
-        return ValueProxy(node, self)
+        made = ValueProxy(node, self)
+        self._proxies.append(weakref.ref(made))
+        return made
+
+    def leaked(self) -> Provenance | None:
+        """Take proxies out of lists and dicts that the host's code has put them in and that no
+        module holds; where in the host the first of them was made, if there are any."""
+        self._attributes.clear()
+        if not self._kept_elsewhere and not any(ref() is not None for ref in self._proxies):
+            return None
+        if self._kept_elsewhere:
+            return cast(Provenance, self._kept_elsewhere[0].meta["where"])
+        gc.collect()
+        found = [proxy for proxy in (ref() for ref in self._proxies) if proxy is not None]
+        for proxy in found:
+            for holder in gc.get_referrers(proxy):
+                if isinstance(holder, list) and holder is not found:
+                    holder[:] = [entry for entry in holder if entry is not proxy]
+                elif isinstance(holder, dict):
+                    for key in [key for key, entry in holder.items() if entry is proxy]:
+                        del holder[key]
+        return cast(Provenance, found[0].node.meta["where"]) if found else None
 
     def create_proxy(  # type: ignore[override]
         self, kind: str, target: Any, args: Args, kwargs: Kwargs, value: Any = None, **options: Any
@@ -219,7 +265,9 @@ class ValueTracer(fx.Tracer):
         if isinstance(a, np.generic):  # its repr would need numpy in the graph's code
             return a.item()
         if isinstance(a, nn.Module):
-            return self.create_node("get_attr", self.path_of_module(a), (), {})
+            node = self.create_node("get_attr", self.path_of_module(a), (), {})
+            node.meta["val"] = None
+            return node
         if isinstance(a, torch.Tensor):
             proxy = self._attribute(a)
             if type(proxy) is not ValueProxy:
