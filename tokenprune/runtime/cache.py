@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from tokenprune.errors import HostError
 from tokenprune.runtime.program import Programs
+from tokenprune.tracing.modes import ambient_holds
 
 __all__ = ["ProgramCache", "Signature", "signature_of"]
 
@@ -48,26 +49,30 @@ def signature_of(arguments: Mapping[str, Any], watched: list[nn.Module]) -> Sign
 
 
 class ProgramCache:
-    """Signature -> programs. Those that hold for one batch size only are kept under that too."""
+    """Signature -> programs: several, where they hold for one batch size only, or for the modes of
+    torch that they were traced in."""
 
     def __init__(self) -> None:
-        self._known: dict[Any, Programs] = {}
+        self._known: dict[Any, list[Programs]] = {}
 
-    def find(self, signature: Signature) -> Programs | None:
+    def find(
+        self, signature: Signature, host: nn.Module, arguments: Mapping[str, Any]
+    ) -> Programs | None:
         """The programs for calls of this signature, if there are any."""
-        found = self._known.get(signature.key)
-        analysis = found and found.analysis
-        if analysis and analysis.batch_bound and analysis.traced.batch_size != signature.batch_size:
-            return self._known.get(signature)
-        return found
+        for programs in self._known.get(signature.key, ()):
+            analysis, traced = programs.analysis, programs.analysis.traced
+            other = analysis.batch_bound and traced.batch_size != signature.batch_size
+            if not other and ambient_holds(traced.ambient, host, arguments):
+                return programs
+        return None
 
     def add(self, signature: Signature, programs: Programs) -> None:
         """Keep new programs."""
-        self._known[signature if signature.key in self._known else signature.key] = programs
+        self._known.setdefault(signature.key, []).append(programs)
 
     def all(self) -> list[Programs]:
         """All programs; the first are those that `wrap` traced."""
-        return list(self._known.values())
+        return [programs for known in self._known.values() for programs in known]
 
     def clear(self) -> None:
         """Forget them: the next call traces again."""

@@ -135,7 +135,7 @@ class Pruning:
             UnsupportedHostError: The call cannot be traced, or a node run with fewer tokens.
         """
         signature, host = signature_of(arguments, self.watched), self.host
-        found = self.cache.find(signature)
+        found = self.cache.find(signature, host, arguments)
         if found is None:
             if traced is None or blocks is None:
                 with hide_lazy_tensors(self.lazy):

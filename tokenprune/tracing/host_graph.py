@@ -56,6 +56,8 @@ class HostGraph:
         fake_mode: The mode that the values in `node.meta["val"]` belong to.
         batch_size: B.
         specialized: Nodes whose value Python read.
+        ambient: The modes that Python read or changed -> the caller's when this was traced. It
+            holds for calls in the same ones (`modes.ambient_holds`).
         calls: Module path -> its calls, in order.
     """
 
@@ -64,6 +66,7 @@ class HostGraph:
     fake_mode: FakeTensorMode
     batch_size: int
     specialized: tuple[fx.Node, ...]
+    ambient: Mapping[str, Any]
     calls: Mapping[str, tuple[ModuleCall, ...]]
 
     @property
@@ -109,6 +112,7 @@ def trace(host: nn.Module, arguments: Mapping[str, Any]) -> HostGraph:
         fake_mode=tracer.fake_mode,
         batch_size=int(first.meta["val"].shape[0]),
         specialized=tuple(tracer.specialized),
+        ambient=dict(tracer.ambient),
         calls=_calls(graph, tracer),
     )
 
