@@ -47,8 +47,9 @@ def source_of(graph: fx.Graph) -> tuple[str, dict[str, Any]]:
 
 
 def checkpointed(part: Any, options: Mapping[str, Any], *values: Any) -> Any:
-    """Run a part of a program; in training, so that backward computes its insides again."""
-    if not torch.is_grad_enabled():
+    """Run a part of a program; where gradients are recorded, so that backward computes its insides
+    again. An exported program has no backward."""
+    if not torch.is_grad_enabled() or torch.compiler.is_exporting():
         return part(*values)
     return checkpoint(part, *values, use_reentrant=False, **options)
 

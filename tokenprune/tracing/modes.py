@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 from unittest import mock
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 __all__ = [
@@ -22,12 +22,13 @@ __all__ = [
     "Mode",
     "State",
     "ambient_holds",
+    "autocast_dtypes",
     "entered",
     "flags_of_gradients",
     "modes_between",
     "reads_noted",
     "state",
-    "without_gradient_mode",
+    "where_predictors_learn",
 ]
 
 MODES = "modes"
@@ -159,9 +160,16 @@ def modes_between(outer: State, inner: State) -> Modes:
     return tuple(modes)
 
 
-def without_gradient_mode(modes: Modes) -> Modes:
-    """For what is put into a host at a stage: a predictor learns in a part that is frozen, too."""
-    return tuple(mode for mode in modes if mode.name != "grad")
+def autocast_dtypes(graph: fx.Graph) -> set[torch.dtype]:
+    """What autocast casts to where a graph runs: of the caller, and of its nodes."""
+    modes = {mode for node in graph.nodes for mode in node.meta.get(MODES, ())}
+    inner = [mode.value[1] for mode in modes if mode.name == "autocast"]
+    return {dtype for dtype in (*_autocast(), *inner) if dtype is not None}
+
+
+def where_predictors_learn(modes: Modes) -> Modes:
+    """`modes` for what is put in at a stage: a predictor learns in a frozen part of a host too."""
+    return tuple(mode for mode in modes if mode != Mode("grad", False))
 
 
 @contextmanager
@@ -214,6 +222,13 @@ def ambient_holds(
     """Whether a call is in the modes that a trace depends on (`HostGraph.ambient`)."""
     for name, value in ambient.items():
         flags = name == REQUIRES_GRAD
-        if (flags_of_gradients(host, arguments) if flags else NOW[name]()) != value:
+        if (flags_of_gradients(host, arguments) if flags else _now(name)) != value:
             return False
     return True
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _now(name: str) -> Any:
+    """Dynamo cannot trace all that tell a mode. It has guards of its own for those of gradients and
+    autocast; for attention backends it has none, so they are those at compilation."""
+    return NOW[name]()

@@ -9,7 +9,7 @@ from plain numbers (`torch.arange(n)`) become nodes as well, not constants.
 import dataclasses
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 from unittest import mock
@@ -151,9 +151,11 @@ class ValueTracer(fx.Tracer):
     def _unrecorded(self) -> Iterator[None]:
         """Values are computed without gradients, and all of them as tensors of one kind."""
         was, self._executing = self._executing, True
+        moved = torch.is_inference_mode_enabled() != self._caller.inference
         try:
-            with torch.inference_mode(self._caller.inference), torch.no_grad():
-                yield
+            with torch.inference_mode(self._caller.inference) if moved else nullcontext():
+                with torch.no_grad():
+                    yield
         finally:
             self._executing = was
 
