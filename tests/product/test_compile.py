@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 import torch
 from jaxtyping import config
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 import tokenprune
 from tests.product.export_hosts import HOSTS, images, tensors_of, wrapped
+from tests.toys.vit import Vit, pixels
 from tokenprune.ops.bypass import Layout
 
 
@@ -66,3 +69,32 @@ def test_a_signature_never_seen_is_traced_when_it_is_compiled() -> None:
         with torch.no_grad():
             assert_same(run(given), fresh(given))
     assert model._pruning.cache.info().programs == 2
+
+
+class Regions(Vit):
+    """Sets modes around its first blocks, and checkpoints the last."""
+
+    def run(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            x = self.blocks[0](x)
+        with torch.autocast("cpu", enabled=False), sdpa_kernel(SDPBackend.MATH):
+            x = self.blocks[1](x)
+        return checkpoint(self.blocks[2], x, use_reentrant=False)
+
+
+def test_modes_and_checkpointing_inside_the_host() -> None:
+    host, given = Regions(prefix=0), pixels(2, 16)
+    recipe = {"version": 1, "schedule": {"blocks": [1, 2], "keep_ratio": 0.5}}
+    model = tokenprune.wrap(host, recipe, example_inputs=given, verify=False)
+    for training in (True, False):
+        model.train(training)
+        run, found = compiled(model), []
+        for each in (model, run):
+            torch.manual_seed(0)
+            found.append(each(given))
+        assert_same(*found)
+        found[1].square().sum().backward()
+        assert host.patch.weight.grad is None
+        assert host.blocks[2].attn.qkv.weight.grad is not None
+    strict = torch.export.export(model, (given,), strict=True).module()
+    assert_same(strict(given), model(given))

@@ -6,7 +6,6 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 import tokenprune
 from tokenprune.errors import HostError, KeepIndicesError, PlanError

@@ -15,6 +15,7 @@ from tokenprune.analysis.nodes import makers, shape_of
 from tokenprune.analysis.operators import Kind, argument, attends, kind_of
 from tokenprune.hosts.spec import ArchSpec
 from tokenprune.tracing.host_graph import DATA_DEPENDENT, HostGraph, ModuleCall, untraceable
+from tokenprune.tracing.modes import MODES, where_predictors_learn
 from tokenprune.tracing.opaque import OPAQUE
 from tokenprune.tracing.tracer import NUMBER
 
@@ -119,6 +120,9 @@ def mark_tokens(
     with traced.graph.inserting_before(at):
         marker = traced.graph.call_function(site_marker, (tokens, block))
     marker.meta = {"val": tokens.meta["val"], "where": at.meta["where"], NUMBER: at.meta[NUMBER]}
+    modes = where_predictors_learn(at.meta.get(MODES, ()))
+    if modes:
+        marker.meta[MODES] = modes
     for reader in readers:
         reader.replace_input_with(tokens, marker)
     return marker

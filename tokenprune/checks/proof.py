@@ -24,6 +24,7 @@ from tokenprune.runtime.model import pruning_of
 from tokenprune.runtime.program import Program
 from tokenprune.runtime.pruning import added_names
 from tokenprune.tracing.interpret import run, tensors_in
+from tokenprune.tracing.modes import autocast_dtypes
 
 __all__ = ["TOLERANCE", "Theorems"]
 
@@ -49,7 +50,10 @@ class Theorems:
         self.sets = self._random_sets()
         self.settings = CallSettings(num_keep=(), sample=False, keep_indices=self.sets)
         self.dtype = first_floating(model).dtype
-        self.bound = TOLERANCE.get(self.dtype, TOLERANCE[torch.float32])
+        casts = autocast_dtypes(self.programs.analysis.traced.graph)
+        self.bound = max(
+            TOLERANCE.get(dtype, TOLERANCE[torch.float32]) for dtype in (self.dtype, *casts)
+        )
         self.outputs: dict[PathName, list[Tensor]] = {}
 
     def _random_sets(self) -> tuple[Tensor, ...]:

@@ -10,11 +10,14 @@ from tokenprune.analysis.analysis import Analysis
 from tokenprune.analysis.facts import NO_FACTS, Aligned, NodeFacts, TokenDim
 from tokenprune.ops.selection import real_patches
 from tokenprune.rewrite.settings import SETTINGS
+from tokenprune.tracing.checkpoints import CHECKPOINT
+from tokenprune.tracing.modes import MODES
 
 __all__ = ["FACTS", "ORIGIN", "Rewrite", "StageRecord"]
 
 FACTS, ORIGIN = "tokens", "origin"
 """Keys in the `meta` of a copied node: its `NodeFacts`, and the traced node it is a copy of."""
+INHERITED = ("where", MODES, CHECKPOINT)
 
 
 class StageRecord(NamedTuple):
@@ -136,17 +139,18 @@ class Rewrite:
         return self.once("real", self.insert_after, mask, real_patches, mask, patches)
 
     def insert(self, before: fx.Node, target: Callable[..., Any], *args: Any, **kw: Any) -> fx.Node:
-        """Put a call of `target` before a node; it inherits that node's place in the host."""
+        """Put a call of `target` before a node; it inherits that node's place in the host, the modes
+        there included."""
         with self.graph.inserting_before(before):
             node = self.graph.call_function(target, args, kw)
-        node.meta["where"] = before.meta.get("where")
+        _inherit(node, before)
         return node
 
     def insert_after(self, after: fx.Node, target: Callable[..., Any], *args: Any) -> fx.Node:
         """Put a call of `target` after a node."""
         with self.graph.inserting_after(after):
             node = self.graph.call_function(target, args)
-        node.meta["where"] = after.meta.get("where")
+        _inherit(node, after)
         return node
 
     def map_output(self, node: fx.Node, target: Callable[..., Any], *args: Any) -> None:
@@ -157,7 +161,9 @@ class Rewrite:
     def module(self, before: fx.Node, path: str) -> fx.Node:
         """A node that holds a module of ours, put before another."""
         with self.graph.inserting_before(before):
-            return self.graph.get_attr(path)
+            node = self.graph.get_attr(path)
+        _inherit(node, before)
+        return node
 
     def output_site(self) -> fx.Node:
         """The node whose arguments are the host's output: the output object's maker, if there is
@@ -186,6 +192,10 @@ class Rewrite:
             for node in self.nodes()
             for source, aligned in self.facts(node).gathers.items()
         ]
+
+
+def _inherit(node: fx.Node, at: fx.Node) -> None:
+    node.meta |= {key: at.meta[key] for key in INHERITED if key in at.meta}
 
 
 def _made_of(node: fx.Node) -> list[fx.Node]:

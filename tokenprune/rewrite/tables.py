@@ -13,6 +13,7 @@ from tokenprune.rewrite.kept import KeptSet
 from tokenprune.rewrite.passes import Pass
 from tokenprune.rewrite.rewrite import Rewrite
 from tokenprune.tracing.effects import has_effect
+from tokenprune.tracing.modes import MODES
 
 __all__ = ["GatherAligned", "KeepTablesWhole", "ResizeTables"]
 
@@ -65,7 +66,8 @@ class GatherAligned(Pass):
         numbers: dict[Any, int] = {}
         for consumer, source, aligned in rewrite.alignments():
             dims = tuple(aligned.dims.items())
-            key = ("aligned", _number(source, numbers), dims, aligned.rank, aligned.rows_per_image)
+            how, modes = (aligned.rank, aligned.rows_per_image), consumer.meta.get(MODES, ())
+            key = ("aligned", _number(source, numbers), dims, *how, modes)
             gathered = rewrite.once(key, self.kept.gather, rewrite, consumer, source, aligned)
             consumer.replace_input_with(source, gathered)
 

@@ -4,10 +4,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenprune.errors import HostError
 from tokenprune.runtime.program import Programs
+from tokenprune.tracing.modes import ambient_holds
 
 __all__ = ["CacheInfo", "ProgramCache", "Signature", "signature_of"]
 
@@ -86,12 +87,16 @@ class ProgramCache:
         """Its size."""
         return CacheInfo(len(self._known), self.limit, self.traced, self.frozen)
 
-    def find(self, signature: Signature) -> Programs | None:
+    def find(
+        self, signature: Signature, host: nn.Module, arguments: Mapping[str, Any]
+    ) -> Programs | None:
         """The programs for calls of this signature, if there are any for the host as it is."""
         for place, (known, programs) in enumerate(self._known):
             if known.key != signature.key:
                 continue
             if programs.analysis.batch_bound and known.batch_size != signature.batch_size:
+                continue
+            if not ambient_holds(programs.analysis.traced.ambient, host, arguments):
                 continue
             if self.frozen or programs.guards.hold():
                 if place and not torch.compiler.is_dynamo_compiling():

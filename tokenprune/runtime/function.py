@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import fx
 
+from tokenprune.runtime.regions import source_of
+
 __all__ = ["as_function"]
 
 _numbers = itertools.count()
@@ -14,10 +16,9 @@ _numbers = itertools.count()
 
 def as_function(graph: fx.Graph) -> Callable[..., Any]:
     """A graph as a function of the model and its placeholders; its source shows in tracebacks."""
-    code = graph.python_code(root_module="self")
+    source, names = source_of(graph)
     file = f"<tokenprune program {next(_numbers)}>"
-    linecache.cache[file] = (len(code.src), None, code.src.splitlines(keepends=True), file)
-    names: dict[str, Any] = dict(code.globals)
-    exec(compile(code.src, file, "exec"), names)
+    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
+    exec(compile(source, file, "exec"), names)
     made: Callable[..., Any] = names["forward"]
     return made

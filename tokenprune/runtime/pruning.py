@@ -208,7 +208,7 @@ class Pruning:
             UnsupportedHostError: The call cannot be traced, or a node run with fewer tokens.
         """
         signature, host = signature_of(arguments, entry, self.host.training), self.host
-        found = self.cache.find(signature)
+        found = self.cache.find(signature, host, arguments)
         if found is None:
             if traced is None or blocks is None:
                 self.spec = describe(host, self.adapter)  # it may have other blocks now

@@ -36,8 +36,8 @@ BUILT_IN = tuple(
     and name not in (*FACTORIES, "result_type", "can_cast", "promote_types")
     and isinstance(getattr(torch, name, None), BuiltinFunctionType)
 )
-# Never nodes: answers about a tensor that are plain Python, and properties of a real tensor.
-UNRECORDED = ("dim", "__get__", "__set__")
+# Never nodes: answers about a tensor that are plain Python, properties of a real tensor, modes.
+UNRECORDED = ("dim", "__get__", "__set__", "_set_grad_enabled")
 UNRECORDED_PREFIXES = ("is_", "_has", "get_")
 CHECK_WITH = torch._check_with
 ATTENTION = F.multi_head_attention_forward

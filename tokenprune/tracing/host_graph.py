@@ -58,6 +58,8 @@ class HostGraph:
         fake_mode: The mode that the values in `node.meta["val"]` belong to.
         batch_size: B.
         specialized: Nodes whose value Python read.
+        ambient: The modes that Python read or changed -> the caller's when this was traced. It
+            holds for calls in the same ones (`modes.ambient_holds`).
         calls: Module path -> its calls, in order.
         guards: What else it depends on.
         written: (id of a module, name) of what the host's forward sets.
@@ -68,6 +70,7 @@ class HostGraph:
     fake_mode: FakeTensorMode
     batch_size: int
     specialized: tuple[fx.Node, ...]
+    ambient: Mapping[str, Any]
     calls: Mapping[str, tuple[ModuleCall, ...]]
     guards: Guards
     written: frozenset[tuple[int, str]]
@@ -134,6 +137,7 @@ def trace(host: nn.Module, arguments: Mapping[str, Any], entry: str = "forward")
         fake_mode=tracer.fake_mode,
         batch_size=int(first.meta["val"].shape[0]),
         specialized=tuple(tracer.specialized),
+        ambient=dict(tracer.ambient),
         calls=_calls(graph, tracer),
         guards=Guards(tracer.reads, [call], tracer.counted),
         written=frozenset(tracer.written),

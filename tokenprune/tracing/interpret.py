@@ -13,6 +13,7 @@ from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
 from tokenprune.tracing.effects import Store
+from tokenprune.tracing.modes import MODES, entered
 from tokenprune.tracing.opaque import OPAQUE
 
 __all__ = ["evaluate", "quiet_trials", "run", "tensor_attribute", "tensors_in"]
@@ -48,9 +49,17 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 
 def evaluate(root: nn.Module, node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
-    """The value of one node (not a placeholder, not the output), its arguments taken from `env`."""
+    """The value of one node (not a placeholder, not the output), its arguments taken from `env`,
+    in the modes that the host sets there."""
     if node.op == "get_attr":
         return tensor_attribute(root, str(node.target))
+    if MODES in node.meta:
+        with entered(node.meta[MODES]):
+            return _called(root, node, env)
+    return _called(root, node, env)
+
+
+def _called(root: nn.Module, node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
     args = map_arg(node.args, env.__getitem__)
     kwargs = map_arg(node.kwargs, env.__getitem__)
     if isinstance(node.target, Store):  # that is for a real call

@@ -35,6 +35,23 @@ class ValueProxy(fx.Proxy):
     def __class__(self) -> type:  # `isinstance(x, torch.Tensor)` in a host's code must hold
         return type(self.node.meta["val"])
 
+    @property
+    def requires_grad(self) -> bool:
+        """Asked of autograd: `val` is computed without gradients."""
+        return bool(self._with_gradients().requires_grad)
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        self.tracer.create_proxy("call_method", "requires_grad_", (self, value), {})
+
+    @property
+    def is_leaf(self) -> bool:
+        return bool(self._with_gradients().is_leaf)
+
+    def _with_gradients(self) -> torch.Tensor:
+        value: torch.Tensor = self.tracer.with_gradients(self.node)  # type: ignore[attr-defined]
+        return value
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") and name.endswith("__"):
             raise AttributeError(name)  # protocols that the value must not seem to answer

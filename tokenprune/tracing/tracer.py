@@ -11,7 +11,7 @@ import gc
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from types import CodeType
 from typing import Any, NamedTuple, cast
@@ -28,11 +28,21 @@ from torch._subclasses.fake_tensor import (
 from torch.fx.node import map_aggregate
 from torch.utils._pytree import tree_leaves
 
+from tokenprune.tracing.checkpoints import CHECKPOINT, Checkpoint, checkpoints_recorded
 from tokenprune.tracing.counters import only_counted
 from tokenprune.tracing.decompose import DECOMPOSED
 from tokenprune.tracing.effects import Count, Store, of_content
 from tokenprune.tracing.functions import functions_recorded
+from tokenprune.tracing.gradients import GradientRun
 from tokenprune.tracing.interpret import run, tensor_attribute, tensors_in
+from tokenprune.tracing.modes import (
+    MODES,
+    REQUIRES_GRAD,
+    flags_of_gradients,
+    modes_between,
+    reads_noted,
+    state,
+)
 from tokenprune.tracing.names import codes_of
 from tokenprune.tracing.opaque import OPAQUE, as_traced
 from tokenprune.tracing.provenance import Provenance, failed_at, where_called
@@ -108,6 +118,10 @@ class ValueTracer(fx.Tracer):
         self._count = 0
         self._proxies: list[weakref.ref[ValueProxy]] = []
         self._kept_elsewhere: list[fx.Node] = []
+        self.ambient: dict[str, Any] = {}
+        self._caller = state()
+        self._checkpoint: Checkpoint | None = None
+        self._gradients: GradientRun | None = None
 
     def record(self, forward: Callable[..., Any], example: Mapping[str, Any]) -> fx.Graph:
         """Trace `forward(**example)`: tensors become inputs, other values are specialized on."""
@@ -167,8 +181,10 @@ class ValueTracer(fx.Tracer):
         calls = mock.patch.object(nn.Module, "__call__", call)
         attributes = mock.patch.object(nn.Module, "__getattr__", getattribute)
         reads = self.reads.recorded(lambda: self.elsewhere, lambda m: self.is_leaf_module(m, ""))
-        with calls, attributes, reads, torch.no_grad(), functions_recorded(self):
-            yield
+        caller = torch.set_grad_enabled(self._caller.grad)  # a host may set it and leave it so
+        with caller, calls, attributes, reads, functions_recorded(self):
+            with reads_noted(self), checkpoints_recorded(self):
+                yield
 
     @property
     def elsewhere(self) -> bool:
@@ -182,11 +198,41 @@ class ValueTracer(fx.Tracer):
 
     @contextmanager
     def _unrecorded(self) -> Iterator[None]:
+        """Values are computed without gradients, and all of them as tensors of one kind."""
         was, self._executing = self._executing, True
+        moved = torch.is_inference_mode_enabled() != self._caller.inference
+        try:
+            with torch.inference_mode(self._caller.inference) if moved else nullcontext():
+                with torch.no_grad():
+                    yield
+        finally:
+            self._executing = was
+
+    def note_ambient(self, name: str) -> None:
+        """Python reads or changes a mode of torch, so the trace holds for the caller's."""
+        self.ambient[name] = getattr(self._caller, name)
+
+    @contextmanager
+    def checkpointed(self, options: Mapping[str, Any]) -> Iterator[None]:
+        """The nodes made inside are recomputed in the backward pass; those of a call in another are
+        the outer one's."""
+        was = self._checkpoint
+        self._checkpoint = was or Checkpoint(self._count, options)
         try:
             yield
         finally:
-            self._executing = was
+            self._checkpoint = was
+
+    def with_gradients(self, node: fx.Node) -> Any:
+        """A node's value as autograd sees it, which Python asks about."""
+        for name in ("grad", "inference"):
+            self.note_ambient(name)
+        self.ambient[REQUIRES_GRAD] = flags_of_gradients(self.root, self._example)
+        if self._gradients is None:
+            known = (self.root, self.graph, self.fake_mode, self._example, self._caller.grad)
+            self._gradients = GradientRun(*known)
+        with self._unrecorded():
+            return self._gradients.value(node)
 
     def _attribute(self, tensor: torch.Tensor) -> Any:
         name = self._names.get(id(tensor))
@@ -257,6 +303,13 @@ class ValueTracer(fx.Tracer):
         node.meta[NUMBER] = self._count
         self._count += 1
         node.meta.pop("nn_module_stack", None)
+        modes = modes_between(self._caller, state())
+        if modes:
+            node.meta[MODES] = modes
+            for mode in modes:
+                self.note_ambient(mode.name)
+        if self._checkpoint is not None:
+            node.meta[CHECKPOINT] = self._checkpoint
         return node
 
     def create_arg(self, a: Any) -> Any:
@@ -336,12 +389,13 @@ class ValueTracer(fx.Tracer):
         and it returns one tensor with a row for each image."""
         if m is self.root:
             return forward(*args, **kwargs)
-        start, specialized = self._count, len(self.specialized)
+        start, specialized, checkpoint = self._count, len(self.specialized), self._checkpoint
         try:
             return forward(*args, **kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             refusal = failed_at(error, self._failed_in or path)
             self._forget(start, specialized)
+            self._checkpoint = checkpoint
             value = self._on_example(m, args, kwargs)
             first = next(v for v in self._example.values() if isinstance(v, torch.Tensor))
             if not isinstance(value, torch.Tensor) or value.shape[:1] != first.shape[:1]:
