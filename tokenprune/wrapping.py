@@ -19,6 +19,7 @@ from tokenprune.recipe import RecipeSource, load_recipe
 from tokenprune.runtime.model import PRUNING, PUBLIC, PrunedModel, pruned_class, pruning_of
 from tokenprune.runtime.pruning import Pruning, added_names
 from tokenprune.scorers.protocol import PREDICTORS
+from tokenprune.tracing.hooks import Hooks
 from tokenprune.tracing.host_graph import trace
 from tokenprune.tracing.state import kept_modes, lazy_attributes
 
@@ -108,6 +109,7 @@ def wrap(
             restore=restore,
             watched=[module for module in model.modules() if _decides_by_mode(module)],
             lazy=lazy_attributes(model),
+            hooks=Hooks(model),
         )
         programs = pruning.programs(example, traced, blocks)
     wrapped = _shell(model)

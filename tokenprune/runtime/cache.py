@@ -19,8 +19,13 @@ class Signature(NamedTuple):
     batch_size: int
 
 
-def signature_of(arguments: Mapping[str, Any], watched: list[nn.Module]) -> Signature:
+def signature_of(
+    arguments: Mapping[str, Any], watched: list[nn.Module], hooks: tuple[int, ...] = ()
+) -> Signature:
     """The signature of a call, for a host whose Python code reads `training` of `watched` modules.
+
+    Args:
+        hooks: Which modules have hooks (`Hooks.states`).
 
     Raises:
         HostError: There is no tensor among the arguments, or something else than a plain value.
@@ -32,7 +37,7 @@ def signature_of(arguments: Mapping[str, Any], watched: list[nn.Module]) -> Sign
     device = tensors[0].device.type
     autocast = device != "meta" and torch.is_autocast_enabled(device)
     modes = tuple([module.training for module in watched])
-    key = [modes, autocast, torch.get_autocast_dtype(device) if autocast else None]
+    key = [modes, hooks, autocast, torch.get_autocast_dtype(device) if autocast else None]
     for name, value in arguments.items():
         if isinstance(value, Tensor):
             shape = tuple(value.shape)

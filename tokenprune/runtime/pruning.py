@@ -26,6 +26,7 @@ from tokenprune.rewrite.settings import PATHS, CallSettings, Path, PathName
 from tokenprune.runtime.cache import ProgramCache, signature_of
 from tokenprune.runtime.program import Programs
 from tokenprune.scorers.protocol import PREDICTORS
+from tokenprune.tracing.hooks import Hooks
 from tokenprune.tracing.host_graph import HostGraph, trace
 from tokenprune.tracing.state import (
     LazyAttributes,
@@ -66,6 +67,7 @@ class Pruning:
         restore: Whether outputs that hold tokens come back in place; None refuses such outputs.
         watched: Modules whose `training` flag the host's Python code may read.
         lazy: Attributes of the host that were None when it was wrapped.
+        hooks: Which hooks of the modules whose code is traced decide the program.
     """
 
     host: nn.Module
@@ -78,6 +80,7 @@ class Pruning:
     restore: bool | None
     watched: list[nn.Module]
     lazy: LazyAttributes
+    hooks: Hooks
     cache: ProgramCache = field(default_factory=ProgramCache)
     overrides: Overrides = field(default_factory=Overrides)
 
@@ -134,7 +137,7 @@ class Pruning:
             PlanError: A stage sees no patch tokens, or can do nothing.
             UnsupportedHostError: The call cannot be traced, or a node run with fewer tokens.
         """
-        signature, host = signature_of(arguments, self.watched), self.host
+        signature, host = signature_of(arguments, self.watched, self.hooks.states()), self.host
         found = self.cache.find(signature)
         if found is None:
             if traced is None or blocks is None:

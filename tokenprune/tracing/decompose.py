@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["DECOMPOSED"]
+__all__ = ["DECOMPOSED", "is_leaf"]
+
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 def multihead_attention(
@@ -86,3 +88,9 @@ def _projected(
 
 
 DECOMPOSED: dict[type[nn.Module], Callable[..., Any]] = {nn.MultiheadAttention: multihead_attention}
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether a call of a module is one node: the module itself runs, hooks included."""
+    own = type(module).__module__.startswith(("torch.nn", "torch.ao.nn"))
+    return own and not isinstance(module, CONTAINERS) and type(module) not in DECOMPOSED

@@ -8,10 +8,12 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._guards import active_fake_mode
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
+from tokenprune.tracing.hook_nodes import is_hook_node
+from tokenprune.tracing.hooks import unhooked
 from tokenprune.tracing.opaque import OPAQUE
 
 __all__ = ["evaluate", "quiet_trials", "run", "tensor_attribute", "tensors_in"]
@@ -47,20 +49,26 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 
 def evaluate(root: nn.Module, node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
-    """The value of one node (not a placeholder, not the output), its arguments taken from `env`."""
+    """The value of one node (not a placeholder, not the output), its arguments taken from `env`.
+    No hook runs under fake tensors."""
     if node.op == "get_attr":
-        return tensor_attribute(root, str(node.target))
+        held = tensor_attribute(root, str(node.target))
+        away = isinstance(held, Tensor) and held.is_meta  # accelerate's: traced as if it were there
+        return node.meta.get("val", held) if away else held
     args = map_arg(node.args, env.__getitem__)
     kwargs = map_arg(node.kwargs, env.__getitem__)
+    fake = active_fake_mode() is not None
+    if fake and is_hook_node(node):
+        return None
     if node.op == "call_function":
         return node.target(*args, **kwargs)  # type: ignore[operator]
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    if OPAQUE in node.meta:  # under fake tensors: of the traced shape, for as many images
-        given, traced = tensors_in((args, kwargs)), node.meta["val"]
-        if any(isinstance(t, FakeTensor) for t in given):
-            return traced.new_empty(given[0].shape[0], *traced.shape[1:])
-    return root.get_submodule(str(node.target))(*args, **kwargs)
+    if fake and OPAQUE in node.meta:  # of the traced shape, for as many images
+        images, traced = tensors_in((args, kwargs))[0].shape[0], node.meta["val"]
+        return traced.new_empty(images, *traced.shape[1:])
+    module = root.get_submodule(str(node.target))
+    return unhooked(module, args, kwargs) if fake else module(*args, **kwargs)
 
 
 def run(

@@ -24,8 +24,16 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.fx.node import map_aggregate
 
-from tokenprune.tracing.decompose import DECOMPOSED
+from tokenprune.tracing.decompose import DECOMPOSED, is_leaf
 from tokenprune.tracing.functions import functions_recorded
+from tokenprune.tracing.hooks import (
+    Hooks,
+    between_hooks,
+    forward_of,
+    next_hook,
+    unhooked,
+    with_host_hooks,
+)
 from tokenprune.tracing.interpret import run, tensor_attribute, tensors_in
 from tokenprune.tracing.opaque import OPAQUE, as_traced
 from tokenprune.tracing.provenance import Provenance, failed_at, where_called
@@ -38,7 +46,6 @@ MODULE_CALL = nn.Module.__call__
 # Tracing patches torch for the whole process; calls of other threads pass through the patches.
 ONE_AT_A_TIME = threading.RLock()
 MODULE_GETATTR = nn.Module.__getattr__
-CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 NUMBER = "number"
 """Key in a node's `meta`: nodes are numbered in the order in which the host made them."""
 Args = tuple[Any, ...]
@@ -90,6 +97,7 @@ class ValueTracer(fx.Tracer):
         self._failed_in = ""
         self._example: Mapping[str, Any] = {}
         self._count = 0
+        self.hooks = Hooks(root, since=next_hook())
 
     def record(self, forward: Callable[..., Any], example: Mapping[str, Any]) -> fx.Graph:
         """Trace `forward(**example)`: tensors become inputs, other values are specialized on."""
@@ -105,9 +113,12 @@ class ValueTracer(fx.Tracer):
     @contextmanager
     def _patched(self) -> Iterator[None]:
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if self.executing:
+            if self.elsewhere:
                 return MODULE_CALL(module, *args, **kwargs)
-            forward = partial(DECOMPOSED.get(type(module), MODULE_CALL), module)
+            if self.executing:
+                return unhooked(module, args, kwargs)
+            opened = DECOMPOSED.get(type(module))
+            forward = partial(opened, module) if opened else forward_of(module)
             return self.call_module(module, forward, args, kwargs)
 
         def getattribute(module: nn.Module, name: str) -> Any:
@@ -147,6 +158,10 @@ class ValueTracer(fx.Tracer):
             self._attributes[name] = self.create_proxy("get_attr", name, (), {})
         return self._attributes[name]
 
+    def forget_attributes(self) -> None:
+        """Read parameters and buffers again from here on."""
+        self._attributes.clear()
+
     def specialize(self, node: fx.Node, convert: Callable[[Any], Any]) -> Any:
         """`convert` (bool, int, float, ...) applied to `node`'s value, which Python reads."""
         if self.executing:
@@ -179,7 +194,7 @@ class ValueTracer(fx.Tracer):
                     return target(*args, **kwargs)
                 if kind == "call_method":
                     return getattr(args[0], target)(*args[1:], **kwargs)
-                return MODULE_CALL(self.root.get_submodule(target), *args, **kwargs)
+                return unhooked(self.root.get_submodule(target), args, kwargs)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
@@ -195,7 +210,9 @@ class ValueTracer(fx.Tracer):
         if isinstance(a, np.generic):  # its repr would need numpy in the graph's code
             return a.item()
         if isinstance(a, nn.Module):
-            return self.create_node("get_attr", self.path_of_module(a), (), {})
+            node = self.create_node("get_attr", self.path_of_module(a), (), {})
+            node.meta["val"] = a
+            return node
         if isinstance(a, torch.Tensor):
             proxy = self._attribute(a)
             if type(proxy) is not ValueProxy:
@@ -228,8 +245,7 @@ class ValueTracer(fx.Tracer):
         return node
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        own = type(m).__module__.startswith(("torch.nn", "torch.ao.nn"))
-        return own and not isinstance(m, CONTAINERS) and type(m) not in DECOMPOSED
+        return is_leaf(m)
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: Args, kwargs: Kwargs
@@ -242,6 +258,8 @@ class ValueTracer(fx.Tracer):
         try:
             if self.is_leaf_module(m, path) and tensors_in((args, kwargs)):  # not Identity()(None)
                 output = self.create_proxy("call_module", path, args, kwargs)
+                # what they return is not taken here: they run with the module
+                with_host_hooks(self.hooks, m, partial(_given, output), args, kwargs)
             else:
                 output = self._inside(m, path, forward, args, kwargs)
             self._failed_in = ""
@@ -266,7 +284,7 @@ class ValueTracer(fx.Tracer):
             return forward(*args, **kwargs)
         start, specialized = self._count, len(self.specialized)
         try:
-            return forward(*args, **kwargs)
+            return between_hooks(self, m, path, forward, args, kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             refusal = failed_at(error, self._failed_in or path)
             self._forget(start, specialized)
@@ -303,3 +321,7 @@ class ValueTracer(fx.Tracer):
     def failed_at(self, error: BaseException) -> Provenance:
         """The line of the host's source that led to `error`."""
         return failed_at(error, self._failed_in)
+
+
+def _given(output: Any, *args: Any, **kwargs: Any) -> Any:
+    return output
