@@ -26,6 +26,7 @@ from torch.fx.node import map_aggregate
 
 from tokenprune.tracing.decompose import DECOMPOSED, is_leaf
 from tokenprune.tracing.functions import functions_recorded
+from tokenprune.tracing.hook_nodes import is_hook_node
 from tokenprune.tracing.hooks import (
     Hooks,
     between_hooks,
@@ -34,7 +35,7 @@ from tokenprune.tracing.hooks import (
     unhooked,
     with_host_hooks,
 )
-from tokenprune.tracing.interpret import run, tensor_attribute, tensors_in
+from tokenprune.tracing.interpret import evaluate, run, tensor_attribute, tensors_in
 from tokenprune.tracing.opaque import OPAQUE, as_traced
 from tokenprune.tracing.provenance import Provenance, failed_at, where_called
 from tokenprune.tracing.proxy import ValueProxy, concrete
@@ -300,12 +301,15 @@ class ValueTracer(fx.Tracer):
     def _on_example(self, m: nn.Module, args: Args, kwargs: Kwargs) -> Any:
         """A module's output on the example itself; the graph so far is run to get there."""
         with self._unrecorded():
-            known = dict(run(self.root, self.graph, self._example))
+            known = dict(run(self.root, self.graph, self._example, self._without_hooks))
 
             def real(argument: Any) -> Any:
                 return known[argument.node] if type(argument) is ValueProxy else argument
 
             return m(*map_aggregate(args, real), **map_aggregate(kwargs, real))
+
+    def _without_hooks(self, node: fx.Node, env: Any) -> Any:
+        return None if is_hook_node(node) else evaluate(self.root, node, env)
 
     def _forget(self, start: int, specialized: int) -> None:
         """Take back what was recorded from node number `start` on."""
