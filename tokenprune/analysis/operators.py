@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from tokenprune.tracing.hook_nodes import passed
+
 __all__ = ["Kind", "argument", "attends", "couples", "kind_of", "known_kind", "mixes", "set_kind"]
 
 
@@ -64,7 +66,7 @@ _KINDS: dict[Any, Kind] = {
         Kind.AVERAGE_POOL: (nn.AdaptiveAvgPool1d,),
         Kind.BATCH_STATISTIC: (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
         Kind.PASSES_ZEROS: (
-            *(F.dropout, "to", "type", "float", "contiguous", "type_as"),
+            *(F.dropout, "to", "type", "float", "contiguous", "type_as", passed),
             *(nn.Dropout, nn.Identity),
         ),
         Kind.SPATIAL: (

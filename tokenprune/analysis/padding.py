@@ -13,6 +13,7 @@ from torch import fx, nn
 
 from tokenprune.analysis.nodes import shape_of
 from tokenprune.analysis.operators import Kind, kind_of
+from tokenprune.tracing.hook_nodes import is_hook_node
 from tokenprune.tracing.host_graph import HostGraph
 
 __all__ = ["find_padding"]
@@ -44,6 +45,8 @@ def find_padding(
     ones = (n for n in nodes if kind_of(root, n) is Kind.ONES and shape_of(n) in shapes)
     held = dict.fromkeys(given or ones)
     for node in nodes:
+        if is_hook_node(node):
+            continue  # what it hands on is held if what it was given is
         if any(used in held for used in node.all_input_nodes):
             held[node] = None
             if node.target is operator.setitem and isinstance(node.args[0], fx.Node):

@@ -20,6 +20,7 @@ from tokenprune.analysis.facts import Aligned, Facts, NodeFacts, TokenDim
 from tokenprune.analysis.nodes import holds_no_tensor, makers
 from tokenprune.analysis.operators import Kind, kind_of
 from tokenprune.errors import UnsupportedHostError
+from tokenprune.tracing.hook_nodes import is_hook_node
 from tokenprune.tracing.host_graph import HostGraph
 from tokenprune.tracing.interpret import Environment, evaluate, quiet_trials, run
 
@@ -255,7 +256,9 @@ def _with_extra(shape: Sequence[int], dims: Mapping[int, TokenDim]) -> list[int]
 
 
 def _may_be_numbers(node: fx.Node) -> bool:
-    return isinstance(node.meta["val"], tuple | list) or holds_no_tensor(node.meta["val"])
+    value = node.meta["val"]
+    numbers = isinstance(value, tuple | list) or holds_no_tensor(value)
+    return numbers and not is_hook_node(node)
 
 
 def _choices(options: Mapping[fx.Node, Sequence[Aligned]]) -> Iterator[dict[fx.Node, Aligned]]:

@@ -15,6 +15,7 @@ from tokenprune.runtime.function import as_function
 from tokenprune.runtime.jagged.buckets import Bucketed
 from tokenprune.scorers import Scorer
 from tokenprune.tracing.guards import Guards
+from tokenprune.tracing.hook_nodes import closing, is_hook_node
 
 __all__ = ["Program", "Programs"]
 
@@ -71,5 +72,6 @@ class Programs:
             run_passes(rewrite, self.reduction.passes(path, self.scorer, self.restore))
             cut = path == "jagged" and self.reduction.removes  # images leave a stage in buckets
             run = Bucketed(rewrite) if cut else as_function(rewrite.graph)
-            self._made[path] = Program(rewrite, run)
+            hooked = any(map(is_hook_node, rewrite.graph.nodes))
+            self._made[path] = Program(rewrite, closing(run) if hooked else run)
         return self._made[path]

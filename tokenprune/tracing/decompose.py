@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["DECOMPOSED"]
+__all__ = ["DECOMPOSED", "is_leaf"]
+
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 def multihead_attention(
@@ -52,7 +54,8 @@ def multihead_attention(
         mixed = _with_weights(q, k, v, attn_mask, dropout)
     else:
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout, is_causal)
-    output = module.out_proj(mixed.permute(2, 0, 1, 3).flatten(2))
+    last = module.out_proj  # its weights are read, the module itself never runs
+    output = F.linear(mixed.permute(2, 0, 1, 3).flatten(2), last.weight, last.bias)
     return (output.transpose(0, 1) if module.batch_first else output), None
 
 
@@ -86,3 +89,9 @@ def _projected(
 
 
 DECOMPOSED: dict[type[nn.Module], Callable[..., Any]] = {nn.MultiheadAttention: multihead_attention}
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether a call of a module is one node: the module itself runs, hooks included."""
+    own = type(module).__module__.startswith(("torch.nn", "torch.ao.nn"))
+    return own and not isinstance(module, CONTAINERS) and type(module) not in DECOMPOSED

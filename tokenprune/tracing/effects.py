@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from tokenprune.tracing.hook_nodes import is_hook_node
+
 __all__ = ["IN_PLACE", "Count", "Store", "has_effect", "of_content"]
 
 IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "ior", "iand")
@@ -37,9 +39,11 @@ class Count(Store):
 
 
 def has_effect(node: fx.Node) -> bool:
-    """Whether a node writes into a tensor, or is an end of the graph."""
+    """Whether a node writes into a tensor, runs hooks, or is an end of the graph."""
     if node.op not in ("call_function", "call_method"):
         return node.op in ("placeholder", "output")
+    if is_hook_node(node):
+        return True
     name = getattr(node.target, "__name__", str(node.target))
     writes = name.endswith("_") and not name.endswith("__")
     return writes or node.target in WRITES or isinstance(node.target, Store)

@@ -6,7 +6,7 @@ what is looked up in one way is one list, which C code builds and compares with 
 """
 
 from collections.abc import Callable, Iterable, Iterator, Set
-from itertools import repeat
+from itertools import chain, repeat
 from operator import attrgetter
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tokenprune.tracing.hooks import Hooks
 from tokenprune.tracing.names import names_of
 from tokenprune.tracing.reads import ABSENT, Reads, may_be_watched, snapshot
 
@@ -62,6 +63,8 @@ class Alike:
     def same(self) -> bool:
         """Whether all are as they were."""
         try:
+            if self._look is _itself:
+                return self._tables == self._expected
             now = list(map(self._look, self._tables, self._names, repeat(ABSENT)))
             return now == self._expected and list(map(type, now)) == self._types
         except DIFFERS:
@@ -75,14 +78,22 @@ class Guards:
         reads: What was read while it was traced; the host is as it was before.
         functions: The entry points that were called.
         counted: (id of a module, name) of counters that nothing depends on.
+        hooked: The modules that were traced through.
+        hooks: Says which hooks are the host's own.
     """
 
     def __init__(
-        self, reads: Reads, functions: Iterable[Any], counted: Set[tuple[int, str]] = frozenset()
+        self,
+        reads: Reads,
+        functions: Iterable[Any],
+        counted: Set[tuple[int, str]] = frozenset(),
+        hooked: Iterable[nn.Module] = (),
+        hooks: Hooks | None = None,
     ) -> None:
         # What differs already was written by the forward itself before it was read.
         alike: dict[Any, dict[Any, Watched]] = {}
-        for watched in _watched(reads, functions):
+        of_hooks = _watched_hooks(hooks, hooked) if hooks else ()
+        for watched in chain(_watched(reads, functions), of_hooks):
             if watched.same() and (id(watched.owner), watched.name) not in counted:
                 place = (id(watched.table), watched.name)
                 alike.setdefault(watched.look, {})[place] = watched
@@ -150,6 +161,24 @@ def _watched(reads: Reads, functions: Iterable[Any]) -> Iterator[Watched]:
             yield Watched(place, dict.get, place, name, snapshot(value))
             if may_be_watched(type(value)):  # a registry, say of attention functions
                 yield Watched(value, _itself, kept := _kept_by(value), name, snapshot(kept))
+
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _watched_hooks(hooks: Hooks, modules: Iterable[nn.Module]) -> Iterator[Watched]:
+    """Whether there are any: those that run are looked up in each call."""
+    of_all = [getattr(torch.nn.modules.module, f"_global{name}") for name in HOOKS]
+    for name, table in zip(HOOKS, of_all, strict=True):
+        if not table:
+            yield Watched(torch.nn.modules.module, _itself, table, name, {})
+    for module in modules:
+        tables = [getattr(module, name) for name in HOOKS]
+        if any(tables) or any(of_all):
+            yield Watched(module, hooks.look, module, "hooks", hooks.state(module))
+        else:
+            for name, table in zip(HOOKS, tables, strict=True):
+                yield Watched(module, _itself, table, name, {})
 
 
 def _plain(value: Any) -> bool:

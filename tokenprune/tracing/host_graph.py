@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from tokenprune.errors import HostError, TokenPruneError, TraceError
 from tokenprune.tracing.effects import has_effect
 from tokenprune.tracing.guards import Guards, Watched
+from tokenprune.tracing.hooks import Hooks
 from tokenprune.tracing.names import caches_of
 from tokenprune.tracing.state import buffers_kept, no_autocast_cache
 from tokenprune.tracing.tracer import NUMBER, ValueTracer
@@ -139,7 +140,7 @@ def trace(host: nn.Module, arguments: Mapping[str, Any], entry: str = "forward")
         specialized=tuple(tracer.specialized),
         ambient=dict(tracer.ambient),
         calls=_calls(graph, tracer),
-        guards=Guards(tracer.reads, [call], tracer.counted),
+        guards=Guards(tracer.reads, [call], tracer.counted, tracer.opened, Hooks(host)),
         written=frozenset(tracer.written),
     )
 

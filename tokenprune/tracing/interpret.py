@@ -8,11 +8,13 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._guards import active_fake_mode
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
 from tokenprune.tracing.effects import Store
+from tokenprune.tracing.hook_nodes import is_hook_node
+from tokenprune.tracing.hooks import unhooked
 from tokenprune.tracing.modes import MODES, entered
 from tokenprune.tracing.opaque import OPAQUE
 
@@ -50,9 +52,11 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 def evaluate(root: nn.Module, node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
     """The value of one node (not a placeholder, not the output), its arguments taken from `env`,
-    in the modes that the host sets there."""
+    in the modes that the host sets there. No hook runs under fake tensors."""
     if node.op == "get_attr":
-        return tensor_attribute(root, str(node.target))
+        held = tensor_attribute(root, str(node.target))
+        away = isinstance(held, Tensor) and held.is_meta  # accelerate's: traced as if it were there
+        return node.meta.get("val", held) if away else held
     if MODES in node.meta:
         with entered(node.meta[MODES]):
             return _called(root, node, env)
@@ -62,17 +66,18 @@ def evaluate(root: nn.Module, node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
 def _called(root: nn.Module, node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
     args = map_arg(node.args, env.__getitem__)
     kwargs = map_arg(node.kwargs, env.__getitem__)
-    if isinstance(node.target, Store):  # that is for a real call
-        return None
+    fake = active_fake_mode() is not None
+    if isinstance(node.target, Store) or (fake and is_hook_node(node)):
+        return None  # that is for a real call
     if node.op == "call_function":
         return node.target(*args, **kwargs)  # type: ignore[operator]
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    if OPAQUE in node.meta:  # under fake tensors: of the traced shape, for as many images
-        given, traced = tensors_in((args, kwargs)), node.meta["val"]
-        if any(isinstance(t, FakeTensor) for t in given):
-            return traced.new_empty(given[0].shape[0], *traced.shape[1:])
-    return root.get_submodule(str(node.target))(*args, **kwargs)
+    if fake and OPAQUE in node.meta:  # of the traced shape, for as many images
+        images, traced = tensors_in((args, kwargs))[0].shape[0], node.meta["val"]
+        return traced.new_empty(images, *traced.shape[1:])
+    module = root.get_submodule(str(node.target))
+    return unhooked(module, args, kwargs) if fake else module(*args, **kwargs)
 
 
 def run(

@@ -30,11 +30,20 @@ from torch.utils._pytree import tree_leaves
 
 from tokenprune.tracing.checkpoints import CHECKPOINT, Checkpoint, checkpoints_recorded
 from tokenprune.tracing.counters import only_counted
-from tokenprune.tracing.decompose import DECOMPOSED
+from tokenprune.tracing.decompose import DECOMPOSED, is_leaf
 from tokenprune.tracing.effects import Count, Store, of_content
 from tokenprune.tracing.functions import functions_recorded
 from tokenprune.tracing.gradients import GradientRun
-from tokenprune.tracing.interpret import run, tensor_attribute, tensors_in
+from tokenprune.tracing.hook_nodes import is_hook_node
+from tokenprune.tracing.hooks import (
+    Hooks,
+    between_hooks,
+    forward_of,
+    next_hook,
+    unhooked,
+    with_host_hooks,
+)
+from tokenprune.tracing.interpret import evaluate, run, tensor_attribute, tensors_in
 from tokenprune.tracing.modes import (
     MODES,
     REQUIRES_GRAD,
@@ -56,7 +65,6 @@ MODULE_CALL = nn.Module.__call__
 # Tracing patches torch for the whole process; calls of other threads pass through the patches.
 ONE_AT_A_TIME = threading.RLock()
 MODULE_GETATTR = nn.Module.__getattr__
-CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 NUMBER = "number"
 """Key in a node's `meta`: nodes are numbered in the order in which the host made them."""
 Args = tuple[Any, ...]
@@ -122,6 +130,8 @@ class ValueTracer(fx.Tracer):
         self._caller = state()
         self._checkpoint: Checkpoint | None = None
         self._gradients: GradientRun | None = None
+        self.hooks = Hooks(root, since=next_hook())
+        self.opened: dict[nn.Module, None] = {}
 
     def record(self, forward: Callable[..., Any], example: Mapping[str, Any]) -> fx.Graph:
         """Trace `forward(**example)`: tensors become inputs, other values are specialized on."""
@@ -165,9 +175,12 @@ class ValueTracer(fx.Tracer):
     @contextmanager
     def _patched(self) -> Iterator[None]:
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if self.executing:
+            if self.elsewhere:
                 return MODULE_CALL(module, *args, **kwargs)
-            forward = partial(DECOMPOSED.get(type(module), MODULE_CALL), module)
+            if self.executing:
+                return unhooked(module, args, kwargs)
+            opened = DECOMPOSED.get(type(module))
+            forward = partial(opened, module) if opened else forward_of(module)
             return self.call_module(module, forward, args, kwargs)
 
         def getattribute(module: nn.Module, name: str) -> Any:
@@ -242,6 +255,10 @@ class ValueTracer(fx.Tracer):
             self._attributes[name] = self.create_proxy("get_attr", name, (), {})
         return self._attributes[name]
 
+    def forget_attributes(self) -> None:
+        """Read parameters and buffers again from here on."""
+        self._attributes.clear()
+
     def specialize(self, node: fx.Node, convert: Callable[[Any], Any]) -> Any:
         """`convert` (bool, int, float, ...) applied to `node`'s value, which Python reads."""
         if self.executing:
@@ -295,7 +312,7 @@ class ValueTracer(fx.Tracer):
                     return target(*args, **kwargs)
                 if kind == "call_method":
                     return getattr(args[0], target)(*args[1:], **kwargs)
-                return MODULE_CALL(self.root.get_submodule(target), *args, **kwargs)
+                return unhooked(self.root.get_submodule(target), args, kwargs)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
@@ -319,7 +336,7 @@ class ValueTracer(fx.Tracer):
             return a.item()
         if isinstance(a, nn.Module):
             node = self.create_node("get_attr", self.path_of_module(a), (), {})
-            node.meta["val"] = None
+            node.meta["val"] = a
             return node
         if isinstance(a, torch.Tensor):
             proxy = self._attribute(a)
@@ -353,8 +370,7 @@ class ValueTracer(fx.Tracer):
         return node
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        own = type(m).__module__.startswith(("torch.nn", "torch.ao.nn"))
-        return own and not isinstance(m, CONTAINERS) and type(m) not in DECOMPOSED
+        return is_leaf(m)
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: Args, kwargs: Kwargs
@@ -367,6 +383,8 @@ class ValueTracer(fx.Tracer):
         try:
             if self.is_leaf_module(m, path) and tensors_in((args, kwargs)):  # not Identity()(None)
                 output = self.create_proxy("call_module", path, args, kwargs)
+                # what they return is not taken here: they run with the module
+                with_host_hooks(self.hooks, m, partial(_given, output), args, kwargs)
             else:
                 output = self._inside(m, path, forward, args, kwargs)
             self._failed_in = ""
@@ -391,7 +409,8 @@ class ValueTracer(fx.Tracer):
             return forward(*args, **kwargs)
         start, specialized, checkpoint = self._count, len(self.specialized), self._checkpoint
         try:
-            return forward(*args, **kwargs)
+            self.opened[m] = None
+            return between_hooks(self, m, path, forward, args, kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             refusal = failed_at(error, self._failed_in or path)
             self._forget(start, specialized)
@@ -408,12 +427,15 @@ class ValueTracer(fx.Tracer):
     def _on_example(self, m: nn.Module, args: Args, kwargs: Kwargs) -> Any:
         """A module's output on the example itself; the graph so far is run to get there."""
         with self._unrecorded():
-            known = dict(run(self.root, self.graph, self._example))
+            known = dict(run(self.root, self.graph, self._example, self._without_hooks))
 
             def real(argument: Any) -> Any:
                 return known[argument.node] if type(argument) is ValueProxy else argument
 
             return m(*map_aggregate(args, real), **map_aggregate(kwargs, real))
+
+    def _without_hooks(self, node: fx.Node, env: Any) -> Any:
+        return None if is_hook_node(node) else evaluate(self.root, node, env)
 
     def _forget(self, start: int, specialized: int) -> None:
         """Take back what was recorded from node number `start` on."""
@@ -429,3 +451,7 @@ class ValueTracer(fx.Tracer):
     def failed_at(self, error: BaseException) -> Provenance:
         """The line of the host's source that led to `error`."""
         return failed_at(error, self._failed_in)
+
+
+def _given(output: Any, *args: Any, **kwargs: Any) -> Any:
+    return output

@@ -19,6 +19,7 @@ from tokenprune.ops.moving import length_after
 from tokenprune.rewrite.rewrite import Rewrite
 from tokenprune.runtime.function import as_function
 from tokenprune.tracing.effects import has_effect
+from tokenprune.tracing.hook_nodes import is_hook_node
 from tokenprune.tracing.interpret import tensors_in
 
 __all__ = ["Segment", "Segments", "cut"]
@@ -211,6 +212,8 @@ class _Cut:
         """Whether images can be told apart in all that happens between two stages."""
         between = range(1, len(self.stages) + 1)
         mixed = any(self.number[node] in between for node in self.mixed)
+        if any(map(is_hook_node, self.nodes)):  # they run once a call, on the whole batch
+            return False
         return not (mixed or self.rewrite.analysis.batch_bound) and all(
             self._is_tensor(node) and not self.rewrite.facts(node).batched
             for node in handed_on

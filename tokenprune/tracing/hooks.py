@@ -1,0 +1,244 @@
+"""Hooks of the modules of a host: which are its own code, and how the others come into a graph.
+
+No hook of the owner's runs while a host is traced. Where one would run, the graph gets the nodes of
+`hook_nodes`, which run it with the real tensors. Hooks that are part of the host itself (those with
+which transformers collects `hidden_states`) are traced like its forward.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol
+from unittest import mock
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.func import functional_call
+from torch.nn.modules import module as torch_module
+from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
+
+from tokenprune.tracing.hook_nodes import After, Before, Call, Hook, passed
+from tokenprune.tracing.proxy import ValueProxy
+from tokenprune.tracing.structure import Structure
+
+__all__ = [
+    "HOST_HOOKS",
+    "Hooks",
+    "between_hooks",
+    "forward_of",
+    "next_hook",
+    "unhooked",
+    "with_host_hooks",
+]
+
+HOST_HOOKS: set[str] = set()
+"""Names of Python modules whose hooks are part of the hosts that have them; adapters add theirs."""
+
+NONE, FORWARD, BACKWARD = range(3)
+
+
+class Hooks:
+    """The hooks of a host's modules.
+
+    The host's own are those that a Python module named in `HOST_HOOKS` defines, methods of one of
+    its modules or of an object that one of them holds, and functions made in a method of one of
+    their classes. `since` adds those that are registered from then on, while a forward is traced.
+    """
+
+    def __init__(self, root: nn.Module, since: int | None = None) -> None:
+        self.root, self.since = root, since
+        self._known: dict[int, bool] = {}
+
+    def state(self, module: nn.Module) -> int:
+        """What a program must know of a module's hooks: 0 if none of the owner's would run, 1 if
+        some would, 2 if some of them run in the backward pass."""
+        of = torch_module
+        backward = module._backward_hooks or module._backward_pre_hooks
+        if backward or of._global_backward_hooks or of._global_backward_pre_hooks:
+            return BACKWARD
+        if of._global_forward_hooks or of._global_forward_pre_hooks:
+            return FORWARD
+        if "_hf_hook" in module.__dict__:
+            return FORWARD
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            if hooks and not all(self.of_host(n, hook) for n, hook in hooks.items()):
+                return FORWARD
+        return NONE
+
+    def look(self, module: nn.Module, _name: str, _absent: Any) -> int:
+        """`state`, for `guards`."""
+        return self.state(module)
+
+    def of_host(self, number: int, hook: Hook) -> bool:
+        """Whether a hook is the host's own code."""
+        if self.since is not None and number >= self.since:
+            return True
+        if number not in self._known:
+            self._known[number] = self._belongs(hook)
+        return self._known[number]
+
+    def _belongs(self, hook: Hook) -> bool:
+        function = getattr(hook, "func", hook)
+        module = getattr(function, "__module__", None)
+        if module in HOST_HOOKS:
+            return True
+        owner = getattr(function, "__self__", None)
+        if owner is not None:
+            held = (value for each in self.root.modules() for value in vars(each).values())
+            return any(each is owner for each in (*self.root.modules(), *held))
+        made_in = getattr(function, "__qualname__", "").partition(".<locals>")[0].rpartition(".")[0]
+        classes = (cls for each in self.root.modules() for cls in type(each).__mro__)
+        return bool(made_in) and any(
+            (cls.__module__, cls.__qualname__) == (module, made_in) for cls in classes
+        )
+
+    def own(self, hooks: Mapping[int, Hook]) -> dict[int, Hook]:
+        """Those of a module's hooks that are the host's."""
+        return {n: hook for n, hook in hooks.items() if self.of_host(n, hook)}
+
+
+class Recorder(Protocol):
+    """A tracer."""
+
+    @property
+    def hooks(self) -> Hooks: ...
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any: ...
+
+    def create_node(self, kind: str, target: Any, args: Any, kwargs: Any) -> fx.Node: ...
+
+    def create_arg(self, a: Any) -> Any: ...
+
+    def proxy(self, node: fx.Node) -> ValueProxy: ...
+
+    def forget_attributes(self) -> None: ...
+
+
+def next_hook() -> int:
+    """The number that the next hook will get which anybody registers."""
+    return RemovableHandle.next_id
+
+
+def forward_of(module: nn.Module) -> Callable[..., Any]:
+    """The forward of a module; where accelerate has put its own on the object, the one beneath."""
+    own = vars(module)
+    beneath = own.get("_old_forward") if "_hf_hook" in own else None
+    return module.forward if beneath is None else beneath  # type: ignore[no-any-return]
+
+
+def with_host_hooks(
+    hooks: Hooks, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any
+) -> Any:
+    """`forward(*args, **kwargs)` between those hooks of `module` that are the host's own code."""
+    for number, hook in hooks.own(module._forward_pre_hooks).items():
+        if number in module._forward_pre_hooks_with_kwargs:
+            args, kwargs = hook(module, args, kwargs) or (args, kwargs)
+        elif (given := hook(module, args)) is not None:
+            args = given if isinstance(given, tuple) else (given,)
+    output = forward(*args, **kwargs)
+    for number, hook in hooks.own(module._forward_hooks).items():
+        named = (kwargs,) if number in module._forward_hooks_with_kwargs else ()
+        given = hook(module, args, *named, output)
+        output = output if given is None else given
+    return output
+
+
+def between_hooks(
+    tracer: Recorder,
+    module: nn.Module,
+    path: str,
+    forward: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Trace `forward(*args, **kwargs)` of `module`, with nodes that run its hooks around it."""
+    state = tracer.hooks.state(module)
+    if not state:
+        return with_host_hooks(tracer.hooks, module, forward, args, kwargs)
+    own = tracer.hooks.own(module._forward_hooks), tracer.hooks.own(module._forward_pre_hooks)
+    call, module_node = Call(path, frozenset().union(*own)), tracer.create_arg(module)
+    one = state != BACKWARD  # torch makes another tensor of each argument for a backward hook
+    record, (args, kwargs) = _around(tracer, Before, call, module_node, (args, kwargs), one)
+    tracer.forget_attributes()  # a hook may have put others there
+    output = with_host_hooks(tracer.hooks, module, forward, args, kwargs)
+    _, output = _around(tracer, After, call, record, output, False)
+    tracer.forget_attributes()
+    return output
+
+
+def _around(
+    tracer: Recorder, kind: type[Before | After], call: Call, first: Any, value: Any, one: bool
+) -> tuple[fx.Node, Any]:
+    """A node that runs hooks on `value`, and `value` as it passes them; tensors that are one stay
+    one if `one`."""
+    structure, leaves = Structure.of(value, _holds_proxies)
+    constants, nodes, same = list[Any](), dict[int, Any](), dict[int, int]()
+    places: dict[fx.Node, int] = {}
+    for place, leaf in enumerate(leaves):
+        node = tracer.create_arg(leaf) if _is_node(leaf) else None
+        constants.append(leaf if node is None else None)
+        if node is None:
+            continue
+        nodes[place] = node
+        if one and places.setdefault(node, place) != place and _is_tensor(node):
+            same[place] = places[node]
+    target = kind(call, structure, tuple(constants), tuple(nodes), same)
+    record = tracer.create_node("call_function", target, (first, *nodes.values()), {})
+    record.meta["val"] = None
+    handed = tracer.proxy(record)
+    made: dict[int, Any] = {}
+    for place, node in nodes.items():
+        if _is_tensor(node) and place not in same:
+            given = (tracer.proxy(node), handed, place)
+            made[place] = tracer.create_proxy("call_function", passed, given, {})
+    for place, leaf in enumerate(leaves):
+        leaves[place] = made.get(same.get(place, place), leaf)
+    return record, structure.build(leaves)
+
+
+def _is_node(leaf: Any) -> bool:
+    return type(leaf) is ValueProxy or isinstance(leaf, Tensor | nn.Module)
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta["val"], Tensor)
+
+
+def _holds_proxies(entry: Any) -> bool:
+    """Whether an object that is no container has tensors of the trace as attributes."""
+    plain = type(entry) is ValueProxy or isinstance(entry, Tensor | nn.Module | type)
+    if plain or not hasattr(entry, "__dict__"):
+        return False
+    return any(type(leaf) is ValueProxy for leaf in tree_leaves(dict(vars(entry))))
+
+
+def unhooked(module: nn.Module, args: Any, kwargs: Any) -> Any:
+    """What a module returns, without any hook; where accelerate keeps its weights elsewhere, fake
+    tensors are computed with weights that seem to be where the arguments are."""
+    fake = next((t for t in tree_leaves((args, kwargs)) if isinstance(t, FakeTensor)), None)
+    if fake is None:
+        with _calls_unhooked():
+            return module.forward(*args, **kwargs)
+    held = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    away = {} if fake.is_meta else {name: t for name, t in held.items() if t.is_meta}
+    if not away and not module._modules:
+        return forward_of(module)(*args, **kwargs)
+    there = {n: torch.empty(t.shape, dtype=t.dtype, device=fake.device) for n, t in away.items()}
+    with _calls_unhooked():
+        return functional_call(module, there, args, kwargs)
+
+
+@contextmanager
+def _calls_unhooked() -> Iterator[None]:
+    """Modules that this thread calls run their forward alone."""
+    thread, before = threading.get_ident(), nn.Module.__call__
+
+    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != thread:
+            return before(module, *args, **kwargs)
+        return forward_of(module)(*args, **kwargs)
+
+    with mock.patch.object(nn.Module, "__call__", call):
+        yield
