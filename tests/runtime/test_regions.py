@@ -77,7 +77,7 @@ def test_a_predictor_in_a_frozen_part_learns() -> None:
 
 def test_what_hides_tokens_runs_in_the_modes_of_what_it_replaces() -> None:
     host, model = wrapped(frozen_start)
-    graph = pruning_of(model).cache.all()[0].get(host, "mask").rewrite.graph
+    graph = list(pruning_of(model).cache)[0].get(host, "mask").rewrite.graph
     masked = [node for node in graph.nodes if node.target is masked_attention]
     no_grad = (Mode("grad", False),)
     assert [node.meta.get(MODES, ()) for node in masked] == [no_grad, ()]
@@ -199,7 +199,7 @@ def test_python_that_reads_the_mode_is_traced_in_each() -> None:
     for mode in (torch.enable_grad, torch.no_grad, torch.enable_grad, torch.no_grad):
         with mode(), model.using("gather", keep_indices=EVERY):
             assert torch.equal(model(IMAGES), host(IMAGES))
-    assert len(pruning_of(model).cache.all()) == 2
+    assert len(list(pruning_of(model).cache)) == 2
 
 
 def test_python_that_reads_a_flag_is_traced_for_each() -> None:
@@ -214,7 +214,7 @@ def test_python_that_reads_a_flag_is_traced_for_each() -> None:
         host.requires_grad_(flag)
         with model.using("gather", keep_indices=EVERY):
             assert torch.equal(model(IMAGES), host(IMAGES))
-    assert len(pruning_of(model).cache.all()) == 2
+    assert len(list(pruning_of(model).cache)) == 2
 
 
 def test_an_error_inside_leaves_the_mode_as_it_was() -> None:
