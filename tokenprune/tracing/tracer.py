@@ -133,9 +133,9 @@ class ValueTracer(fx.Tracer):
         calls = mock.patch.object(nn.Module, "__call__", call)
         attributes = mock.patch.object(nn.Module, "__getattr__", getattribute)
         caller = torch.set_grad_enabled(self._caller.grad)  # a host may set it and leave it so
-        with caller, calls, attributes, functions_recorded(self):
-            with reads_noted(self), checkpoints_recorded(self):
-                yield
+        reads, checkpoints = reads_noted(self), checkpoints_recorded(self)
+        with caller, calls, attributes, functions_recorded(self), reads, checkpoints:
+            yield
 
     @property
     def elsewhere(self) -> bool:
@@ -153,9 +153,9 @@ class ValueTracer(fx.Tracer):
         was, self._executing = self._executing, True
         moved = torch.is_inference_mode_enabled() != self._caller.inference
         try:
-            with torch.inference_mode(self._caller.inference) if moved else nullcontext():
-                with torch.no_grad():
-                    yield
+            inference = torch.inference_mode(self._caller.inference) if moved else nullcontext()
+            with inference, torch.no_grad():
+                yield
         finally:
             self._executing = was
 
