@@ -49,10 +49,9 @@ def wrapped(
 
 def trained(host: nn.Module) -> set[str]:
     """The parts that got a gradient."""
-    grads = [n for n, p in host.named_parameters() if p.grad is not None and p.grad.any()]
-    return {
-        ".".join(n.split(".")[:2]) if n.startswith("blocks") else n.split(".")[0] for n in grads
-    }
+    given = [(n, p) for n, p in host.named_parameters() if p.grad is not None and p.grad.any()]
+    paths = [name.split(".") for name, _ in given]
+    return {".".join(path[:2]) if path[0] == "blocks" else path[0] for path in paths}
 
 
 def frozen_start(host: Any, x: Tensor) -> Tensor:
@@ -149,11 +148,11 @@ def test_autocast_off_inside_autocast_keeps_float32() -> None:
     host.blocks[1].mlp[2].register_forward_hook(lambda *given: types.append(given[-1].dtype))
     host.blocks[2].mlp[2].register_forward_hook(lambda *given: types.append(given[-1].dtype))
     model.eval()
-    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
-        with model.using("gather", keep_indices=EVERY):
-            model(IMAGES)
-            types.clear()  # of the trace
-            assert torch.equal(model(IMAGES), host(IMAGES))
+    low = torch.autocast("cpu", dtype=torch.bfloat16)
+    with low, torch.no_grad(), model.using("gather", keep_indices=EVERY):
+        model(IMAGES)
+        types.clear()  # of the trace
+        assert torch.equal(model(IMAGES), host(IMAGES))
     assert types == [torch.float32, torch.bfloat16] * 2
     with torch.no_grad(), model.using("gather", keep_indices=EVERY):
         assert torch.equal(model(IMAGES), host(IMAGES))
@@ -308,9 +307,9 @@ def step(model: Any, images: Tensor) -> tuple[int, dict[str, Tensor]]:
 
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        with model.using(generator=generator):
-            output = model(images)
+    counted = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with counted, model.using(generator=generator):
+        output = model(images)
     getattr(output, "logits", output).square().sum().backward()
     found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()

@@ -139,8 +139,8 @@ class Rewrite:
         return self.once("real", self.insert_after, mask, real_patches, mask, patches)
 
     def insert(self, before: fx.Node, target: Callable[..., Any], *args: Any, **kw: Any) -> fx.Node:
-        """Put a call of `target` before a node; it inherits that node's place in the host, the modes
-        there included."""
+        """Put a call of `target` before a node; it inherits that node's place in the host, and the
+        modes there."""
         with self.graph.inserting_before(before):
             node = self.graph.call_function(target, args, kw)
         _inherit(node, before)

@@ -1,8 +1,8 @@
 """The source of a graph whose nodes run in modes of their own, or are recomputed in backward.
 
-torch.fx writes one statement a node. Neighbours in the same modes are put in a `with` block, those of
-one checkpointed call in a function that `torch.utils.checkpoint` calls. A call that rewriting has
-split (a stage draws noise, which must not be drawn twice) becomes several such functions.
+torch.fx writes one statement a node. Neighbours in the same modes are put in a `with` block, those
+of one checkpointed call in a function that `torch.utils.checkpoint` calls. A call that rewriting
+has split (a stage draws noise, which must not be drawn twice) becomes several such functions.
 """
 
 import re
@@ -40,10 +40,10 @@ def source_of(graph: fx.Graph) -> tuple[str, dict[str, Any]]:
         if called is None:
             lines += _in_modes(run)
             continue
-        options = f"options_{called.number}"
+        options = f"tokenprune_options_{called.number}"  # no node has such a name
         names[options] = dict(called.options)
-        lines += _function(run, f"part_{called.number}", options, last_use)
-    return "\n".join(lines), names | NAMES_IN_SOURCE | {"checkpointed": checkpointed}
+        lines += _function(run, f"tokenprune_part_{called.number}", options, last_use)
+    return "\n".join(lines), names | NAMES_IN_SOURCE | {"tokenprune_checkpointed": checkpointed}
 
 
 def checkpointed(part: Any, options: Mapping[str, Any], *values: Any) -> Any:
@@ -102,7 +102,7 @@ def _function(
     yield f"{INDENT}def {name}({parameters}):"
     yield from (f"{INDENT}{line}" for line in _in_modes(run))
     yield f"{INDENT * 2}return {', '.join(made) or None}"
-    call = f"checkpointed({', '.join([name, options, *(used.name for used in given)])})"
+    call = f"tokenprune_checkpointed({', '.join([name, options, *(used.name for used in given)])})"
     done = [used.name for used in given if last_use[used] in nodes]
     free = f";  {' = '.join([*done, 'None'])}" if done else ""
     yield f"{INDENT}{', '.join(made)}{' = ' if made else ''}{call}{free}"

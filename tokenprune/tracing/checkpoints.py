@@ -26,7 +26,7 @@ NO_OPTIONS = ("fn", "args", "kwargs")
 
 
 class Checkpoint(NamedTuple):
-    """One call of `checkpoint`: a number of its own, and the options that are not the usual ones."""
+    """One call of `checkpoint`: its own number, and the options that are not the usual ones."""
 
     number: int
     options: Mapping[str, Any]

@@ -1,9 +1,9 @@
 """The modes of torch that a host's forward runs in, and those that it asks for.
 
-A trace runs in the modes of its caller, and torch itself says at each node which are on: so a `with`
-block, a decorator and a plain call are seen alike. What differs from the caller's modes is a part of
-the program (`node.meta[MODES]`). What Python read or changed is noted, since a trace then holds
-only for calls in the same modes (`HostGraph.ambient`).
+A trace runs in the modes of its caller, and at each node torch itself says which are on: a `with`
+block, a decorator and a plain call are seen in the same way. What differs from the caller's modes
+is a part of the program (`node.meta[MODES]`). What Python read or changed is noted, since a trace
+then holds only for calls in the same modes (`HostGraph.ambient`).
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -48,7 +48,7 @@ _backends = {
 }
 # Bound here, since the names in torch are patched during a trace.
 _is_enabled = {b: getattr(torch._C, f"_get_{name}_sdp_enabled") for name, b in _backends.items()}
-_by_number = {int(backend): backend for backend in _is_enabled}
+_by_number = {backend.value: backend for backend in _is_enabled}
 _priority = torch._C._get_sdp_priority_order
 _autocasts, _autocast_dtype = torch.is_autocast_enabled, torch.get_autocast_dtype
 

@@ -195,9 +195,9 @@ class ValueTracer(fx.Tracer):
         attributes = mock.patch.object(nn.Module, "__getattr__", getattribute)
         reads = self.reads.recorded(lambda: self.elsewhere, lambda m: self.is_leaf_module(m, ""))
         caller = torch.set_grad_enabled(self._caller.grad)  # a host may set it and leave it so
-        with caller, calls, attributes, reads, functions_recorded(self):
-            with reads_noted(self), checkpoints_recorded(self):
-                yield
+        modes, checkpoints = reads_noted(self), checkpoints_recorded(self)
+        with caller, calls, attributes, reads, functions_recorded(self), modes, checkpoints:
+            yield
 
     @property
     def elsewhere(self) -> bool:
@@ -215,9 +215,9 @@ class ValueTracer(fx.Tracer):
         was, self._executing = self._executing, True
         moved = torch.is_inference_mode_enabled() != self._caller.inference
         try:
-            with torch.inference_mode(self._caller.inference) if moved else nullcontext():
-                with torch.no_grad():
-                    yield
+            inference = torch.inference_mode(self._caller.inference) if moved else nullcontext()
+            with inference, torch.no_grad():
+                yield
         finally:
             self._executing = was
 
