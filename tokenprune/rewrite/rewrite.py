@@ -11,10 +11,12 @@ from tokenprune.analysis.facts import NO_FACTS, Aligned, NodeFacts, TokenDim
 from tokenprune.ops.selection import real_patches
 from tokenprune.rewrite.settings import SETTINGS
 
-__all__ = ["FACTS", "ORIGIN", "Rewrite", "StageRecord"]
+__all__ = ["FACTS", "ORIGIN", "POLICY", "Rewrite", "StageRecord"]
 
 FACTS, ORIGIN = "tokens", "origin"
 """Keys in the `meta` of a copied node: its `NodeFacts`, and the traced node it is a copy of."""
+POLICY = "policy"
+"""Key in the `meta` of a node that holds a policy [B * rows, L]: the stage that decided it."""
 
 
 class StageRecord(NamedTuple):
