@@ -25,7 +25,7 @@ from tokenprune.runtime.program import Program
 from tokenprune.runtime.pruning import added_names
 from tokenprune.tracing.interpret import run, tensors_in
 
-__all__ = ["TOLERANCE", "Theorems", "difference"]
+__all__ = ["TOLERANCE", "Theorems", "cast", "difference"]
 
 # Largest difference, relative to the output's scale, that rounding alone may cause.
 EXACT = 1e-9
@@ -178,7 +178,7 @@ class Theorems:
         rounding that the host itself amplifies."""
         proof, check = self, Check(name, measure(self), self.bound)
         if not check.passed and self.bound > EXACT:
-            proof = Theorems(copy.deepcopy(self.model).double(), _double(self.inputs))
+            proof = Theorems(copy.deepcopy(self.model).double(), cast(self.inputs, torch.float64))
             given = str(self.dtype).removeprefix("torch.")
             name = f"{name}, in float64 ({given}: {check.error:.1e})"
             check = Check(name, measure(proof), EXACT)
@@ -305,9 +305,10 @@ class Theorems:
         return rows
 
 
-def _double(inputs: Mapping[str, Any]) -> dict[str, Any]:
+def cast(inputs: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """The same arguments, with floating tensors in `dtype`."""
     return {
-        name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+        name: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
         for name, value in inputs.items()
     }
 

@@ -6,11 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tokenprune.checks.certificate import Certificate, Check
 from tokenprune.checks.enliven import enliven, enlivened_inputs
-from tokenprune.checks.proof import Theorems
+from tokenprune.checks.proof import Theorems, cast
 from tokenprune.checks.telling import telling
 from tokenprune.errors import UnsupportedHostError, VerificationError
 from tokenprune.hosts.inputs import ExampleInputs
@@ -57,7 +57,7 @@ def verify(
         if told.told:
             checks += told.checks(proof)
         else:
-            checks += _on_a_copy(model, inputs, gradients)
+            checks += _on_a_copy(model, inputs, proof.dtype, gradients)
     return Certificate(
         host=type(model).__name__,
         adapter=pruning.spec.adapter,
@@ -72,16 +72,21 @@ def verify(
     )
 
 
-def _on_a_copy(model: nn.Module, inputs: Mapping[str, Any], gradients: bool) -> list[Check]:
-    """The checks on a copy with random weights and inputs, in which a leak shows."""
+def _on_a_copy(
+    model: nn.Module, inputs: Mapping[str, Any], given_dtype: torch.dtype, gradients: bool
+) -> list[Check]:
+    """The checks on a copy with random weights and inputs, in which a leak shows; in float64 if it
+    does not in float32."""
     lively, given = copy.deepcopy(model), enlivened_inputs(inputs)
     enliven(lively)
-    if any(p.dtype in (torch.float16, torch.bfloat16) for p in lively.parameters()):
-        lively, given = lively.float(), _wide(given)
-    proof = Theorems(lively, given)
-    checks = proof.checks(gradients)
-    told = telling(proof)
-    if told.blind_stages:
+    for dtype in (torch.promote_types(given_dtype, torch.float32), torch.float64):
+        lively = lively.to(dtype)
+        proof = Theorems(lively, cast(given, dtype))
+        checks = proof.checks(gradients)
+        told = telling(proof)
+        if not told.blind_stages:
+            break
+    else:
         stage, blocks = told.blind_stages[0], pruning_of(model).plan.blocks
         where = "" if stage is None else f" at stage {stage} (block {blocks[stage]})"
         raise VerificationError(
@@ -92,10 +97,3 @@ def _on_a_copy(model: nn.Module, inputs: Mapping[str, Any], gradients: bool) -> 
         )
     checks += told.checks(proof)
     return [replace(check, name=f"{check.name}, enlivened") for check in checks]
-
-
-def _wide(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        name: value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
-        for name, value in inputs.items()
-    }
