@@ -119,7 +119,7 @@ def observed(watch: Watch, model: Any, share: float, traced: bool, calls: int) -
 def test_a_gap_that_grows_is_noticed_though_the_trace_is_read() -> None:
     watch, model = Watch(), wrapped()
     observed(watch, model, 0.6, True, 5)
-    observed(watch, model, 0.65, True, 5)
+    observed(watch, model, 0.62, True, 5)
     with pytest.warns(TokenPruneWarning, match="ratio term"):
         observed(watch, model, 0.8, True, 5)
 
@@ -168,11 +168,10 @@ def test_nothing_is_kept_of_transforms() -> None:
 
     torch.func.grad(square)(torch.ones(2, 3))
     square(torch.ones(2, 3))
-    torch.jit.trace(square, torch.ones(2, 3), check_trace=False)
     with torch.no_grad():
         square(torch.ones(2, 3))
     square(torch.ones(2, 3, device="meta"))
-    assert seen == [False, True, False, False, False]
+    assert seen == [False, True, False, False]
 
 
 def test_what_is_kept_can_be_copied() -> None:

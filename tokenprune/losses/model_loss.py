@@ -44,14 +44,8 @@ def for_model(model: nn.Module, teacher: nn.Module | None = None) -> "ModelLoss"
 
     Raises:
         NotWrappedError: `model` is not wrapped.
-        UnsupportedHostError: `teacher` is no model that can be wrapped, and token distillation
-            needs its tokens.
     """
-    pruning = pruning_of(model)
-    section = pruning.recipe.loss
-    if teacher is not None and not isinstance(teacher, PrunedModel) and section.distill_tokens:
-        teacher = wrap(teacher, pruning.recipe, verify=False)
-    return ModelLoss(model, section, teacher)
+    return ModelLoss(model, pruning_of(model).recipe.loss, teacher)
 
 
 class ModelLoss:
@@ -69,7 +63,7 @@ class ModelLoss:
         Args:
             model: What `wrap` returned.
             section: Weights of the terms.
-            teacher: See `for_model`; wrapped, if the section has token distillation.
+            teacher: See `for_model`.
             criterion: See `PruningLoss`.
         """
         self.model, self.teacher, self.pruning = model, teacher, pruning_of(model)
@@ -98,7 +92,9 @@ class ModelLoss:
 
         Raises:
             HostError: The output holds no class logits.
-            PlanError: There is no trace, or the labels do not fit the logits.
+            PlanError: There is no trace, or labels or teacher do not fit the model's outputs.
+            UnsupportedHostError: In the first call: the teacher cannot be wrapped, which token
+                distillation needs.
         """
         if not isinstance(trace, PruningTrace):
             raise PlanError(
@@ -120,9 +116,11 @@ class ModelLoss:
         teacher, tokens_too = self.teacher, bool(self.weights.distill_tokens)
         if teacher is None or not (self.weights.distill_logits or tokens_too):
             return {}
+        if tokens_too and not isinstance(teacher, PrunedModel):
+            self.teacher = teacher = self._wrapped(teacher, inputs)
         options = {"return_trace": True} if tokens_too else {}
-        wrapped = isinstance(teacher, PrunedModel)
-        path: AbstractContextManager[Any] = teacher.using("dense") if wrapped else nullcontext()  # type: ignore[operator]
+        dense_path = isinstance(teacher, PrunedModel)
+        path: AbstractContextManager[Any] = teacher.using("dense") if dense_path else nullcontext()  # type: ignore[operator]
         with torch.no_grad(), kept_modes(teacher), path:
             teacher.eval()
             if isinstance(inputs, Mapping):
@@ -141,6 +139,19 @@ class ModelLoss:
             "student_tokens": tokens,
             "teacher_tokens": teacher_tokens,
         }
+
+    def _wrapped(self, teacher: nn.Module, inputs: ExampleInputs) -> PrunedModel:
+        """A host whose tokens can be asked for."""
+        known = self.pruning
+        found: PrunedModel = wrap(
+            teacher,
+            known.recipe,
+            example_inputs=inputs,
+            adapter=known.spec if type(teacher) is type(known.host) else None,
+            restore=known.restore,
+            verify=False,
+        )
+        return found
 
     def _compared(self, model: nn.Module, trace: PruningTrace) -> Tensor:
         """Operands of the token term: final patch tokens, or their logits for `kl`."""

@@ -73,7 +73,7 @@ class Watch:
             return
         for decision in decisions:
             if decision.requires_grad:
-                decision.register_hook(self._count)
+                decision.register_hook(self._count)  # type: ignore[no-untyped-call]
         device = decisions[0].device
         found = [_share(decision.detach(), real).to(device) for decision in decisions]
         shares = torch.stack(found)
