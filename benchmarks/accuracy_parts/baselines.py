@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenprune.losses import distill_logits
+from tokenprune.losses.logits import class_logits
 from tokenprune.rewrite.settings import Path as ModelPath
 from tokenprune.train.image_trainer import ImageTrainer
-from tokenprune.train.logits import class_logits
 
 __all__ = ["BaselineTrainer", "ClassAttention", "RandomScores"]
 

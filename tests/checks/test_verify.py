@@ -54,6 +54,8 @@ THEOREMS = [
     "dropped tokens may hold NaN and inf",
     "an image alone = in a batch",
     "predictor parameters without a finite gradient",
+    "share of a leak that could hide",
+    "decisions without a gradient from the outputs",
 ]
 
 
@@ -197,7 +199,7 @@ def test_nothing_is_changed(refused: bool, monkeypatch: pytest.MonkeyPatch) -> N
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     attributes, noise = set(vars(host)), torch.get_rng_state()
     if refused:
-        monkeypatch.setattr(Theorems, "images", lambda self: self._refuse(Check("x", 1, 0), "no"))
+        monkeypatch.setattr(Theorems, "images", lambda self: self.refuse(Check("x", 1, 0), "no"))
         with pytest.raises(VerificationError, match=r"no\. Check 'x'"):
             verify(model)
     else:
@@ -229,13 +231,19 @@ def test_a_host_without_weights() -> None:
     assert not any(parameter.is_meta for parameter in pruning_of(model).host.parameters())
 
 
-def test_frozen_predictors_make_no_claim_about_gradients() -> None:
+def test_frozen_predictors_are_proven_as_if_they_were_trained(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = wrapped()
-    for parameter in model.token_predictors.parameters():
-        parameter.requires_grad_(False)
-    assert names(verify(model)) == THEOREMS[:-1]
-    next(iter(model.token_predictors.parameters())).requires_grad_(True)
+    model.token_predictors.requires_grad_(False)
     assert names(verify(model)) == THEOREMS
+    assert not any(p.requires_grad for p in model.token_predictors.parameters())
+    monkeypatch.setattr(masked, "decide", detached)
+    with pytest.raises(VerificationError, match="predictors cannot be trained"):
+        verify(other := wrapped())
+    other.token_predictors.requires_grad_(False)
+    with pytest.raises(VerificationError, match="predictors cannot be trained"):
+        verify(other)
 
 
 def test_batches_of_other_sizes_than_the_traced_one() -> None:

@@ -9,10 +9,10 @@ import torch
 
 import tokenprune
 from tokenprune.errors import HostError, PlanError, UnsupportedHostError
+from tokenprune.losses.logits import class_logits
 from tokenprune.recipe import load_recipe
 from tokenprune.recipe.schema import HostSection
 from tokenprune.train import build_host, input_settings
-from tokenprune.train.logits import class_logits
 
 TIMM: dict[str, Any] = {"patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
 HF: dict[str, Any] = {"patch_size": 8, "hidden_size": 16}

@@ -76,7 +76,7 @@ def test_a_predictor_in_a_frozen_part_learns() -> None:
 
 def test_what_hides_tokens_runs_in_the_modes_of_what_it_replaces() -> None:
     host, model = wrapped(frozen_start)
-    graph = list(pruning_of(model).cache)[0].get(host, "mask").rewrite.graph
+    graph = next(iter(pruning_of(model).cache)).get(host, "mask").rewrite.graph
     masked = [node for node in graph.nodes if node.target is masked_attention]
     no_grad = (Mode("grad", False),)
     assert [node.meta.get(MODES, ()) for node in masked] == [no_grad, ()]

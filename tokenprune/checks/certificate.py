@@ -33,8 +33,11 @@ class Certificate:
         patches_per_stage: N of each stage; all the same where tokens leave.
         num_prefix_tokens: P.
         num_keep: K of each stage; with a threshold, what training aims at.
-        checks: One entry per theorem that was run.
+        checks: One entry per theorem that was run. Those whose name ends in "enlivened" were run on
+            a copy.
         threshold: Keep probability above which tokens stay; None if each image keeps K.
+        enlivened: A leak would not have shown in this model's own outputs, so everything was proven
+            again on a copy with random weights and inputs, where it would.
     """
 
     host: str
@@ -46,6 +49,7 @@ class Certificate:
     num_keep: tuple[int, ...]
     checks: tuple[Check, ...]
     threshold: float | None = None
+    enlivened: bool = False
 
     @property
     def mask_vs_gather(self) -> float:

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from tokenprune.checks.certificate import Check
+from tokenprune.checks.trainable import requiring_grad
 from tokenprune.errors import VerificationError
 from tokenprune.hosts.inputs import first_floating
 from tokenprune.ops.jagged import blank_padding
@@ -26,7 +27,7 @@ from tokenprune.runtime.pruning import added_names
 from tokenprune.tracing.interpret import run, tensors_in
 from tokenprune.tracing.modes import autocast_dtypes
 
-__all__ = ["TOLERANCE", "Theorems"]
+__all__ = ["TOLERANCE", "Theorems", "cast", "difference"]
 
 # Largest difference, relative to the output's scale, that rounding alone may cause.
 EXACT = 1e-9
@@ -54,7 +55,9 @@ class Theorems:
         self.bound = max(
             TOLERANCE.get(dtype, TOLERANCE[torch.float32]) for dtype in (self.dtype, *casts)
         )
+        self.probabilistic = pruning.method.scorer.probabilistic
         self.outputs: dict[PathName, list[Tensor]] = {}
+        self.whole: list[Tensor] = []  # outputs with every token kept
 
     def _random_sets(self) -> tuple[Tensor, ...]:
         """Nested kept sets that leave out about a third each time, but always something; where
@@ -86,8 +89,7 @@ class Theorems:
         if settings is None and path in self.outputs:
             return self.outputs[path]
         tensors = self._output(path, settings or self.settings, self.tensors)
-        if path == "mask" and self.programs.restore is False:
-            tensors = self._without_dropped(tensors)
+        tensors = self.comparable(tensors) if path == "mask" else tensors
         if settings is None:
             self.outputs[path] = tensors
         return tensors
@@ -110,11 +112,25 @@ class Theorems:
             ) from error
         return tensors_in(output)
 
-    def _without_dropped(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+    def run_pruned(self) -> list[Tensor]:
+        """The output on the random kept sets."""
+        return self._run(self.pruned)
+
+    def comparable(self, tensors: list[Tensor]) -> list[Tensor]:
         """The rows of a mask path's output that the gather path returns."""
+        if self.programs.restore is not False:
+            return tensors
         nodes = _returned(self.programs.analysis.traced.graph.output_node().args[0])
         pairs = list(zip(nodes, tensors, strict=True))
         return [v if (k := self._kept_rows(n, v)) is None else k for n, v in pairs]
+
+    def checks(self, gradients: bool) -> list[Check]:
+        """All theorems: VerificationError at the first that does not hold."""
+        with torch.no_grad():
+            checks = [*self.identity(), *self.paths(), *self.contents(), *self.images()]
+        if gradients:  # with the programs of a call that records gradients
+            checks += Theorems(self.model, self.inputs).gradients()
+        return checks
 
     def identity(self) -> Iterator[Check]:
         """Theorem 1: with every token kept, the pruned graph is the host, bit for bit."""
@@ -125,10 +141,10 @@ class Theorems:
             dense = tensors_in(self.host.forward(**self.inputs))
         finally:
             torch.backends.mha.set_fastpath_enabled(fast)
-        pruned = self._run(self.pruned, whole)
-        check = Check("keep_ratio 1 is the host", _difference(pruned, dense), 0.0)
+        self.whole = self._run(self.pruned, whole)
+        check = Check("keep_ratio 1 is the host", difference(self.whole, dense), 0.0)
         if not check.passed:
-            self._refuse(check, "the gather path with every token kept is not the host")
+            self.refuse(check, "the gather path with every token kept is not the host")
         yield check
 
     def paths(self) -> Iterator[Check]:
@@ -138,7 +154,7 @@ class Theorems:
             yield self._compared(claim.name, apart, partial(Theorems._where_apart, claim=claim))
 
     def _apart(self, claim: Proof) -> float:
-        return _difference(self._run(claim.left), self._run(self._name(claim.right)))
+        return difference(self._run(claim.left), self._run(self._name(claim.right)))
 
     def _name(self, path: PathName) -> PathName:
         return self.pruned if path == "gather" else path
@@ -147,7 +163,7 @@ class Theorems:
         """Theorem 3: what dropped tokens (bypass: branches not taken) hold is not read."""
         yield self._compared(
             "dropped tokens may hold NaN and inf",
-            lambda proof: _difference(
+            lambda proof: difference(
                 proof._run("mask", replace(proof.settings, poison=True)), proof._run("mask")
             ),
             lambda proof: "the contents of dropped tokens reach the output",
@@ -169,12 +185,12 @@ class Theorems:
         rounding that the host itself amplifies."""
         proof, check = self, Check(name, measure(self), self.bound)
         if not check.passed and self.bound > EXACT:
-            proof = Theorems(copy.deepcopy(self.model).double(), _double(self.inputs))
+            proof = Theorems(copy.deepcopy(self.model).double(), cast(self.inputs, torch.float64))
             given = str(self.dtype).removeprefix("torch.")
             name = f"{name}, in float64 ({given}: {check.error:.1e})"
             check = Check(name, measure(proof), EXACT)
         if not check.passed:
-            proof._refuse(check, what(proof))
+            proof.refuse(check, what(proof))
         return check
 
     def _alone_and_together(self) -> float:
@@ -186,7 +202,7 @@ class Theorems:
         image = slice(self.batch_size - 1, self.batch_size)
         together = [t[image] if t.ndim and t.shape[0] == size else None for t in batch]
         pairs = [(a, b) for a, b in zip(alone, together, strict=True) if b is not None]
-        return _difference([self._as_long(a, b) for a, b in pairs], [b for _, b in pairs])
+        return difference([self._as_long(a, b) for a, b in pairs], [b for _, b in pairs])
 
     def _as_long(self, alone: Tensor, together: Tensor) -> Tensor:
         """Rows of an image alone, with the empty ones that it has beside longer images."""
@@ -196,27 +212,39 @@ class Theorems:
 
     def _last_alone(self) -> list[Tensor]:
         """The gather path's output for the last image alone, of those that keep fewest tokens."""
-        one = self.tensors | {n: v[-1:] for n, v in self._batched().items()}
+        one = self.tensors | {n: v[-1:] for n, v in self.batched().items()}
         sets = tuple(kept[-1:, kept[-1] >= 0] for kept in self.sets)
         return self._output(self.pruned, replace(self.settings, keep_indices=sets), one)
 
     def _beside_another(self) -> list[Tensor]:
         """The gather path's output for the one image and, as a second one, its mirror image."""
-        both = {n: torch.cat([v, v.flip(-1)]) for n, v in self._batched().items()}
+        both = {n: torch.cat([v, v.flip(-1)]) for n, v in self.batched().items()}
         pairs = zip(self.sets, self.num_patches, strict=True)
         sets = tuple(torch.cat([kept, patches - 1 - kept.flip(1)]) for kept, patches in pairs)
         settings = replace(self.settings, keep_indices=sets)
         return self._output(self.pruned, settings, self.tensors | both)
 
-    def _batched(self) -> dict[str, Tensor]:
+    def images_alike(self) -> bool:
+        """Whether the two images that were beside each other are equal, so that mixing them would
+        change nothing."""
+        images = self.batched().values()
+        if self.batch_size == 1:
+            return all(torch.equal(image, image.flip(-1)) for image in images)
+        return all(torch.equal(image[-1], image[-2]) for image in images)
+
+    def batched(self) -> dict[str, Tensor]:
+        """The inputs that have a row for each image."""
         return {n: v for n, v in self.tensors.items() if v.shape[:1] == (self.batch_size,)}
 
     def gradients(self) -> Iterator[Check]:
-        """Theorems 6 and 7: every trained parameter of the scorers gets a finite gradient."""
+        """Theorems 6 and 7: every parameter of the scorers gets a finite gradient."""
         named, names = self.model.named_parameters(), added_names()
-        parameters = [p for n, p in named if n.startswith(names) and p.requires_grad]
-        if not parameters:
-            return  # frozen, or scorers without parameters: no gradient is claimed
+        parameters = [p for n, p in named if n.startswith(names) and p.is_floating_point()]
+        if parameters:  # else the scorers have none, and no gradient is claimed
+            with requiring_grad(parameters, True):  # frozen ones are proven as if they were trained
+                yield self._gradients_of(parameters)
+
+    def _gradients_of(self, parameters: Sequence[nn.Parameter]) -> Check:
         generator = torch.Generator(parameters[0].device).manual_seed(0)
         settings = CallSettings((), sample=True, generator=generator)
         program = self.programs.get(self.host, "mask")
@@ -227,10 +255,10 @@ class Theorems:
         missing = sum(g is None or not bool(torch.isfinite(g).all()) for g in found)
         check = Check("predictor parameters without a finite gradient", float(missing), 0.0)
         if not check.passed:
-            self._refuse(check, "the predictors cannot be trained")
-        yield check
+            self.refuse(check, "the predictors cannot be trained")
+        return check
 
-    def _refuse(self, check: Check, what: str) -> None:
+    def refuse(self, check: Check, what: str) -> None:
         raise VerificationError(
             f"{type(self.model).__name__} cannot be pruned safely: {what}. Check '{check.name}': "
             f"difference {check.error:.2e} relative to the output's scale, allowed "
@@ -253,7 +281,7 @@ class Theorems:
                 if kept is None or kept.shape != other.shape:
                     continue
                 other = self._blank(origin, other)
-                if not _difference([kept], [other]) <= self.bound:
+                if not difference([kept], [other]) <= self.bound:
                     where = origin.meta["where"]
                     return f"{differ} first at node '{origin.name}' ({origin.target}) of {where}"
         return f"{differ} at the output"
@@ -284,9 +312,10 @@ class Theorems:
         return rows
 
 
-def _double(inputs: Mapping[str, Any]) -> dict[str, Any]:
+def cast(inputs: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """The same arguments, with floating tensors in `dtype`."""
     return {
-        name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+        name: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
         for name, value in inputs.items()
     }
 
@@ -302,7 +331,7 @@ def _returned(output: Any) -> list[fx.Node]:
     return found
 
 
-def _difference(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
+def difference(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
     """Largest difference relative to the scale of `theirs`; inf if shapes or NaNs differ."""
     if [t.shape for t in ours] != [t.shape for t in theirs]:
         return float("inf")

@@ -42,8 +42,8 @@ def visualize(
 def draw(model: nn.Module, data: Any, count: int, tile: int = 112) -> Any:
     """A picture of evenly spaced held-out images, each `tile` pixels wide or high, and of the
     patches that the model keeps."""
+    from tokenprune.losses.logits import class_logits
     from tokenprune.tracing.state import kept_modes
-    from tokenprune.train.logits import class_logits
 
     total = len(data.eval)
     count = min(count, total)

@@ -25,7 +25,7 @@ from tokenprune.reductions.protocol import MODES, Reduction
 from tokenprune.rewrite.emit import Emit
 from tokenprune.rewrite.kept import KEPT_SETS
 from tokenprune.rewrite.passes import Pass
-from tokenprune.rewrite.rewrite import Rewrite
+from tokenprune.rewrite.rewrite import POLICY, Rewrite
 from tokenprune.rewrite.select import SelectAtSites
 from tokenprune.rewrite.settings import PathName
 from tokenprune.scorers import Scorer
@@ -148,9 +148,12 @@ class SplitTails(Pass):
 
     def apply(self, rewrite: Rewrite) -> None:
         chosen = []
-        for marker, record in zip(rewrite.markers(), rewrite.records, strict=True):
+        pairs = zip(rewrite.markers(), rewrite.records, strict=True)
+        for stage, (marker, record) in enumerate(pairs):
             kept = (record.kept, record.entering) if self.split.images_share else (record.kept,)
             chosen.append(rewrite.insert(marker, self.split.choose, *kept, rewrite.num_prefix))
+            if self.split.take is None:
+                chosen[-1].meta[POLICY] = stage
         for block, tail in self.tails.items():
             source, branch, total = map(rewrite.copy_of, (tail.source, tail.branch, tail.total))
             bypass = rewrite.module(total, f"{BYPASSES}.{block}")

@@ -13,11 +13,13 @@ from tokenprune.rewrite.settings import SETTINGS
 from tokenprune.tracing.checkpoints import CHECKPOINT
 from tokenprune.tracing.modes import MODES
 
-__all__ = ["FACTS", "ORIGIN", "Rewrite", "StageRecord"]
+__all__ = ["FACTS", "ORIGIN", "POLICY", "Rewrite", "StageRecord"]
 
 FACTS, ORIGIN = "tokens", "origin"
 """Keys in the `meta` of a copied node: its `NodeFacts`, and the traced node it is a copy of."""
 INHERITED = ("where", MODES, CHECKPOINT)
+POLICY = "policy"
+"""Key in the `meta` of a node that holds a policy [B * rows, L]: the stage that decided it."""
 
 
 class StageRecord(NamedTuple):

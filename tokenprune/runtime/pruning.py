@@ -28,6 +28,7 @@ from tokenprune.rewrite.settings import PATHS, CallSettings, Path, PathName
 from tokenprune.runtime.cache import ProgramCache, signature_of
 from tokenprune.runtime.entries import BlocksReached, check_what_follows, stopped_at
 from tokenprune.runtime.program import Programs
+from tokenprune.runtime.watch import Watch
 from tokenprune.scorers.protocol import PREDICTORS
 from tokenprune.tracing.host_graph import HostGraph, trace
 from tokenprune.tracing.state import buffers_kept, no_autocast_cache
@@ -88,6 +89,7 @@ class Pruning:
     cache: ProgramCache = field(default_factory=ProgramCache)
     overrides: dict[int, Overrides] = field(default_factory=dict)
     entries: set[str] = field(default_factory=set)
+    watch: Watch = field(default_factory=Watch)
 
     def inputs(self, given: ExampleInputs | None) -> dict[str, Any]:
         """Example inputs by name; drawn if None."""
@@ -181,6 +183,10 @@ class Pruning:
         settings = self.settings(path, programs, arguments, model.training)
         tensors = {n: v for n, v in arguments.items() if isinstance(v, Tensor)}
         output, records, tokens, real = program.run(model, settings, **tensors)
+        if settings.sample and not torch.compiler.is_compiling():
+            scorers, targets = model.get_submodule(PREDICTORS), self.budget.keep_ratios
+            decisions = [kept for _, kept in records]
+            self.watch.saw(model, scorers, decisions, real, targets, return_trace)
         if not return_trace:
             return output
         if name == "dense":

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from tokenprune.errors import NotWrappedError
+from tokenprune.losses.logits import class_logits
 from tokenprune.rewrite.settings import Path
 from tokenprune.runtime.model import PrunedModel, pruning_of
 from tokenprune.tracing.state import kept_modes
 from tokenprune.train.data import DataBundle
 from tokenprune.train.folders import DataError
-from tokenprune.train.logits import class_logits
 
 __all__ = ["evaluate", "kept_tokens", "score"]
 

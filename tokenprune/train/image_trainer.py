@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from tokenprune.losses.logits import class_logits
 from tokenprune.recipe.schema import TrainSection
 from tokenprune.rewrite.settings import Path as ModelPath
 from tokenprune.train.arguments import Progress
@@ -20,7 +21,6 @@ from tokenprune.train.data import DataBundle
 from tokenprune.train.evaluation import score
 from tokenprune.train.folders import DataError
 from tokenprune.train.images import EpochView
-from tokenprune.train.logits import class_logits
 from tokenprune.train.mixing import Mixing, criterion
 from tokenprune.train.optim import Schedule, frozen_names, make_optimizer, make_scheduler
 from tokenprune.train.order import EpochBatches

@@ -4,7 +4,6 @@ The parts of DynamicViT's training that its paper leaves open; see the `train` s
 """
 
 import math
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from tokenprune.notices import warn_once
 from tokenprune.recipe.schema import TrainSection
 from tokenprune.runtime.pruning import added_names
 
@@ -66,10 +66,12 @@ def frozen_names(model: nn.Module, parts: Iterable[str]) -> set[str]:
     for part in parts:
         matching = {name for name in host if part in name}
         if not matching:
-            warnings.warn(
+            warn_once(
+                model,
+                f"frozen_parameters {part!r}",
                 f"train.frozen_parameters holds {part!r}, which is part of no parameter's name in "
-                f"this {type(model).__name__}; nothing is frozen by it.",
-                stacklevel=3,
+                f"this {type(model).__name__}; nothing is frozen by it. Leave it out, or write a "
+                "part of a name that model.named_parameters() has.",
             )
         found |= matching
     return found

@@ -11,15 +11,14 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
 
 from tokenprune.errors import PlanError
-from tokenprune.losses import PruningLoss
+from tokenprune.losses import ModelLoss
+from tokenprune.losses.logits import class_logits
 from tokenprune.recipe import Recipe
-from tokenprune.rewrite.kept.pruning_trace import PruningTrace
 from tokenprune.rewrite.settings import Path as ModelPath
 from tokenprune.runtime.model import PrunedModel, pruning_of
 from tokenprune.train.arguments import Progress
 from tokenprune.train.data import DataBundle
 from tokenprune.train.image_trainer import ImageTrainer
-from tokenprune.train.logits import class_logits
 from tokenprune.wrapping import wrap
 
 __all__ = ["PruningTrainer", "frozen_copy"]
@@ -72,11 +71,9 @@ class PruningTrainer(ImageTrainer):
                 f"before {list(pruning.plan.blocks)}. Wrap the host with the recipe that trains it."
             )
         super().__init__(model, args, data, recipe.train, progress=progress, callbacks=callbacks)
-        ratios, weights = pruning.budget.keep_ratios, recipe.loss.model_dump()
-        self.loss = PruningLoss(keep_ratios=ratios, criterion=self.criterion, **weights)
-        self.teacher: PrunedModel | None = None
-        if self.loss.distill_logits or self.loss.distill_tokens:
-            self.teacher = frozen_copy(model, teacher).to(args.device)
+        distills = recipe.loss.distill_logits or recipe.loss.distill_tokens
+        self.teacher = frozen_copy(model, teacher).to(args.device) if distills else None
+        self.loss = ModelLoss(model, recipe.loss, self.teacher, self.criterion)
         self.noise = torch.Generator(args.device)
         seed = np.random.SeedSequence((self.config.seed, args.process_index, len("noise")))
         self.noise.manual_seed(int(seed.generate_state(1, np.uint64)[0]) % 2**63)
@@ -94,44 +91,12 @@ class PruningTrainer(ImageTrainer):
         with student.using(path="mask", generator=self.noise):
             output, trace = model(images, return_trace=True)
         logits = class_logits(output, self.data.num_classes)
-        decisions = [stage.decision for stage in trace.stages]
-        distilled = self._distillation(student, images, trace)
-        loss, parts = self.loss(logits, target, decisions, **distilled, real=trace.real)
-        shares = {f"kept_share_{s}": d.detach().mean() for s, d in enumerate(decisions)}
+        with self.accelerator.autocast():
+            loss, parts = self.loss(images, output, target, trace)
+        decisions = enumerate(stage.decision for stage in trace.stages)
+        shares = {f"kept_share_{s}": decision.detach().mean() for s, decision in decisions}
         self._note({**parts, **shares})
         return (loss, {"logits": logits}) if return_outputs else loss
-
-    def _distillation(
-        self, student: PrunedModel, images: Tensor, trace: PruningTrace
-    ) -> dict[str, Tensor]:
-        if self.teacher is None:
-            return {}
-        with torch.no_grad(), self.accelerator.autocast(), self.teacher.using(path="dense"):
-            if not self.loss.distill_tokens:
-                output = self.teacher(images)
-                return {"teacher_logits": class_logits(output, self.data.num_classes)}
-            output, dense = self.teacher(images, return_trace=True)
-            teacher_tokens = self._tokens(self.teacher, dense)
-        with self.accelerator.autocast():
-            student_tokens = self._tokens(student, trace)
-        return {
-            "teacher_logits": class_logits(output, self.data.num_classes),
-            "student_tokens": student_tokens,
-            "teacher_tokens": teacher_tokens,
-        }
-
-    def _tokens(self, model: nn.Module, trace: PruningTrace) -> Tensor:
-        """Operands of the token term: final patch tokens, or their logits for `kl`."""
-        if self.loss.token_distance == "mse":
-            return trace.patch_tokens
-        head = getattr(model, "aux_head", None)
-        if not isinstance(head, nn.Module):
-            raise PlanError(
-                "loss.token_distance is 'kl', which compares the class logits of tokens, but "
-                f"{type(model).__name__} has no dense head (`aux_head`, as LV-ViT has). Use 'mse'."
-            )
-        logits: Tensor = head(trace.patch_tokens)
-        return logits
 
     # ---- checkpoints
 

@@ -11,7 +11,7 @@ from tokenprune.ops.attention import masked_attention
 from tokenprune.ops.moving import put_back_masked
 from tokenprune.rewrite.kept.protocol import KeptSet, StagePoint
 from tokenprune.rewrite.kept.pruning_trace import StageTrace
-from tokenprune.rewrite.rewrite import Rewrite
+from tokenprune.rewrite.rewrite import POLICY, Rewrite
 from tokenprune.rewrite.stages import decide, fill_dropped, present_masked
 
 __all__ = ["Masked"]
@@ -35,10 +35,13 @@ class Masked(KeptSet):
     def policy(self, rw: Rewrite, stage: int, prefix: int, rows_per_image: int) -> fx.Node:
         decision, key = rw.records[stage].kept, ("policy", stage, prefix)
         policy = rw.once(key, rw.insert_after, decision, policy_of, decision, prefix)
+        policy.meta[POLICY] = stage
         if rows_per_image == 1:
             return policy
-        repeated = (torch.repeat_interleave, policy, rows_per_image, 0)
-        return rw.once((*key, rows_per_image), rw.insert_after, policy, *repeated)
+        repeat = (torch.repeat_interleave, policy, rows_per_image, 0)
+        repeated = rw.once((*key, rows_per_image), rw.insert_after, policy, *repeat)
+        repeated.meta[POLICY] = stage
+        return repeated
 
     def stage_traces(
         self, records: Sequence[Any], num_patches: Sequence[int], nested: bool

@@ -9,8 +9,13 @@ from tokenprune.errors import HostError, PlanError
 __all__ = ["class_logits"]
 
 
-def class_logits(output: Any, num_classes: int) -> Tensor:
-    """The class logits [B, C] in a tensor, a tuple or an output of transformers."""
+def class_logits(output: Any, num_classes: int | None = None) -> Tensor:
+    """The class logits [B, C] in a tensor, a tuple or an output of transformers.
+
+    Raises:
+        HostError: There are none.
+        PlanError: There are not `num_classes` of them.
+    """
     logits = getattr(output, "logits", output)
     if isinstance(logits, tuple | list) and logits:
         logits = logits[0]
@@ -21,7 +26,7 @@ def class_logits(output: Any, num_classes: int) -> Tensor:
             f"Training needs class logits [B, C], the host returned {found}. Use the host's class "
             "with a classification head."
         )
-    if logits.shape[1] != num_classes:
+    if num_classes is not None and logits.shape[1] != num_classes:
         raise PlanError(
             f"The data has {num_classes} classes, but the host's head has {logits.shape[1]} "
             f"outputs. Build the host with num_classes={num_classes}, or use the data it was "
