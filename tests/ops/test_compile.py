@@ -28,7 +28,7 @@ def _no_shape_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The checks of the annotations, which only tests put there, break the graph."""
     monkeypatch.setattr(config, "jaxtyping_disable", True)
     for function in (_fused.MaskedAttention, _fused._Gradients, softmax._MaskedSoftmax):
-        for name in ("forward", "setup_context"):
+        for name in ("forward", "setup_context", "backward"):
             plain = inspect.unwrap(getattr(function, name))
             monkeypatch.setattr(function, name, staticmethod(plain))
 
