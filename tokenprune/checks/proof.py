@@ -22,6 +22,7 @@ from tokenprune.runtime.jagged.buckets import filled
 from tokenprune.runtime.model import pruning_of
 from tokenprune.runtime.program import Program
 from tokenprune.runtime.pruning import added_names
+from tokenprune.tracing.arguments import Arguments
 from tokenprune.tracing.interpret import run, tensors_in
 
 __all__ = ["TOLERANCE", "Theorems"]
@@ -34,13 +35,13 @@ TOLERANCE = {torch.float64: EXACT, torch.float32: 1e-4, torch.bfloat16: 5e-2, to
 class Theorems:
     """The checks of one wrapped model, in eval mode, on one input."""
 
-    def __init__(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
+    def __init__(self, model: nn.Module, inputs: Arguments) -> None:
         pruning = pruning_of(model)
         self.model, self.inputs, self.host = model, inputs, pruning.host
         self.programs = pruning.programs(inputs)
         self.facts = self.programs.analysis.facts
         self.num_patches = self.programs.num_patches
-        self.tensors = {n: v for n, v in inputs.items() if isinstance(v, Tensor)}
+        self.tensors = inputs.tensors
         first = next(iter(self.tensors.values()))
         self.batch_size = int(first.shape[0]) if first.ndim else 1
         self.pruned = pruning.path_name("gather")
@@ -117,7 +118,7 @@ class Theorems:
         fast = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)  # another kernel, with other rounding
         try:
-            dense = tensors_in(self.host.forward(**self.inputs))
+            dense = tensors_in(self.inputs.call(self.host.forward))
         finally:
             torch.backends.mha.set_fastpath_enabled(fast)
         pruned = self._run(self.pruned, whole)
@@ -279,11 +280,9 @@ class Theorems:
         return rows
 
 
-def _double(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-        for name, value in inputs.items()
-    }
+def _double(inputs: Arguments) -> Arguments:
+    floats = {name: x for name, x in inputs.tensors.items() if x.is_floating_point()}
+    return inputs.with_tensors({name: x.double() for name, x in floats.items()})
 
 
 def _returned(output: Any) -> list[fx.Node]:

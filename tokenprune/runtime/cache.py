@@ -1,6 +1,5 @@
 """Programs by the signature of the call that they were traced for."""
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -8,6 +7,7 @@ from torch import Tensor, nn
 
 from tokenprune.errors import HostError
 from tokenprune.runtime.program import Programs
+from tokenprune.tracing.arguments import Arguments, plain_key
 
 __all__ = ["ProgramCache", "Signature", "signature_of"]
 
@@ -19,31 +19,32 @@ class Signature(NamedTuple):
     batch_size: int
 
 
-def signature_of(arguments: Mapping[str, Any], watched: list[nn.Module]) -> Signature:
+def signature_of(arguments: Arguments, watched: list[nn.Module]) -> Signature:
     """The signature of a call, for a host whose Python code reads `training` of `watched` modules.
 
     Raises:
-        HostError: There is no tensor among the arguments, or something else than a plain value.
+        HostError: There is no tensor among the arguments.
     """
-    tensors = [value for value in arguments.values() if isinstance(value, Tensor)]
+    tensors = list(arguments.tensors.values())
     if not tensors:
         raise HostError("A wrapped model must be called with at least one tensor.")
     batch_size = tensors[0].shape[0] if tensors[0].ndim else 1
     device = tensors[0].device.type
     autocast = device != "meta" and torch.is_autocast_enabled(device)
     modes = tuple([module.training for module in watched])
-    key = [modes, autocast, torch.get_autocast_dtype(device) if autocast else None]
+    key: list[Any] = [
+        arguments.places,
+        modes,
+        autocast,
+        torch.get_autocast_dtype(device) if autocast else None,
+    ]
     for name, value in arguments.items():
         if isinstance(value, Tensor):
             shape = tuple(value.shape)
             batched = bool(shape) and shape[0] == batch_size
-            value = (batched, shape[1:] if batched else shape, value.dtype, value.device)
-        elif not isinstance(value, bool | int | float | str):
-            raise HostError(
-                f"Argument {name!r} is a {type(value).__name__}; a wrapped model takes "
-                "tensors, numbers, strings and flags."
-            )
-        key.append((name, value))
+            key.append((name, batched, shape[1:] if batched else shape, value.dtype, value.device))
+        else:
+            key.append((name, *plain_key(value)))
     return Signature(tuple(key), batch_size)
 
 

@@ -26,6 +26,7 @@ from tokenprune.rewrite.settings import PATHS, CallSettings, Path, PathName
 from tokenprune.runtime.cache import ProgramCache, signature_of
 from tokenprune.runtime.program import Programs
 from tokenprune.scorers.protocol import PREDICTORS
+from tokenprune.tracing.arguments import Arguments, as_arguments
 from tokenprune.tracing.host_graph import HostGraph, trace
 from tokenprune.tracing.state import (
     LazyAttributes,
@@ -81,8 +82,8 @@ class Pruning:
     cache: ProgramCache = field(default_factory=ProgramCache)
     overrides: Overrides = field(default_factory=Overrides)
 
-    def inputs(self, given: ExampleInputs | None) -> dict[str, Any]:
-        """Example inputs by name; drawn if None."""
+    def inputs(self, given: ExampleInputs | None) -> Arguments:
+        """The arguments of an example call; drawn if None."""
         return named_inputs(self.call, self.spec, self.host, given)
 
     def run(
@@ -94,9 +95,10 @@ class Pruning:
         keeps_all = path == "gather" and not forced and self.budget.keeps_all
         if (path == "dense" or keeps_all) and not return_trace:
             return self.host.forward(*args, **kwargs)
-        arguments = self.call.named(args, kwargs)
+        arguments = self.call.bind(args, kwargs)
         if torch.compiler.is_dynamo_compiling():
-            _prepare(self, path, tuple(arguments), *arguments.values())
+            leaves = arguments.leaves
+            _prepare(self, path, arguments.places, tuple(leaves), *leaves.values())
         programs = self.programs(arguments)
         name = self.path_name(path)
         if name == "jagged" and torch.compiler.is_exporting():
@@ -107,8 +109,7 @@ class Pruning:
             )
         program = programs.get(self.host, name)
         settings = self.settings(path, programs, arguments, model.training)
-        tensors = {n: v for n, v in arguments.items() if isinstance(v, Tensor)}
-        output, records, tokens, real = program.run(model, settings, **tensors)
+        output, records, tokens, real = program.run(model, settings, **arguments.tensors)
         if not return_trace:
             return output
         if name == "dense":
@@ -123,7 +124,7 @@ class Pruning:
 
     def programs(
         self,
-        arguments: Mapping[str, Any],
+        given: Arguments | Mapping[str, Any],
         traced: HostGraph | None = None,
         blocks: Blocks | None = None,
     ) -> Programs:
@@ -134,10 +135,13 @@ class Pruning:
             PlanError: A stage sees no patch tokens, or can do nothing.
             UnsupportedHostError: The call cannot be traced, or a node run with fewer tokens.
         """
-        signature, host = signature_of(arguments, self.watched), self.host
+        host, arguments = self.host, as_arguments(self.call.host, given)
+        signature = signature_of(arguments, self.watched)
         found = self.cache.find(signature)
         if found is None:
             if traced is None or blocks is None:
+                if not signature.batch_size:
+                    arguments = _with_images(arguments)
                 with hide_lazy_tensors(self.lazy):
                     traced = trace(host, arguments)
                 blocks = find_blocks(host, traced, self.spec)
@@ -147,10 +151,15 @@ class Pruning:
                 reduction = self.method.reduction(host, known)
             found = Programs(known, reduction, self.method.scorer, self.restore)
             self.cache.add(signature, found)
+        if not signature.batch_size and found.analysis.batch_bound:
+            raise HostError(
+                f"{type(host).__name__} was called with an empty batch, but its Python code "
+                "depends on the number of images. Call it with one image at least."
+            )
         return found
 
     def settings(
-        self, path: Path, programs: Programs, arguments: Mapping[str, Any], training: bool
+        self, path: Path, programs: Programs, arguments: Arguments, training: bool
     ) -> CallSettings:
         """What one call asks for.
 
@@ -160,7 +169,7 @@ class Pruning:
         sampling, forced = self.recipe.sampling, self.overrides.keep_indices
         if forced is not None:
             padded = self.budget.threshold is not None
-            batch = next(v for v in arguments.values() if isinstance(v, Tensor)).shape[0]
+            batch = next(iter(arguments.tensors.values())).shape[0]
             for kept, patches in zip(forced, programs.num_patches, strict=True):
                 check_keep_indices(kept, batch_size=batch, num_patches=patches, padded=padded)
         return CallSettings(
@@ -226,11 +235,19 @@ class Pruning:
         self.budget = budget
 
 
+def _with_images(none: Arguments) -> Arguments:
+    """The arguments of a call with an empty batch, for two images: a trace needs some."""
+    batched = {name: x for name, x in none.tensors.items() if x.shape[:1] == (0,)}
+    return none.with_tensors({n: x.new_zeros(2, *x.shape[1:]) for n, x in batched.items()})
+
+
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _prepare(pruning: Pruning, path: Path, names: tuple[str, ...], *values: Any) -> bool:
+def _prepare(
+    pruning: Pruning, path: Path, places: Any, names: tuple[str, ...], *values: Any
+) -> bool:
     """Build the program before Dynamo traces the call, on real tensors and outside of what is
     compiled."""
-    programs = pruning.programs(dict(zip(names, values, strict=True)))
+    programs = pruning.programs(Arguments(dict(zip(names, values, strict=True)), places))
     programs.get(pruning.host, path)
     return True
 

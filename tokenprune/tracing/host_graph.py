@@ -10,6 +10,7 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from tokenprune.errors import HostError, TokenPruneError, TraceError
+from tokenprune.tracing.arguments import Arguments, as_arguments
 from tokenprune.tracing.effects import has_effect
 from tokenprune.tracing.state import buffers_kept, no_autocast_cache
 from tokenprune.tracing.tracer import NUMBER, ValueTracer
@@ -77,11 +78,11 @@ class HostGraph:
         return outputs[-1] if outputs else None
 
 
-def trace(host: nn.Module, arguments: Mapping[str, Any]) -> HostGraph:
-    """Trace `host.forward(**arguments)`; the host is left as it was.
+def trace(host: nn.Module, arguments: Arguments | Mapping[str, Any]) -> HostGraph:
+    """Trace a call of `host.forward`; the host is left as it was.
 
     Args:
-        arguments: Tensors become inputs, everything else is specialized on.
+        arguments: Of the call, by name. Tensors become inputs, everything else is specialized on.
 
     Raises:
         HostError: The host itself refuses these arguments, or returns no tensor.
@@ -90,7 +91,7 @@ def trace(host: nn.Module, arguments: Mapping[str, Any]) -> HostGraph:
     tracer = ValueTracer(host)
     try:
         with no_autocast_cache(), buffers_kept(host):
-            graph = tracer.record(host.forward, arguments)
+            graph = tracer.record(host.forward, as_arguments(type(host).__name__, arguments))
     except TokenPruneError:
         raise
     except Exception as error:

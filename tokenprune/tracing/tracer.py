@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.fx.node import map_aggregate
 
+from tokenprune.tracing.arguments import Arguments
 from tokenprune.tracing.decompose import DECOMPOSED
 from tokenprune.tracing.functions import functions_recorded
 from tokenprune.tracing.interpret import run, tensor_attribute, tensors_in
@@ -91,14 +92,13 @@ class ValueTracer(fx.Tracer):
         self._example: Mapping[str, Any] = {}
         self._count = 0
 
-    def record(self, forward: Callable[..., Any], example: Mapping[str, Any]) -> fx.Graph:
-        """Trace `forward(**example)`: tensors become inputs, other values are specialized on."""
-        self._example = example
-        tensors = {name: v for name, v in example.items() if isinstance(v, torch.Tensor)}
+    def record(self, forward: Callable[..., Any], example: Arguments) -> fx.Graph:
+        """Trace a call of `forward`: tensors become inputs, other values are specialized on."""
+        self._example = tensors = example.tensors
         inputs = {n: self.create_proxy("placeholder", n, (), {}, v) for n, v in tensors.items()}
         with ONE_AT_A_TIME, self._patched(), attributes_kept(self.root):
             empty_caches(self.root)
-            output = forward(**{**example, **inputs})
+            output = example.with_tensors(inputs).call(forward)
             self.create_node("output", "output", (self.create_arg(output),), {})
         return self.graph
 
