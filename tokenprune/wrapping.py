@@ -20,6 +20,7 @@ from tokenprune.runtime.model import PRUNING, PUBLIC, PrunedModel, pruned_class,
 from tokenprune.runtime.pruning import Pruning, added_names
 from tokenprune.scorers.protocol import PREDICTORS
 from tokenprune.tracing.host_graph import trace
+from tokenprune.tracing.stand_ins import is_plain
 from tokenprune.tracing.state import kept_modes, lazy_attributes
 
 __all__ = ["unwrap", "wrap"]
@@ -179,7 +180,8 @@ def _check_finite(host: nn.Module) -> None:
                 "before wrapping."
             )
     for name, tensor in host.named_parameters():
-        if tensor.is_floating_point() and not tensor.is_meta and not torch.isfinite(tensor.sum()):
+        known = is_plain(tensor) and tensor.is_floating_point() and not tensor.is_meta
+        if known and not torch.isfinite(tensor.sum()):
             bad = int((~torch.isfinite(tensor)).sum())
             if bad:  # else the sum alone was too large
                 raise NonFiniteWeightsError(

@@ -49,8 +49,8 @@ class KeywordOnly(Vit):
 
 
 class Nested(Vit):
-    def forward(self, images: list[dict[str, Tensor]], sizes: Sizes | None = None) -> Tensor:
-        out = super().forward(torch.cat([image["pixels"] for image in images]))
+    def forward(self, batch: dict[str, list[Tensor]], sizes: Sizes | None = None) -> Tensor:
+        out = super().forward(torch.cat(batch["halves"], -1))
         return out if sizes is None else out * sizes.scale + sizes.shift
 
 
@@ -72,7 +72,7 @@ def test_a_host_with_star_arguments() -> None:
     with torch.no_grad():
         assert model(X[..., :8], X[..., 8:]).equal(model(X))
     tokenprune.verify(model, (X,))
-    with pytest.raises(TypeError, match="unexpected keyword|takes"):
+    with pytest.raises(TypeError, match="unexpected keyword"):
         host(x=X)
     with pytest.raises(HostError, match=r"takes \(\), but was called with \(x\)"):
         model(x=X)
@@ -102,15 +102,15 @@ def test_nan_is_one_value() -> None:
 
 
 def test_tensors_in_containers_are_inputs() -> None:
-    images = [{"pixels": X[:1]}, {"pixels": X[1:]}]
-    host, model = wrapped(Nested, images)
-    sizes = Sizes(torch.tensor(3.0), 0.5)
-    for given in ((images,), (images, sizes), (images[::-1], Sizes(torch.tensor(5.0), 0.5))):
-        with torch.no_grad(), model.using("gather", keep_indices=[torch.arange(16)[None]] * 2):
-            torch.testing.assert_close(model(*given), host(*given))
+    batch = {"halves": [X[..., :8], X[..., 8:]]}
+    host, model = wrapped(Nested, batch)
+    tokenprune.verify(model, (batch,))
+    sizes, others = Sizes(torch.tensor(3.0), 0.5), Sizes(torch.tensor(5.0), 0.5)
+    for given in ((batch,), (batch, sizes), ({"halves": batch["halves"][::-1]}, others)):
+        same_at_full_ratio(host, model, *given)
     assert len(model._pruning.cache.all()) == 2
     scale = torch.tensor(2.0, requires_grad=True)
-    model.train()(images, Sizes(scale)).sum().backward()
+    model.train()(batch, Sizes(scale)).sum().backward()
     assert scale.grad is not None
 
 

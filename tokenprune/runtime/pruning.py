@@ -28,6 +28,7 @@ from tokenprune.runtime.program import Programs
 from tokenprune.scorers.protocol import PREDICTORS
 from tokenprune.tracing.arguments import Arguments, as_arguments
 from tokenprune.tracing.host_graph import HostGraph, trace
+from tokenprune.tracing.stand_ins import stand_ins
 from tokenprune.tracing.state import (
     LazyAttributes,
     buffers_kept,
@@ -146,7 +147,8 @@ class Pruning:
                     traced = trace(host, arguments)
                 blocks = find_blocks(host, traced, self.spec)
             leave = self.method.reduction.removes
-            with no_autocast_cache(), buffers_kept(host):
+            plain = stand_ins(host, traced.fake_mode)
+            with plain, no_autocast_cache(), buffers_kept(host):
                 known = analyse(host, traced, blocks, self.plan, self.spec, tokens_leave=leave)
                 reduction = self.method.reduction(host, known)
             found = Programs(known, reduction, self.method.scorer, self.restore)

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from tokenprune.errors import HostError, TokenPruneError, TraceError
 from tokenprune.tracing.arguments import Arguments, as_arguments
 from tokenprune.tracing.effects import has_effect
+from tokenprune.tracing.stand_ins import stand_ins
 from tokenprune.tracing.state import buffers_kept, no_autocast_cache
 from tokenprune.tracing.tracer import NUMBER, ValueTracer
 
@@ -88,14 +89,15 @@ def trace(host: nn.Module, arguments: Arguments | Mapping[str, Any]) -> HostGrap
         HostError: The host itself refuses these arguments, or returns no tensor.
         TraceError: Its code cannot be traced; the line of its source is named.
     """
-    tracer = ValueTracer(host)
-    try:
-        with no_autocast_cache(), buffers_kept(host):
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with stand_ins(host, mode), no_autocast_cache(), buffers_kept(host):
+        tracer = ValueTracer(host, mode)
+        try:
             graph = tracer.record(host.forward, as_arguments(type(host).__name__, arguments))
-    except TokenPruneError:
-        raise
-    except Exception as error:
-        raise _explained(error, tracer, host, arguments) from error
+        except TokenPruneError:
+            raise
+        except Exception as error:
+            raise _explained(error, tracer, host, arguments) from error
     if not graph.output_node().all_input_nodes:
         raise HostError(
             f"{type(host).__name__} returns no tensor for the input {_shapes(arguments)}. Wrap a "

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from tokenprune.tracing.stand_ins import is_plain
+
 __all__ = [
     "LazyAttributes",
     "attributes_kept",
@@ -76,7 +78,8 @@ def hide_lazy_tensors(attributes: LazyAttributes) -> Iterator[None]:
 @contextmanager
 def buffers_kept(root: nn.Module) -> Iterator[None]:
     """Give every buffer its values back: some hosts count their calls in one."""
-    before = [(buffer, buffer.clone()) for buffer in root.buffers() if not buffer.is_meta]
+    own = (b for b in root.buffers() if is_plain(b) and not b.is_meta)
+    before = [(buffer, buffer.clone()) for buffer in own]
     try:
         yield
     finally:

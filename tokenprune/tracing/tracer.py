@@ -31,6 +31,7 @@ from tokenprune.tracing.interpret import run, tensor_attribute, tensors_in
 from tokenprune.tracing.opaque import OPAQUE, as_traced
 from tokenprune.tracing.provenance import Provenance, failed_at, where_called
 from tokenprune.tracing.proxy import ValueProxy, concrete
+from tokenprune.tracing.stand_ins import fake_of
 from tokenprune.tracing.state import attributes_kept, empty_caches
 
 __all__ = ["NUMBER", "RecordedCall", "ValueTracer"]
@@ -74,11 +75,11 @@ class ValueTracer(fx.Tracer):
         root: The host; nothing of it is changed, and patches last only as long as the trace.
     """
 
-    def __init__(self, root: nn.Module) -> None:
+    def __init__(self, root: nn.Module, fake_mode: FakeTensorMode | None = None) -> None:
         super().__init__()
         self.root = root
         self.graph = fx.Graph(tracer_cls=type(self))
-        self.fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.fake_mode = fake_mode or FakeTensorMode(allow_non_fake_inputs=True)
         self._executing = False
         self._thread = threading.get_ident()
         self.specialized: list[fx.Node] = []
@@ -172,7 +173,7 @@ class ValueTracer(fx.Tracer):
                 value = tensor_attribute(self.root, target)
             if value is not None:
                 tensor = isinstance(value, torch.Tensor)
-                return self.fake_mode.from_tensor(value) if tensor else value
+                return fake_of(self.fake_mode, value) if tensor else value
             args, kwargs = map_aggregate(args, concrete), map_aggregate(kwargs, concrete)
             with self.fake_mode:
                 if kind == "call_function":
