@@ -1,9 +1,8 @@
 """What is traced in place of tensors that are no plain ones.
 
 Under torch.func a host's inputs and parameters are wrappers; FSDP2 and tensor parallel make
-DTensors of its parameters, torchao quantized ones. A trace needs of a tensor its (global) shape, its
-dtype and its device, so a plain fake tensor serves. When the graph runs it finds the real ones by
-their path.
+DTensors of its parameters, torchao quantized ones. A trace needs the (global) shape, dtype and
+device of a tensor, so a plain fake tensor serves. A graph finds the real ones by their path.
 """
 
 from collections.abc import Iterator

@@ -25,6 +25,7 @@ from torch._subclasses.fake_tensor import (
 from torch.fx.node import map_aggregate
 
 from tokenprune.tracing.arguments import Arguments
+from tokenprune.tracing.constants import find
 from tokenprune.tracing.decompose import DECOMPOSED
 from tokenprune.tracing.functions import functions_recorded
 from tokenprune.tracing.interpret import run, tensor_attribute, tensors_in
@@ -111,15 +112,19 @@ class ValueTracer(fx.Tracer):
             forward = partial(DECOMPOSED.get(type(module), MODULE_CALL), module)
             return self.call_module(module, forward, args, kwargs)
 
-        def getattribute(module: nn.Module, name: str) -> Any:
-            value = MODULE_GETATTR(module, name)
-            if isinstance(value, torch.Tensor) and not self.executing:
-                return self._attribute(value)
-            return value
+        def recorded(read: Callable[[nn.Module, str], Any]) -> Callable[[nn.Module, str], Any]:
+            def getattribute(module: nn.Module, name: str) -> Any:
+                value = read(module, name)
+                if isinstance(value, torch.Tensor) and not self.executing:
+                    return self._attribute(value)
+                return value
+
+            return getattribute
 
         calls = mock.patch.object(nn.Module, "__call__", call)
-        attributes = mock.patch.object(nn.Module, "__getattr__", getattribute)
-        with calls, attributes, torch.no_grad(), functions_recorded(self):
+        held = mock.patch.object(nn.Module, "__getattr__", recorded(MODULE_GETATTR))
+        plain = mock.patch.object(nn.Module, "__getattribute__", recorded(object.__getattribute__))
+        with calls, held, plain, torch.no_grad(), functions_recorded(self):
             yield
 
     @property
@@ -146,6 +151,28 @@ class ValueTracer(fx.Tracer):
             return tensor
         if name not in self._attributes:
             self._attributes[name] = self.create_proxy("get_attr", name, (), {})
+        return self._attributes[name]
+
+    def _constant(self, tensor: torch.Tensor) -> Any:
+        """A node that looks a tensor up which no module has as an attribute of its own."""
+        name = f"constant {id(tensor)}"
+        if name not in self._attributes:
+            with self._unrecorded():
+                place = find(self.root, tensor)
+            if place is None:
+                raise NotImplementedError(
+                    f"a tensor of shape {tuple(tensor.shape)} that no module, global or closure of "
+                    "the host holds, so that no later call can find it. Register it as a buffer"
+                )
+            if isinstance(place.start, str):
+                found = self.create_proxy("get_attr", place.start, (), {})
+            else:
+                found = self.create_proxy("call_function", place.start, (), {})
+            for step, key in place.steps:
+                found = self.create_proxy("call_function", step, (found, key), {})
+            with self._unrecorded():
+                found.node.meta["val"] = fake_of(self.fake_mode, tensor)
+            self._attributes[name] = found
         return self._attributes[name]
 
     def specialize(self, node: fx.Node, convert: Callable[[Any], Any]) -> Any:
@@ -199,11 +226,7 @@ class ValueTracer(fx.Tracer):
             return self.create_node("get_attr", self.path_of_module(a), (), {})
         if isinstance(a, torch.Tensor):
             proxy = self._attribute(a)
-            if type(proxy) is not ValueProxy:
-                raise NotImplementedError(
-                    "a tensor that is no parameter, buffer or attribute of any module"
-                )
-            return proxy.node
+            return (proxy if type(proxy) is ValueProxy else self._constant(a)).node
         if dataclasses.is_dataclass(a) and not isinstance(a, type):
             fields = [(f, getattr(a, f.name)) for f in dataclasses.fields(a) if f.init]
             said = {f.name: v for f, v in fields if v is not None or f.default is not None}
