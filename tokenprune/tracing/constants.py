@@ -44,13 +44,13 @@ class Place(NamedTuple):
     steps: tuple[Step, ...]
 
 
-def find(root: nn.Module, tensor: Tensor) -> Place | None:
-    """Where the host's code that is running can have read `tensor`; None if nowhere."""
+def find(root: nn.Module, thing: Any) -> Place | None:
+    """Where the host's code that is running can have read `thing`; None if nowhere."""
     for path, module in root.named_modules():
         prefix = f"{path}." if path else ""
         held = {**_of_class(type(module)), **vars(module)}
         starts = [(prefix + n, v) for n, v in held.items() if n not in OF_MODULES]
-        found = _search(starts, tensor, frozenset())
+        found = _search(starts, thing, frozenset())
         if found is not None:
             return found
     frame: FrameType | None = sys._getframe(1)
@@ -61,20 +61,20 @@ def find(root: nn.Module, tensor: Tensor) -> Place | None:
             starts = [(Lookup(n, scope), scope[n]) for n in code.co_names if n in scope]
             inner = [(n, frame.f_locals[n]) for n in code.co_freevars if n in frame.f_locals]
             starts += [(Lookup(n, cell), v) for n, v in inner for cell in _cells(code, n, v)]
-            found = _search(starts, tensor, names)
+            found = _search(starts, thing, names)
             if found is not None:
                 return found
         frame = frame.f_back
     return None
 
 
-def _search(starts: list[tuple[Any, Any]], tensor: Tensor, names: frozenset[str]) -> Place | None:
+def _search(starts: list[tuple[Any, Any]], thing: Any, names: frozenset[str]) -> Place | None:
     """Breadth first, so that the shortest way is found."""
     queue = deque([(Place(start, ()), value) for start, value in starts])
     seen = set[int]()
     while queue and len(seen) < MOST:
         place, value = queue.popleft()
-        if value is tensor:
+        if value is thing:
             return place
         if id(value) in seen or len(place.steps) == DEEPEST:
             continue

@@ -3,22 +3,24 @@
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tokenprune.errors import HostError, TokenPruneError, TraceError
 from tokenprune.tracing.arguments import Arguments, as_arguments
 from tokenprune.tracing.effects import has_effect
+from tokenprune.tracing.opaque import reason_of
+from tokenprune.tracing.provenance import Provenance
+from tokenprune.tracing.randomness import Drawn, Generators
 from tokenprune.tracing.stand_ins import stand_ins
 from tokenprune.tracing.state import buffers_kept, no_autocast_cache
 from tokenprune.tracing.tracer import NUMBER, ValueTracer
 
-__all__ = ["DATA_DEPENDENT", "HostGraph", "ModuleCall", "trace", "untraceable"]
-
-DATA_DEPENDENT = "Python asks for a value of a tensor, which differs from call to call"
+__all__ = ["HostGraph", "ModuleCall", "trace", "untraceable"]
 
 
 class ModuleCall(NamedTuple):
@@ -89,15 +91,22 @@ def trace(host: nn.Module, arguments: Arguments | Mapping[str, Any]) -> HostGrap
         HostError: The host itself refuses these arguments, or returns no tensor.
         TraceError: Its code cannot be traced; the line of its source is named.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode, generators = FakeTensorMode(allow_non_fake_inputs=True), Generators(host)
+    given = as_arguments(type(host).__name__, arguments)
     with stand_ins(host, mode), no_autocast_cache(), buffers_kept(host):
         tracer = ValueTracer(host, mode)
         try:
-            graph = tracer.record(host.forward, as_arguments(type(host).__name__, arguments))
+            graph = tracer.record(host.forward, given)
         except TokenPruneError:
             raise
         except Exception as error:
             raise _explained(error, tracer, host, arguments) from error
+        finally:
+            moved = generators.moved()
+            generators.restore()
+        if moved:
+            again = partial(ValueTracer(host, mode).record, host.forward, given)
+            _refuse_draw(generators.first_draw(again), host, arguments)
     if not graph.output_node().all_input_nodes:
         raise HostError(
             f"{type(host).__name__} returns no tensor for the input {_shapes(arguments)}. Wrap a "
@@ -114,6 +123,17 @@ def trace(host: nn.Module, arguments: Arguments | Mapping[str, Any]) -> HostGrap
         specialized=tuple(tracer.specialized),
         calls=_calls(graph, tracer),
     )
+
+
+def _refuse_draw(drawn: Drawn | None, host: nn.Module, arguments: Mapping[str, Any]) -> None:
+    """Raise if the host moved a generator; another thread may have done it."""
+    if drawn is not None:
+        reason = (
+            f"Python draws from {drawn.generator}, and a trace would freeze the number. Set the "
+            "probability of dropping to 0 in this mode, or draw and decide by torch's tensors"
+        )
+        shapes = _shapes(arguments)
+        raise untraceable(type(host).__name__, shapes, Provenance("", *drawn.where), reason)
 
 
 def _calls(graph: fx.Graph, tracer: ValueTracer) -> dict[str, tuple[ModuleCall, ...]]:
@@ -141,7 +161,7 @@ def _explained(
             f"{type(root).__name__} refused the input {shapes} at {line}. It said: {said}. Give "
             "it an input that it takes by itself."
         )
-    reason = DATA_DEPENDENT if isinstance(error, DataDependentOutputException) else said
+    reason = reason_of(error) or said
     return untraceable(type(root).__name__, shapes, line, reason)
 
 

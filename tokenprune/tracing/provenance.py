@@ -1,13 +1,15 @@
 """Where in the host a node comes from; what error messages speak of."""
 
 import sys
+import sysconfig
 from linecache import getline
 from traceback import walk_tb
 from typing import NamedTuple
 
 __all__ = ["Provenance", "failed_at", "of_host", "where_called"]
 
-OWN_FILES = ("/torch/", "/tokenprune/", "/unittest/", "/contextlib.py", "/functools.py")
+OWN_FILES = ("/torch/", "/tokenprune/", "numpy/")
+STANDARD, INSTALLED = sysconfig.get_paths()["stdlib"], ("site-packages", "dist-packages")
 
 
 class Provenance(NamedTuple):
@@ -38,5 +40,7 @@ def failed_at(error: BaseException, module: str) -> Provenance:
 
 
 def of_host(file: str) -> bool:
-    """Whether a source file is neither torch's nor ours."""
+    """Whether a source file is not Python's, NumPy's, torch's or ours."""
+    if file.startswith(STANDARD) and not any(part in file for part in INSTALLED):
+        return False
     return not any(part in file for part in OWN_FILES) and not file.startswith("<")

@@ -27,11 +27,13 @@ from torch.fx.node import map_aggregate
 from tokenprune.tracing.arguments import Arguments
 from tokenprune.tracing.constants import find
 from tokenprune.tracing.decompose import DECOMPOSED
+from tokenprune.tracing.draws import DrawRead, certain, is_drawn, possible_number
 from tokenprune.tracing.functions import functions_recorded
 from tokenprune.tracing.interpret import run, tensor_attribute, tensors_in
-from tokenprune.tracing.opaque import OPAQUE, as_traced
+from tokenprune.tracing.opaque import DATA_DEPENDENT, OPAQUE, REASON, as_traced, reason_of
 from tokenprune.tracing.provenance import Provenance, failed_at, where_called
 from tokenprune.tracing.proxy import ValueProxy, concrete
+from tokenprune.tracing.randomness import torch_generators_kept
 from tokenprune.tracing.stand_ins import fake_of
 from tokenprune.tracing.state import attributes_kept, empty_caches
 
@@ -44,6 +46,7 @@ MODULE_GETATTR = nn.Module.__getattr__
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 NUMBER = "number"
 """Key in a node's `meta`: nodes are numbered in the order in which the host made them."""
+NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 
@@ -92,6 +95,7 @@ class ValueTracer(fx.Tracer):
         self._modules_entered = [""]
         self._failed_in = ""
         self._example: Mapping[str, Any] = {}
+        self._reads_draws = False
         self._count = 0
 
     def record(self, forward: Callable[..., Any], example: Arguments) -> fx.Graph:
@@ -153,16 +157,16 @@ class ValueTracer(fx.Tracer):
             self._attributes[name] = self.create_proxy("get_attr", name, (), {})
         return self._attributes[name]
 
-    def _constant(self, tensor: torch.Tensor) -> Any:
-        """A node that looks a tensor up which no module has as an attribute of its own."""
-        name = f"constant {id(tensor)}"
+    def _constant(self, thing: torch.Tensor | torch.Generator) -> Any:
+        """A node that looks up what no module has as a tensor of its own."""
+        name = f"constant {id(thing)}"
         if name not in self._attributes:
             with self._unrecorded():
-                place = find(self.root, tensor)
+                place = find(self.root, thing)
             if place is None:
                 raise NotImplementedError(
-                    f"a tensor of shape {tuple(tensor.shape)} that no module, global or closure of "
-                    "the host holds, so that no later call can find it. Register it as a buffer"
+                    f"a {type(thing).__name__} that no module, global or closure of the host "
+                    "holds, so that no later call can find it. Register it as a buffer"
                 )
             if isinstance(place.start, str):
                 found = self.create_proxy("get_attr", place.start, (), {})
@@ -171,7 +175,9 @@ class ValueTracer(fx.Tracer):
             for step, key in place.steps:
                 found = self.create_proxy("call_function", step, (found, key), {})
             with self._unrecorded():
-                found.node.meta["val"] = fake_of(self.fake_mode, tensor)
+                if isinstance(thing, torch.Tensor):
+                    thing = fake_of(self.fake_mode, thing)
+                found.node.meta["val"] = thing
             self._attributes[name] = found
         return self._attributes[name]
 
@@ -179,9 +185,17 @@ class ValueTracer(fx.Tracer):
         """`convert` (bool, int, float, ...) applied to `node`'s value, which Python reads."""
         if self.executing:
             return convert(node.meta["val"])
+        known = certain(node)
+        if known is not None:
+            return convert(known)
+        if self._reads_draws and is_drawn(node):
+            raise DrawRead()
         self.specialized.append(node)
-        with self._unrecorded():
-            return convert(node.meta["val"])
+        try:
+            with self._unrecorded():
+                return convert(node.meta["val"])
+        except NEEDS_VALUES as error:
+            raise self._value_error(node, error) from error
 
     def proxy(self, node: fx.Node) -> ValueProxy:
         return ValueProxy(node, self)
@@ -191,8 +205,20 @@ class ValueTracer(fx.Tracer):
     ) -> Any:
         """A node and its value: of `value`, a real tensor, or else of what the node calls."""
         proxy = super().create_proxy(kind, target, args, kwargs, **options)
-        proxy.node.meta["val"] = self._evaluate(kind, target, args, kwargs, value)
+        try:
+            proxy.node.meta["val"] = self._evaluate(kind, target, args, kwargs, value)
+        except NEEDS_VALUES as error:
+            known, number = certain(proxy.node), possible_number(proxy.node)
+            if target == "item" and known is not None:
+                return known
+            if target != "item" or number is None:
+                raise self._value_error(proxy.node, error) from error
+            proxy.node.meta["val"] = number
+            self._reads_draws = True
         return proxy
+
+    def _value_error(self, node: fx.Node, error: Exception) -> Exception:
+        return DrawRead() if is_drawn(node) else error
 
     def _evaluate(self, kind: str, target: Any, args: Args, kwargs: Kwargs, value: Any) -> Any:
         with self._unrecorded():
@@ -227,6 +253,8 @@ class ValueTracer(fx.Tracer):
         if isinstance(a, torch.Tensor):
             proxy = self._attribute(a)
             return (proxy if type(proxy) is ValueProxy else self._constant(a)).node
+        if isinstance(a, torch.Generator):
+            return self._constant(a).node
         if dataclasses.is_dataclass(a) and not isinstance(a, type):
             fields = [(f, getattr(a, f.name)) for f in dataclasses.fields(a) if f.init]
             said = {f.name: v for f, v in fields if v is not None or f.default is not None}
@@ -291,7 +319,8 @@ class ValueTracer(fx.Tracer):
         start, specialized = self._count, len(self.specialized)
         try:
             return forward(*args, **kwargs)
-        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        except NEEDS_VALUES as error:
+            reason = reason_of(error) or DATA_DEPENDENT
             refusal = failed_at(error, self._failed_in or path)
             self._forget(start, specialized)
             value = self._on_example(m, args, kwargs)
@@ -299,13 +328,13 @@ class ValueTracer(fx.Tracer):
             if not isinstance(value, torch.Tensor) or value.shape[:1] != first.shape[:1]:
                 raise
         output = self.create_proxy("call_module", path, args, kwargs, value)
-        output.node.meta[OPAQUE] = refusal
+        output.node.meta |= {OPAQUE: refusal, REASON: reason}
         rest = tuple(value.shape[1:])
         return self.create_proxy("call_function", as_traced, (output, rest), {})
 
     def _on_example(self, m: nn.Module, args: Args, kwargs: Kwargs) -> Any:
         """A module's output on the example itself; the graph so far is run to get there."""
-        with self._unrecorded():
+        with self._unrecorded(), torch_generators_kept():
             known = dict(run(self.root, self.graph, self._example))
 
             def real(argument: Any) -> Any:
