@@ -22,6 +22,7 @@ __all__ = [
     "RecipeError",
     "RegistrationError",
     "TokenPruneError",
+    "TokenPruneWarning",
     "TraceError",
     "UnknownAdapterError",
     "UnknownRecipeError",
@@ -32,6 +33,10 @@ __all__ = [
 
 class TokenPruneError(Exception):
     """Base of every error raised by tokenprune."""
+
+
+class TokenPruneWarning(UserWarning):
+    """Category of every warning of tokenprune."""
 
 
 class RecipeError(TokenPruneError, ValueError):

@@ -1,6 +1,7 @@
 """`wrap` and `unwrap`: the public entry points."""
 
 import inspect
+import warnings
 from typing import Any
 
 import torch
@@ -10,7 +11,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tokenprune.analysis.blocks import find_blocks
 from tokenprune.analysis.plan import bind
 from tokenprune.checks.verify import verify as verify_model
-from tokenprune.errors import AlreadyWrappedError, NonFiniteWeightsError, UnsupportedHostError
+from tokenprune.errors import (
+    AlreadyWrappedError,
+    NonFiniteWeightsError,
+    TokenPruneError,
+    TokenPruneWarning,
+    UnsupportedHostError,
+)
 from tokenprune.hosts.inputs import CallSignature, ExampleInputs, named_inputs
 from tokenprune.hosts.registry import describe
 from tokenprune.hosts.spec import ArchSpec
@@ -19,6 +26,7 @@ from tokenprune.recipe import RecipeSource, load_recipe
 from tokenprune.runtime.model import PRUNING, PUBLIC, PrunedModel, pruned_class, pruning_of
 from tokenprune.runtime.pruning import Pruning, added_names
 from tokenprune.scorers.protocol import PREDICTORS
+from tokenprune.tracing.arguments import Arguments
 from tokenprune.tracing.host_graph import trace
 from tokenprune.tracing.stand_ins import is_plain
 from tokenprune.tracing.state import kept_modes, lazy_attributes
@@ -34,6 +42,7 @@ def wrap(
     adapter: str | ArchSpec | None = None,
     restore: bool | None = None,
     verify: bool = True,
+    train: bool = True,
 ) -> Any:
     """Make a vision transformer prune its tokens.
 
@@ -56,6 +65,10 @@ def wrap(
             every token back in place, dropped ones with the value they had when they were dropped;
             False leaves only kept tokens in eval. None refuses such an output by name.
         verify: Prove on this very model that the paths agree.
+        train: Also trace the host in training mode, for the first training step. If that fails
+            while the host is in eval mode, a `TokenPruneWarning` says why, and the first call in
+            training mode raises it. False leaves it out, for a model that only serves: `wrap`
+            takes about half the time, and training traces when it begins.
 
     Raises:
         RecipeError: The recipe cannot be read (`UnknownRecipeError`: there is none of that name).
@@ -111,6 +124,8 @@ def wrap(
             lazy=lazy_attributes(model),
         )
         programs = pruning.programs(example, traced, blocks)
+    if train:
+        _trace_training(pruning, example)
     wrapped = _shell(model)
     wrapped.__dict__[PRUNING] = pruning
     first = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
@@ -123,6 +138,28 @@ def wrap(
     if verify:
         verify_model(wrapped, example, gradients=False)
     return wrapped
+
+
+def _trace_training(pruning: Pruning, example: Arguments) -> None:
+    """Make the program of the first training step; warn if a host in eval mode cannot train."""
+    host = pruning.host
+    training = host.training
+    with kept_modes(host):
+        if not training:
+            host.train()
+        try:
+            path = pruning.path_name(pruning.method.path(training=True))
+            pruning.programs(example).get(host, path)
+        except TokenPruneError as error:
+            if training:
+                raise
+            warnings.warn(
+                f"This {type(host).__name__} cannot run in training mode once it is wrapped; the "
+                f"first such call raises this: {error} If the model only serves, pass train=False "
+                "to wrap.",
+                TokenPruneWarning,
+                stacklevel=3,
+            )
 
 
 def unwrap(model: nn.Module) -> nn.Module:

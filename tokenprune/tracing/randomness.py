@@ -87,8 +87,8 @@ def torch_generators_kept() -> Iterator[None]:
 
 def _subclasses(kind: type) -> Iterator[type]:
     yield kind
-    for found in kind.__subclasses__():
-        yield from _subclasses(found)
+    for narrower in kind.__subclasses__():
+        yield from _subclasses(narrower)
 
 
 def _state(generator: Any) -> Any:
