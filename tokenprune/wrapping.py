@@ -1,15 +1,22 @@
 """`wrap` and `unwrap`: the public entry points."""
 
 import inspect
+import warnings
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tokenprune.analysis.blocks import find_blocks
 from tokenprune.analysis.plan import bind
 from tokenprune.checks.verify import verify as verify_model
-from tokenprune.errors import AlreadyWrappedError, NonFiniteWeightsError, UnsupportedHostError
+from tokenprune.errors import (
+    AlreadyWrappedError,
+    NonFiniteWeightsError,
+    TokenPruneError,
+    TokenPruneWarning,
+    UnsupportedHostError,
+)
 from tokenprune.hosts.inputs import CallSignature, ExampleInputs, first_floating, named_inputs
 from tokenprune.hosts.registry import describe
 from tokenprune.hosts.spec import ArchSpec
@@ -18,7 +25,9 @@ from tokenprune.recipe import RecipeSource, load_recipe
 from tokenprune.runtime.model import PRUNING, PUBLIC, PrunedModel, pruning_of, wrapper_of
 from tokenprune.runtime.pruning import Pruning, added_names
 from tokenprune.scorers.protocol import PREDICTORS
+from tokenprune.tracing.arguments import Arguments
 from tokenprune.tracing.host_graph import trace
+from tokenprune.tracing.stand_ins import is_plain
 from tokenprune.tracing.state import kept_modes
 
 __all__ = ["unwrap", "wrap"]
@@ -32,6 +41,7 @@ def wrap(
     adapter: str | ArchSpec | None = None,
     restore: bool | None = None,
     verify: bool = True,
+    train: bool = True,
 ) -> Any:
     """Make a vision transformer prune its tokens.
 
@@ -54,6 +64,10 @@ def wrap(
             every token back in place, dropped ones with the value they had when they were dropped;
             False leaves only kept tokens in eval. None refuses such an output by name.
         verify: Prove on this very model that the paths agree.
+        train: Also trace the host in training mode, for the first training step. If that fails
+            while the host is in eval mode, a `TokenPruneWarning` says why, and the first call in
+            training mode raises it. False leaves it out, for a model that only serves: `wrap`
+            takes about half the time, and training traces when it begins.
 
     Raises:
         RecipeError: The recipe cannot be read (`UnknownRecipeError`: there is none of that name).
@@ -106,9 +120,11 @@ def wrap(
             budget=budget,
             call=call,
             restore=restore,
-            example={n: v.to("meta") if isinstance(v, Tensor) else v for n, v in example.items()},
+            example=example.with_tensors({n: x.to("meta") for n, x in example.tensors.items()}),
         )
         programs = pruning.programs(example, traced=traced, blocks=blocks)
+    if train:
+        _trace_training(pruning, example)
     wrapped = wrapper_of(pruning)
     first = first_floating(model)
     like = {"device": first.device, "dtype": first.dtype}
@@ -119,6 +135,28 @@ def wrap(
     if verify:
         verify_model(wrapped, example, gradients=False)
     return wrapped
+
+
+def _trace_training(pruning: Pruning, example: Arguments) -> None:
+    """Make the program of the first training step; warn if a host in eval mode cannot train."""
+    host = pruning.host
+    training = host.training
+    with kept_modes(host):
+        if not training:
+            host.train()
+        try:
+            path = pruning.path_name(pruning.method.path(training=True))
+            pruning.programs(example).get(host, path)
+        except TokenPruneError as error:
+            if training:
+                raise
+            warnings.warn(
+                f"This {type(host).__name__} cannot run in training mode once it is wrapped; the "
+                f"first such call raises this: {error} If the model only serves, pass train=False "
+                "to wrap.",
+                TokenPruneWarning,
+                stacklevel=3,
+            )
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -157,7 +195,8 @@ def _check_finite(host: nn.Module) -> None:
                 "before wrapping."
             )
     for name, tensor in host.named_parameters():
-        if tensor.is_floating_point() and not tensor.is_meta and not torch.isfinite(tensor.sum()):
+        known = is_plain(tensor) and tensor.is_floating_point() and not tensor.is_meta
+        if known and not torch.isfinite(tensor.sum()):
             bad = int((~torch.isfinite(tensor)).sum())
             if bad:  # else the sum alone was too large
                 raise NonFiniteWeightsError(

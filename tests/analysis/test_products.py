@@ -41,7 +41,7 @@ def test_products_by_keyword_are_found_and_masked() -> None:
     recipe = {"version": 1, "place": "middle", "schedule": {"blocks": [1], "keep_ratio": 0.6}}
     example = torch.randn(2, LENGTH, WIDTH)
     model = tokenprune.wrap(Host().eval(), recipe, adapter=spec, example_inputs=example)
-    (programs,) = model._pruning.cache
+    programs, *_ = model._pruning.cache
     block = programs.analysis.blocks[1]
     assert block.attention is not None
     assert block.attention.key.meta["val"].shape == (2, WIDTH, LENGTH)

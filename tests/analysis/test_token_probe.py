@@ -60,7 +60,7 @@ def wrapped(step: Step, between: Step | None = None) -> Any:
 
 def probed(step: Step, between: Step | None = None) -> tuple[Analysis, dict[str, NodeFacts]]:
     """The analysis of a host, and what is known about its nodes, by name."""
-    (programs,) = wrapped(step, between)._pruning.cache
+    programs, *_ = wrapped(step, between)._pruning.cache
     return programs.analysis, {node.name: f for node, f in programs.analysis.facts.items()}
 
 
@@ -179,7 +179,7 @@ def test_a_second_run_of_the_probe_keeps_nothing_of_the_first() -> None:
         return torch.cat([first, rest * 2], dim=1) + spare[None, :, None]
 
     pruning = wrapped(step)._pruning
-    (programs,) = pruning.cache
+    programs, *_ = pruning.cache
     analysis, traced = programs.analysis, programs.analysis.traced
     lengths = {n: dict(f.length_of) for n, f in analysis.facts.items() if f.length_of}
     assert lengths

@@ -61,7 +61,7 @@ def test_without_a_word_torch_compiles_once_more_and_then_never() -> None:
 def test_a_signature_never_seen_is_traced_when_it_is_compiled() -> None:
     """Nothing has run before: no program is there, and another image size comes later."""
     host = HOSTS["deit"].make(dynamic_img_size=True)
-    model = tokenprune.wrap(host, HOSTS["deit"].recipe, verify=False).eval()
+    model = tokenprune.wrap(host, HOSTS["deit"].recipe, verify=False, train=False).eval()
     fresh = copy.deepcopy(model)
     run = compiled(model)
     for side in (16, 24):

@@ -59,7 +59,7 @@ def wrapped(end: Callable[[Host, Tensor], Tensor] = lambda host, x: x[:, 0], **o
 
 def graph(path: Any, **options: Any) -> fx.Graph:
     model = wrapped(**options)
-    (programs,) = model._pruning.cache
+    programs, *_ = model._pruning.cache
     return programs.get(model, path).rewrite.graph
 
 
@@ -99,7 +99,7 @@ def test_no_marker_and_no_dead_node_is_left(path: str) -> None:
 
 def test_the_traced_graph_itself_never_changes() -> None:
     model = wrapped()
-    (programs,) = model._pruning.cache
+    programs, *_ = model._pruning.cache
     before = str(programs.analysis.traced.graph)
     for path in ("dense", "mask", "gather"):
         programs.get(model, path)
@@ -182,7 +182,7 @@ def test_a_pass_that_fails_is_named(
     at: str, error: Exception, kind: type[Exception], says: str
 ) -> None:
     model = wrapped()
-    (programs,) = model._pruning.cache
+    programs, *_ = model._pruning.cache
     rewrite = Rewrite(model, programs.analysis)
     with pytest.raises(kind, match=says):
         run_passes(rewrite, [Fails(at, error)])

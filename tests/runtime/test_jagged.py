@@ -284,7 +284,7 @@ def test_a_cut_program_learns_nothing_from_its_calls() -> None:
     x = images(4)
     with torch.no_grad():
         model(x)
-        (programs,) = model._pruning.cache
+        programs, *_ = model._pruning.cache
         cut = programs.get(model, "jagged").run
         before = {name: copy.deepcopy(v) for name, v in vars(cut).items() if name != "segments"}
         for batch in (1, 2, 5):

@@ -390,7 +390,7 @@ def test_methods_of_the_host_are_its_own_whatever_they_are_called() -> None:
 def test_a_budget_is_replaced_and_the_structure_never_is(own_model: Any) -> None:
     pruning = pruning_of(own_model)
     plan, budget = pruning.plan, pruning.budget
-    (programs,) = pruning.cache
+    programs, *_ = pruning.cache
     own_model.set_keep_ratio([0.9, 0.2])
     assert pruning.plan is plan is programs.analysis.plan
     assert pruning.budget != budget

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from tokenprune.tracing.arguments import as_arguments
 from tokenprune.tracing.interpret import run
 from tokenprune.tracing.tracer import ValueTracer
 
@@ -36,7 +37,7 @@ class Host(nn.Module):
 
 def record(host: nn.Module, **inputs: Any) -> tuple[ValueTracer, fx.Graph]:
     tracer = ValueTracer(host)
-    return tracer, tracer.record(host.forward, inputs)
+    return tracer, tracer.record(host.forward, as_arguments("Host", inputs))
 
 
 def replay(host: nn.Module, graph: fx.Graph, inputs: Mapping[str, Tensor]) -> Any:

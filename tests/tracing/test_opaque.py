@@ -68,7 +68,7 @@ def test_it_runs_on_the_values_of_each_call() -> None:
     for given in (inputs(2), inputs(2, -1), inputs(3, -1), inputs(5, 1)):
         with torch.no_grad():
             assert torch.equal(model(**given, return_trace=True)[0], host(**given))
-    assert model._pruning.cache.info().programs == 1  # one trace serves all batches
+    assert model._pruning.cache.info().programs == 2  # eval and training, for all batches
     assert not model._pruning.programs(inputs(3)).analysis.batch_bound
 
 

@@ -14,9 +14,9 @@ from torch import fx, nn
 from tokenprune.analysis.nodes import makers, shape_of
 from tokenprune.analysis.operators import Kind, argument, attends, kind_of
 from tokenprune.hosts.spec import ArchSpec
-from tokenprune.tracing.host_graph import DATA_DEPENDENT, HostGraph, ModuleCall, untraceable
+from tokenprune.tracing.host_graph import HostGraph, ModuleCall, untraceable
 from tokenprune.tracing.modes import MODES, where_predictors_learn
-from tokenprune.tracing.opaque import OPAQUE
+from tokenprune.tracing.opaque import OPAQUE, REASON
 from tokenprune.tracing.tracer import NUMBER
 
 __all__ = ["Attention", "Block", "Blocks", "find_blocks", "mark_tokens", "site_marker"]
@@ -91,7 +91,7 @@ def find_blocks(host: nn.Module, traced: HostGraph, spec: ArchSpec) -> dict[int,
     running.sort(key=lambda run: _order(run[0]))
     for node in traced.graph.nodes if running else ():
         if OPAQUE in node.meta and _order(node) >= _order(running[0][0]):
-            raise _refusal(traced, node, DATA_DEPENDENT)
+            raise _refusal(traced, node, node.meta[REASON])
     same: dict[fx.Node, fx.Node] = {}  # tokens that a block hands on as they are -> their marker
     blocks: dict[int, Block] = {}
     for first, number, call in running:

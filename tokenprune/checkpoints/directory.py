@@ -99,7 +99,7 @@ def load(directory: str | os.PathLike[str], host: nn.Module, **options: Any) -> 
     Args:
         directory: What `save` wrote.
         host: A fresh host, built as the saved one was; its weights do not matter.
-        options: Passed to `wrap`: `example_inputs`, `adapter`, `verify`.
+        options: Passed to `wrap`: `example_inputs`, `adapter`, `verify`, `train`.
 
     Returns:
         The wrapped model.

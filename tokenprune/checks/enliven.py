@@ -1,10 +1,9 @@
 """Random weights and inputs in which an error shows."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor, nn
+
+from tokenprune.tracing.arguments import Arguments
 
 __all__ = ["enliven", "enlivened_inputs"]
 
@@ -36,16 +35,13 @@ def _draw(name: str, drawn: Tensor, generator: torch.Generator) -> Tensor:
     return drawn.normal_(std=max(inputs, 1) ** -0.5, generator=generator)
 
 
-def enlivened_inputs(inputs: Mapping[str, Any], seed: int = 0) -> dict[str, Any]:
+def enlivened_inputs(inputs: Arguments, seed: int = 0) -> Arguments:
     """The same arguments with noise on images and features, so that no two tokens are equal.
 
     Masks and token numbers, which are whole numbers or have no third dim, stay.
     """
     generator = torch.Generator().manual_seed(seed)
 
-    def noisy(value: Any) -> Any:
-        if not (isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 2):
-            return value
-        return value + torch.randn(value.shape, generator=generator, device="cpu").to(value)
-
-    return {name: noisy(value) for name, value in inputs.items()}
+    floats = {n: x for n, x in inputs.tensors.items() if x.is_floating_point() and x.ndim > 2}
+    noise = {n: torch.randn(x.shape, generator=generator, device="cpu") for n, x in floats.items()}
+    return inputs.with_tensors({name: x + noise[name].to(x) for name, x in floats.items()})

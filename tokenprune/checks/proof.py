@@ -24,6 +24,7 @@ from tokenprune.runtime.jagged.buckets import filled
 from tokenprune.runtime.model import pruning_of
 from tokenprune.runtime.program import Program
 from tokenprune.runtime.pruning import added_names
+from tokenprune.tracing.arguments import Arguments
 from tokenprune.tracing.interpret import run, tensors_in
 from tokenprune.tracing.modes import autocast_dtypes
 
@@ -37,13 +38,13 @@ TOLERANCE = {torch.float64: EXACT, torch.float32: 1e-4, torch.bfloat16: 5e-2, to
 class Theorems:
     """The checks of one wrapped model, in eval mode, on one input."""
 
-    def __init__(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
+    def __init__(self, model: nn.Module, inputs: Arguments) -> None:
         pruning = pruning_of(model)
         self.model, self.inputs, self.host = model, inputs, pruning.host
         self.programs = pruning.programs(inputs)
         self.facts = self.programs.analysis.facts
         self.num_patches = self.programs.num_patches
-        self.tensors = {n: v for n, v in inputs.items() if isinstance(v, Tensor)}
+        self.tensors = inputs.tensors
         first = next(iter(self.tensors.values()))
         self.batch_size = int(first.shape[0]) if first.ndim else 1
         self.pruned = pruning.path_name("gather")
@@ -138,7 +139,7 @@ class Theorems:
         fast = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)  # another kernel, with other rounding
         try:
-            dense = tensors_in(self.host.forward(**self.inputs))
+            dense = tensors_in(self.inputs.call(self.host.forward))
         finally:
             torch.backends.mha.set_fastpath_enabled(fast)
         self.whole = self._run(self.pruned, whole)
@@ -312,12 +313,10 @@ class Theorems:
         return rows
 
 
-def cast(inputs: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+def cast(inputs: Arguments, dtype: torch.dtype) -> Arguments:
     """The same arguments, with floating tensors in `dtype`."""
-    return {
-        name: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-        for name, value in inputs.items()
-    }
+    floats = {name: x for name, x in inputs.tensors.items() if x.is_floating_point()}
+    return inputs.with_tensors({name: x.to(dtype) for name, x in floats.items()})
 
 
 def _returned(output: Any) -> list[fx.Node]:

@@ -128,7 +128,7 @@ def _one_image(proof: Theorems) -> Theorems:
     if proof.batch_size == 1 or proof.programs.analysis.batch_bound:
         return proof
     last = {name: value[-1:] for name, value in proof.batched().items()}
-    return Theorems(proof.model, {**proof.inputs, **last})
+    return Theorems(proof.model, proof.inputs.with_tensors(last))
 
 
 class _Tap(NamedTuple):

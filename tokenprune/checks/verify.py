@@ -1,9 +1,7 @@
 """Prove on one model that its paths agree."""
 
 import copy
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import nn
@@ -15,6 +13,7 @@ from tokenprune.checks.telling import telling
 from tokenprune.errors import UnsupportedHostError, VerificationError
 from tokenprune.hosts.inputs import ExampleInputs
 from tokenprune.runtime.model import pruning_of
+from tokenprune.tracing.arguments import Arguments
 from tokenprune.tracing.state import attributes_kept, buffers_kept, kept_modes
 
 __all__ = ["verify"]
@@ -74,7 +73,7 @@ def verify(
 
 
 def _on_a_copy(
-    model: nn.Module, inputs: Mapping[str, Any], given_dtype: torch.dtype, gradients: bool
+    model: nn.Module, inputs: Arguments, given_dtype: torch.dtype, gradients: bool
 ) -> list[Check]:
     """The checks on a copy with random weights and inputs, in which a leak shows; in float64 if it
     does not in float32."""

@@ -77,7 +77,7 @@ def export(
             if host_weights is not None:
                 load_host_weights(host, host_weights)
             spec = describe(host, adapter or None)
-            wrapped = wrap(host, chosen or recipe_for(model, spec), adapter=spec)
+            wrapped = wrap(host, chosen or recipe_for(model, spec), adapter=spec, train=False)
         prune_by(wrapped, keep_ratio)
     target = output or Path(f"{Path(model.rpartition(':')[2]).name}.{asked}")
     with working(f"exporting to {asked}"):

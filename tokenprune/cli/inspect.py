@@ -42,7 +42,7 @@ def inspect(
     chosen = chosen or recipe_for(model, spec)
     _show_spec(host, spec)
     with working("tracing"):
-        wrapped = wrap(host, chosen, adapter=spec, verify=False)
+        wrapped = wrap(host, chosen, adapter=spec, verify=False, train=False)
         counted = profile(wrapped)
     chosen = pruning_of(wrapped).recipe
     show(stage_table(chosen, counted, pruning_of(wrapped).budget.counts(counted.patches_per_stage)))

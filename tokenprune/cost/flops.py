@@ -12,6 +12,7 @@ from torch.utils.flop_counter import flop_registry
 from tokenprune.analysis.analysis import Analysis
 from tokenprune.scorers.protocol import PREDICTORS
 from tokenprune.tracing.interpret import evaluate, run
+from tokenprune.tracing.stand_ins import stand_ins
 from tokenprune.tracing.state import buffers_kept
 
 __all__ = ["Counted", "count_macs"]
@@ -69,8 +70,9 @@ class _Count:
                 self.counted.macs[self._account(node)] += flops // 2
             return value
 
+        mode = self.analysis.traced.fake_mode
         kept = buffers_kept(self.model)
-        with kept, torch.no_grad(), self.analysis.traced.fake_mode, counter:
+        with stand_ins(self.model, mode), kept, torch.no_grad(), mode, counter:
             for node, value in run(self.model, graph, inputs, step):
                 for block in self._entered.get(node, ()):
                     self.counted.tokens[block] = self._patch_tokens(value)

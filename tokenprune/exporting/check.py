@@ -1,7 +1,6 @@
 """Compare an exported file with its model."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +10,7 @@ from tokenprune.errors import ExportError
 from tokenprune.exporting.run import Run, batched_inputs, named_tensors
 from tokenprune.hosts.inputs import first_floating
 from tokenprune.runtime.model import pruning_of
+from tokenprune.tracing.arguments import Arguments
 
 __all__ = ["compare", "margins"]
 
@@ -22,7 +22,7 @@ CLOSE = (
 
 
 def compare(
-    model: nn.Module, run: Run, example: Mapping[str, Any], batch_sizes: Sequence[int], name: str
+    model: nn.Module, run: Run, example: Arguments, batch_sizes: Sequence[int], name: str
 ) -> tuple[float, float]:
     """Run both on fresh inputs of several batch sizes.
 
@@ -40,7 +40,7 @@ def compare(
     largest = 0.0
     for batch_size in batch_sizes:
         inputs, margin = _wide_inputs(model, example, batch_size, allowed / 10, generator)
-        wanted, found = named_tensors(model(**inputs)), run(inputs)
+        wanted, found = named_tensors(inputs.call(model)), run(inputs)
         if wanted.keys() != found.keys():
             raise ExportError(
                 f"{name!r} returns {', '.join(found)}; the model returns {', '.join(wanted)}. "
@@ -61,14 +61,14 @@ def compare(
     return largest, allowed
 
 
-def margins(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+def margins(model: nn.Module, inputs: Arguments) -> Tensor:
     """How much the scores of each image must change before other tokens are kept: [B].
 
     It is the smallest gap, over the stages, between the scores of the last kept and the first
     dropped token, in log-probability; inf where nothing is dropped.
     """
     nested = pruning_of(model).method.reduction.nested
-    _, trace = model(**inputs, return_trace=True)
+    _, trace = inputs.call(model, return_trace=True)
     batch_size = len(next(iter(batched_inputs(inputs).values())))
     least = torch.full((batch_size,), float("inf"), device="cpu")
     present = trace.real
@@ -84,13 +84,13 @@ def margins(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
 
 def _wide_inputs(
     model: nn.Module,
-    example: Mapping[str, Any],
+    example: Arguments,
     batch_size: int,
     enough: float,
     generator: torch.Generator,
-) -> tuple[dict[str, Any], Tensor]:
+) -> tuple[Arguments, Tensor]:
     """The inputs with the widest margins among several batches, and those margins [B]."""
-    drawn: list[dict[str, Any]] = []
+    drawn: list[Arguments] = []
     margin = torch.empty(0, device="cpu")
     for _ in range(ROUNDS):
         drawn.append(_draw(model, example, batch_size, generator))
@@ -100,15 +100,15 @@ def _wide_inputs(
     widest = margin.topk(batch_size).indices
     pool = {n: torch.cat([inputs[n] for inputs in drawn]) for n in batched_inputs(example)}
     chosen = {name: rows[widest.to(rows.device)] for name, rows in pool.items()}
-    return {**example, **chosen}, margin[widest]
+    return example.with_tensors(chosen), margin[widest]
 
 
 def _draw(
-    model: nn.Module, example: Mapping[str, Any], batch_size: int, generator: torch.Generator
-) -> dict[str, Any]:
+    model: nn.Module, example: Arguments, batch_size: int, generator: torch.Generator
+) -> Arguments:
     """Inputs like the example: floats of its mean and deviation, token ids, else rows of it."""
     known = pruning_of(model).spec.inputs
-    drawn = dict(example)
+    drawn: dict[str, Tensor] = {}
     for name, like in batched_inputs(example).items():
         shape = (batch_size, *like.shape[1:])
         high = known[name].high if name in known else None
@@ -121,7 +121,7 @@ def _draw(
             rows = torch.randint(0, len(like), (batch_size,), generator=generator, device="cpu")
             value = like.cpu()[rows]
         drawn[name] = value.to(like.device, like.dtype)
-    return drawn
+    return example.with_tensors(drawn)
 
 
 def _difference(wanted: Tensor, found: Tensor, batch_size: int) -> Tensor:

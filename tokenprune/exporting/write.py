@@ -7,7 +7,6 @@ place only if both agree.
 import inspect
 import logging
 import os
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
@@ -30,6 +29,7 @@ from tokenprune.files import all_or_nothing
 from tokenprune.hosts.inputs import ExampleInputs
 from tokenprune.runtime.model import pruning_of
 from tokenprune.runtime.pruning import Pruning
+from tokenprune.tracing.arguments import Arguments
 from tokenprune.tracing.state import kept_modes
 
 __all__ = ["ExportReport", "export"]
@@ -124,7 +124,7 @@ def export(
         path=target,
         format=chosen,
         num_bytes=num_bytes,
-        inputs=tuple(name for name, value in example.items() if isinstance(value, Tensor)),
+        inputs=tuple(example.tensors),
         outputs=outputs,
         checked=CHECKED if check else (),
         deviation=deviation,
@@ -132,8 +132,9 @@ def export(
     )
 
 
-def _plain(model: nn.Module, names: Iterable[str]) -> nn.Module:
-    """`model` with arguments of these names, and a tensor or a dict of tensors as its output."""
+def _plain(model: nn.Module, example: Arguments) -> nn.Module:
+    """`model` with leaves of a call as arguments, and a tensor or a dict of tensors as output."""
+    names, places = tuple(example), example.places
 
     class Exported(nn.Module):
         def __init__(self) -> None:
@@ -141,7 +142,8 @@ def _plain(model: nn.Module, names: Iterable[str]) -> nn.Module:
             self.model = model
 
         def forward(self, *args: Any, **kwargs: Any) -> Any:
-            output = self.model(**dict(zip(names, args, strict=False)), **kwargs)
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            output = Arguments({name: given[name] for name in names}, places).call(self.model)
             return output if isinstance(output, Tensor) else named_tensors(output)
 
     # torch.export uses these names in its checks of the inputs, and cannot read a **kwargs
@@ -152,16 +154,16 @@ def _plain(model: nn.Module, names: Iterable[str]) -> nn.Module:
     return Exported().eval()
 
 
-def _two_images(example: dict[str, Any]) -> dict[str, Any]:
+def _two_images(example: Arguments) -> Arguments:
     """A batch of one doubled: torch.export specializes a dim of size 1."""
     rows = batched_inputs(example)
     if any(len(value) > 1 for value in rows.values()):
         return example
-    return {**example, **{name: torch.cat([value, value]) for name, value in rows.items()}}
+    return example.with_tensors({name: torch.cat([x, x]) for name, x in rows.items()})
 
 
 def _check_exportable(
-    pruning: Pruning, model: nn.Module, example: Mapping[str, Any], format: Format
+    pruning: Pruning, model: nn.Module, example: Arguments, format: Format
 ) -> None:
     host = type(model).__name__
     meta_param = next((name for name, p in model.named_parameters() if p.is_meta), None)
@@ -188,14 +190,14 @@ def _check_exportable(
         )
 
 
-def _export(model: nn.Module, example: Mapping[str, Any]) -> tuple[Any, tuple[str, ...]]:
+def _export(model: nn.Module, example: Arguments) -> tuple[Any, tuple[str, ...]]:
     """The program of torch.export, and the names of the outputs."""
-    outputs = named_tensors(model(**example))  # also builds the program that torch.export traces
+    outputs = named_tensors(example.call(model))  # also builds the program that torch.export traces
     batch, rows = torch.export.Dim("batch", min=1), batched_inputs(example)
     shapes = {name: {0: batch} if name in rows else None for name in example}
     try:
         program = torch.export.export(
-            _plain(model, tuple(example)), (), dict(example), dynamic_shapes=shapes
+            _plain(model, example), (), dict(example), dynamic_shapes=shapes
         )
     except Exception as error:  # the exporter may refuse in any way
         raise _cannot(type(model).__name__, "torch.export", error) from error

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tokenprune.errors import HostError, UnsupportedHostError
 from tokenprune.hosts.spec import ArchSpec
+from tokenprune.tracing.arguments import Arguments, flatten
 
 __all__ = ["CallSignature", "ExampleInputs", "draw_inputs", "first_floating", "named_inputs"]
 
@@ -48,47 +49,86 @@ def draw_inputs(spec: ArchSpec, host: nn.Module, batch_size: int) -> dict[str, t
 
 @dataclass(frozen=True)
 class CallSignature:
-    """The arguments of a host's forward, in order, and whether it takes **kwargs."""
+    """The arguments of a host's forward.
+
+    Attributes:
+        host: Class of the host.
+        names: Of those that a caller can give by position, in order, then keyword-only ones.
+        num_positional: How many of `names` can be given by position.
+        num_unnamed: How many of them cannot be given by name.
+        optional: Those of `names` whose default is None.
+        rest: Name of `*args`; None if there is none.
+        accepts_any: Whether it takes `**kwargs`.
+    """
 
     host: str
     names: tuple[str, ...]
+    num_positional: int
+    num_unnamed: int
+    optional: frozenset[str]
+    rest: str | None
     accepts_any: bool
 
     @classmethod
     def of(cls, host: type[nn.Module], method: str = "forward") -> "CallSignature":
         """The signature of a method of a class."""
-        accepted = inspect.signature(getattr(host, method)).parameters.values()
-        named = [p.name for p in accepted if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-        accepts_any = any(p.kind is p.VAR_KEYWORD for p in accepted)
-        return cls(host.__name__, tuple(named)[1:], accepts_any)
+        accepted = list(inspect.signature(getattr(host, method)).parameters.values())
+        own = [p for p in accepted if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        named = own[1:] + [p for p in accepted if p.kind is p.KEYWORD_ONLY]
+        rest = next((p.name for p in accepted if p.kind is p.VAR_POSITIONAL), None)
+        return cls(
+            host=host.__name__,
+            names=tuple(p.name for p in named),
+            num_positional=max(len(own) - 1, 0),
+            num_unnamed=sum(p.kind is p.POSITIONAL_ONLY for p in own[1:]),
+            optional=frozenset(p.name for p in named if p.default is None),
+            rest=rest,
+            accepts_any=any(p.kind is p.VAR_KEYWORD for p in accepted),
+        )
 
-    def named(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments of a call by name, without those that are None."""
-        names = self.names
-        known = kwargs.keys() <= set(names) or self.accepts_any
-        if len(args) > len(names) or not known or set(names[: len(args)]) & kwargs.keys():
+    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Arguments:
+        """The arguments of a call, however they were given, without those that are None anyway.
+
+        Raises:
+            HostError: The host takes no such call.
+        """
+        names, many = self.names, len(args) > self.num_positional
+        known = kwargs.keys() <= set(names[self.num_unnamed :]) or self.accepts_any
+        twice = set(names[: min(len(args), self.num_positional)]) & kwargs.keys()
+        if (many and self.rest is None) or not known or twice:
             given = [*names[: len(args)], *(["..."] if len(args) > len(names) else []), *kwargs]
             raise HostError(
                 f"The host's forward takes ({', '.join(names)}), but was called with "
                 f"({', '.join(given)})."
             )
-        named = {**dict(zip(names, args, strict=False)), **kwargs}
-        return {name: value for name, value in named.items() if value is not None}
+        named = {**dict(zip(names[: self.num_positional], args, strict=False)), **kwargs}
+        bound: dict[int | str, tuple[str, Any]] = {}
+        for place, name in enumerate(names):
+            by_place = place < self.num_unnamed or (many and place < self.num_positional)
+            omitted = not by_place and name in self.optional and named.get(name) is None
+            if name not in named or omitted:
+                continue
+            bound[place if by_place else name] = name, named[name]
+        for place in range(self.num_positional, len(args)):
+            bound[place] = f"{self.rest}_{place - self.num_positional}", args[place]
+        for name, value in kwargs.items():
+            if name not in names:
+                bound[name] = name, value
+        return flatten(self.host, bound)
 
 
 def named_inputs(
     call: CallSignature, spec: ArchSpec, host: nn.Module, given: ExampleInputs | None
-) -> dict[str, Any]:
-    """The arguments of a call of a host, by name; a batch of two is drawn if none are given."""
+) -> Arguments:
+    """The arguments of a call of a host; a batch of two is drawn if none are given."""
     if given is None:
-        return draw_inputs(spec, host, batch_size=2)
-    if isinstance(given, Mapping):
-        arguments = dict(given)
+        arguments = call.bind((), draw_inputs(spec, host, batch_size=2))
+    elif isinstance(given, Mapping):
+        arguments = call.bind((), given)
     else:
-        several = (given,) if isinstance(given, Tensor) else tuple(given)
-        arguments = dict(zip(call.names, several, strict=False))
-    if not any(isinstance(value, Tensor) for value in arguments.values()):
+        arguments = call.bind((given,) if isinstance(given, Tensor) else tuple(given), {})
+    if not arguments.tensors:
         raise HostError(
             f"example_inputs must hold at least one tensor, found {sorted(arguments) or 'nothing'}."
         )
-    return call.named((), arguments)
+    return arguments

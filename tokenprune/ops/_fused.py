@@ -17,6 +17,8 @@ from tokenprune.ops.align import dropped_along, finite_if_dropped, is_kept, no_a
 
 __all__ = ["MaskedAttention"]
 
+# Where torch.func has the mapped dim of each argument.
+Dims = tuple[int | None, ...]
 # Query, key, value, policy, mask, output, finite factors of key and value.
 Saved = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor]
 
@@ -124,11 +126,13 @@ def _kernel(
 
 
 class MaskedAttention(torch.autograd.Function):
-    """`masked_attention` for operands of one head dim; differentiable once."""
+    """`masked_attention` for operands of one head dim; differentiable once.
+
+    Returns the output, and the finite factors of key and value for the backward pass.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -136,24 +140,78 @@ class MaskedAttention(torch.autograd.Function):
         mask: Tensor | None,
         scale: float,
         own_key: bool,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         with no_autocast(query.device):
             factors = _finite_factor(key, policy), _finite_factor(value, policy)
             finite = _sanitize(key, factors[0]), _sanitize(value, factors[1])
-            out = _kernel(query, *finite, policy, mask, scale, own_key)
-        ctx.scale, ctx.own_key = scale, own_key
+            return _kernel(query, *finite, policy, mask, scale, own_key), *factors
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *operands, ctx.scale, ctx.own_key = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
         # Not the sanitized copies: the originals are mostly views of tensors that are kept anyway.
-        ctx.save_for_backward(query, key, value, policy, mask, out, *factors)
-        return out
+        ctx.save_for_backward(*operands, *output)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * len(ctx.needs_input_grad)
+        options = ctx.scale, ctx.own_key, ctx.needs_input_grad[4]
+        return *_Gradients.apply(grad, *ctx.saved_tensors, *options), None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Dims, *inputs: Any) -> tuple[Any, Any]:
+        """torch.func: the mapped dim joins the images."""
+        return _as_images(MaskedAttention, info.batch_size, in_dims, inputs)
+
+
+class _Gradients(torch.autograd.Function):
+    """The backward pass, as a function so that torch.func can map it."""
+
+    @staticmethod
+    def forward(
+        grad: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        policy: Tensor,
+        mask: Tensor | None,
+        out: Tensor,
+        key_factor: Tensor,
+        value_factor: Tensor,
+        scale: float,
+        own_key: bool,
+        needs_mask: bool,
+    ) -> tuple[Tensor | None, ...]:
+        saved = query, key, value, policy, mask, out, key_factor, value_factor
         with no_autocast(grad.device):
-            grads = _backward(
-                ctx.saved_tensors, grad, ctx.scale, ctx.own_key, ctx.needs_input_grad[4]
-            )
-        return *grads, None, None
+            return _backward(saved, grad, scale, own_key, needs_mask)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        """Nothing is kept: `MaskedAttention` is differentiable once."""
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Dims, *inputs: Any) -> tuple[Any, Any]:
+        return _as_images(_Gradients, info.batch_size, in_dims, inputs)
+
+
+def _as_images(function: Any, size: int, in_dims: Dims, inputs: tuple[Any, ...]) -> tuple[Any, Any]:
+    """Run a function whose tensors have the images first with `size` times as many images."""
+
+    def joined(x: Any, dim: int | None) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        return (x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1)
+
+    def apart(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.reshape(size, x.shape[0] // size, *x.shape[1:])
+
+    outputs = tuple(map(apart, function.apply(*map(joined, inputs, in_dims))))
+    return outputs, tuple(None if x is None else 0 for x in outputs)
 
 
 def _backward(

@@ -1,5 +1,7 @@
 """Scaled dot-product attention to the kept tokens, with a gradient to the decision."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Shaped
@@ -89,15 +91,16 @@ def masked_attention(
             mask = causal[None, None] if mask is None else mask & causal
         else:
             mask = torch.where(causal, mask, float("-inf"))
+    heads = math.prod(leading[1:])  # not -1: there may be no image
     q, k, v = (
-        x.expand(*leading, *x.shape[-2:]).reshape(leading[0], -1, *x.shape[-2:])
+        x.expand(*leading, *x.shape[-2:]).reshape(leading[0], heads, *x.shape[-2:])
         for x in (query, key, value)
     )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if dropout_p > 0:
         out = _unfused(q, k, v, policy, mask, dropout_p, scale, own_key)
     else:
-        out = MaskedAttention.apply(q, k, v, policy, mask, scale, own_key)
+        out = MaskedAttention.apply(q, k, v, policy, mask, scale, own_key)[0]
     return out.reshape(*leading, *out.shape[-2:])
 
 
@@ -121,8 +124,9 @@ def _mask_4d(mask: Shaped[Tensor, "..."], leading: tuple[int, ...]) -> Shaped[Te
     mask = mask.reshape((1,) * (len(leading) + 2 - mask.ndim) + tuple(mask.shape))
     heads = tuple(mask.shape[1:-2])
     if len(leading) != 2 and any(size != 1 for size in heads):
-        mask = mask.expand(mask.shape[0], *leading[1:], *mask.shape[-2:])
-    return mask.reshape(mask.shape[0], -1, *mask.shape[-2:])
+        heads = leading[1:]
+        mask = mask.expand(mask.shape[0], *heads, *mask.shape[-2:])
+    return mask.reshape(mask.shape[0], math.prod(heads), *mask.shape[-2:])
 
 
 def _unfused(

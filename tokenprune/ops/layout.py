@@ -1,5 +1,6 @@
 """How a tensor holds the tokens of each image: in rows, on a grid, channels first or last."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -36,7 +37,8 @@ def flat_tokens(x: Shaped[Tensor, "..."], layout: Layout = TOKENS) -> Shaped[Ten
     """[B, L, D] tokens of a grid, row by row; [B, L, D] is returned as it is."""
     if layout.channels_first:
         x = x.flatten(2).transpose(1, 2)
-    return x.reshape(x.shape[0] // layout.rows_per_image, -1, x.shape[-1])
+    length = layout.rows_per_image * math.prod(x.shape[1:-1])  # not -1: there may be no image
+    return x.reshape(x.shape[0] // layout.rows_per_image, length, x.shape[-1])
 
 
 def flat_tokens_back(
@@ -44,5 +46,5 @@ def flat_tokens_back(
 ) -> Shaped[Tensor, "..."]:
     """The tokens of `flat_tokens` in a shape of this layout."""
     if layout.channels_first:
-        tokens = tokens.reshape(shape[0], -1, shape[1]).transpose(1, 2)
+        tokens = tokens.reshape(shape[0], math.prod(shape[2:]), shape[1]).transpose(1, 2)
     return tokens.reshape(shape)

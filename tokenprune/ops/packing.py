@@ -42,7 +42,7 @@ def pack(numbers: Int[Tensor, "B K"], tokens: Float[Tensor, "B L D"], num_prefix
     kept = torch.cat([like.new_ones(batch, num_prefix), one_hot(numbers, like)], dim=1).flatten()
     order = torch.argsort(kept, descending=True, stable=True)
     count = int(kept.sum())
-    rows = -(-count // batch)
+    rows = -(-count // max(batch, 1))
     spare = order[:1].expand(rows * batch - count)
     places = torch.cat([order[:count], spare]).reshape(batch, rows)
     return Packed(places, count, order[count:], torch.argsort(order))
@@ -57,7 +57,8 @@ def take_packed(
     if not packed.dropped.numel():
         return x
     batch, rows = packed.kept.shape
-    kept = tokens.flatten(0, 1).index_select(0, packed.kept.flatten()).reshape(batch, rows, -1)
+    kept = tokens.flatten(0, 1).index_select(0, packed.kept.flatten())
+    kept = kept.reshape(batch, rows, tokens.shape[-1])
     return flat_tokens_back(kept, layout.gathered(x.shape, rows), layout)
 
 

@@ -112,7 +112,7 @@ def above_threshold(
 def kept_first(wanted: Bool[Tensor, "B N"]) -> Int[Tensor, "B K"]:
     """The places of the wanted tokens, ascending, then -1; K is the largest number of them."""
     counts = wanted.sum(1, keepdim=True)
-    longest = int(counts.max())
+    longest = int(counts.max()) if counts.numel() else 1  # no image: as if it kept its best token
     order = torch.argsort((~wanted).to(torch.uint8), dim=1, stable=True)[:, :longest]
     places = torch.arange(longest, device=wanted.device)
     return torch.where(places < counts, order, -1)

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from tokenprune.errors import LeakError
 from tokenprune.ops.align import diagonal, dropped_along, finite_if_dropped, token_dim
@@ -62,44 +63,59 @@ def masked_softmax(
             )
     if dtype is None:  # whether autocast runs softmax in fp32 depends on the backend
         dtype = torch.softmax(scores.new_zeros(1), 0).dtype
-    probabilities: Tensor = _MaskedSoftmax.apply(scores, policy, dim, query_dim, dtype)
+    # torch.func's tensors say nothing about the gradients of the transform around
+    teaches = policy.requires_grad or torch._C._are_functorch_transforms_active()
+    probabilities: Tensor
+    probabilities, *_ = _MaskedSoftmax.apply(scores, policy, dim, query_dim, dtype, teaches)
     return probabilities
 
 
 class _MaskedSoftmax(torch.autograd.Function):
-    """See `masked_softmax`. Differentiable once."""
+    """See `masked_softmax`. Differentiable once.
+
+    If the policy `teaches`, it also returns the weights that hidden keys would have.
+    """
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(
-        ctx: Any,
         scores: Tensor,
         policy: Tensor,
         dim: int,
         query_dim: int | None,
         dtype: torch.dtype,
-    ) -> Tensor:
+        teaches: bool,
+    ) -> tuple[Tensor, ...]:
         hidden = dropped_along(policy, scores.ndim, dim)
         if query_dim is not None:
             hidden = hidden & torch.logical_not(diagonal(scores, dim, query_dim))
-        ctx.scores_dtype = scores.dtype
         scores = scores.to(torch.promote_types(dtype, torch.float32))
         visible = scores.masked_fill(hidden, float("-inf"))
         empty = visible.amax(dim, keepdim=True) == float("-inf")
         exact = torch.softmax(visible, dim).masked_fill(empty, 0)
-        probabilities = exact.to(dtype)
-        ctx.dim, ctx.query_dim = dim, query_dim
-        weights = probabilities
-        if ctx.needs_input_grad[1]:
-            weights = torch.where(hidden, weight_if_visible(scores, visible, dim), exact).to(dtype)
-        ctx.save_for_backward(weights, policy)
-        return probabilities
+        if not teaches:
+            return (exact.to(dtype),)
+        weights = torch.where(hidden, weight_if_visible(scores, visible, dim), exact).to(dtype)
+        return exact.to(dtype), weights
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        scores, policy, ctx.dim, ctx.query_dim, _, _ = inputs
+        ctx.scores_dtype = scores.dtype
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(output[-1], policy)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, given: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if given is None:
+            return (None,) * len(ctx.needs_input_grad)
         weights, policy = ctx.saved_tensors
         dim, query_dim = ctx.dim, ctx.query_dim
         wide = torch.promote_types(weights.dtype, torch.float32)
-        grad, weights = grads[0].to(wide), weights.to(wide)
+        grad, weights = given.to(wide), weights.to(wide)
         hidden = dropped_along(policy, weights.ndim, dim)
         if query_dim is not None:
             own = diagonal(weights, dim, query_dim)
@@ -115,7 +131,7 @@ class _MaskedSoftmax(torch.autograd.Function):
             summed = [d for d in range(1, weights.ndim) if d != dim]
             # sum() over an empty list of dims would sum over all of them
             grad_policy = finite_if_dropped(others.sum(summed) if summed else others, policy)
-        return grad_scores, grad_policy, None, None, None
+        return grad_scores, grad_policy, None, None, None, None
 
 
 def weight_if_visible(

@@ -8,6 +8,7 @@ stage before kept, None at the first. `real` [B, N] is True where a patch is no 
 number; None if no patch is padding.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -46,7 +47,8 @@ def patch_keys(key: Tensor, key_dim: int, num_prefix: int, rows_per_image: int) 
     """The keys of the patch tokens, [B, H, N, d], however an attention lays them out."""
     key = key.movedim(key_dim, -2)
     batch = key.shape[0] // rows_per_image
-    return key.reshape(batch, -1, *key.shape[-2:])[:, :, num_prefix:]
+    heads = rows_per_image * math.prod(key.shape[1:-2])  # not -1: there may be no image
+    return key.reshape(batch, heads, *key.shape[-2:])[:, :, num_prefix:]
 
 
 def choose(

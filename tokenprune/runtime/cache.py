@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from tokenprune.errors import HostError
 from tokenprune.runtime.program import Programs
+from tokenprune.tracing.arguments import Arguments, plain_key
 from tokenprune.tracing.modes import ambient_holds
 
 __all__ = ["CacheInfo", "ProgramCache", "Signature", "signature_of"]
@@ -23,30 +24,27 @@ class Signature(NamedTuple):
     batch_size: int
 
 
-def signature_of(arguments: Mapping[str, Any], entry: str, training: bool) -> Signature:
+def signature_of(arguments: Arguments, entry: str, training: bool) -> Signature:
     """The signature of a call of the method `entry`.
 
     Raises:
-        HostError: There is no tensor among the arguments, or something else than a plain value.
+        HostError: There is no tensor among the arguments.
     """
-    tensors = [value for value in arguments.values() if isinstance(value, Tensor)]
+    tensors = list(arguments.tensors.values())
     if not tensors:
         raise HostError("A wrapped model must be called with at least one tensor.")
     batch_size = tensors[0].shape[0] if tensors[0].ndim else 1
     device = tensors[0].device.type
     autocast = device != "meta" and torch.is_autocast_enabled(device)
-    key = [entry, training, autocast, torch.get_autocast_dtype(device) if autocast else None]
+    cast = torch.get_autocast_dtype(device) if autocast else None
+    key: list[Any] = [entry, arguments.places, training, autocast, cast]
     for name, value in arguments.items():
         if isinstance(value, Tensor):
             shape = tuple(value.shape)
             batched = bool(shape) and shape[0] == batch_size
-            value = (batched, shape[1:] if batched else shape, value.dtype, value.device)
-        elif not isinstance(value, bool | int | float | str):
-            raise HostError(
-                f"Argument {name!r} is a {type(value).__name__}; a wrapped model takes "
-                "tensors, numbers, strings and flags."
-            )
-        key.append((name, value))
+            key.append((name, batched, shape[1:] if batched else shape, value.dtype, value.device))
+        else:
+            key.append((name, *plain_key(value)))
     return Signature(tuple(key), batch_size)
 
 

@@ -30,7 +30,9 @@ from tokenprune.runtime.entries import BlocksReached, check_what_follows, stoppe
 from tokenprune.runtime.program import Programs
 from tokenprune.runtime.watch import Watch
 from tokenprune.scorers.protocol import PREDICTORS
+from tokenprune.tracing.arguments import Arguments, as_arguments
 from tokenprune.tracing.host_graph import HostGraph, trace
+from tokenprune.tracing.stand_ins import stand_ins
 from tokenprune.tracing.state import buffers_kept, no_autocast_cache
 
 __all__ = ["Overrides", "Pruning", "added_names"]
@@ -83,7 +85,7 @@ class Pruning:
     budget: Budget
     call: CallSignature
     restore: bool | None
-    example: dict[str, Any]
+    example: Arguments
     added: dict[str, nn.Module] = field(default_factory=dict)
     own: dict[str, Any] = field(default_factory=dict)
     cache: ProgramCache = field(default_factory=ProgramCache)
@@ -91,23 +93,21 @@ class Pruning:
     entries: set[str] = field(default_factory=set)
     watch: Watch = field(default_factory=Watch)
 
-    def inputs(self, given: ExampleInputs | None) -> dict[str, Any]:
-        """Example inputs by name; drawn if None."""
+    def inputs(self, given: ExampleInputs | None) -> Arguments:
+        """The arguments of an example call; drawn if None."""
         return named_inputs(self.call, self.spec, self.host, given)
 
-    def as_wrapped(self) -> dict[str, Any]:
+    def as_wrapped(self) -> Arguments:
         """Arguments like those it was wrapped with, of zeros, where the host is now."""
         like = first_floating(self.host)
-        return {
-            name: torch.zeros(
-                value.shape,
-                dtype=like.dtype if value.is_floating_point() else value.dtype,
-                device=like.device,
-            )
-            if isinstance(value, Tensor)
-            else value
-            for name, value in self.example.items()
-        }
+        dtypes = {n: x.dtype for n, x in self.example.tensors.items()}
+        now = {n: like.dtype if d.is_floating_point else d for n, d in dtypes.items()}
+        return self.example.with_tensors(
+            {
+                n: torch.zeros(x.shape, dtype=now[n], device=like.device)
+                for n, x in self.example.tensors.items()
+            }
+        )
 
     @property
     def forced(self) -> Overrides:
@@ -168,9 +168,10 @@ class Pruning:
         if self.runs_host(path) and not return_trace:
             return getattr(self.host, entry)(*args, **kwargs)
         call = self.call if entry == "forward" else CallSignature.of(type(self.host), entry)
-        arguments = call.named(args, kwargs)
+        arguments = call.bind(args, kwargs)
         if torch.compiler.is_dynamo_compiling():
-            _prepare(self, path, entry, tuple(arguments), *arguments.values())
+            leaves = arguments.leaves
+            _prepare(self, path, entry, arguments.places, tuple(leaves), *leaves.values())
         programs = self.programs(arguments, entry)
         name = self.path_name(path)
         if name == "jagged" and torch.compiler.is_exporting():
@@ -181,8 +182,7 @@ class Pruning:
             )
         program = programs.get(self.host, name)
         settings = self.settings(path, programs, arguments, model.training)
-        tensors = {n: v for n, v in arguments.items() if isinstance(v, Tensor)}
-        output, records, tokens, real = program.run(model, settings, **tensors)
+        output, records, tokens, real = program.run(model, settings, **arguments.tensors)
         if settings.sample and not torch.compiler.is_compiling():
             scorers, targets = model.get_submodule(PREDICTORS), self.budget.keep_ratios
             decisions = [kept for _, kept in records]
@@ -201,7 +201,7 @@ class Pruning:
 
     def programs(
         self,
-        arguments: Mapping[str, Any],
+        given: Arguments | Mapping[str, Any],
         entry: str = "forward",
         traced: HostGraph | None = None,
         blocks: Blocks | None = None,
@@ -213,24 +213,33 @@ class Pruning:
             PlanError: A stage sees no patch tokens, or can do nothing.
             UnsupportedHostError: The call cannot be traced, or a node run with fewer tokens.
         """
-        signature, host = signature_of(arguments, entry, self.host.training), self.host
+        host, arguments = self.host, as_arguments(self.call.host, given)
+        signature = signature_of(arguments, entry, host.training)
         found = self.cache.find(signature, host, arguments)
         if found is None:
             if traced is None or blocks is None:
                 self.spec = describe(host, self.adapter)  # it may have other blocks now
                 bind(self.recipe, self.spec)
+                if not signature.batch_size:
+                    arguments = _with_images(arguments)
                 traced = trace(host, arguments, entry)
                 blocks = find_blocks(host, traced, self.spec)
             leave = self.method.reduction.removes
-            with no_autocast_cache(), buffers_kept(host):
+            plain = stand_ins(host, traced.fake_mode)
+            with plain, no_autocast_cache(), buffers_kept(host):
                 known = analyse(host, traced, blocks, self.plan, self.spec, tokens_leave=leave)
                 reduction = self.method.reduction(host, known)
             found = Programs(known, reduction, self.method.scorer, self.restore)
             self.cache.add(signature, found)
+        if not signature.batch_size and found.analysis.batch_bound:
+            raise HostError(
+                f"{type(host).__name__} was called with an empty batch, but its Python code "
+                "depends on the number of images. Call it with one image at least."
+            )
         return found
 
     def settings(
-        self, path: Path, programs: Programs, arguments: Mapping[str, Any], training: bool
+        self, path: Path, programs: Programs, arguments: Arguments, training: bool
     ) -> CallSettings:
         """What one call asks for.
 
@@ -240,7 +249,7 @@ class Pruning:
         sampling, forced = self.recipe.sampling, self.forced.keep_indices
         if forced is not None:
             padded = self.budget.threshold is not None
-            batch = next(v for v in arguments.values() if isinstance(v, Tensor)).shape[0]
+            batch = next(iter(arguments.tensors.values())).shape[0]
             for kept, patches in zip(forced, programs.num_patches, strict=True):
                 check_keep_indices(kept, batch_size=batch, num_patches=patches, padded=padded)
         return CallSettings(
@@ -308,13 +317,19 @@ class Pruning:
         self.budget = budget
 
 
+def _with_images(none: Arguments) -> Arguments:
+    """The arguments of a call with an empty batch, for two images: a trace needs some."""
+    batched = {name: x for name, x in none.tensors.items() if x.shape[:1] == (0,)}
+    return none.with_tensors({n: x.new_zeros(2, *x.shape[1:]) for n, x in batched.items()})
+
+
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _prepare(
-    pruning: Pruning, path: Path, entry: str, names: tuple[str, ...], *values: Any
+    pruning: Pruning, path: Path, entry: str, places: Any, names: tuple[str, ...], *values: Any
 ) -> bool:
     """Build the program before Dynamo traces the call, on real tensors and outside of what is
     compiled."""
-    programs = pruning.programs(dict(zip(names, values, strict=True)), entry)
+    programs = pruning.programs(Arguments(dict(zip(names, values, strict=True)), places), entry)
     programs.get(pruning.host, path)
     return True
 

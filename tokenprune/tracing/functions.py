@@ -5,15 +5,16 @@ first and takes a proxy for the tensor or the number that it says it is.
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from types import BuiltinFunctionType
+from functools import wraps
+from types import BuiltinFunctionType, MethodDescriptorType
 from typing import Any, Protocol
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from torch import autograd
+from torch import Tensor, autograd
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
 from tokenprune.tracing.proxy import ValueProxy
@@ -39,7 +40,19 @@ BUILT_IN = tuple(
 # Never nodes: answers about a tensor that are plain Python, properties of a real tensor, modes.
 UNRECORDED = ("dim", "__get__", "__set__", "_set_grad_enabled")
 UNRECORDED_PREFIXES = ("is_", "_has", "get_")
+# Methods of real tensors, recorded when given a proxy: their C argument parsers read it first.
+METHODS = (
+    *("__getitem__", "__setitem__"),
+    *(
+        name
+        for name, method in vars(torch._C.TensorBase).items()
+        if isinstance(method, MethodDescriptorType)
+        and not name.startswith(("_", *UNRECORDED_PREFIXES))
+        and name not in UNRECORDED
+    ),
+)
 CHECK_WITH = torch._check_with
+SIZE = torch.Size
 ATTENTION = F.multi_head_attention_forward
 APPLY: Any = inspect.getattr_static(autograd.Function, "apply")
 
@@ -76,11 +89,14 @@ class _Calls(TorchFunctionMode):
 @contextmanager
 def functions_recorded(tracer: Recorder) -> Iterator[None]:
     """Make nodes of `tracer` of the calls of torch's functions."""
+    is_tensor_method_or_property(Tensor.add)  # torch keeps a list of its functions: not of patches
     with ExitStack() as stack:
+        stack.enter_context(_methods_recorded(tracer))
         for name in (*FACTORIES, *BUILT_IN):
             stack.enter_context(mock.patch.object(torch, name, _recorded(tracer, name)))
         stack.enter_context(mock.patch.object(F, ATTENTION.__name__, _attention_opened(tracer)))
         stack.enter_context(mock.patch.object(torch, "_check_with", _check_with))
+        stack.enter_context(mock.patch.object(torch, "Size", _Size))
         stack.enter_context(mock.patch.object(torch.jit.ScriptFunction, "__call__", _inside))
         no_gradient = classmethod(_no_custom_gradient(tracer))
         stack.enter_context(mock.patch.object(autograd.Function, "apply", no_gradient))
@@ -95,6 +111,31 @@ def _recorded(tracer: Recorder, name: str) -> Callable[..., Any]:
         if tracer.executing or not (makes or _holds_proxy(args) or _holds_proxy(kwargs)):
             return original(*args, **kwargs)
         return tracer.create_proxy("call_function", original, args, kwargs)
+
+    return record
+
+
+@contextmanager
+def _methods_recorded(tracer: Recorder) -> Iterator[None]:
+    """They are of a class of C: attributes of `Tensor` hide them, and are deleted again."""
+    hidden = [name for name in METHODS if name not in vars(Tensor)]
+    for name in hidden:
+        setattr(Tensor, name, _recorded_method(tracer, name))
+    try:
+        yield
+    finally:
+        for name in hidden:
+            delattr(Tensor, name)
+
+
+def _recorded_method(tracer: Recorder, name: str) -> Callable[..., Any]:
+    original = getattr(torch._C.TensorBase, name)
+
+    @wraps(original)
+    def record(*args: Any, **kwargs: Any) -> Any:
+        if tracer.executing or not (_holds_proxy(args) or _holds_proxy(kwargs)):
+            return original(*args, **kwargs)
+        return tracer.create_proxy("call_method", name, args, kwargs)
 
     return record
 
@@ -116,11 +157,31 @@ def _check_with(kind: Any, condition: Any, message: Any = None) -> None:
     CHECK_WITH(kind, bool(condition), message)
 
 
+class _SizeClass(type):
+    """`torch.Size`, but made of proxies it is a tuple: the class itself would read them."""
+
+    def __call__(cls, sizes: Iterable[Any] = ()) -> Any:
+        given = tuple(sizes)
+        return given if _holds_proxy(given) else SIZE(given)
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, SIZE)
+
+    def __subclasscheck__(cls, subclass: type) -> bool:
+        return issubclass(subclass, SIZE)
+
+
+class _Size(metaclass=_SizeClass):
+    pass
+
+
 def _holds_proxy(value: Any) -> bool:
     if type(value) in (tuple, list):
         return any(map(_holds_proxy, value))
     if type(value) is dict:
         return any(map(_holds_proxy, value.values()))
+    if type(value) is slice:
+        return any(map(_holds_proxy, (value.start, value.stop, value.step)))
     return type(value) is ValueProxy
 
 

@@ -3,23 +3,27 @@
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tokenprune.errors import HostError, TokenPruneError, TraceError
+from tokenprune.tracing.arguments import Arguments, as_arguments
 from tokenprune.tracing.effects import has_effect
 from tokenprune.tracing.guards import Guards, Watched
 from tokenprune.tracing.hooks import Hooks
 from tokenprune.tracing.names import caches_of
+from tokenprune.tracing.opaque import reason_of
+from tokenprune.tracing.provenance import Provenance
+from tokenprune.tracing.randomness import Drawn, Generators
+from tokenprune.tracing.stand_ins import stand_ins
 from tokenprune.tracing.state import buffers_kept, no_autocast_cache
 from tokenprune.tracing.tracer import NUMBER, ValueTracer
 
-__all__ = ["DATA_DEPENDENT", "HostGraph", "ModuleCall", "trace", "untraceable"]
-
-DATA_DEPENDENT = "Python asks for a value of a tensor, which differs from call to call"
+__all__ = ["HostGraph", "ModuleCall", "trace", "untraceable"]
 
 
 class ModuleCall(NamedTuple):
@@ -91,30 +95,39 @@ class HostGraph:
         return outputs[-1] if outputs else None
 
 
-def trace(host: nn.Module, arguments: Mapping[str, Any], entry: str = "forward") -> HostGraph:
+def trace(
+    host: nn.Module, arguments: Arguments | Mapping[str, Any], entry: str = "forward"
+) -> HostGraph:
     """Trace a call of the method `entry` of a host, which is left as it was.
 
     Args:
-        arguments: Tensors become inputs, everything else is specialized on.
+        arguments: Of the call, by name. Tensors become inputs, everything else is specialized on.
 
     Raises:
         HostError: The host itself refuses these arguments, or returns no tensor.
         TraceError: Its code cannot be traced; the line of its source is named.
     """
-    call = getattr(host, entry)
+    call, given = getattr(host, entry), as_arguments(type(host).__name__, arguments)
     for again in (True, False):
-        tracer = ValueTracer(host)
-        try:
-            with no_autocast_cache(), buffers_kept(host):
-                graph = tracer.record(call, arguments)
-        except TokenPruneError:
-            raise
-        except Exception as error:
-            if not (_caches_emptied(tracer, call) and again):
-                raise _explained(error, tracer, host, arguments) from error
-        else:
-            if not (_caches_emptied(tracer, call) and again):
-                break
+        mode, generators = FakeTensorMode(allow_non_fake_inputs=True), Generators(host)
+        with stand_ins(host, mode), no_autocast_cache(), buffers_kept(host):
+            tracer = ValueTracer(host, mode)
+            try:
+                graph = tracer.record(call, given)
+            except TokenPruneError:
+                raise
+            except Exception as error:
+                if not (_caches_emptied(tracer, call) and again):
+                    raise _explained(error, tracer, host, arguments) from error
+                continue
+            finally:
+                moved = generators.moved()
+                generators.restore()
+            if moved:
+                repeated = partial(ValueTracer(host, mode).record, call, given)
+                _refuse_draw(generators.first_draw(repeated), host, arguments)
+        if not (_caches_emptied(tracer, call) and again):
+            break
     kept = tracer.leaked()
     if kept is not None:
         raise untraceable(
@@ -155,6 +168,17 @@ def _caches_emptied(tracer: ValueTracer, call: Any) -> bool:
     return bool(filled)
 
 
+def _refuse_draw(drawn: Drawn | None, host: nn.Module, arguments: Mapping[str, Any]) -> None:
+    """Raise if the host moved a generator; another thread may have done it."""
+    if drawn is not None:
+        reason = (
+            f"Python draws from {drawn.generator}, and a trace would freeze the number. Set the "
+            "probability of dropping to 0 in this mode, or draw and decide by torch's tensors"
+        )
+        shapes = _shapes(arguments)
+        raise untraceable(type(host).__name__, shapes, Provenance("", *drawn.where), reason)
+
+
 def _calls(graph: fx.Graph, tracer: ValueTracer) -> dict[str, tuple[ModuleCall, ...]]:
     """The recorded calls, in terms of the nodes that are left."""
     nodes = list(graph.nodes)
@@ -180,7 +204,7 @@ def _explained(
             f"{type(root).__name__} refused the input {shapes} at {line}. It said: {said}. Give "
             "it an input that it takes by itself."
         )
-    reason = DATA_DEPENDENT if isinstance(error, DataDependentOutputException) else said
+    reason = reason_of(error) or said
     return untraceable(type(root).__name__, shapes, line, reason)
 
 

@@ -5,13 +5,18 @@ each image). Under fake tensors they cannot run; their output has the example's 
 """
 
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from tokenprune.errors import HostError
+from tokenprune.tracing.draws import DRAW, DrawRead
 
-__all__ = ["OPAQUE", "as_traced"]
+__all__ = ["DATA_DEPENDENT", "OPAQUE", "REASON", "as_traced", "reason_of"]
 
 OPAQUE = "opaque"
 """Key in the `meta` of such a node: the line of the host's source that asks what a tensor holds."""
+REASON = "reason"
+"""Key in the `meta` of such a node: why it was not traced through."""
+DATA_DEPENDENT = "Python asks for a value of a tensor, which differs from call to call"
 
 
 def as_traced(value: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -27,3 +32,10 @@ def as_traced(value: Tensor, shape: tuple[int, ...]) -> Tensor:
             "this one."
         )
     return value
+
+
+def reason_of(error: Exception) -> str | None:
+    """Why code that asks for values cannot be traced; None if `error` is another one."""
+    if isinstance(error, DrawRead):
+        return DRAW
+    return DATA_DEPENDENT if isinstance(error, DataDependentOutputException) else None

@@ -1,13 +1,15 @@
 """Where in the host a node comes from; what error messages speak of."""
 
 import sys
+import sysconfig
 from linecache import getline
 from traceback import walk_tb
 from typing import NamedTuple
 
-__all__ = ["Provenance", "failed_at", "where_called"]
+__all__ = ["Provenance", "failed_at", "of_host", "where_called"]
 
-OWN_FILES = ("/torch/", "/tokenprune/", "/unittest/", "/contextlib.py", "/functools.py")
+OWN_FILES = ("/torch/", "/tokenprune/", "numpy/")
+STANDARD, INSTALLED = sysconfig.get_paths()["stdlib"], ("site-packages", "dist-packages")
 
 
 class Provenance(NamedTuple):
@@ -25,7 +27,7 @@ class Provenance(NamedTuple):
 def where_called(module: str) -> Provenance:
     """The innermost line of the host's source that is running, in the forward of `module`."""
     frame = sys._getframe(1)
-    while frame.f_back is not None and not _of_host(frame.f_code.co_filename):
+    while frame.f_back is not None and not of_host(frame.f_code.co_filename):
         frame = frame.f_back
     return Provenance(module, frame.f_code.co_filename, frame.f_lineno)
 
@@ -33,9 +35,12 @@ def where_called(module: str) -> Provenance:
 def failed_at(error: BaseException, module: str) -> Provenance:
     """The innermost line of the host's source that led to `error`, in the forward of `module`."""
     frames = [(f.f_code.co_filename, n) for f, n in walk_tb(error.__traceback__)]
-    file, line = next((f for f in reversed(frames) if _of_host(f[0])), frames[-1])
+    file, line = next((f for f in reversed(frames) if of_host(f[0])), frames[-1])
     return Provenance(module, file, line)
 
 
-def _of_host(file: str) -> bool:
+def of_host(file: str) -> bool:
+    """Whether a source file is not Python's, NumPy's, torch's or ours."""
+    if file.startswith(STANDARD) and not any(part in file for part in INSTALLED):
+        return False
     return not any(part in file for part in OWN_FILES) and not file.startswith("<")

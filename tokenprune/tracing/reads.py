@@ -54,7 +54,10 @@ class Reads:
 
     @contextmanager
     def recorded(
-        self, paused: Callable[[], bool], runs_itself: Callable[[nn.Module], bool]
+        self,
+        paused: Callable[[], bool],
+        runs_itself: Callable[[nn.Module], bool],
+        handed: Callable[[Any], Any],
     ) -> Iterator[None]:
         """Record what is read inside.
 
@@ -62,8 +65,9 @@ class Reads:
             paused: Whether what is read now does not count: another thread reads.
             runs_itself: Whether a module is no part of the trace but runs when a program does, so
                 that only what decides about shapes matters, and no method.
+            handed: What a module's code gets for a value that it reads.
         """
-        self._paused, self._runs_itself = paused, runs_itself
+        self._paused, self._runs_itself, self._handed = paused, runs_itself, handed
         with self._patches:
             self._watch(nn.Module)
             yield
@@ -107,6 +111,7 @@ class Reads:
             value = read(owner, name)
             if not (name.startswith("__") or name in OF_TORCH or self._paused()):
                 self._add(owner, name, value)
+                return self._handed(value) if isinstance(owner, nn.Module) else value
             return value
 
         before = vars(cls).get(LOOKUP, ABSENT)

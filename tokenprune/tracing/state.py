@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from tokenprune.tracing.reads import ABSENT, OF_TORCH, may_be_watched
+from tokenprune.tracing.stand_ins import is_plain
 
 __all__ = [
     "Kept",
@@ -117,7 +118,8 @@ def empty_caches(root: nn.Module) -> None:
 @contextmanager
 def buffers_kept(root: nn.Module) -> Iterator[None]:
     """Give every buffer its values back: some hosts count their calls in one."""
-    before = [(buffer, buffer.clone()) for buffer in root.buffers() if not buffer.is_meta]
+    own = (b for b in root.buffers() if is_plain(b) and not b.is_meta)
+    before = [(buffer, buffer.clone()) for buffer in own]
     try:
         yield
     finally:

@@ -28,9 +28,12 @@ from torch._subclasses.fake_tensor import (
 from torch.fx.node import map_aggregate
 from torch.utils._pytree import tree_leaves
 
+from tokenprune.tracing.arguments import Arguments
 from tokenprune.tracing.checkpoints import CHECKPOINT, Checkpoint, checkpoints_recorded
+from tokenprune.tracing.constants import find
 from tokenprune.tracing.counters import only_counted
 from tokenprune.tracing.decompose import DECOMPOSED, is_leaf
+from tokenprune.tracing.draws import DrawRead, certain, is_drawn, possible_number
 from tokenprune.tracing.effects import Count, Store, of_content
 from tokenprune.tracing.functions import functions_recorded
 from tokenprune.tracing.gradients import GradientRun
@@ -53,10 +56,11 @@ from tokenprune.tracing.modes import (
     state,
 )
 from tokenprune.tracing.names import codes_of
-from tokenprune.tracing.opaque import OPAQUE, as_traced
+from tokenprune.tracing.opaque import DATA_DEPENDENT, OPAQUE, REASON, as_traced, reason_of
 from tokenprune.tracing.provenance import Provenance, failed_at, where_called
 from tokenprune.tracing.proxy import ValueProxy, concrete
 from tokenprune.tracing.reads import Reads
+from tokenprune.tracing.stand_ins import fake_of
 from tokenprune.tracing.state import Written, attributes_kept, empty_caches
 
 __all__ = ["NUMBER", "RecordedCall", "ValueTracer"]
@@ -67,6 +71,7 @@ ONE_AT_A_TIME = threading.RLock()
 MODULE_GETATTR = nn.Module.__getattr__
 NUMBER = "number"
 """Key in a node's `meta`: nodes are numbered in the order in which the host made them."""
+NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 
@@ -104,11 +109,11 @@ class ValueTracer(fx.Tracer):
         root: The host; nothing of it is changed, and patches last only as long as the trace.
     """
 
-    def __init__(self, root: nn.Module) -> None:
+    def __init__(self, root: nn.Module, fake_mode: FakeTensorMode | None = None) -> None:
         super().__init__()
         self.root = root
         self.graph = fx.Graph(tracer_cls=type(self))
-        self.fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.fake_mode = fake_mode or FakeTensorMode(allow_non_fake_inputs=True)
         self._executing = False
         self._thread = threading.get_ident()
         self.specialized: list[fx.Node] = []
@@ -123,6 +128,7 @@ class ValueTracer(fx.Tracer):
         self._modules_entered = [""]
         self._failed_in = ""
         self._example: Mapping[str, Any] = {}
+        self._reads_draws = False
         self._count = 0
         self._proxies: list[weakref.ref[ValueProxy]] = []
         self._kept_elsewhere: list[fx.Node] = []
@@ -133,15 +139,14 @@ class ValueTracer(fx.Tracer):
         self.hooks = Hooks(root, since=next_hook())
         self.opened: dict[nn.Module, None] = {}
 
-    def record(self, forward: Callable[..., Any], example: Mapping[str, Any]) -> fx.Graph:
-        """Trace `forward(**example)`: tensors become inputs, other values are specialized on."""
-        self._example = example
-        tensors = {name: v for name, v in example.items() if isinstance(v, torch.Tensor)}
+    def record(self, forward: Callable[..., Any], example: Arguments) -> fx.Graph:
+        """Trace a call of `forward`: tensors become inputs, other values are specialized on."""
+        self._example = tensors = example.tensors
         inputs = {n: self.create_proxy("placeholder", n, (), {}, v) for n, v in tensors.items()}
         with ONE_AT_A_TIME, attributes_kept(self.root) as kept:
             empty_caches(self.root)
             with self._patched():
-                output = forward(**{**example, **inputs})
+                output = example.with_tensors(inputs).call(forward)
                 result = self.create_arg(output)
             codes = codes_of([forward, *self.reads.functions()])
             self._store(codes, kept.written(), kept.shared())
@@ -187,13 +192,15 @@ class ValueTracer(fx.Tracer):
             value = MODULE_GETATTR(module, name)
             if not self.elsewhere:
                 self.reads.registered(module, name, value)
-            if isinstance(value, torch.Tensor) and not self.executing:
-                return self._attribute(value)
-            return value
+            return handed(value)
+
+        def handed(value: Any) -> Any:
+            recorded = isinstance(value, torch.Tensor) and not self.executing
+            return self._attribute(value) if recorded else value
 
         calls = mock.patch.object(nn.Module, "__call__", call)
         attributes = mock.patch.object(nn.Module, "__getattr__", getattribute)
-        reads = self.reads.recorded(lambda: self.elsewhere, lambda m: self.is_leaf_module(m, ""))
+        reads = self.reads.recorded(lambda: self.elsewhere, is_leaf, handed)
         caller = torch.set_grad_enabled(self._caller.grad)  # a host may set it and leave it so
         modes, checkpoints = reads_noted(self), checkpoints_recorded(self)
         with caller, calls, attributes, reads, functions_recorded(self), modes, checkpoints:
@@ -259,13 +266,45 @@ class ValueTracer(fx.Tracer):
         """Read parameters and buffers again from here on."""
         self._attributes.clear()
 
+    def _constant(self, thing: torch.Tensor | torch.Generator) -> Any:
+        """A node that looks up what no module has as a tensor of its own."""
+        name = f"constant {id(thing)}"
+        if name not in self._attributes:
+            with self._unrecorded():
+                place = find(self.root, thing)
+            if place is None:
+                raise NotImplementedError(
+                    f"a {type(thing).__name__} that no module, global or closure of the host "
+                    "holds, so that no later call can find it. Register it as a buffer"
+                )
+            if isinstance(place.start, str):
+                found = self.create_proxy("get_attr", place.start, (), {})
+            else:
+                found = self.create_proxy("call_function", place.start, (), {})
+            for step, key in place.steps:
+                found = self.create_proxy("call_function", step, (found, key), {})
+            with self._unrecorded():
+                if isinstance(thing, torch.Tensor):
+                    thing = fake_of(self.fake_mode, thing)
+                found.node.meta["val"] = thing
+            self._attributes[name] = found
+        return self._attributes[name]
+
     def specialize(self, node: fx.Node, convert: Callable[[Any], Any]) -> Any:
         """`convert` (bool, int, float, ...) applied to `node`'s value, which Python reads."""
         if self.executing:
             return convert(node.meta["val"])
+        known = certain(node)
+        if known is not None:
+            return convert(known)
+        if self._reads_draws and is_drawn(node):
+            raise DrawRead()
         self.specialized.append(node)
-        with self._unrecorded():
-            return convert(node.meta["val"])
+        try:
+            with self._unrecorded():
+                return convert(node.meta["val"])
+        except NEEDS_VALUES as error:
+            raise self._value_error(node, error) from error
 
     def proxy(self, node: fx.Node) -> ValueProxy:
         made = ValueProxy(node, self)
@@ -296,8 +335,20 @@ class ValueTracer(fx.Tracer):
     ) -> Any:
         """A node and its value: of `value`, a real tensor, or else of what the node calls."""
         proxy = super().create_proxy(kind, target, args, kwargs, **options)
-        proxy.node.meta["val"] = self._evaluate(kind, target, args, kwargs, value)
+        try:
+            proxy.node.meta["val"] = self._evaluate(kind, target, args, kwargs, value)
+        except NEEDS_VALUES as error:
+            known, number = certain(proxy.node), possible_number(proxy.node)
+            if target == "item" and known is not None:
+                return known
+            if target != "item" or number is None:
+                raise self._value_error(proxy.node, error) from error
+            proxy.node.meta["val"] = number
+            self._reads_draws = True
         return proxy
+
+    def _value_error(self, node: fx.Node, error: Exception) -> Exception:
+        return DrawRead() if is_drawn(node) else error
 
     def _evaluate(self, kind: str, target: Any, args: Args, kwargs: Kwargs, value: Any) -> Any:
         with self._unrecorded():
@@ -305,7 +356,7 @@ class ValueTracer(fx.Tracer):
                 value = tensor_attribute(self.root, target)
             if value is not None:
                 tensor = isinstance(value, torch.Tensor)
-                return self.fake_mode.from_tensor(value) if tensor else value
+                return fake_of(self.fake_mode, value) if tensor else value
             args, kwargs = map_aggregate(args, concrete), map_aggregate(kwargs, concrete)
             with self.fake_mode:
                 if kind == "call_function":
@@ -340,11 +391,9 @@ class ValueTracer(fx.Tracer):
             return node
         if isinstance(a, torch.Tensor):
             proxy = self._attribute(a)
-            if type(proxy) is not ValueProxy:
-                raise NotImplementedError(
-                    "a tensor that is no parameter, buffer or attribute of any module"
-                )
-            return proxy.node
+            return (proxy if type(proxy) is ValueProxy else self._constant(a)).node
+        if isinstance(a, torch.Generator):
+            return self._constant(a).node
         if dataclasses.is_dataclass(a) and not isinstance(a, type):
             fields = [(f, getattr(a, f.name)) for f in dataclasses.fields(a) if f.init]
             said = {f.name: v for f, v in fields if v is not None or f.default is not None}
@@ -411,7 +460,8 @@ class ValueTracer(fx.Tracer):
         try:
             self.opened[m] = None
             return between_hooks(self, m, path, forward, args, kwargs)
-        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        except NEEDS_VALUES as error:
+            reason = reason_of(error) or DATA_DEPENDENT
             refusal = failed_at(error, self._failed_in or path)
             self._forget(start, specialized)
             self._checkpoint = checkpoint
@@ -420,7 +470,7 @@ class ValueTracer(fx.Tracer):
             if not isinstance(value, torch.Tensor) or value.shape[:1] != first.shape[:1]:
                 raise
         output = self.create_proxy("call_module", path, args, kwargs, value)
-        output.node.meta[OPAQUE] = refusal
+        output.node.meta |= {OPAQUE: refusal, REASON: reason}
         rest = tuple(value.shape[1:])
         return self.create_proxy("call_function", as_traced, (output, rest), {})
 

@@ -117,5 +117,5 @@ def frozen_copy(model: nn.Module, teacher: nn.Module | None = None) -> PrunedMod
     """A frozen copy in eval mode of `teacher` (a host or a wrapped model), or of `model`."""
     frozen = copy.deepcopy(model if teacher is None else teacher)
     if not isinstance(frozen, PrunedModel):
-        frozen = wrap(frozen, pruning_of(model).recipe, verify=False)
+        frozen = wrap(frozen, pruning_of(model).recipe, verify=False, train=False)
     return frozen.eval().requires_grad_(False)

@@ -83,7 +83,7 @@ class Bucketed:
         self, segment: Segment, values: Mapping[str, Any], most: int
     ) -> Sequence[Bucket | None]:
         """None is the whole batch."""
-        if segment.chosen is None or not self.split:
+        if segment.chosen is None or not self.split or not values[segment.chosen].shape[0]:
             return [None]
         counts = (values[segment.chosen] >= 0).sum(1).tolist()
         buckets = divide(counts, most)

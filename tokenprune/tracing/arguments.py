@@ -1,0 +1,175 @@
+"""The arguments of one call: a flat dict of tensors and plain values, and how they are nested.
+
+A call `forward(x, labels=[{"boxes": b}])` has the leaves `x` and `labels_0_boxes`. Tensors are
+inputs of a graph; everything else belongs to the signature that the graph is kept under.
+"""
+
+import keyword
+import re
+from collections import UserDict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from enum import Enum
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._pytree import (
+    TreeSpec,
+    keystr,
+    tree_flatten_with_path,
+    tree_leaves,
+    tree_unflatten,
+)
+
+from tokenprune.errors import HostError
+
+__all__ = ["Arguments", "as_arguments", "flatten", "plain_key"]
+
+PLAIN = (
+    *(bool, int, float, complex, str, bytes, type(None), Enum, np.generic, torch.Size),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format),
+)
+
+
+class Nested(NamedTuple):
+    """A container. `kind` is the class of an object that pytree does not know; `inner` has one
+    entry for each leaf of `spec`: None, or what is nested in it."""
+
+    kind: type | None
+    spec: TreeSpec
+    inner: tuple["Nested | None", ...]
+
+
+Place = tuple[int | str, Nested | None]
+"""Where a value goes: a position, or the name of an argument; and how it is nested."""
+
+
+@dataclass(frozen=True, eq=False)
+class Arguments(Mapping[str, Any]):
+    """The leaves of a call by name, and their places in it.
+
+    Attributes:
+        leaves: Tensors and plain values, in the order of the call.
+        places: One for each argument; hashable, holds no tensor.
+    """
+
+    leaves: dict[str, Any]
+    places: tuple[Place, ...]
+
+    def __getitem__(self, name: str) -> Any:
+        return self.leaves[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.leaves)
+
+    def __len__(self) -> int:
+        return len(self.leaves)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The leaves that are tensors."""
+        return {name: leaf for name, leaf in self.leaves.items() if isinstance(leaf, Tensor)}
+
+    def with_tensors(self, tensors: Mapping[str, Any]) -> "Arguments":
+        """The same call with other tensors."""
+        return Arguments({**self.leaves, **tensors}, self.places)
+
+    def call(self, function: Callable[..., Any], **more: Any) -> Any:
+        """`function` called with these arguments, nested as they were."""
+        leaves = iter(self.leaves.values())
+        given = [(place, _rebuilt(nested, leaves)) for place, nested in self.places]
+        args = [value for place, value in given if isinstance(place, int)]
+        return function(*args, **{p: v for p, v in given if isinstance(p, str)}, **more)
+
+
+def flatten(host: str, given: Mapping[int | str, tuple[str, Any]]) -> Arguments:
+    """Flatten the arguments of a call of `host`: position or name -> name for leaves, value.
+
+    Raises:
+        HostError: One is neither a tensor nor a plain value, nor a container of such.
+    """
+    leaves: dict[str, Any] = {}
+    places: list[Place] = []
+    for place, (name, value) in given.items():
+        if isinstance(value, (Tensor, *PLAIN)):
+            leaves[_free(name, leaves)] = value
+            places.append((place, None))
+        else:
+            places.append((place, _flattened(host, name, value, leaves)))
+    return Arguments(leaves, tuple(places))
+
+
+def as_arguments(host: str, given: Arguments | Mapping[str, Any]) -> Arguments:
+    """The arguments of a call that gives all of them by name."""
+    if isinstance(given, Arguments):
+        return given
+    return flatten(host, {name: (name, value) for name, value in given.items()})
+
+
+def plain_key(value: Any) -> Any:
+    """What tells a plain value from others: `1`, `1.0` and `True` are three, NaN is itself."""
+    return type(value), repr(value) if isinstance(value, float | complex) else value
+
+
+def _flattened(host: str, name: str, value: Any, leaves: dict[str, Any]) -> Nested:
+    contents, kind = _contents(value), None
+    if contents is not None:
+        value, kind = contents, type(value)
+    found, spec = tree_flatten_with_path(value, is_leaf=lambda v: isinstance(v, PLAIN))
+    inner: list[Nested | None] = []
+    for path, leaf in found:
+        inside = name + keystr(path)
+        if isinstance(leaf, (Tensor, *PLAIN)):
+            leaves[_free(re.sub(r"\W+", "_", inside).rstrip("_"), leaves)] = leaf
+            inner.append(None)
+        elif _contents(leaf) is not None:
+            inner.append(_flattened(host, inside, leaf, leaves))
+        else:
+            raise HostError(
+                f"Argument {inside} of {host} is a {type(leaf).__name__}. A wrapped model takes "
+                "tensors and plain values (numbers, strings, flags, None, dtypes, devices, enums), "
+                "also in tuples, lists, dicts and dataclasses. Pass what the host needs of it in "
+                "such a form, or set it as an attribute of the host."
+            )
+    return Nested(kind, spec, tuple(inner))
+
+
+def _contents(value: Any) -> dict[str, Any] | None:
+    """What a container that pytree does not know holds; None if it is none, or pytree knows it."""
+    if isinstance(value, type) or _known(value):
+        return None
+    if isinstance(value, dict):
+        return dict(value)
+    if isinstance(value, UserDict):
+        return dict(vars(value))
+    if is_dataclass(value):
+        return {field.name: getattr(value, field.name) for field in fields(value)}
+    return None
+
+
+def _known(value: Any) -> bool:
+    leaves = tree_leaves(value, is_leaf=lambda inner: inner is not value)
+    return len(leaves) != 1 or leaves[0] is not value
+
+
+def _rebuilt(nested: Nested | None, leaves: Iterator[Any]) -> Any:
+    if nested is None:
+        return next(leaves)
+    value = tree_unflatten([_rebuilt(inner, leaves) for inner in nested.inner], nested.spec)
+    if nested.kind is None:
+        return value
+    if issubclass(nested.kind, dict):
+        return nested.kind(value)
+    made = nested.kind.__new__(nested.kind)
+    for name, held in value.items():
+        object.__setattr__(made, name, held)
+    return made
+
+
+def _free(name: str, taken: Mapping[str, Any]) -> str:
+    """A name for one more leaf, which the code of a graph can use."""
+    while name in taken or keyword.iskeyword(name):
+        name += "_"
+    return name

@@ -1,0 +1,121 @@
+"""Python's and NumPy's random numbers: a trace would freeze those that a host draws.
+
+Generators that a trace moved are put back, and the line of the host that drew is found by tracing
+once more.
+"""
+
+import gc
+import pickle
+import random
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from tokenprune.tracing.provenance import of_host
+
+__all__ = ["Drawn", "Generators", "torch_generators_kept"]
+
+KINDS = (random.Random, np.random.Generator, np.random.RandomState)
+
+
+class Drawn(NamedTuple):
+    """Which generator a host drew from, and the line that did."""
+
+    generator: str
+    where: tuple[str, int]
+
+
+class Generators:
+    """The states of all generators of this process, as they are now; torch's as far as they are
+    the default one of the CPU, or an attribute of a module."""
+
+    def __init__(self, root: nn.Module) -> None:
+        kinds = {found for kind in KINDS for found in _subclasses(kind)}
+        kinds.discard(random.SystemRandom)  # the operating system's, which has no state
+        objects = [thing for thing in gc.get_objects() if type(thing) in kinds]
+        held = [v for m in root.modules() for v in vars(m).values()]  # torch's are not collected
+        objects += [torch.default_generator, *(v for v in held if type(v) is torch.Generator)]
+        self._states: list[tuple[Any, Any]] = [(thing, _state(thing)) for thing in objects]
+
+    def moved(self) -> list[Any]:
+        """Those that have another state by now."""
+        return [generator for generator, state in self._states if _state(generator) != state]
+
+    def restore(self) -> None:
+        """Give those that have moved their state back."""
+        for generator, state in self._states:
+            if _state(generator) != state:
+                _set_state(generator, state)
+
+    def first_draw(self, call: Callable[[], Any]) -> Drawn | None:
+        """The first line of the host that moves a generator in `call`, which may fail; None if
+        none does."""
+        old, last, found = sys.gettrace(), ("", 0), list[Drawn]()
+
+        def watch(frame: FrameType, event: str, _: Any) -> Any:
+            nonlocal last
+            if found or not of_host(frame.f_code.co_filename):
+                return None
+            found.extend(Drawn(_name(generator), last) for generator in self.moved())
+            last = frame.f_code.co_filename, frame.f_lineno
+            return watch
+
+        sys.settrace(watch)
+        try:
+            with suppress(Exception):  # it has run once, so its errors are known
+                call()
+        finally:
+            sys.settrace(old)
+            self.restore()
+        return found[0] if found else None
+
+
+@contextmanager
+def torch_generators_kept() -> Iterator[None]:
+    """Give torch's generators their states back: of a module that runs for real in a trace."""
+    cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    devices = range(torch.cuda.device_count()) if cuda else ()
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
+def _subclasses(kind: type) -> Iterator[type]:
+    yield kind
+    for narrower in kind.__subclasses__():
+        yield from _subclasses(narrower)
+
+
+def _state(generator: Any) -> Any:
+    """The state of a generator, in a form that compares."""
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    if isinstance(generator, np.random.RandomState):
+        return pickle.dumps(generator.get_state(legacy=False))
+    if isinstance(generator, np.random.Generator):
+        return pickle.dumps(generator.bit_generator.state)
+    with torch._C.DisableTorchFunction():  # a trace may be running
+        return generator.get_state().numpy().tobytes()
+
+
+def _set_state(generator: Any, state: Any) -> None:
+    if isinstance(generator, random.Random):
+        generator.setstate(state)
+    elif isinstance(generator, np.random.RandomState):
+        generator.set_state(pickle.loads(state))
+    elif isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = pickle.loads(state)
+    else:
+        generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
+
+
+def _name(generator: Any) -> str:
+    if isinstance(generator, torch.Generator):
+        return "torch's generator, or seeds it"
+    own = "Python's random" if isinstance(generator, random.Random) else "NumPy's"
+    return f"{own} generator"

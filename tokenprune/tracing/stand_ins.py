@@ -1,0 +1,62 @@
+"""What is traced in place of tensors that are no plain ones.
+
+Under torch.func a host's inputs and parameters are wrappers; FSDP2 and tensor parallel make
+DTensors of its parameters, torchao quantized ones. A trace needs the (global) shape, dtype and
+device of a tensor, so a plain fake tensor serves. A graph finds the real ones by their path.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.parameter import is_lazy
+
+__all__ = ["fake_of", "is_plain", "stand_ins"]
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is `torch.Tensor` or `nn.Parameter` itself, and nothing wraps it."""
+    own = type(tensor) in (Tensor, nn.Parameter)
+    return own and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def fake_of(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
+    """A fake tensor of `mode` for a tensor of any kind."""
+    if isinstance(tensor, FakeTensor) and tensor.fake_mode is mode:
+        return tensor
+    if is_plain(tensor):
+        return mode.from_tensor(tensor)
+    with mode:
+        return torch.empty(tuple(tensor.shape), dtype=tensor.dtype, device=tensor.device)
+
+
+@contextmanager
+def stand_ins(root: nn.Module, mode: FakeTensorMode) -> Iterator[None]:
+    """Put fake tensors of `mode` in place of what is no plain tensor in `root`, and leave the
+    transforms of torch.func that are running; all is put back afterwards."""
+    with temporarily_clear_interpreter_stack():
+        held: list[tuple[dict[str, Any], str, Tensor]] = [
+            (tensors, name, tensor)
+            for module in root.modules()
+            for tensors in (module._parameters, module._buffers, vars(module))
+            for name, tensor in tensors.items()
+            if isinstance(tensor, Tensor) and not is_plain(tensor)
+        ]
+        made: dict[int, Any] = {}  # what is tied stays tied
+        try:
+            for tensors, name, tensor in held:
+                if is_lazy(tensor):
+                    continue  # it has no shape yet: the host itself cannot run
+                if id(tensor) not in made:
+                    fake = fake_of(mode, tensor)
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    made[id(tensor)] = nn.Parameter(fake, False) if is_parameter else fake
+                tensors[name] = made[id(tensor)]
+            yield
+        finally:
+            for tensors, name, tensor in held:
+                tensors[name] = tensor
