@@ -45,8 +45,10 @@ def wrap(
 ) -> Any:
     """Make a vision transformer prune its tokens.
 
-    The result has the host's class, call signature, output type and methods, and shares its
-    parameters. In training every token stays and dropped ones are hidden from the others, so that
+    The result has the host's class, call signature, output type and methods. Both are handles on
+    one set of attributes: a change through either is seen by the next call of both. Its methods
+    that run the blocks (`forward_features`) are pruned too; a child of it (`model.vit`) is the
+    host's own module and runs dense, unless it is wrapped itself. In training every token stays and dropped ones are hidden from the others, so that
     the predictors learn; in eval they are removed. Scorers without parameters remove them in
     training too. The host object itself still runs dense.
 

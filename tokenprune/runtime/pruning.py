@@ -32,7 +32,7 @@ from tokenprune.runtime.watch import Watch
 from tokenprune.scorers.protocol import PREDICTORS
 from tokenprune.tracing.arguments import Arguments, as_arguments
 from tokenprune.tracing.host_graph import HostGraph, trace
-from tokenprune.tracing.stand_ins import stand_ins
+from tokenprune.tracing.stand_ins import is_plain, stand_ins
 from tokenprune.tracing.state import buffers_kept, no_autocast_cache
 
 __all__ = ["Overrides", "Pruning", "added_names"]
@@ -217,6 +217,7 @@ class Pruning:
         signature = signature_of(arguments, entry, host.training)
         found = self.cache.find(signature, host, arguments)
         if found is None:
+            self._check_added()
             if traced is None or blocks is None:
                 self.spec = describe(host, self.adapter)  # it may have other blocks now
                 bind(self.recipe, self.spec)
@@ -237,6 +238,19 @@ class Pruning:
                 "depends on the number of images. Call it with one image at least."
             )
         return found
+
+    def _check_added(self) -> None:
+        """Refuse a host that was moved or cast by itself: what `wrap` added stayed behind."""
+        ours = next((p for m in self.added.values() for p in m.parameters()), None)
+        theirs = first_floating(self.host)
+        if ours is None or not (is_plain(ours) and is_plain(theirs)):
+            return
+        if (ours.device, ours.dtype) != (theirs.device, theirs.dtype):
+            raise HostError(
+                f"{type(self.host).__name__} is {theirs.dtype} on {theirs.device} now, but what "
+                f"wrap added ({', '.join(self.added)}) is {ours.dtype} on {ours.device}. Move and "
+                "cast the wrapped model, not its host: model.to(...)."
+            )
 
     def settings(
         self, path: Path, programs: Programs, arguments: Arguments, training: bool
