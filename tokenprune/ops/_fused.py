@@ -196,22 +196,31 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Dims, *inputs: Any) -> tuple[Any, Any]:
-        return _as_images(_Gradients, info.batch_size, in_dims, inputs)
+        *rest, grad_mask = _as_images(_Gradients, info.batch_size, in_dims, inputs)[0]
+        if grad_mask is not None and _images(inputs[5], in_dims[5]) == 1:
+            grad_mask = grad_mask.sum(1, keepdim=True)
+        return (*rest, grad_mask), (0, 0, 0, 0, None if grad_mask is None else 0)
 
 
 def _as_images(function: Any, size: int, in_dims: Dims, inputs: tuple[Any, ...]) -> tuple[Any, Any]:
     """Run a function whose tensors have the images first with `size` times as many images."""
+    batch = _images(inputs[0], in_dims[0])
 
     def joined(x: Any, dim: int | None) -> Any:
         if not isinstance(x, Tensor):
             return x
-        return (x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1)
+        x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+        return x.expand(size, batch, *x.shape[2:]).flatten(0, 1)  # one mask may serve all images
 
     def apart(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.reshape(size, x.shape[0] // size, *x.shape[1:])
+        return None if x is None else x.reshape(size, batch, *x.shape[1:])
 
-    outputs = tuple(map(apart, function.apply(*map(joined, inputs, in_dims))))
-    return outputs, tuple(None if x is None else 0 for x in outputs)
+    return tuple(map(apart, function.apply(*map(joined, inputs, in_dims)))), (0, 0, 0)
+
+
+def _images(x: Tensor, dim: int | None) -> int:
+    """How many images an argument has beside the mapped dim."""
+    return int(x.shape[0] if dim is None else x.movedim(dim, 0).shape[1])
 
 
 def _backward(

@@ -37,8 +37,8 @@ BUILT_IN = tuple(
     and name not in (*FACTORIES, "result_type", "can_cast", "promote_types")
     and isinstance(getattr(torch, name, None), BuiltinFunctionType)
 )
-# Never nodes: answers about a tensor that are plain Python, and properties of a real tensor.
-UNRECORDED = ("dim", "__get__", "__set__")
+# Never nodes: answers that are plain Python, and properties of a real tensor.
+UNRECORDED = ("dim", "__get__", "__set__", "_parse_to")
 UNRECORDED_PREFIXES = ("is_", "_has", "get_")
 # Methods of real tensors, recorded when given a proxy: their C argument parsers read it first.
 METHODS = (

@@ -91,10 +91,10 @@ def trace(host: nn.Module, arguments: Arguments | Mapping[str, Any]) -> HostGrap
         HostError: The host itself refuses these arguments, or returns no tensor.
         TraceError: Its code cannot be traced; the line of its source is named.
     """
-    mode, generators = FakeTensorMode(allow_non_fake_inputs=True), Generators(host)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
     given = as_arguments(type(host).__name__, arguments)
     with stand_ins(host, mode), no_autocast_cache(), buffers_kept(host):
-        tracer = ValueTracer(host, mode)
+        tracer, generators = ValueTracer(host, mode), Generators(host)
         try:
             graph = tracer.record(host.forward, given)
         except TokenPruneError:
