@@ -124,6 +124,7 @@ def wrap(
             lazy=lazy_attributes(model),
         )
         programs = pruning.programs(example, traced, blocks)
+        programs.get(model, pruning.path_name(pruning.method.path(training=False)))
     if train:
         _trace_training(pruning, example)
     wrapped = _shell(model)
