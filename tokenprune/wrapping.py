@@ -125,6 +125,7 @@ def wrap(
             example=example.with_tensors({n: x.to("meta") for n, x in example.tensors.items()}),
         )
         programs = pruning.programs(example, traced=traced, blocks=blocks)
+        programs.get(model, pruning.path_name(pruning.method.path(training=False)))
     if train:
         _trace_training(pruning, example)
     wrapped = wrapper_of(pruning)

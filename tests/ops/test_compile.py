@@ -1,6 +1,5 @@
 """The operators inside torch.compile, without graph breaks and with the same gradients."""
 
-import inspect
 from collections.abc import Callable
 
 import pytest
@@ -9,14 +8,12 @@ from jaxtyping import config
 from torch import Tensor
 
 from tokenprune.ops import (
-    _fused,
     hide_dropped,
     masked_amax,
     masked_attention,
     masked_mean,
     masked_softmax,
     sample_decision,
-    softmax,
 )
 
 pytestmark = pytest.mark.slow
@@ -27,10 +24,6 @@ B, H, L, D = 2, 3, 5, 4
 def _no_shape_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The checks of the annotations, which only tests put there, break the graph."""
     monkeypatch.setattr(config, "jaxtyping_disable", True)
-    for function in (_fused.MaskedAttention, _fused._Gradients, softmax._MaskedSoftmax):
-        for name in ("forward", "setup_context", "backward"):
-            plain = inspect.unwrap(getattr(function, name))
-            monkeypatch.setattr(function, name, staticmethod(plain))
 
 
 def attention(x: Tensor, policy: Tensor, bias: Tensor) -> Tensor:

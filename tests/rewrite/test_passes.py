@@ -53,8 +53,9 @@ def wrapped(end: Callable[[Host, Tensor], Tensor] = lambda host, x: x[:, 0], **o
     spec = tokenprune.ArchSpec(
         adapter="by hand", blocks=tuple(f"blocks.{i}" for i in range(4)), num_prefix_tokens=1
     )
-    given = {"adapter": spec, "example_inputs": torch.randn(2, LENGTH, WIDTH), "verify": False}
-    return tokenprune.wrap(Host(end).eval(), RECIPE, **{**given, **options})
+    given = {"adapter": spec, "example_inputs": torch.randn(2, LENGTH, WIDTH)}
+    left_out = {"verify": False, "train": False}
+    return tokenprune.wrap(Host(end).eval(), RECIPE, **{**given, **left_out, **options})
 
 
 def graph(path: Any, **options: Any) -> fx.Graph:

@@ -11,7 +11,7 @@ from torch.func import functional_call, grad, vmap
 
 import tokenprune
 from tests.toys.vit import Vit, pixels
-from tokenprune.errors import HostError
+from tokenprune.errors import HostError, TraceError
 from tokenprune.hosts.spec import ArchSpec
 
 RECIPE = {"version": 1, "schedule": {"blocks": [0, 2], "keep_ratio": 0.6}}
@@ -30,7 +30,8 @@ def wrapped(host: type[nn.Module], *example: Any, **named: Any) -> tuple[Any, An
     torch.manual_seed(0)
     dense = host().eval()
     given = named or example
-    return dense, tokenprune.wrap(dense, RECIPE, example_inputs=given, adapter=SPEC, verify=False)
+    options: dict[str, Any] = {"example_inputs": given, "adapter": SPEC, "verify": False}
+    return dense, tokenprune.wrap(dense, RECIPE, **options, train=False)
 
 
 class Star(Vit):
@@ -196,3 +197,33 @@ def test_sampled_decisions_by_torch_func() -> None:
     found, weights = per_image(model.train(), X, randomness="different")
     assert {n: g.shape[1:] for n, g in found.items()} == {n: w.shape for n, w in weights.items()}
     assert found["head.weight"].abs().sum() > 0
+
+
+class Matches(Vit):
+    """A detector's loss: labels are a list of dicts, and Python matches them by value."""
+
+    def forward(self, x: Tensor, labels: list[dict[str, Tensor]] | None = None) -> Any:
+        out = super().forward(x)
+        if labels is None:
+            return {"logits": out}
+        criterion = nn.CrossEntropyLoss().to(out.device)
+        targets = torch.cat([label["classes"] for label in labels])
+        if self.by_value and out.argmax() == targets[0]:
+            return {"loss": out.sum()}
+        return {"logits": out, "loss": criterion(out, targets)}
+
+    by_value = False
+
+
+def test_labels_as_a_list_of_dicts() -> None:
+    host, model = wrapped(Matches, X)
+    labels = [{"classes": torch.tensor([1])}, {"classes": torch.tensor([3])}]
+    model.set_keep_ratio(1.0)
+    with torch.no_grad():
+        torch.testing.assert_close(model(X, labels), host(X, labels))
+    model.train()(X, labels)["loss"].backward()
+    host.by_value = True
+    model._pruning.cache.clear()
+    with pytest.raises(TraceError, match=r"out\.argmax\(\) ==.*leave the labels out and compute"):
+        model(X, labels)
+    assert model(X)["logits"].shape == (2, 5)

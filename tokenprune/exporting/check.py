@@ -1,6 +1,7 @@
 """Compare an exported file with its model."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from tokenprune.errors import ExportError
 from tokenprune.exporting.run import Run, batched_inputs, named_tensors
 from tokenprune.hosts.inputs import first_floating
 from tokenprune.runtime.model import pruning_of
-from tokenprune.tracing.arguments import Arguments
+from tokenprune.tracing.arguments import Arguments, as_arguments
 
 __all__ = ["compare", "margins"]
 
@@ -61,14 +62,14 @@ def compare(
     return largest, allowed
 
 
-def margins(model: nn.Module, inputs: Arguments) -> Tensor:
+def margins(model: nn.Module, inputs: Arguments | Mapping[str, Any]) -> Tensor:
     """How much the scores of each image must change before other tokens are kept: [B].
 
     It is the smallest gap, over the stages, between the scores of the last kept and the first
     dropped token, in log-probability; inf where nothing is dropped.
     """
     nested = pruning_of(model).method.reduction.nested
-    _, trace = inputs.call(model, return_trace=True)
+    _, trace = as_arguments(type(model).__name__, inputs).call(model, return_trace=True)
     batch_size = len(next(iter(batched_inputs(inputs).values())))
     least = torch.full((batch_size,), float("inf"), device="cpu")
     present = trace.real

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from tokenprune.ops.align import dropped_along, finite_if_dropped, is_kept, no_autocast
 
-__all__ = ["MaskedAttention"]
+__all__ = ["MappableAttention", "MaskedAttention"]
 
 # Where torch.func has the mapped dim of each argument.
 Dims = tuple[int | None, ...]
@@ -125,47 +125,64 @@ def _kernel(
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
+def _outputs(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    policy: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    own_key: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The output, and the finite factors of key and value for the backward pass."""
+    with no_autocast(query.device):
+        factors = _finite_factor(key, policy), _finite_factor(value, policy)
+        finite = _sanitize(key, factors[0]), _sanitize(value, factors[1])
+        return _kernel(query, *finite, policy, mask, scale, own_key), *factors
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
+    *operands, ctx.scale, ctx.own_key = inputs
+    # Not the sanitized copies: the originals are mostly views of tensors that are kept anyway.
+    ctx.save_for_backward(*operands, *outputs)
+
+
 class MaskedAttention(torch.autograd.Function):
-    """`masked_attention` for operands of one head dim; differentiable once.
-
-    Returns the output, and the finite factors of key and value for the backward pass.
-    """
+    """`masked_attention` for operands of one head dim; differentiable once."""
 
     @staticmethod
-    def forward(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        policy: Tensor,
-        mask: Tensor | None,
-        scale: float,
-        own_key: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        with no_autocast(query.device):
-            factors = _finite_factor(key, policy), _finite_factor(value, policy)
-            finite = _sanitize(key, factors[0]), _sanitize(value, factors[1])
-            return _kernel(query, *finite, policy, mask, scale, own_key), *factors
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *operands, ctx.scale, ctx.own_key = inputs
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)
-        # Not the sanitized copies: the originals are mostly views of tensors that are kept anyway.
-        ctx.save_for_backward(*operands, *output)
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        outputs = _outputs(*inputs)
+        _save(ctx, inputs, outputs)
+        return outputs[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
-        options = ctx.scale, ctx.own_key, ctx.needs_input_grad[4]
-        return *_Gradients.apply(grad, *ctx.saved_tensors, *options), None, None
+        given = grad, *ctx.saved_tensors, ctx.scale, ctx.own_key, ctx.needs_input_grad[4]
+        mapped = torch._C._are_functorch_transforms_active()
+        return *(_Gradients.apply(*given) if mapped else _Gradients.forward(*given)), None, None
+
+
+class MappableAttention(MaskedAttention):
+    """The same for torch.func; plain calls are spared what it costs."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        return _outputs(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        _save(ctx, inputs, output)
 
     @staticmethod
     def vmap(info: Any, in_dims: Dims, *inputs: Any) -> tuple[Any, Any]:
-        """torch.func: the mapped dim joins the images."""
-        return _as_images(MaskedAttention, info.batch_size, in_dims, inputs)
+        """The mapped dim joins the images."""
+        return _as_images(MappableAttention, info.batch_size, in_dims, inputs), (0, 0, 0)
 
 
 class _Gradients(torch.autograd.Function):
@@ -196,22 +213,31 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Dims, *inputs: Any) -> tuple[Any, Any]:
-        return _as_images(_Gradients, info.batch_size, in_dims, inputs)
+        *rest, grad_mask = _as_images(_Gradients, info.batch_size, in_dims, inputs)
+        if grad_mask is not None and _images(inputs[5], in_dims[5]) == 1:
+            grad_mask = grad_mask.sum(1, keepdim=True)
+        return (*rest, grad_mask), (0, 0, 0, 0, None if grad_mask is None else 0)
 
 
-def _as_images(function: Any, size: int, in_dims: Dims, inputs: tuple[Any, ...]) -> tuple[Any, Any]:
+def _as_images(function: Any, size: int, in_dims: Dims, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """Run a function whose tensors have the images first with `size` times as many images."""
+    batch = _images(inputs[0], in_dims[0])
 
     def joined(x: Any, dim: int | None) -> Any:
         if not isinstance(x, Tensor):
             return x
-        return (x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1)
+        x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+        return x.expand(size, batch, *x.shape[2:]).flatten(0, 1)  # one mask may serve all images
 
     def apart(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.reshape(size, x.shape[0] // size, *x.shape[1:])
+        return None if x is None else x.reshape(size, batch, *x.shape[1:])
 
-    outputs = tuple(map(apart, function.apply(*map(joined, inputs, in_dims))))
-    return outputs, tuple(None if x is None else 0 for x in outputs)
+    return tuple(map(apart, function.apply(*map(joined, inputs, in_dims))))
+
+
+def _images(x: Tensor, dim: int | None) -> int:
+    """How many images an argument has beside the mapped dim."""
+    return int(x.shape[0] if dim is None else x.movedim(dim, 0).shape[1])
 
 
 def _backward(

@@ -8,7 +8,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from tokenprune.errors import LeakError
-from tokenprune.ops._fused import MaskedAttention
+from tokenprune.ops._fused import MappableAttention, MaskedAttention
 from tokenprune.ops.align import autocast_dtype
 from tokenprune.ops.pooling import hide_dropped
 from tokenprune.ops.softmax import masked_softmax
@@ -100,7 +100,9 @@ def masked_attention(
     if dropout_p > 0:
         out = _unfused(q, k, v, policy, mask, dropout_p, scale, own_key)
     else:
-        out = MaskedAttention.apply(q, k, v, policy, mask, scale, own_key)[0]
+        given = q, k, v, policy, mask, scale, own_key
+        mapped = torch._C._are_functorch_transforms_active()
+        out = MappableAttention.apply(*given)[0] if mapped else MaskedAttention.apply(*given)
     return out.reshape(*leading, *out.shape[-2:])
 
 

@@ -63,49 +63,50 @@ def masked_softmax(
             )
     if dtype is None:  # whether autocast runs softmax in fp32 depends on the backend
         dtype = torch.softmax(scores.new_zeros(1), 0).dtype
-    # torch.func's tensors say nothing about the gradients of the transform around
-    teaches = policy.requires_grad or torch._C._are_functorch_transforms_active()
-    probabilities: Tensor
-    probabilities, *_ = _MaskedSoftmax.apply(scores, policy, dim, query_dim, dtype, teaches)
-    return probabilities
+    given = scores, policy, dim, query_dim, dtype
+    if torch._C._are_functorch_transforms_active():
+        return _MappableSoftmax.apply(*given)[0]  # type: ignore[no-any-return]
+    return _MaskedSoftmax.apply(*given)  # type: ignore[no-any-return]
+
+
+def _probabilities(
+    scores: Tensor,
+    policy: Tensor,
+    dim: int,
+    query_dim: int | None,
+    dtype: torch.dtype,
+    *,
+    teaches: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """The probabilities; and, if the policy `teaches`, the weights that hidden keys would have."""
+    hidden = dropped_along(policy, scores.ndim, dim)
+    if query_dim is not None:
+        hidden = hidden & torch.logical_not(diagonal(scores, dim, query_dim))
+    scores = scores.to(torch.promote_types(dtype, torch.float32))
+    visible = scores.masked_fill(hidden, float("-inf"))
+    empty = visible.amax(dim, keepdim=True) == float("-inf")
+    exact = torch.softmax(visible, dim).masked_fill(empty, 0)
+    probabilities = exact.to(dtype)
+    if not teaches:
+        return probabilities, probabilities
+    weights = torch.where(hidden, weight_if_visible(scores, visible, dim), exact).to(dtype)
+    return probabilities, weights
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], weights: Tensor) -> None:
+    scores, policy, ctx.dim, ctx.query_dim, _ = inputs
+    ctx.scores_dtype = scores.dtype
+    ctx.save_for_backward(weights, policy)
 
 
 class _MaskedSoftmax(torch.autograd.Function):
-    """See `masked_softmax`. Differentiable once.
-
-    If the policy `teaches`, it also returns the weights that hidden keys would have.
-    """
-
-    generate_vmap_rule = True
+    """See `masked_softmax`. Differentiable once."""
 
     @staticmethod
-    def forward(
-        scores: Tensor,
-        policy: Tensor,
-        dim: int,
-        query_dim: int | None,
-        dtype: torch.dtype,
-        teaches: bool,
-    ) -> tuple[Tensor, ...]:
-        hidden = dropped_along(policy, scores.ndim, dim)
-        if query_dim is not None:
-            hidden = hidden & torch.logical_not(diagonal(scores, dim, query_dim))
-        scores = scores.to(torch.promote_types(dtype, torch.float32))
-        visible = scores.masked_fill(hidden, float("-inf"))
-        empty = visible.amax(dim, keepdim=True) == float("-inf")
-        exact = torch.softmax(visible, dim).masked_fill(empty, 0)
-        if not teaches:
-            return (exact.to(dtype),)
-        weights = torch.where(hidden, weight_if_visible(scores, visible, dim), exact).to(dtype)
-        return exact.to(dtype), weights
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        scores, policy, ctx.dim, ctx.query_dim, _, _ = inputs
-        ctx.scores_dtype = scores.dtype
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(output[-1], policy)
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        probabilities, weights = _probabilities(*inputs, teaches=ctx.needs_input_grad[1])
+        _save(ctx, inputs, weights)
+        return probabilities
 
     @staticmethod
     @once_differentiable
@@ -131,7 +132,23 @@ class _MaskedSoftmax(torch.autograd.Function):
             summed = [d for d in range(1, weights.ndim) if d != dim]
             # sum() over an empty list of dims would sum over all of them
             grad_policy = finite_if_dropped(others.sum(summed) if summed else others, policy)
-        return grad_scores, grad_policy, None, None, None, None
+        return grad_scores, grad_policy, None, None, None
+
+
+class _MappableSoftmax(_MaskedSoftmax):
+    """The same for torch.func; plain calls are spared what it costs."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return _probabilities(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        _save(ctx, inputs, output[1])
 
 
 def weight_if_visible(

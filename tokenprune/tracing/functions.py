@@ -38,7 +38,7 @@ BUILT_IN = tuple(
     and isinstance(getattr(torch, name, None), BuiltinFunctionType)
 )
 # Never nodes: answers about a tensor that are plain Python, properties of a real tensor, modes.
-UNRECORDED = ("dim", "__get__", "__set__", "_set_grad_enabled")
+UNRECORDED = ("dim", "__get__", "__set__", "_set_grad_enabled", "_parse_to")
 UNRECORDED_PREFIXES = ("is_", "_has", "get_")
 # Methods of real tensors, recorded when given a proxy: their C argument parsers read it first.
 METHODS = (

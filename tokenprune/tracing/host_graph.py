@@ -109,9 +109,9 @@ def trace(
     """
     call, given = getattr(host, entry), as_arguments(type(host).__name__, arguments)
     for again in (True, False):
-        mode, generators = FakeTensorMode(allow_non_fake_inputs=True), Generators(host)
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
         with stand_ins(host, mode), no_autocast_cache(), buffers_kept(host):
-            tracer = ValueTracer(host, mode)
+            tracer, generators = ValueTracer(host, mode), Generators(host)
             try:
                 graph = tracer.record(call, given)
             except TokenPruneError:

@@ -16,7 +16,11 @@ OPAQUE = "opaque"
 """Key in the `meta` of such a node: the line of the host's source that asks what a tensor holds."""
 REASON = "reason"
 """Key in the `meta` of such a node: why it was not traced through."""
-DATA_DEPENDENT = "Python asks for a value of a tensor, which differs from call to call"
+DATA_DEPENDENT = (
+    "Python asks for a value of a tensor, which differs from call to call. Decide by tensors "
+    "(torch.where); if this is a loss that matches predictions with labels, leave the labels out "
+    "and compute it from the model's output"
+)
 
 
 def as_traced(value: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -87,8 +87,9 @@ def torch_generators_kept() -> Iterator[None]:
 
 def _subclasses(kind: type) -> Iterator[type]:
     yield kind
-    for narrower in kind.__subclasses__():
-        yield from _subclasses(narrower)
+    narrower: list[type] = kind.__subclasses__()
+    for found in narrower:
+        yield from _subclasses(found)
 
 
 def _state(generator: Any) -> Any:
