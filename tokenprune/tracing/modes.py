@@ -40,14 +40,15 @@ NAMES_IN_SOURCE = {"torch": torch, "sdpa_kernel": sdpa_kernel, "SDPBackend": SDP
 _accelerator = torch.accelerator.current_accelerator()
 DEVICES = ("cpu",) if _accelerator is None else ("cpu", _accelerator.type)
 _backends = {
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "mem_efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "math": SDPBackend.MATH,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "overrideable": SDPBackend.OVERRIDEABLE,
+    "_get_flash_sdp_enabled": "FLASH_ATTENTION",
+    "_get_mem_efficient_sdp_enabled": "EFFICIENT_ATTENTION",
+    "_get_math_sdp_enabled": "MATH",
+    "_get_cudnn_sdp_enabled": "CUDNN_ATTENTION",
+    "_get_overrideable_sdp_enabled": "OVERRIDEABLE",
 }
+_backends = {getter: name for getter, name in _backends.items() if hasattr(torch._C, getter)}
 # Bound here, since the names in torch are patched during a trace.
-_is_enabled = {b: getattr(torch._C, f"_get_{name}_sdp_enabled") for name, b in _backends.items()}
+_is_enabled = {getattr(SDPBackend, n): getattr(torch._C, g) for g, n in _backends.items()}
 _by_number = {backend.value: backend for backend in _is_enabled}
 _priority = torch._C._get_sdp_priority_order
 _autocasts, _autocast_dtype = torch.is_autocast_enabled, torch.get_autocast_dtype
@@ -58,7 +59,8 @@ def _autocast() -> tuple[torch.dtype | None, ...]:
 
 
 def _attention() -> tuple[SDPBackend, ...]:
-    return tuple([_by_number[n] for n in _priority() if _is_enabled[_by_number[n]]()])
+    known = [_by_number[number] for number in _priority() if number in _by_number]
+    return tuple([backend for backend in known if _is_enabled[backend]()])
 
 
 NOW: Mapping[str, Callable[[], Any]] = {
@@ -78,7 +80,7 @@ READERS: Mapping[str, tuple[tuple[Any, str], ...]] = {
         if "autocast" in name and name.startswith(("is_", "get_")) and "cache" not in name
     ),
     "attention": (
-        *((torch._C, f"_get_{name}_sdp_enabled") for name in _backends),
+        *((torch._C, getter) for getter in _backends),
         (torch._C, "_get_sdp_priority_order"),
     ),
 }
