@@ -1,7 +1,6 @@
 """`wrap` and `unwrap`: the public entry points."""
 
 import inspect
-import warnings
 from typing import Any
 
 import torch
@@ -14,13 +13,13 @@ from tokenprune.errors import (
     AlreadyWrappedError,
     NonFiniteWeightsError,
     TokenPruneError,
-    TokenPruneWarning,
     UnsupportedHostError,
 )
 from tokenprune.hosts.inputs import CallSignature, ExampleInputs, first_floating, named_inputs
 from tokenprune.hosts.registry import describe
 from tokenprune.hosts.spec import ArchSpec
 from tokenprune.methods import method_of, with_default_stages
+from tokenprune.notices import warn_once
 from tokenprune.recipe import RecipeSource, load_recipe
 from tokenprune.runtime.model import PRUNING, PUBLIC, PrunedModel, pruning_of, wrapper_of
 from tokenprune.runtime.pruning import Pruning, added_names
@@ -153,12 +152,12 @@ def _trace_training(pruning: Pruning, example: Arguments) -> None:
         except TokenPruneError as error:
             if training:
                 raise
-            warnings.warn(
+            warn_once(
+                host,
+                "cannot train",
                 f"This {type(host).__name__} cannot run in training mode once it is wrapped; the "
                 f"first such call raises this: {error} If the model only serves, pass train=False "
                 "to wrap.",
-                TokenPruneWarning,
-                stacklevel=3,
             )
 
 

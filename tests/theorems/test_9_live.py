@@ -1,7 +1,6 @@
 """Theorem 9 of docs/theorems.md (live): after any change to the host or to the wrapped model,
 through either handle, the next call is that of a model wrapped anew after the change."""
 
-import copy
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -10,16 +9,13 @@ import pytest
 import timm
 import torch
 import transformers
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from torch import Tensor, nn
 
 import tokenprune
 from tests.theorems.case import tensors
 from tests.theorems.changes import CHANGES, UNDONE, NotHere
 from tests.zoo.rows import randomize_weights
-from tokenprune.errors import HostError, TokenPruneError
+from tokenprune.errors import TokenPruneError
 
 RECIPE: dict[str, Any] = {"version": 1, "schedule": {"blocks": [1, 2], "keep_ratio": 0.5}}
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
