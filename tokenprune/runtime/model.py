@@ -11,7 +11,7 @@ from functools import cache
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from tokenprune.errors import HostError, NotWrappedError
 from tokenprune.rewrite.settings import Path
@@ -22,6 +22,12 @@ __all__ = ["PUBLIC", "PrunedModel", "pruned_class", "pruning_of"]
 PUBLIC = ("using", "set_keep_ratio", "set_threshold")
 """Names that a wrapped model has beside its host's."""
 PRUNING = "_pruning"
+FX_TRACED = (
+    "A torch.fx tracer was run on a {} that tokenprune wrapped (torch.fx.symbolic_trace, a feature "
+    "extractor of torchvision or timm): its forward chooses a program by the shapes of real "
+    "tensors, which such a tracer has not. Make the feature extractor of the host and wrap that, "
+    "read features with a forward hook, or use tokenprune.export(model, ...) for a graph."
+)
 # Not shared with the host: a module's own tables, and what compile, replicas and hooks put there.
 OF_THE_OBJECT = {*vars(nn.Module()), "_compiled_call_impl", "_former_parameters", "_is_replica"}
 OF_THE_OBJECT = OF_THE_OBJECT - {"training"} | {PRUNING, "forward"}
@@ -157,6 +163,8 @@ def pruned_class(host_class: type[nn.Module]) -> type[PrunedModel]:
     at = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
 
     def forward(self: PrunedModel, *args: Any, **kwargs: Any) -> Any:
+        if type(args) is fx.Proxy or any(type(given) is fx.Proxy for given in (*args, kwargs)):
+            raise HostError(FX_TRACED.format(type(self).__name__))
         return PrunedModel.forward(self, *args, **kwargs)
 
     forward.__doc__ = host_class.forward.__doc__

@@ -26,10 +26,13 @@ from tokenprune.tracing.structure import Structure
 
 __all__ = ["HOST_HOOKS", "Hooks", "between_hooks", "forward_of", "next_hook", "unhooked", "with_host_hooks"]
 
-HOST_HOOKS: set[str] = set()
-"""Names of Python modules whose hooks are part of the hosts that have them; adapters add theirs."""
+HOST_HOOKS = {"transformers.utils.output_capturing"}
+"""Names of Python modules whose hooks are part of the hosts that have them; others may be added."""
 
 NONE, FORWARD, BACKWARD = range(3)
+GLOBAL_BACKWARD = (torch_module._global_backward_hooks, torch_module._global_backward_pre_hooks)
+GLOBAL_FORWARD = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
+GLOBAL = (*GLOBAL_BACKWARD, *GLOBAL_FORWARD)
 
 
 class Hooks:
@@ -50,18 +53,27 @@ class Hooks:
 
     def states(self) -> tuple[int, ...]:
         """`state` of each module that is traced through; hooks of the others run with them."""
-        return tuple([self.state(module) for module in self._opened])
+        if any(GLOBAL):
+            return tuple([self.state(module) for module in self._opened])
+        return tuple(
+            [
+                self.state(m)
+                if m._forward_hooks
+                or m._forward_pre_hooks
+                or m._backward_hooks
+                or m._backward_pre_hooks
+                or "_hf_hook" in m.__dict__
+                else NONE
+                for m in self._opened
+            ]
+        )
 
     def state(self, module: nn.Module) -> int:
         """What a program must know of a module's hooks: 0 if none of the owner's would run, 1 if
         some would, 2 if some of them run in the backward pass."""
-        of = torch_module
-        backward = module._backward_hooks or module._backward_pre_hooks
-        if backward or of._global_backward_hooks or of._global_backward_pre_hooks:
+        if module._backward_hooks or module._backward_pre_hooks or any(GLOBAL_BACKWARD):
             return BACKWARD
-        if of._global_forward_hooks or of._global_forward_pre_hooks:
-            return FORWARD
-        if "_hf_hook" in module.__dict__:
+        if any(GLOBAL_FORWARD) or "_hf_hook" in module.__dict__:
             return FORWARD
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             if hooks and not all(self.of_host(n, hook) for n, hook in hooks.items()):
