@@ -74,6 +74,8 @@ class RestoreOutputs(Pass):
         """Where tokens are between blocks, in a layout that can be put back: [B, P + K, D]."""
         analysis = rewrite.analysis
         found = [block.call.output for block in analysis.blocks.values()]
+        hooked = [node for node in found if node is not None and node.target is passed]
+        found += [node.all_input_nodes[0] for node in hooked]  # before its hooks
         return [
             node
             for node in (*found, *analysis.markers)
@@ -108,7 +110,7 @@ def _whole_reads(rewrite: Rewrite, streams: Container[fx.Node]) -> set[tuple[fx.
                 if used not in streams and used not in queue:
                     queue.append(used)
             if hooked and is_hook_node(used):  # hooks see what they hand on
-                found.add((used, reader.args[0]))
+                found.add((used, reader.all_input_nodes[0]))
     return found
 
 

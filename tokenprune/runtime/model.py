@@ -149,6 +149,11 @@ class PrunedModel(nn.Module):
         return f"TokenPruned[{type(self).__name__}]"
 
 
+def _of_fx(*given: Any) -> bool:
+    """Whether a torch.fx tracer stands in for any of some values; it does for `args` as a whole."""
+    return any(isinstance(value, fx.Proxy) for value in given)
+
+
 def _same(before: Any, after: Any) -> bool:
     plain = (bool, int, float, str, type(None), tuple)
     return before is after or (type(before) is type(after) in plain and before == after)
@@ -163,7 +168,7 @@ def pruned_class(host_class: type[nn.Module]) -> type[PrunedModel]:
     at = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
 
     def forward(self: PrunedModel, *args: Any, **kwargs: Any) -> Any:
-        if type(args) is fx.Proxy or any(type(given) is fx.Proxy for given in (*args, kwargs)):
+        if _of_fx(args, kwargs) or _of_fx(*args, *kwargs.values()):
             raise HostError(FX_TRACED.format(type(self).__name__))
         return PrunedModel.forward(self, *args, **kwargs)
 

@@ -3,7 +3,7 @@
 import logging
 import operator
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
 from tokenprune.tracing.hook_nodes import is_hook_node
-from tokenprune.tracing.hooks import unhooked
+from tokenprune.tracing.hooks import calls_unhooked, is_away, unhooked
 from tokenprune.tracing.opaque import OPAQUE
 
 __all__ = ["evaluate", "quiet_trials", "run", "tensor_attribute", "tensors_in"]
@@ -53,15 +53,17 @@ def evaluate(root: nn.Module, node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
     No hook runs under fake tensors."""
     if node.op == "get_attr":
         held = tensor_attribute(root, str(node.target))
-        away = isinstance(held, Tensor) and held.is_meta  # accelerate's: traced as if it were there
-        return node.meta.get("val", held) if away else held
+        away = is_away(held) and active_fake_mode() is not None
+        return node.meta["val"] if away else held
     args = map_arg(node.args, env.__getitem__)
     kwargs = map_arg(node.kwargs, env.__getitem__)
     fake = active_fake_mode() is not None
     if fake and is_hook_node(node):
         return None
     if node.op == "call_function":
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        ours = fake and any(isinstance(given, nn.Module) for given in args)
+        with calls_unhooked() if ours else nullcontext():
+            return node.target(*args, **kwargs)  # type: ignore[operator]
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     if fake and OPAQUE in node.meta:  # of the traced shape, for as many images

@@ -29,11 +29,13 @@ from tokenprune.tracing.functions import functions_recorded
 from tokenprune.tracing.hook_nodes import is_hook_node
 from tokenprune.tracing.hooks import (
     Hooks,
+    after_host_hooks,
+    before_host_hooks,
     between_hooks,
     forward_of,
+    is_away,
     next_hook,
     unhooked,
-    with_host_hooks,
 )
 from tokenprune.tracing.interpret import evaluate, run, tensor_attribute, tensors_in
 from tokenprune.tracing.opaque import OPAQUE, as_traced
@@ -188,7 +190,7 @@ class ValueTracer(fx.Tracer):
                 value = tensor_attribute(self.root, target)
             if value is not None:
                 tensor = isinstance(value, torch.Tensor)
-                return self.fake_mode.from_tensor(value) if tensor else value
+                return self._as_fake(value) if tensor else value
             args, kwargs = map_aggregate(args, concrete), map_aggregate(kwargs, concrete)
             with self.fake_mode:
                 if kind == "call_function":
@@ -196,6 +198,14 @@ class ValueTracer(fx.Tracer):
                 if kind == "call_method":
                     return getattr(args[0], target)(*args[1:], **kwargs)
                 return unhooked(self.root.get_submodule(target), args, kwargs)
+
+    def _as_fake(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Of a weight that is kept elsewhere, what it is when its module runs."""
+        example = next((v for v in self._example.values() if isinstance(v, torch.Tensor)), tensor)
+        if is_away(tensor) and not example.is_meta:
+            with self.fake_mode:
+                return torch.empty(tensor.shape, dtype=tensor.dtype, device=example.device)
+        return self.fake_mode.from_tensor(tensor)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
@@ -260,7 +270,8 @@ class ValueTracer(fx.Tracer):
             if self.is_leaf_module(m, path) and tensors_in((args, kwargs)):  # not Identity()(None)
                 output = self.create_proxy("call_module", path, args, kwargs)
                 # what they return is not taken here: they run with the module
-                with_host_hooks(self.hooks, m, partial(_given, output), args, kwargs)
+                before_host_hooks(self.hooks, m, args, kwargs)
+                after_host_hooks(self.hooks, m, args, kwargs, output)
             else:
                 output = self._inside(m, path, forward, args, kwargs)
             self._failed_in = ""
@@ -325,7 +336,3 @@ class ValueTracer(fx.Tracer):
     def failed_at(self, error: BaseException) -> Provenance:
         """The line of the host's source that led to `error`."""
         return failed_at(error, self._failed_in)
-
-
-def _given(output: Any, *args: Any, **kwargs: Any) -> Any:
-    return output
