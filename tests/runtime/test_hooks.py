@@ -132,6 +132,21 @@ def test_a_pre_hook_where_a_stage_is_sees_the_tokens_after_it(toy: Toy, model: A
     assert seen == [[(2, 10, 16)]]
 
 
+@pytest.mark.parametrize("name", ["blocks.2.norm2", "blocks.2.mlp"], ids=["leaf", "traced"])
+def test_hooks_run_once_where_images_differ(toy: Toy, model: Any, name: str) -> None:
+    seen: list[Any] = []
+    inputs = toy.inputs(batch=4)
+    sets = [torch.tensor([list(range(k)) + [-1] * (9 - k) for k in (9, 3, 5, 2)])] * 2
+    model.set_threshold(0.5)
+    with torch.no_grad(), model.using("gather", keep_indices=sets):
+        wanted = model(**inputs)
+        with model.get_submodule(name).register_forward_hook(lambda m, a, o: seen.append(o)):
+            found = model(**inputs)
+    model.set_threshold(None)
+    assert [len(tokens) for tokens in seen] == [4]
+    torch.testing.assert_close(found, wanted)
+
+
 class _Twice(nn.Module):
     def __init__(self, block: nn.Module) -> None:
         super().__init__()

@@ -32,6 +32,7 @@ __all__ = [
     "between_hooks",
     "calls_unhooked",
     "forward_of",
+    "has_hooks",
     "is_away",
     "next_hook",
     "unhooked",
@@ -44,6 +45,17 @@ NONE, FORWARD, BACKWARD = range(3)
 GLOBAL_BACKWARD = (torch_module._global_backward_hooks, torch_module._global_backward_pre_hooks)
 GLOBAL_FORWARD = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
 GLOBAL = (*GLOBAL_BACKWARD, *GLOBAL_FORWARD)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a module has any hooks of its own."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "_hf_hook" in module.__dict__
+    )
 
 
 class Hooks:
@@ -66,18 +78,7 @@ class Hooks:
         """`state` of each module that is traced through; hooks of the others run with them."""
         if any(GLOBAL):
             return tuple([self.state(module) for module in self._opened])
-        return tuple(
-            [
-                self.state(m)
-                if m._forward_hooks
-                or m._forward_pre_hooks
-                or m._backward_hooks
-                or m._backward_pre_hooks
-                or "_hf_hook" in m.__dict__
-                else NONE
-                for m in self._opened
-            ]
-        )
+        return tuple([self.state(m) if has_hooks(m) else NONE for m in self._opened])
 
     def state(self, module: nn.Module) -> int:
         """What a program must know of a module's hooks: 0 if none of the owner's would run, 1 if

@@ -205,6 +205,8 @@ class ValueTracer(fx.Tracer):
         if is_away(tensor) and not example.is_meta:
             with self.fake_mode:
                 return torch.empty(tensor.shape, dtype=tensor.dtype, device=example.device)
+        if tensor.grad_fn is not None:  # torch warns where it reads the gradient of such a tensor
+            tensor = tensor.detach().requires_grad_()
         return self.fake_mode.from_tensor(tensor)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
