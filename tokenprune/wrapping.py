@@ -45,11 +45,11 @@ def wrap(
     """Make a vision transformer prune its tokens.
 
     The result has the host's class, call signature, output type and methods. Both are handles on
-    one set of attributes: a change through either is seen by the next call of both. Its methods
-    that run the blocks (`forward_features`) are pruned too; a child of it (`model.vit`) is the
-    host's own module and runs dense, unless it is wrapped itself. In training every token stays and dropped ones are hidden from the others, so that
-    the predictors learn; in eval they are removed. Scorers without parameters remove them in
-    training too. The host object itself still runs dense.
+    one set of attributes: a change through either is seen by the next call of both. In training
+    every token stays and dropped ones are hidden from the others, so that the predictors learn; in
+    eval they are removed. Scorers without parameters remove them in training too. Methods that run
+    the blocks (`forward_features`) are pruned as well. The host object itself still runs dense, and
+    so does a child of it (`model.vit`), unless it is wrapped itself.
 
     Args:
         model: The host: any timm or transformers model, or another `nn.Module` with a stack of

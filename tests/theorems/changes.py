@@ -19,7 +19,7 @@ UNDONE: dict[str, Callable[[Any, str], Any]] = {}
 """Changes outside of the model, as context managers."""
 
 
-class NotHere(Exception):
+class NotHereError(Exception):
     """The host has nothing that could be changed in this way."""
 
 
@@ -35,14 +35,14 @@ def inside(model: Any, path: str, kind: type | tuple[type, ...]) -> tuple[nn.Mod
         if name and isinstance(module, kind) and len(list(module.parameters())):
             parent, _, last = name.rpartition(".")
             return block.get_submodule(parent), last, module
-    raise NotHere
+    raise NotHereError
 
 
 def container(model: Any, path: str) -> tuple[Any, int]:
     parent, _, last = path.rpartition(".")
     found = model.get_submodule(parent)
     if not isinstance(found, nn.ModuleList | nn.Sequential):
-        raise NotHere
+        raise NotHereError
     return found, int(last)
 
 
@@ -167,7 +167,7 @@ def an_activation(model: Any, path: str) -> None:
             if "act" in name or isinstance(child, nn.GELU):
                 setattr(parent, name, nn.Tanh())
                 return
-    raise NotHere
+    raise NotHereError
 
 
 @change
@@ -181,7 +181,7 @@ def an_attribute_that_decides(model: Any, path: str) -> None:
         (m for m in model.get_submodule(path).modules() if hasattr(m, "fused_attn")), None
     )
     if attention is None:
-        raise NotHere
+        raise NotHereError
     attention.fused_attn = False
     attention.scale = attention.scale * 3
 
@@ -192,7 +192,7 @@ def scaling_of_attention(model: Any, path: str) -> None:
         if isinstance(vars(module).get("scaling"), float):
             module.scaling = module.scaling * 3
             return
-    raise NotHere
+    raise NotHereError
 
 
 @change
@@ -236,7 +236,7 @@ def tied_weights(model: Any, path: str) -> None:
             right = module
             break
     if right is None:
-        raise NotHere
+        raise NotHereError
     left.weight = right.weight
 
 
@@ -288,7 +288,7 @@ def a_new_head(model: Any, path: str) -> None:
         if isinstance(head, nn.Linear):
             setattr(model, name, nn.Linear(head.in_features, 3).to(head.weight))
             return
-    raise NotHere
+    raise NotHereError
 
 
 @change
@@ -298,20 +298,20 @@ def a_composite_head(model: Any, path: str) -> None:
         if isinstance(head, nn.Linear):
             model.add_module(name, nn.Sequential(nn.Tanh(), head, nn.ReLU()))
             return
-    raise NotHere
+    raise NotHereError
 
 
 @change
 def another_pooling(model: Any, path: str) -> None:
     if getattr(model, "global_pool", None) not in ("token", "avg"):
-        raise NotHere
+        raise NotHereError
     model.global_pool = "avg" if model.global_pool == "token" else "token"
 
 
 @change
 def outputs_asked_for_by_the_config(model: Any, path: str) -> None:
     if not hasattr(model, "config"):
-        raise NotHere
+        raise NotHereError
     model.config.output_attentions = True
     model.set_attn_implementation("eager")
 
@@ -319,7 +319,7 @@ def outputs_asked_for_by_the_config(model: Any, path: str) -> None:
 @change
 def other_attention(model: Any, path: str) -> None:
     if not hasattr(model, "set_attn_implementation"):
-        raise NotHere
+        raise NotHereError
     model.set_attn_implementation("eager")
 
 
@@ -329,7 +329,7 @@ def a_frozen_norm_at_the_end(model: Any, path: str) -> None:
         if isinstance(getattr(model, name, None), nn.LayerNorm):
             setattr(model, name, nn.Identity())
             return
-    raise NotHere
+    raise NotHereError
 
 
 @change

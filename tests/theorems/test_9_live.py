@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import tokenprune
 from tests.theorems.case import tensors
-from tests.theorems.changes import CHANGES, UNDONE, NotHere
+from tests.theorems.changes import CHANGES, UNDONE, NotHereError
 from tests.zoo.rows import randomize_weights
 from tokenprune.errors import TokenPruneError
 
@@ -53,8 +53,7 @@ def wrapped(make: Callable[[], nn.Module]) -> Any:
         torch.manual_seed(0)
         host = make().eval()
         randomize_weights(host, 1.0)
-        model = tokenprune.wrap(host, RECIPE, verify=False, train=False).eval()
-    return model
+        return tokenprune.wrap(host, RECIPE, verify=False, train=False).eval()
 
 
 def anew(model: Any) -> Any:
@@ -93,7 +92,7 @@ def test_9_a_change_is_seen(name: str, host: str) -> None:
                 CHANGES[name](handle, path)
             now = next(p.dtype for p in model.parameters())
             agree(model, IMAGES.to(now))
-    except NotHere:
+    except NotHereError:
         pytest.skip("this host has nothing of that kind")
     if name in UNDONE:
         assert all(map(torch.equal, tensors(model(IMAGES)), before))

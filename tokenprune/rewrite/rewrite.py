@@ -1,6 +1,6 @@
 """The working copy of a graph that passes edit."""
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Container, Hashable
 from typing import Any, NamedTuple, cast
 
 from torch import fx, nn
@@ -97,12 +97,15 @@ class Rewrite:
         self._copies[marker.meta[ORIGIN]] = tokens
         self.graph.erase_node(marker)
 
-    def copy_again(self, before: fx.Node, node: fx.Node, argument: Any) -> fx.Node:
-        """Compute a node once more, before another, with arguments mapped by `argument`."""
-        with self.graph.inserting_before(before):
-            again = self.graph.node_copy(node, argument)
-        again.meta = {k: v for k, v in node.meta.items() if k not in (ORIGIN, FACTS)}
-        return again
+    def narrow(self, node: fx.Node, part: fx.Node, whole: Container[tuple[Any, fx.Node]]) -> None:
+        """Let all that reads `node` read a part of it, but for the (reader, node) of `whole`; the
+        part then stands for the host's node."""
+        for reader in list(node.users):
+            if reader is not part and (reader, node) not in whole:
+                reader.replace_input_with(node, part)
+        part.meta |= {key: node.meta.pop(key) for key in (ORIGIN, FACTS) if key in node.meta}
+        part.meta["val"] = node.meta["val"]
+        self._copies[part.meta[ORIGIN]] = part
 
     def nodes(self) -> list[fx.Node]:
         """The nodes that come from the host, in order, as they are now."""

@@ -13,7 +13,7 @@ from functools import cache, partial, wraps
 from typing import Any, Self, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from tokenprune.errors import HostError, NotWrappedError
 from tokenprune.rewrite.settings import Path
@@ -25,6 +25,12 @@ __all__ = ["PUBLIC", "PrunedModel", "pruned_class", "pruning_of", "wrapper_of"]
 PUBLIC = ("using", "set_keep_ratio", "set_threshold")
 """Names that a wrapped model has beside its host's."""
 PRUNING = "_pruning"
+FX_TRACED = (
+    "A torch.fx tracer was run on a {} that tokenprune wrapped (torch.fx.symbolic_trace, a feature "
+    "extractor of torchvision or timm): its forward chooses a program by the shapes of real "
+    "tensors, which such a tracer has not. Make the feature extractor of the host and wrap that, "
+    "read features with a forward hook, or use tokenprune.export(model, ...) for a graph."
+)
 
 
 class Children(MutableMapping[str, nn.Module | None]):
@@ -216,6 +222,11 @@ class PrunedModel(nn.Module):
         return wrapper_of, (self._pruning,)
 
 
+def _of_fx(*given: Any) -> bool:
+    """Whether a torch.fx tracer stands in for any of some values; it does for `args` as a whole."""
+    return any(isinstance(value, fx.Proxy) for value in given)
+
+
 @cache
 def pruned_class(host_class: type[nn.Module]) -> type[PrunedModel]:
     """The class of wrapped models of `host_class`: its name, its methods, our forward."""
@@ -225,6 +236,8 @@ def pruned_class(host_class: type[nn.Module]) -> type[PrunedModel]:
     at = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
 
     def forward(self: PrunedModel, *args: Any, **kwargs: Any) -> Any:
+        if _of_fx(args, kwargs) or _of_fx(*args, *kwargs.values()):
+            raise HostError(FX_TRACED.format(type(self).__name__))
         return PrunedModel.forward(self, *args, **kwargs)
 
     forward.__doc__ = host_class.forward.__doc__

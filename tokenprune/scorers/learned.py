@@ -90,4 +90,6 @@ class TokenPredictor(Scorer):
 
 def _is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether it is the linear layer we made: not quantised, adapted, pruned or hooked since."""
-    return type(layer) is nn.Linear and not (layer._forward_hooks or layer._forward_pre_hooks)
+    hooked = layer._forward_hooks or layer._forward_pre_hooks
+    hooked = hooked or layer._backward_hooks or layer._backward_pre_hooks
+    return type(layer) is nn.Linear and not hooked and "forward" not in vars(layer)

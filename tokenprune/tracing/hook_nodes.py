@@ -12,7 +12,6 @@ module has then. To all analysis they are identities: they are not run on fake t
 """
 
 import threading
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial, wraps
@@ -24,6 +23,7 @@ from torch.nn.modules import module as torch_module
 from torch.utils.hooks import BackwardHook
 
 from tokenprune.errors import HostError
+from tokenprune.notices import warn_once
 from tokenprune.tracing.structure import Structure
 
 __all__ = ["After", "Before", "Call", "closing", "is_hook_node", "passed"]
@@ -49,7 +49,7 @@ class Record:
     module: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    backward: BackwardHook | None = None
+    backward: Any = None
     leaves: Sequence[Any] = ()
     result: Any = None
     ran: set[int] = field(default_factory=set)
@@ -60,7 +60,7 @@ class Record:
 
 def passed(original: Tensor, record: Any, place: int) -> Tensor:
     """A tensor that goes in or out of a hooked module, as its hooks leave it."""
-    return original if record is None else record[place]  # type: ignore[no-any-return]
+    return original if record is None else record[place]
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +93,8 @@ class _Node:
     given: tuple[int, ...]
     same: Mapping[int, int]
 
-    def build(self, values: Sequence[Any]) -> Any:
+    def build(self, values: Sequence[Any]) -> tuple[Any, list[Any]]:
+        """What the nodes' values stand in, and its leaves."""
         leaves = list(self.leaves)
         for place, value in zip(self.given, values, strict=True):
             leaves[place] = value
@@ -153,8 +154,8 @@ class Before(_Node):
                 args = given if isinstance(given, tuple) else (given,)
             leaves = self.checked((args, kwargs), leaves, hook)
             self.check_same(leaves, hook)
-        full, _ = _backward_hooks(module)
-        pre = module._get_backward_pre_hooks()
+        running: Any = module
+        full, pre = running._get_backward_hooks()[0], running._get_backward_pre_hooks()
         if full or pre:
             record.backward = BackwardHook(module, full, pre)
             args = record.backward.setup_input_hook(args)
@@ -190,18 +191,19 @@ class After(_Node):
         result, backward = record.result, record.backward
         if backward is not None:
             if not isinstance(result, Tensor | tuple):
-                warnings.warn(
-                    f"For backward hooks to be called, the output of module '{self.call.path}' "
-                    f"should be a tensor or a tuple of tensors, but it is {type(result)}.",
-                    stacklevel=2,
+                warn_once(
+                    module,
+                    "backward hooks",
+                    f"For them to be called, the output of module '{self.call.path}' has to be a "
+                    f"tensor or a tuple of tensors, but it is {type(result)}.",
                 )
             result = backward.setup_output_hook(result)
             leaves = self.structure.leaves_of(result) or []
-        _, old = _backward_hooks(module)
+        running: Any = module
         first = next((leaf for leaf in leaves if isinstance(leaf, Tensor)), None)
         if first is not None and first.grad_fn is not None:
-            for each in old:
-                first.grad_fn.register_hook(partial(each, module))
+            for old in running._get_backward_hooks()[1]:  # register_backward_hook
+                first.grad_fn.register_hook(partial(old, module))
         del OPEN.records[OPEN.records.index(record) :]
         return leaves
 
@@ -258,16 +260,12 @@ def _call_always(record: Record) -> None:
         try:
             _call_forward(record, number, hook)
         except Exception as error:
-            warnings.warn(
+            warn_once(
+                module,
+                "always_call",
                 f"A forward hook with always_call=True of module '{record.call.path}' raised "
                 f"{type(error).__name__}: {error}, while another error was on its way.",
-                stacklevel=2,
             )
-
-
-def _backward_hooks(module: nn.Module) -> tuple[list[Hook], list[Hook]]:
-    """Full backward hooks, and those of the old kind."""
-    return module._get_backward_hooks()
 
 
 def _form(tensor: Tensor) -> tuple[Any, ...]:

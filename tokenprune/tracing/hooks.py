@@ -26,17 +26,35 @@ from tokenprune.tracing.structure import Structure
 __all__ = [
     "HOST_HOOKS",
     "Hooks",
+    "after_host_hooks",
+    "before_host_hooks",
     "between_hooks",
+    "calls_unhooked",
     "forward_of",
+    "has_hooks",
+    "is_away",
     "next_hook",
     "unhooked",
-    "with_host_hooks",
 ]
 
-HOST_HOOKS: set[str] = set()
-"""Names of Python modules whose hooks are part of the hosts that have them; adapters add theirs."""
+HOST_HOOKS = {"transformers.utils.output_capturing"}
+"""Names of Python modules whose hooks are part of the hosts that have them; others may be added."""
 
 NONE, FORWARD, BACKWARD = range(3)
+GLOBAL_BACKWARD = (torch_module._global_backward_hooks, torch_module._global_backward_pre_hooks)
+GLOBAL_FORWARD = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
+GLOBAL = (*GLOBAL_BACKWARD, *GLOBAL_FORWARD)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a module has any hooks of its own."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "_hf_hook" in module.__dict__
+    )
 
 
 class Hooks:
@@ -54,13 +72,9 @@ class Hooks:
     def state(self, module: nn.Module) -> int:
         """What a program must know of a module's hooks: 0 if none of the owner's would run, 1 if
         some would, 2 if some of them run in the backward pass."""
-        of = torch_module
-        backward = module._backward_hooks or module._backward_pre_hooks
-        if backward or of._global_backward_hooks or of._global_backward_pre_hooks:
+        if module._backward_hooks or module._backward_pre_hooks or any(GLOBAL_BACKWARD):
             return BACKWARD
-        if of._global_forward_hooks or of._global_forward_pre_hooks:
-            return FORWARD
-        if "_hf_hook" in module.__dict__:
+        if any(GLOBAL_FORWARD) or "_hf_hook" in module.__dict__:
             return FORWARD
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             if hooks and not all(self.of_host(n, hook) for n, hook in hooks.items()):
@@ -88,15 +102,19 @@ class Hooks:
         if owner is not None:
             held = (value for each in self.root.modules() for value in vars(each).values())
             return any(each is owner for each in (*self.root.modules(), *held))
-        made_in = getattr(function, "__qualname__", "").partition(".<locals>")[0].rpartition(".")[0]
-        classes = (cls for each in self.root.modules() for cls in type(each).__mro__)
-        return bool(made_in) and any(
-            (cls.__module__, cls.__qualname__) == (module, made_in) for cls in classes
-        )
+        name = getattr(function, "__qualname__", "")
+        classes = {cls for each in self.root.modules() for cls in type(each).__mro__}
+        names = {cls.__qualname__ for cls in classes if cls.__module__ == module}
+        return any(name.startswith(f"{made_in}.") for made_in in names)
 
     def own(self, hooks: Mapping[int, Hook]) -> dict[int, Hook]:
         """Those of a module's hooks that are the host's."""
         return {n: hook for n, hook in hooks.items() if self.of_host(n, hook)}
+
+    def host_is_first(self, module: nn.Module) -> bool:
+        """Whether the host's own forward hooks come before all others of a module."""
+        hooks = {**torch_module._global_forward_hooks, **module._forward_hooks}
+        return not hooks or self.of_host(*next(iter(hooks.items())))
 
 
 class Recorder(Protocol):
@@ -125,19 +143,21 @@ def forward_of(module: nn.Module) -> Callable[..., Any]:
     """The forward of a module; where accelerate has put its own on the object, the one beneath."""
     own = vars(module)
     beneath = own.get("_old_forward") if "_hf_hook" in own else None
-    return module.forward if beneath is None else beneath  # type: ignore[no-any-return]
+    return module.forward if beneath is None else beneath
 
 
-def with_host_hooks(
-    hooks: Hooks, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any
-) -> Any:
-    """`forward(*args, **kwargs)` between those hooks of `module` that are the host's own code."""
+def before_host_hooks(hooks: Hooks, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """The arguments of a module after those of its pre-hooks that are the host's own code."""
     for number, hook in hooks.own(module._forward_pre_hooks).items():
         if number in module._forward_pre_hooks_with_kwargs:
             args, kwargs = hook(module, args, kwargs) or (args, kwargs)
         elif (given := hook(module, args)) is not None:
             args = given if isinstance(given, tuple) else (given,)
-    output = forward(*args, **kwargs)
+    return args, kwargs
+
+
+def after_host_hooks(hooks: Hooks, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    """The output of a module after those of its hooks that are the host's own code."""
     for number, hook in hooks.own(module._forward_hooks).items():
         named = (kwargs,) if number in module._forward_hooks_with_kwargs else ()
         given = hook(module, args, *named, output)
@@ -154,18 +174,24 @@ def between_hooks(
     kwargs: dict[str, Any],
 ) -> Any:
     """Trace `forward(*args, **kwargs)` of `module`, with nodes that run its hooks around it."""
-    state = tracer.hooks.state(module)
-    if not state:
-        return with_host_hooks(tracer.hooks, module, forward, args, kwargs)
-    own = tracer.hooks.own(module._forward_hooks), tracer.hooks.own(module._forward_pre_hooks)
-    call, module_node = Call(path, frozenset().union(*own)), tracer.create_arg(module)
-    one = state != BACKWARD  # torch makes another tensor of each argument for a backward hook
-    record, (args, kwargs) = _around(tracer, Before, call, module_node, (args, kwargs), one)
-    tracer.forget_attributes()  # a hook may have put others there
-    output = with_host_hooks(tracer.hooks, module, forward, args, kwargs)
-    _, output = _around(tracer, After, call, record, output, False)
-    tracer.forget_attributes()
-    return output
+    hooks, call, record = tracer.hooks, None, None
+    state = hooks.state(module)
+    if state:
+        own = hooks.own(module._forward_hooks), hooks.own(module._forward_pre_hooks)
+        call = Call(path, frozenset().union(*own))
+        one = state != BACKWARD  # torch makes another tensor of each argument for a backward hook
+        given = tracer.create_arg(module), (args, kwargs)
+        record, (args, kwargs) = _around(tracer, Before, call, *given, one)
+        tracer.forget_attributes()  # a hook may have put others there
+    args, kwargs = before_host_hooks(hooks, module, args, kwargs)
+    output = forward(*args, **kwargs)
+    first = hooks.host_is_first(module)
+    if first:
+        output = after_host_hooks(hooks, module, args, kwargs, output)
+    if call is not None:
+        _, output = _around(tracer, After, call, record, output, False)
+        tracer.forget_attributes()
+    return output if first else after_host_hooks(hooks, module, args, kwargs, output)
 
 
 def _around(
@@ -214,24 +240,30 @@ def _holds_proxies(entry: Any) -> bool:
     return any(type(leaf) is ValueProxy for leaf in tree_leaves(dict(vars(entry))))
 
 
+def is_away(held: Any) -> bool:
+    """Whether a weight is not where it will be when its module runs: hooks of accelerate's bring it
+    from elsewhere, hooks of FSDP from all processes."""
+    return isinstance(held, Tensor) and (held.is_meta or hasattr(held, "full_tensor"))
+
+
 def unhooked(module: nn.Module, args: Any, kwargs: Any) -> Any:
     """What a module returns, without any hook; where accelerate keeps its weights elsewhere, fake
     tensors are computed with weights that seem to be where the arguments are."""
     fake = next((t for t in tree_leaves((args, kwargs)) if isinstance(t, FakeTensor)), None)
     if fake is None:
-        with _calls_unhooked():
+        with calls_unhooked():
             return module.forward(*args, **kwargs)
     held = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    away = {} if fake.is_meta else {name: t for name, t in held.items() if t.is_meta}
+    away = {} if fake.is_meta else {name: t for name, t in held.items() if is_away(t)}
     if not away and not module._modules:
         return forward_of(module)(*args, **kwargs)
     there = {n: torch.empty(t.shape, dtype=t.dtype, device=fake.device) for n, t in away.items()}
-    with _calls_unhooked():
+    with calls_unhooked():
         return functional_call(module, there, args, kwargs)
 
 
 @contextmanager
-def _calls_unhooked() -> Iterator[None]:
+def calls_unhooked() -> Iterator[None]:
     """Modules that this thread calls run their forward alone."""
     thread, before = threading.get_ident(), nn.Module.__call__
 

@@ -3,7 +3,7 @@
 import logging
 import operator
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from tokenprune.tracing.effects import Store
 from tokenprune.tracing.hook_nodes import is_hook_node
-from tokenprune.tracing.hooks import unhooked
+from tokenprune.tracing.hooks import calls_unhooked, is_away, unhooked
 from tokenprune.tracing.modes import MODES, entered
 from tokenprune.tracing.opaque import OPAQUE
 
@@ -55,8 +55,8 @@ def evaluate(root: nn.Module, node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
     in the modes that the host sets there. No hook runs under fake tensors."""
     if node.op == "get_attr":
         held = tensor_attribute(root, str(node.target))
-        away = isinstance(held, Tensor) and held.is_meta  # accelerate's: traced as if it were there
-        return node.meta.get("val", held) if away else held
+        away = is_away(held) and active_fake_mode() is not None
+        return node.meta["val"] if away else held
     if MODES in node.meta:
         with entered(node.meta[MODES]):
             return _called(root, node, env)
@@ -70,7 +70,9 @@ def _called(root: nn.Module, node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
     if isinstance(node.target, Store) or (fake and is_hook_node(node)):
         return None  # that is for a real call
     if node.op == "call_function":
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        ours = fake and any(isinstance(given, nn.Module) for given in args)
+        with calls_unhooked() if ours else nullcontext():
+            return node.target(*args, **kwargs)  # type: ignore[operator]
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     if fake and OPAQUE in node.meta:  # of the traced shape, for as many images

@@ -1,4 +1,4 @@
-"""How an argument or an output is built of its leaves, as a trace finds it and a call rebuilds it."""
+"""How a value is built of its leaves: a trace finds it out, and a call builds it again."""
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence

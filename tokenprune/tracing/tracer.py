@@ -40,11 +40,13 @@ from tokenprune.tracing.gradients import GradientRun
 from tokenprune.tracing.hook_nodes import is_hook_node
 from tokenprune.tracing.hooks import (
     Hooks,
+    after_host_hooks,
+    before_host_hooks,
     between_hooks,
     forward_of,
+    is_away,
     next_hook,
     unhooked,
-    with_host_hooks,
 )
 from tokenprune.tracing.interpret import evaluate, run, tensor_attribute, tensors_in
 from tokenprune.tracing.modes import (
@@ -356,7 +358,7 @@ class ValueTracer(fx.Tracer):
                 value = tensor_attribute(self.root, target)
             if value is not None:
                 tensor = isinstance(value, torch.Tensor)
-                return fake_of(self.fake_mode, value) if tensor else value
+                return self._as_fake(value) if tensor else value
             args, kwargs = map_aggregate(args, concrete), map_aggregate(kwargs, concrete)
             with self.fake_mode:
                 if kind == "call_function":
@@ -364,6 +366,16 @@ class ValueTracer(fx.Tracer):
                 if kind == "call_method":
                     return getattr(args[0], target)(*args[1:], **kwargs)
                 return unhooked(self.root.get_submodule(target), args, kwargs)
+
+    def _as_fake(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Of a weight that is kept elsewhere, what it is when its module runs."""
+        example = next(iter(self._example.values()), tensor)
+        if is_away(tensor) and not example.is_meta:
+            with self.fake_mode:
+                return torch.empty(tensor.shape, dtype=tensor.dtype, device=example.device)
+        if tensor.grad_fn is not None:  # torch warns where it reads the gradient of such a tensor
+            tensor = tensor.detach().requires_grad_()
+        return fake_of(self.fake_mode, tensor)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
@@ -433,7 +445,8 @@ class ValueTracer(fx.Tracer):
             if self.is_leaf_module(m, path) and tensors_in((args, kwargs)):  # not Identity()(None)
                 output = self.create_proxy("call_module", path, args, kwargs)
                 # what they return is not taken here: they run with the module
-                with_host_hooks(self.hooks, m, partial(_given, output), args, kwargs)
+                before_host_hooks(self.hooks, m, args, kwargs)
+                after_host_hooks(self.hooks, m, args, kwargs, output)
             else:
                 output = self._inside(m, path, forward, args, kwargs)
             self._failed_in = ""
@@ -501,7 +514,3 @@ class ValueTracer(fx.Tracer):
     def failed_at(self, error: BaseException) -> Provenance:
         """The line of the host's source that led to `error`."""
         return failed_at(error, self._failed_in)
-
-
-def _given(output: Any, *args: Any, **kwargs: Any) -> Any:
-    return output

@@ -11,6 +11,7 @@ from tokenprune.errors import UnsupportedHostError
 from tokenprune.rewrite.rewrite import Rewrite
 from tokenprune.rewrite.settings import SETTINGS
 from tokenprune.runtime.jagged.cut import Segment, cut
+from tokenprune.tracing.hooks import has_hooks
 
 __all__ = ["Bucketed", "divide", "filled"]
 
@@ -58,6 +59,7 @@ class Bucketed:
         placeholders = rewrite.graph.find_nodes(op="placeholder")
         self.inputs = {node.name: str(node.target) for node in placeholders}
         self.segments, self.rows, self.split = cut(rewrite)
+        self.leaves = {str(node.target) for node in rewrite.graph.find_nodes(op="call_module")}
         own = [name for s in self.segments for name in (s.chosen, s.numbers) if name]
         self.fills = dict.fromkeys(own, -1)
 
@@ -65,8 +67,10 @@ class Bucketed:
     def __call__(self, model: nn.Module, settings: Any, **tensors: Tensor) -> Any:
         given: Mapping[str, Any] = {**tensors, SETTINGS: settings}
         values = {name: given[target] for name, target in self.inputs.items()}
+        hooked = any(has_hooks(model.get_submodule(path)) for path in self.leaves)
+        most = 1 if hooked else settings.buckets  # hooks run once a call
         for segment in self.segments:
-            buckets = self._buckets(segment, values, settings.buckets)
+            buckets = self._buckets(segment, values, most)
             parts = [
                 segment.run(
                     model, *(self._taken(n, segment, values, bucket) for n in segment.takes)
@@ -83,7 +87,9 @@ class Bucketed:
         self, segment: Segment, values: Mapping[str, Any], most: int
     ) -> Sequence[Bucket | None]:
         """None is the whole batch."""
-        if segment.chosen is None or not self.split or not values[segment.chosen].shape[0]:
+        if segment.chosen is None or not self.split or most == 1:
+            return [None]
+        if not values[segment.chosen].shape[0]:
             return [None]
         counts = (values[segment.chosen] >= 0).sum(1).tolist()
         buckets = divide(counts, most)
