@@ -56,6 +56,14 @@ class LowRank(nn.Module):
         self.down = nn.Parameter(torch.full((2, base.in_features), 0.1, **like))
         self.up = nn.Parameter(torch.full((base.out_features, 2), 0.1, **like))
 
+    @property
+    def weight(self) -> Tensor:
+        return self.base.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias
+
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)
         if self.active:
@@ -312,8 +320,8 @@ def another_pooling(model: Any, path: str) -> None:
 def outputs_asked_for_by_the_config(model: Any, path: str) -> None:
     if not hasattr(model, "config"):
         raise NotHereError
-    model.config.output_attentions = True
     model.set_attn_implementation("eager")
+    model.config.output_attentions = True
 
 
 @change

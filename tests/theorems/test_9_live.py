@@ -84,7 +84,8 @@ def test_9_a_change_is_seen(name: str, host: str) -> None:
     model = wrapped(make)
     object.__setattr__(model, "example", IMAGES)
     before = tensors(model(IMAGES))
-    handle = model if len(name) % 2 else tokenprune.unwrap(model)
+    through_host = len(name) % 2 == 0 and name != "double_precision"  # that leaves predictors
+    handle = tokenprune.unwrap(model) if through_host else model
     try:
         scope = UNDONE[name](handle, path) if name in UNDONE else nullcontext()
         with scope:

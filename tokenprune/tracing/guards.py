@@ -63,8 +63,8 @@ class Alike:
     def same(self) -> bool:
         """Whether all are as they were."""
         try:
-            if self._look is _itself:
-                return self._tables == self._expected
+            if self._look is _is_empty:
+                return not any(self._tables)
             now = list(map(self._look, self._tables, self._names, repeat(ABSENT)))
             return now == self._expected and list(map(type, now)) == self._types
         except DIFFERS:
@@ -128,7 +128,7 @@ class Guards:
 
 
 def _watched(reads: Reads, functions: Iterable[Any]) -> Iterator[Watched]:
-    called, owners = [*functions, *reads.functions()], list(reads.objects.values())
+    owners = list(reads.objects.values())
     for key, value in reads.values.items():
         owner, name = reads.objects[key[0]], key[1]
         if name == "_modules":
@@ -153,7 +153,7 @@ def _watched(reads: Reads, functions: Iterable[Any]) -> Iterator[Watched]:
         places = (getattr(owner, kind, {}) for kind in ("__dict__", "_parameters", "_buffers"))
         table = next((place for place in places if name in place), {})
         yield Watched(owner, _of_tensor, table, name, _of_tensor(table, name, None))
-    for place, name in names_of(called):
+    for place, name in names_of(functions):
         if isinstance(place, type):
             yield Watched(place, getattr, place, name, getattr(place, name))
         else:
@@ -171,14 +171,14 @@ def _watched_hooks(hooks: Hooks, modules: Iterable[nn.Module]) -> Iterator[Watch
     of_all = [getattr(torch.nn.modules.module, f"_global{name}") for name in HOOKS]
     for name, table in zip(HOOKS, of_all, strict=True):
         if not table:
-            yield Watched(torch.nn.modules.module, _itself, table, name, {})
+            yield Watched(torch.nn.modules.module, _is_empty, table, name, True)
     for module in modules:
         tables = [getattr(module, name) for name in HOOKS]
         if any(tables) or any(of_all):
             yield Watched(module, hooks.look, module, "hooks", hooks.state(module))
         else:
             for name, table in zip(HOOKS, tables, strict=True):
-                yield Watched(module, _itself, table, name, {})
+                yield Watched(module, _is_empty, table, name, True)
 
 
 def _plain(value: Any) -> bool:
@@ -198,6 +198,10 @@ def _of_tensor(table: dict[str, Tensor], name: str, _absent: Any) -> Any:
 
 def _itself(table: Any, _name: str, _absent: Any) -> Any:
     return table
+
+
+def _is_empty(table: Any, _name: str, _absent: Any) -> Any:
+    return not table
 
 
 def _kept_by(value: Any) -> list[Any]:

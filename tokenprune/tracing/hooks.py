@@ -253,10 +253,12 @@ def unhooked(module: nn.Module, args: Any, kwargs: Any) -> Any:
     if fake is None:
         with calls_unhooked():
             return module.forward(*args, **kwargs)
+    held = {**vars(module)["_parameters"], **vars(module)["_buffers"]}
+    alone = not vars(module)["_modules"]
+    if alone and (fake.is_meta or not any(map(is_away, held.values()))):
+        return forward_of(module)(*args, **kwargs)
     held = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     away = {} if fake.is_meta else {name: t for name, t in held.items() if is_away(t)}
-    if not away and not module._modules:
-        return forward_of(module)(*args, **kwargs)
     there = {n: torch.empty(t.shape, dtype=t.dtype, device=fake.device) for n, t in away.items()}
     with calls_unhooked():
         return functional_call(module, there, args, kwargs)

@@ -153,7 +153,7 @@ def trace(
         specialized=tuple(tracer.specialized),
         ambient=dict(tracer.ambient),
         calls=_calls(graph, tracer),
-        guards=Guards(tracer.reads, [call], tracer.counted, tracer.opened, Hooks(host)),
+        guards=Guards(tracer.reads, tracer.functions, tracer.counted, tracer.opened, Hooks(host)),
         written=frozenset(tracer.written),
     )
 
@@ -161,7 +161,7 @@ def trace(
 def _caches_emptied(tracer: ValueTracer, call: Any) -> bool:
     """Empty each `lru_cache` that the host's code uses: it may hold values of the trace, and may
     have given it values of a call before. Whether there was anything in one."""
-    used = caches_of([call, *tracer.reads.functions()])
+    used = caches_of(tracer.functions or [call, *tracer.reads.functions()])
     filled = [cached for cached in used if cached.cache_info().currsize]
     for cached in filled:
         cached.cache_clear()

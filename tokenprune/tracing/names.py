@@ -2,10 +2,10 @@
 
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
-from types import CodeType, FunctionType, MethodType, ModuleType
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
-__all__ = ["Namespace", "caches_of", "codes_of", "names_of"]
+__all__ = ["Namespace", "as_function", "caches_of", "codes_of", "names_of"]
 
 Namespace = dict[str, Any] | type
 CACHED = type(lru_cache(len))
@@ -36,6 +36,11 @@ def reached(functions: Iterable[Any]) -> Iterator[FunctionType]:
         waiting += [_value(place, name) for place, name in _looked_up(function)]
 
 
+def as_function(code: CodeType, around: dict[str, Any]) -> FunctionType:
+    """A function of some code that ran, without what its closure held."""
+    return FunctionType(code, around, closure=tuple(CellType() for _ in code.co_freevars))
+
+
 def codes_of(functions: Iterable[Any]) -> list[CodeType]:
     """The code of these functions and of those that they may call."""
     return [code for function in reached(functions) for code in _codes(function.__code__)]
@@ -54,11 +59,15 @@ def _value(place: Namespace, name: str) -> Any:
 
 def _looked_up(function: FunctionType) -> Iterator[tuple[Namespace, str]]:
     around, names = function.__globals__, {n for c in _codes(function.__code__) for n in c.co_names}
-    for name in names & around.keys():
-        yield around, name
-        if isinstance(around[name], ModuleType):
-            inside = vars(around[name])
-            yield from ((inside, inner) for inner in names & inside.keys())
+    waiting, seen = [around], list[Any]()
+    while waiting:  # `torch.nn.functional.softmax` is a name in each of three modules
+        inside = waiting.pop()
+        seen.append(inside)
+        for name in names & inside.keys():
+            yield inside, name
+            value = inside[name]
+            if isinstance(value, ModuleType) and not any(vars(value) is s for s in seen):
+                waiting.append(vars(value))
     yield from _overridden(function, names)
 
 
@@ -92,6 +101,7 @@ def _overridden(function: FunctionType, names: set[str]) -> list[tuple[type, str
     if "super" not in names or "__class__" not in function.__code__.co_freevars:
         return []
     index = function.__code__.co_freevars.index("__class__")
-    cls = (function.__closure__ or ())[index].cell_contents
+    cell = (function.__closure__ or ())[index]
+    cls = cell.cell_contents if cell != CellType() else object
     bases = [base for base in cls.__mro__[1:] if not base.__module__.startswith(NOT_FOLLOWED)]
     return [(base, name) for base in bases for name in names & vars(base).keys()]

@@ -4,9 +4,10 @@ import sys
 import sysconfig
 from linecache import getline
 from traceback import walk_tb
+from types import CodeType, FrameType
 from typing import NamedTuple
 
-__all__ = ["Provenance", "failed_at", "of_host", "where_called"]
+__all__ = ["Provenance", "failed_at", "frame_of_host", "of_host"]
 
 OWN_FILES = ("/torch/", "/tokenprune/", "numpy/")
 STANDARD, INSTALLED = sysconfig.get_paths()["stdlib"], ("site-packages", "dist-packages")
@@ -24,12 +25,14 @@ class Provenance(NamedTuple):
         return f"{where} ({self.file}:{self.line}: {getline(self.file, self.line).strip()})"
 
 
-def where_called(module: str) -> Provenance:
-    """The innermost line of the host's source that is running, in the forward of `module`."""
-    frame = sys._getframe(1)
+def frame_of_host(caller: CodeType) -> tuple[FrameType, bool]:
+    """The innermost frame of the host's source that is running, and whether `caller`, which calls
+    the host, is further out: else it is that of who called us."""
+    frame, inside = sys._getframe(1), True
     while frame.f_back is not None and not of_host(frame.f_code.co_filename):
+        inside = inside and frame.f_code is not caller
         frame = frame.f_back
-    return Provenance(module, frame.f_code.co_filename, frame.f_lineno)
+    return frame, inside
 
 
 def failed_at(error: BaseException, module: str) -> Provenance:

@@ -57,9 +57,9 @@ from tokenprune.tracing.modes import (
     reads_noted,
     state,
 )
-from tokenprune.tracing.names import codes_of
+from tokenprune.tracing.names import as_function, codes_of
 from tokenprune.tracing.opaque import DATA_DEPENDENT, OPAQUE, REASON, as_traced, reason_of
-from tokenprune.tracing.provenance import Provenance, failed_at, where_called
+from tokenprune.tracing.provenance import Provenance, failed_at, frame_of_host
 from tokenprune.tracing.proxy import ValueProxy, concrete
 from tokenprune.tracing.reads import Reads
 from tokenprune.tracing.stand_ins import fake_of
@@ -120,6 +120,8 @@ class ValueTracer(fx.Tracer):
         self._thread = threading.get_ident()
         self.specialized: list[fx.Node] = []
         self.reads = Reads()
+        self.functions: list[Any] = []
+        self._ran: dict[CodeType, dict[str, Any]] = {}
         self.written: set[tuple[int, str]] = set()
         self.counted: set[tuple[int, str]] = set()
         self.calls: list[RecordedCall] = []
@@ -150,8 +152,9 @@ class ValueTracer(fx.Tracer):
             with self._patched():
                 output = example.with_tensors(inputs).call(forward)
                 result = self.create_arg(output)
-            codes = codes_of([forward, *self.reads.functions()])
-            self._store(codes, kept.written(), kept.shared())
+            self.functions = [forward, *self.reads.functions()]
+            self.functions += [as_function(code, around) for code, around in self._ran.items()]
+            self._store(codes_of(self.functions), kept.written(), kept.shared())
             self.create_node("output", "output", (result,), {})
         return self.graph
 
@@ -379,7 +382,11 @@ class ValueTracer(fx.Tracer):
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
-        node.meta["where"] = where_called(self._modules_entered[-1])
+        frame, inside = frame_of_host(ValueTracer.record.__code__)
+        code = frame.f_code
+        if inside:
+            self._ran[code] = frame.f_globals
+        node.meta["where"] = Provenance(self._modules_entered[-1], code.co_filename, frame.f_lineno)
         node.meta[NUMBER] = self._count
         self._count += 1
         node.meta.pop("nn_module_stack", None)
