@@ -100,15 +100,19 @@ def test_states() -> None:
     host = nn.Module()
     host.first, host.second = nn.Sequential(nn.Linear(2, 2)), nn.Sequential()
     hooks = Hooks(host)
-    assert hooks.states() == (0, 0)
+
+    def states() -> tuple[int, ...]:
+        return hooks.state(host.first), hooks.state(host.second)
+
+    assert states() == (0, 0)
     with host.first[0].register_forward_hook(fail):  # it runs with its module
-        assert hooks.states() == (0, 0)
+        assert states() == (0, 0)
     with host.first.register_forward_pre_hook(fail):
-        assert hooks.states() == (1, 0)
+        assert states() == (1, 0)
         with host.second.register_full_backward_hook(fail):
-            assert hooks.states() == (1, 2)
+            assert states() == (1, 2)
     with torch.nn.modules.module.register_module_forward_hook(fail):
-        assert hooks.states() == (1, 1)
+        assert states() == (1, 1)
 
 
 def test_a_tensor_given_several_times_stays_one() -> None:

@@ -1,6 +1,6 @@
 """Everything that the rewriter reads about one trace and one plan."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import fx, nn
@@ -11,6 +11,7 @@ from tokenprune.analysis.grids import Grid, grid_of
 from tokenprune.analysis.nodes import shape_of
 from tokenprune.analysis.padding import find_padding
 from tokenprune.analysis.plan import Plan
+from tokenprune.analysis.reuse import facts_for
 from tokenprune.analysis.sites import PLACES
 from tokenprune.analysis.token_probe import find_facts
 from tokenprune.errors import PlanError, TraceError, UnsupportedHostError
@@ -61,8 +62,12 @@ def analyse(
     spec: ArchSpec,
     *,
     tokens_leave: bool,
+    known: Iterable["Analysis"] = (),
 ) -> Analysis:
     """Probe a trace whose blocks are found; unless `tokens_leave`, every tensor keeps its size.
+
+    Args:
+        known: Of other traces of this host; what is known of the same graph is not probed again.
 
     Raises:
         TraceError: The block of a stage takes no tensor.
@@ -93,7 +98,13 @@ def analyse(
     shapes = ((batch, length), (batch, length - plan.num_prefix))
     first = min((block.entry for block in blocks.values()), key=list(traced.graph.nodes).index)
     padding, real = find_padding(root, traced, mask, first, shapes)
-    facts, bound = find_facts(root, traced, markers, plan.num_prefix, padding, tokens_leave)
+    for other in known:
+        facts = facts_for(other.facts, other.traced.graph, traced.graph)
+        if facts is not None:
+            bound = other.batch_bound
+            break
+    else:
+        facts, bound = find_facts(root, traced, markers, plan.num_prefix, padding, tokens_leave)
     return Analysis(traced, blocks, plan, markers, grids, facts, final, real, bound)
 
 

@@ -24,7 +24,7 @@ from tokenprune.runtime.jagged.buckets import filled
 from tokenprune.runtime.model import pruning_of
 from tokenprune.runtime.program import Program
 from tokenprune.runtime.pruning import added_names
-from tokenprune.tracing.arguments import Arguments
+from tokenprune.tracing.arguments import Arguments, as_arguments
 from tokenprune.tracing.interpret import run, tensors_in
 from tokenprune.tracing.modes import autocast_dtypes
 
@@ -38,8 +38,9 @@ TOLERANCE = {torch.float64: EXACT, torch.float32: 1e-4, torch.bfloat16: 5e-2, to
 class Theorems:
     """The checks of one wrapped model, in eval mode, on one input."""
 
-    def __init__(self, model: nn.Module, inputs: Arguments) -> None:
+    def __init__(self, model: nn.Module, given: Arguments | Mapping[str, Any]) -> None:
         pruning = pruning_of(model)
+        inputs = as_arguments(type(model).__name__, given)
         self.model, self.inputs, self.host = model, inputs, pruning.host
         self.programs = pruning.programs(inputs)
         self.facts = self.programs.analysis.facts

@@ -228,7 +228,15 @@ class Pruning:
             leave = self.method.reduction.removes
             plain = stand_ins(host, traced.fake_mode)
             with plain, no_autocast_cache(), buffers_kept(host):
-                known = analyse(host, traced, blocks, self.plan, self.spec, tokens_leave=leave)
+                known = analyse(
+                    host,
+                    traced,
+                    blocks,
+                    self.plan,
+                    self.spec,
+                    tokens_leave=leave,
+                    known=[programs.analysis for programs in self.cache],
+                )
                 reduction = self.method.reduction(host, known)
             found = Programs(known, reduction, self.method.scorer, self.restore)
             self.cache.add(signature, found)
