@@ -1,6 +1,7 @@
 """Theorem 9 of docs/theorems.md (live): after any change to the host or to the wrapped model,
 through either handle, the next call is that of a model wrapped anew after the change."""
 
+import copy
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -9,13 +10,16 @@ import pytest
 import timm
 import torch
 import transformers
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from torch import Tensor, nn
 
 import tokenprune
 from tests.theorems.case import tensors
 from tests.theorems.changes import CHANGES, UNDONE, NotHereError
 from tests.zoo.rows import randomize_weights
-from tokenprune.errors import TokenPruneError
+from tokenprune.errors import HostError, TokenPruneError
 
 RECIPE: dict[str, Any] = {"version": 1, "schedule": {"blocks": [1, 2], "keep_ratio": 0.5}}
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -97,3 +101,111 @@ def test_9_a_change_is_seen(name: str, host: str) -> None:
         pytest.skip("this host has nothing of that kind")
     if name in UNDONE:
         assert all(map(torch.equal, tensors(model(IMAGES)), before))
+
+
+def test_9_what_the_host_alone_was_moved_to_is_refused() -> None:
+    model = wrapped(timm_vit)
+    tokenprune.unwrap(model).double()
+    with pytest.raises(
+        HostError, match=r"is torch.float64 on cpu now, but what wrap added.*model.to"
+    ):
+        model(IMAGES.double())
+    model.double()
+    agree(model, IMAGES.double())
+
+
+def test_9_toggling_traces_once_for_each_state() -> None:
+    model = wrapped(timm_vit)
+    CHANGES["a_lora_layer"](model, "blocks.2")
+    layer = next(m for m in model.modules() if type(m).__name__ == "LowRank")
+    before = tokenprune.cache_info(model).traced
+    for _ in range(10):
+        layer.active = not layer.active
+        model(IMAGES)
+    assert tokenprune.cache_info(model).traced == before + 2
+
+
+def test_9_a_schedule_lets_the_oldest_program_go() -> None:
+    model = wrapped(timm_vit)
+    tokenprune.clear_cache(model, limit=3)
+    for step in range(5):
+        model.blocks[1].norm1.eps = 0.1 * (step + 1)
+        agree(model, IMAGES)
+    assert tokenprune.cache_info(model).programs == 3
+    with pytest.raises(ValueError, match="limit of 0 programs"):
+        tokenprune.clear_cache(model, limit=0)
+
+
+def test_9_frozen_guards_see_modes_and_weights_alone() -> None:
+    model = wrapped(timm_vit)
+    before = model(IMAGES)
+    tokenprune.freeze_guards(model)
+    CHANGES["an_own_forward_of_a_block"](model, "blocks.2")
+    assert torch.equal(model(IMAGES), before)
+    with torch.no_grad():
+        model.head.weight.mul_(2)
+    assert not torch.equal(model(IMAGES), before)
+    tokenprune.freeze_guards(model, frozen=False)
+    agree(model, IMAGES)
+
+
+def test_9_two_wrappers_of_one_host_see_each_others_changes() -> None:
+    model = wrapped(timm_vit)
+    other = anew(model)
+    model.reset_classifier(3)
+    assert other(IMAGES).shape == (2, 3)
+    del other.blocks[-1]
+    agree(model, IMAGES)
+    assert len(tokenprune.unwrap(model).blocks) == 3
+
+
+class Life(RuleBasedStateMachine):
+    """Any of it, in any order."""
+
+    @initialize(host=st.sampled_from(sorted(HOSTS)))
+    def begin(self, host: str) -> None:
+        make, self.path = HOSTS[host]
+        self.model, self.images = wrapped(make), IMAGES
+        object.__setattr__(self.model, "example", IMAGES)
+
+    @rule(name=st.sampled_from(sorted(set(CHANGES) - {"double_precision"})), host=st.booleans())
+    def change(self, name: str, host: bool) -> None:
+        handle = tokenprune.unwrap(self.model) if host else self.model
+        try:
+            CHANGES[name](handle, self.path)
+        except (NotHereError, TokenPruneError, AttributeError):
+            return  # nothing of that kind, or not any more
+
+    @rule()
+    def call(self) -> None:
+        self.model.eval()
+        agree(self.model, self.images)
+
+    @rule()
+    def train(self) -> None:
+        self.model.train()
+        try:
+            returned = tensors(self.model(self.images))
+        except TokenPruneError:
+            return
+        returned[0].float().square().mean().backward()
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                if parameter.grad is not None:
+                    parameter -= 0.01 * parameter.grad.clamp(-1, 1)
+        self.model.zero_grad()
+
+    @rule()
+    def copy_it(self) -> None:
+        self.model = copy.deepcopy(self.model)
+
+    @rule()
+    def wrap_again(self) -> None:
+        try:
+            self.model = anew(self.model)
+        except TokenPruneError:
+            return
+
+
+Life.TestCase.settings = settings(max_examples=6, stateful_step_count=8, deadline=None)
+test_9_any_order = pytest.mark.slow(Life.TestCase)

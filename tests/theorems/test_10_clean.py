@@ -1,0 +1,165 @@
+"""Theorem 10 of docs/theorems.md (clean): after `wrap`, whether it succeeded or not, everything
+else behaves as if it had never been called."""
+
+import functools
+import random
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+import tokenprune
+from tokenprune.errors import HostError, TraceError
+
+RECIPE: dict[str, Any] = {"version": 1, "schedule": {"blocks": [1, 2], "keep_ratio": 0.5}}
+IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+EVERY = [torch.arange(16).expand(2, -1)] * 2
+KEPT: list[Any] = []
+
+
+@functools.lru_cache
+def table(length: int) -> Tensor:
+    return torch.arange(float(length)).reshape(1, length, 1) / 100
+
+
+class Host(timm.models.VisionTransformer):
+    """Does something odd in its forward; `fails` raises at its end."""
+
+    shared: ClassVar[dict[str, Tensor]] = {}
+
+    def __init__(self, fails: bool = False) -> None:
+        super().__init__(
+            img_size=32, patch_size=8, embed_dim=16, depth=4, num_heads=2, num_classes=5,
+            class_token=False, global_pool="avg",
+        )  # fmt: skip
+        self.fails, self.last, self.history = fails, None, list[Tensor]()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def odd(self, x: Tensor) -> Tensor:
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.odd(self.patch_embed(x) + self.pos_embed)
+        y = self.head(self.fc_norm(self.norm(self.blocks(x)).mean(1)))
+        if self.fails:
+            raise RuntimeError("at the end")
+        return y
+
+
+class Cached(Host):
+    def odd(self, x: Tensor) -> Tensor:
+        return x + table(x.shape[1])
+
+
+class OfTheClass(Host):
+    def odd(self, x: Tensor) -> Tensor:
+        if "table" not in Host.shared:
+            Host.shared["table"] = torch.linspace(0, 1, 16)[:, None]
+        return x + Host.shared["table"]
+
+
+class CountsInABuffer(Host):
+    def odd(self, x: Tensor) -> Tensor:
+        self.calls.add_(1)
+        return x
+
+
+class KeepsTheLast(Host):
+    def odd(self, x: Tensor) -> Tensor:
+        self.last = x
+        return x
+
+
+class Appends(Host):
+    def odd(self, x: Tensor) -> Tensor:
+        KEPT.append(x)
+        return x
+
+
+class Counts(Host):
+    def __init__(self, fails: bool = False) -> None:
+        super().__init__(fails)
+        self.steps = 3
+
+    def odd(self, x: Tensor) -> Tensor:
+        self.steps += 1
+        return x
+
+
+class Alternates(Counts):
+    def odd(self, x: Tensor) -> Tensor:
+        self.steps += 1
+        return x * 2 if self.steps % 2 else x
+
+
+KINDS = (Cached, OfTheClass, CountsInABuffer, KeepsTheLast, Counts)
+
+
+def everything(host: nn.Module) -> list[Any]:
+    """What could hold something of a trace."""
+    found: list[Any] = [dict(vars(module)) for module in host.modules()]
+    found += [{n: t.clone() for n, t in host.state_dict().items()}, dict(Host.shared), list(KEPT)]
+    return [*found, table.cache_info().currsize, random.getstate(), np.random.get_state()[1].sum()]
+
+
+def fake(value: Any) -> bool:
+    return type(value) not in (Tensor, nn.Parameter) and isinstance(value, Tensor)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("kind", [*KINDS, Appends], ids=lambda kind: kind.__name__)
+def test_10_nothing_of_a_trace_remains(kind: type[Host], fails: bool) -> None:
+    torch.manual_seed(0)
+    host = kind(fails).eval()
+    Host.shared.clear()
+    table.cache_clear()
+    before = everything(host)
+    refused = fails or kind is Appends
+    if refused:
+        with pytest.raises(
+            (TraceError, HostError), match="at the end" if fails else "kept in a list"
+        ):
+            tokenprune.wrap(host, RECIPE, verify=False)
+    else:
+        tokenprune.wrap(host, RECIPE, verify=False)
+    after = everything(host)
+    for was, now in zip(before, after, strict=True):
+        if isinstance(was, dict) and was and all(isinstance(v, Tensor) for v in was.values()):
+            assert all(torch.equal(was[name], now[name]) for name in was)
+        elif isinstance(was, dict):
+            assert was.keys() == now.keys()
+            assert all(was[name] is now[name] or was[name] == now[name] for name in was)
+        else:
+            assert was == now
+    assert "__getattribute__" not in vars(nn.Module)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_10_a_program_leaves_what_the_host_would_leave(kind: type[Host]) -> None:
+    torch.manual_seed(0)
+    host, plain = kind().eval(), kind().eval()
+    plain.load_state_dict(host.state_dict())
+    model = tokenprune.wrap(host, RECIPE, verify=False, train=False).eval()
+    model(IMAGES)
+    with torch.no_grad(), model.using("gather", keep_indices=EVERY):
+        for _ in range(3):
+            torch.testing.assert_close(model(IMAGES), plain(IMAGES))
+        plain(IMAGES)  # as many calls as `model` had
+    assert torch.equal(host.calls, plain.calls)
+    assert getattr(host, "steps", None) == getattr(plain, "steps", None)
+    assert (host.last is None) == (plain.last is None)
+    if host.last is not None:
+        torch.testing.assert_close(host.last, plain.last)
+    assert tokenprune.cache_info(model).traced == 1
+    assert not any(fake(value) for module in host.modules() for value in vars(module).values())
+
+
+def test_10_a_host_that_reads_what_it_changes_in_every_call_is_refused() -> None:
+    model = tokenprune.wrap(Alternates().eval(), RECIPE, verify=False, train=False)
+    for _ in range(5):
+        model(IMAGES)
+    with pytest.raises(HostError, match=r"changes 'steps' of its Alternates in every call"):
+        model(IMAGES)
