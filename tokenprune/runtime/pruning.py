@@ -167,6 +167,13 @@ class Pruning:
         path = self.path(model.training)
         if self.runs_host(path) and not return_trace:
             return getattr(self.host, entry)(*args, **kwargs)
+        if torch.jit.is_tracing():
+            raise HostError(
+                f"torch.jit.trace (or the old torch.onnx exporter) was run on a "
+                f"{type(self.host).__name__} that tokenprune wrapped: its forward chooses a program "
+                "by shapes and modes, which such a trace would freeze in silence. Use "
+                "tokenprune.export(model, ...) for a program or an ONNX file."
+            )
         call = self.call if entry == "forward" else CallSignature.of(type(self.host), entry)
         arguments = call.bind(args, kwargs)
         if torch.compiler.is_dynamo_compiling():
