@@ -13,6 +13,7 @@ import tokenprune
 from tests.product.client_hosts import hf_vit, logits, rewrapped, vit, wrapped
 
 TARGETS = ["qkv", "q_proj", "v_proj", "query", "value"]
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is:FutureWarning")
 HOSTS = pytest.mark.parametrize("make", [vit, hf_vit])
 
 

@@ -16,7 +16,10 @@ from tokenprune.errors import HostError
 HOSTS = pytest.mark.parametrize("make", [vit, hf_vit])
 
 
-@pytest.mark.filterwarnings("ignore:.*jit.*deprecated", "ignore:.*legacy TorchScript")
+OF_JIT = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+
+@OF_JIT
 @HOSTS
 def test_jit_trace_is_refused(make: Callable[[], Any]) -> None:
     model = wrapped(make())
@@ -28,7 +31,8 @@ def test_jit_trace_is_refused(make: Callable[[], Any]) -> None:
     assert torch.equal(logits(model), wanted)
 
 
-@pytest.mark.filterwarnings("ignore:.*jit.*deprecated")
+@OF_JIT
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_jit_traces_the_dense_path() -> None:
     model = wrapped(vit())
     with model.using("dense"):
@@ -36,8 +40,7 @@ def test_jit_traces_the_dense_path() -> None:
     torch.testing.assert_close(traced(IMAGES), logits(tokenprune.unwrap(model)))
 
 
-@HOSTS
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("make", "dtype"), [(vit, torch.float16), (hf_vit, torch.bfloat16)])
 def test_casts(make: Callable[[], Any], dtype: torch.dtype) -> None:
     model = wrapped(make())
     wanted, images = logits(model), IMAGES.to(dtype)

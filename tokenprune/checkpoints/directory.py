@@ -212,9 +212,10 @@ def _read_facts(source: Path) -> Facts:
         raise CheckpointError(
             f"{str(source)!r} holds the weights of a wrapped model, but not its recipe: "
             "save_pretrained or a trainer wrote it. Write such a folder by tokenprune.save(model, "
-            "folder), or load this one by the recipe that it was wrapped with: model = "
-            "tokenprune.wrap(host, recipe); model.load_state_dict(safetensors.torch.load_file("
-            f"{str(source / WEIGHTS)!r}))."
+            "folder). To load this one, make its host (from_pretrained reads it, where that wrote "
+            "it), then model = tokenprune.wrap(host, recipe) with the recipe it had; "
+            "model.load_state_dict(safetensors.torch.load_file("
+            f"{str(source / WEIGHTS)!r}), strict=False)."
         )
     if missing:
         what = "is no directory" if not source.is_dir() else f"lacks {', '.join(missing)}"

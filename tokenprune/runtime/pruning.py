@@ -252,7 +252,8 @@ class Pruning:
         theirs = first_floating(self.host)
         if ours is None or not (is_plain(ours) and is_plain(theirs)):
             return
-        if (ours.device, ours.dtype) != (theirs.device, theirs.dtype):
+        held = {(p.device, p.dtype) for p in self.host.parameters()}  # it may be spread out
+        if (ours.device, ours.dtype) not in held:
             raise HostError(
                 f"{type(self.host).__name__} is {theirs.dtype} on {theirs.device} now, but what "
                 f"wrap added ({', '.join(self.added)}) is {ours.dtype} on {ours.device}. Move and "
