@@ -65,11 +65,14 @@ def test_accelerate_in_mixed_precision(accelerator: Accelerator) -> None:
     assert torch.equal(logits(unwrapped), logits(like))
 
 
+@pytest.mark.filterwarnings("ignore:The following device_map keys")  # parameters of the root
 @pytest.mark.parametrize("make", [vit, hf_vit])
 def test_accelerate_dispatches(make: Any, tmp_path: Path) -> None:
     model = wrapped(make())
     wanted = logits(model)
-    places = {name: "cpu" for name, _ in model.named_children()}
+    names = [name for name, _ in model.named_children()]
+    names += [name for name, _ in model.named_parameters(recurse=False)]
+    places = dict.fromkeys(names, "cpu")
     places["blocks" if "blocks" in places else "vit"] = "disk"
     dispatched = dispatch_model(
         model, places, main_device="cpu", offload_dir=tmp_path, force_hooks=True
@@ -161,9 +164,7 @@ def test_lightning_fits(tmp_path: Path) -> None:
 def test_moving_average(use_buffers: bool) -> None:
     model = wrapped(vit())
     logits(model)
-    average = AveragedModel(
-        model, multi_avg_fn=get_ema_multi_avg_fn(0.75), use_buffers=use_buffers
-    )
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.75), use_buffers=use_buffers)
     average.update_parameters(model)
     first = {name: p.detach().clone() for name, p in model.named_parameters()}
     with torch.no_grad():

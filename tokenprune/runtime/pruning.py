@@ -163,15 +163,19 @@ class Pruning:
         return_trace: bool,
         entry: str = "forward",
     ) -> Any:
-        """One call of the wrapped model, or of another method of the host (`entry`)."""
+        """One call of the wrapped model, or of another method of the host (`entry`).
+
+        Raises:
+            HostError: torch.jit.trace runs, which would freeze this call's program.
+        """
         path = self.path(model.training)
         if self.runs_host(path) and not return_trace:
             return getattr(self.host, entry)(*args, **kwargs)
         if torch.jit.is_tracing():
             raise HostError(
                 f"torch.jit.trace (or the old torch.onnx exporter) was run on a "
-                f"{type(self.host).__name__} that tokenprune wrapped: its forward chooses a program "
-                "by shapes and modes, which such a trace would freeze in silence. Use "
+                f"{type(self.host).__name__} that tokenprune wrapped: its forward chooses a "
+                "program by shapes and modes, which such a trace would freeze in silence. Use "
                 "tokenprune.export(model, ...) for a program or an ONNX file."
             )
         call = self.call if entry == "forward" else CallSignature.of(type(self.host), entry)

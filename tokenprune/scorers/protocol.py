@@ -15,7 +15,17 @@ from torch import Tensor, nn
 from tokenprune.recipe.names import SCORERS
 from tokenprune.recipe.schema import PredictorSection
 
-__all__ = ["PREDICTORS", "SCORERS", "Mask", "Need", "Predictors", "Scorer", "Scores", "Tokens", "as_keep_logits"]
+__all__ = [
+    "PREDICTORS",
+    "SCORERS",
+    "Mask",
+    "Need",
+    "Predictors",
+    "Scorer",
+    "Scores",
+    "Tokens",
+    "as_keep_logits",
+]
 
 Tokens = Float[Tensor, "B N D"]
 Mask = Float[Tensor, "B N"] | None
