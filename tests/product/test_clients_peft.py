@@ -34,21 +34,20 @@ def adapted(model: nn.Module, *names: str, **options: Any) -> Any:
     return tuned.eval()
 
 
-@HOSTS
-def test_lora_after_and_before(make: Callable[[], Any]) -> None:
+@pytest.mark.parametrize(("make", "inner"), [(vit, True), (vit, False), (hf_vit, False)])
+def test_lora_after_and_before(make: Callable[[], Any], inner: bool) -> None:
     model = wrapped(make())
     plain = logits(model)
     tuned = adapted(model)
     found = logits(tuned)
     assert not torch.allclose(found, plain)
-    inner = rewrapped(adapted(make()).base_model.model, model)
-    assert torch.equal(logits(inner), found)
-    whole = rewrapped(adapted(make()), model)
-    assert torch.equal(logits(whole), found)
+    before = adapted(make())
+    anew = rewrapped(before.base_model.model if inner else before, model)
+    assert torch.equal(logits(anew), found)
     with tuned.disable_adapter():
         assert torch.equal(logits(tuned), plain)
-    with whole.disable_adapter():
-        assert torch.equal(logits(whole), plain)
+    with (before if inner else anew).disable_adapter():
+        assert torch.equal(logits(anew), plain)
 
 
 @HOSTS

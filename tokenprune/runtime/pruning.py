@@ -171,7 +171,7 @@ class Pruning:
         path = self.path(model.training)
         if self.runs_host(path) and not return_trace:
             return getattr(self.host, entry)(*args, **kwargs)
-        if torch.jit.is_tracing():
+        if torch._C._get_tracing_state():  # of torch.jit
             raise HostError(
                 f"torch.jit.trace (or the old torch.onnx exporter) was run on a "
                 f"{type(self.host).__name__} that tokenprune wrapped: its forward chooses a "
