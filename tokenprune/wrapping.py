@@ -21,9 +21,16 @@ from tokenprune.hosts.spec import ArchSpec
 from tokenprune.methods import method_of, with_default_stages
 from tokenprune.notices import warn_once
 from tokenprune.recipe import RecipeSource, load_recipe
-from tokenprune.runtime.model import PRUNING, PUBLIC, PrunedModel, pruning_of, wrapper_of
+from tokenprune.runtime.model import (
+    PRUNING,
+    PUBLIC,
+    PrunedModel,
+    as_host,
+    pruning_of,
+    wrapper_of,
+)
 from tokenprune.runtime.pruning import Pruning, added_names
-from tokenprune.scorers.protocol import PREDICTORS
+from tokenprune.scorers.protocol import PREDICTORS, Predictors
 from tokenprune.tracing.arguments import Arguments
 from tokenprune.tracing.host_graph import trace
 from tokenprune.tracing.stand_ins import is_plain
@@ -82,13 +89,14 @@ def wrap(
         >>> model = tokenprune.wrap(host, "dynamicvit-deit-small-k0.7")
         >>> model = tokenprune.wrap(host_without_a_recipe)
     """
-    if isinstance(model, PrunedModel):
+    if isinstance(model, PrunedModel) and hasattr(model, PRUNING):
         raise AlreadyWrappedError(
             f"This {type(model).__name__} is wrapped already. Use tokenprune.unwrap(model) first, "
             "or model.set_keep_ratio(...) to prune it otherwise."
         )
     if not isinstance(model, nn.Module):
         raise UnsupportedHostError(f"wrap needs an nn.Module, found {type(model).__name__}.")
+    model = as_host(model)
     inner = next((path for path, m in model.named_modules() if isinstance(m, PrunedModel)), None)
     if inner is not None:
         raise AlreadyWrappedError(
@@ -132,7 +140,7 @@ def wrap(
     like = {"device": first.device, "dtype": first.dtype}
     make, grids = pruning.method.scorer.make, programs.analysis.grids
     scorers = [make(grid.num_channels, chosen.predictor, **like) for grid in grids]
-    added = {PREDICTORS: nn.ModuleList(scorers), **programs.reduction.modules(**like)}
+    added = {PREDICTORS: Predictors(*scorers), **programs.reduction.modules(**like)}
     pruning.added.update({name: module.train(model.training) for name, module in added.items()})
     if verify:
         verify_model(wrapped, example, gradients=False)

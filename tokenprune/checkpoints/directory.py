@@ -208,6 +208,15 @@ def _sha256(file: Path) -> str:
 
 def _read_facts(source: Path) -> Facts:
     missing = [name for name in (FACTS, RECIPE, WEIGHTS) if not (source / name).is_file()]
+    if missing == [FACTS, RECIPE] and _holds_predictors(source / WEIGHTS):
+        raise CheckpointError(
+            f"{str(source)!r} holds the weights of a wrapped model, but not its recipe: "
+            "save_pretrained or a trainer wrote it. Write such a folder by tokenprune.save(model, "
+            "folder). To load this one, make its host (from_pretrained reads it, where that wrote "
+            "it), then model = tokenprune.wrap(host, recipe) with the recipe it had; "
+            "model.load_state_dict(safetensors.torch.load_file("
+            f"{str(source / WEIGHTS)!r}), strict=False)."
+        )
     if missing:
         what = "is no directory" if not source.is_dir() else f"lacks {', '.join(missing)}"
         raise CheckpointError(
@@ -225,6 +234,14 @@ def _read_facts(source: Path) -> Facts:
         return Facts.model_validate(read)
     except (ValueError, AttributeError, TypeError) as error:
         raise _damaged(source, FACTS, f"it cannot be read ({error})") from error
+
+
+def _holds_predictors(weights: Path) -> bool:
+    try:
+        with safe_open(weights, framework="pt") as file:
+            return any(name.startswith(added_names()) for name in file.keys())  # noqa: SIM118
+    except (SafetensorError, OSError):
+        return False
 
 
 def _damaged(source: Path, name: str, how: str) -> CheckpointError:

@@ -122,7 +122,9 @@ def named_inputs(
 ) -> Arguments:
     """The arguments of a call of a host; a batch of two is drawn if none are given."""
     if given is None:
-        arguments = call.bind((), draw_inputs(spec, host, batch_size=2))
+        drawn = draw_inputs(spec, host, batch_size=2)
+        unnamed = [drawn.pop(call.rest)] if call.rest in drawn else []  # of `forward(*args)`
+        arguments = call.bind(unnamed, drawn)
     elif isinstance(given, Mapping):
         arguments = call.bind((), given)
     else:

@@ -20,7 +20,7 @@ from tokenprune.rewrite.settings import Path
 from tokenprune.runtime.entries import methods_of
 from tokenprune.runtime.pruning import Pruning, added_names
 
-__all__ = ["PUBLIC", "PrunedModel", "pruned_class", "pruning_of", "wrapper_of"]
+__all__ = ["PUBLIC", "PrunedModel", "as_host", "pruned_class", "pruning_of", "wrapper_of"]
 
 PUBLIC = ("using", "set_keep_ratio", "set_threshold")
 """Names that a wrapped model has beside its host's."""
@@ -185,6 +185,8 @@ class PrunedModel(nn.Module):
 
         The host's part is loaded by the host, which may have its own way with keys.
         """
+        if not hasattr(self, PRUNING):
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)
         names = added_names()
         own = {key: v for key, v in state_dict.items() if key.partition(".")[0] in names}
         rest = {key: value for key, value in state_dict.items() if key not in own}
@@ -215,10 +217,14 @@ class PrunedModel(nn.Module):
         return f"TokenPruned[{type(self).__name__}]"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        if not hasattr(self, PRUNING):
+            return cast(Self, copy.deepcopy(as_host(self), memo))
         memo[id(self)] = copied = cast(Self, wrapper_of(copy.deepcopy(self._pruning, memo)))
         return copied
 
     def __reduce_ex__(self, protocol: Any) -> Any:
+        if not hasattr(self, PRUNING):
+            return as_host, (as_host(self),)
         return wrapper_of, (self._pruning,)
 
 
@@ -271,6 +277,16 @@ def _added(name: str, model: PrunedModel) -> nn.Module:
     return added[name]
 
 
+def as_host(model: nn.Module) -> nn.Module:
+    """What the class of a wrapped model made, as its host's class; any other model itself."""
+    if not isinstance(model, PrunedModel) or hasattr(model, PRUNING):
+        return model
+    host_class = cast(type[nn.Module], type(model).__bases__[1])
+    host = host_class.__new__(host_class)
+    host.__dict__ = model.__dict__
+    return host
+
+
 def wrapper_of(pruning: Pruning) -> PrunedModel:
     """A new handle on a host: one that prunes."""
     cls = pruned_class(type(pruning.host))  # type: ignore[arg-type]
@@ -286,7 +302,7 @@ def pruning_of(model: nn.Module) -> Pruning:
     Raises:
         NotWrappedError: `model` was not returned by `wrap`.
     """
-    if not isinstance(model, PrunedModel):
+    if not isinstance(model, PrunedModel) or not hasattr(model, PRUNING):
         raise NotWrappedError(
             f"A model that tokenprune.wrap returned is needed, found {type(model).__name__}. Call "
             "tokenprune.wrap(model, recipe) first."

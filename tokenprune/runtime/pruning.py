@@ -163,10 +163,21 @@ class Pruning:
         return_trace: bool,
         entry: str = "forward",
     ) -> Any:
-        """One call of the wrapped model, or of another method of the host (`entry`)."""
+        """One call of the wrapped model, or of another method of the host (`entry`).
+
+        Raises:
+            HostError: torch.jit.trace runs, which would freeze this call's program.
+        """
         path = self.path(model.training)
         if self.runs_host(path) and not return_trace:
             return getattr(self.host, entry)(*args, **kwargs)
+        if torch._C._get_tracing_state():  # of torch.jit
+            raise HostError(
+                f"torch.jit.trace (or the old torch.onnx exporter) was run on a "
+                f"{type(self.host).__name__} that tokenprune wrapped: its forward chooses a "
+                "program by shapes and modes, which such a trace would freeze in silence. Use "
+                "tokenprune.export(model, ...) for a program or an ONNX file."
+            )
         call = self.call if entry == "forward" else CallSignature.of(type(self.host), entry)
         arguments = call.bind(args, kwargs)
         if torch.compiler.is_dynamo_compiling():
@@ -253,7 +264,8 @@ class Pruning:
         theirs = first_floating(self.host)
         if ours is None or not (is_plain(ours) and is_plain(theirs)):
             return
-        if (ours.device, ours.dtype) != (theirs.device, theirs.dtype):
+        held = {(p.device, p.dtype) for p in self.host.parameters()}  # it may be spread out
+        if (ours.device, ours.dtype) not in held:
             raise HostError(
                 f"{type(self.host).__name__} is {theirs.dtype} on {theirs.device} now, but what "
                 f"wrap added ({', '.join(self.added)}) is {ours.dtype} on {ours.device}. Move and "

@@ -15,7 +15,17 @@ from torch import Tensor, nn
 from tokenprune.recipe.names import SCORERS
 from tokenprune.recipe.schema import PredictorSection
 
-__all__ = ["PREDICTORS", "SCORERS", "Mask", "Need", "Scorer", "Scores", "Tokens", "as_keep_logits"]
+__all__ = [
+    "PREDICTORS",
+    "SCORERS",
+    "Mask",
+    "Need",
+    "Predictors",
+    "Scorer",
+    "Scores",
+    "Tokens",
+    "as_keep_logits",
+]
 
 Tokens = Float[Tensor, "B N D"]
 Mask = Float[Tensor, "B N"] | None
@@ -71,6 +81,11 @@ class Scorer(nn.Module, ABC):
                 all are. Scores of present tokens must not depend on what the others hold.
             needed: what `needs` asks for.
         """
+
+
+class Predictors(nn.Sequential):
+    """The scorers of all stages. They never run one after the other: this is a list which can also
+    stand where a module with a forward is asked for, as in PEFT's `modules_to_save`."""
 
 
 def as_keep_logits(score: Float[Tensor, "B N"]) -> Scores:

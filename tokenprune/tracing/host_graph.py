@@ -17,6 +17,7 @@ from tokenprune.tracing.guards import Guards, Watched
 from tokenprune.tracing.hooks import Hooks
 from tokenprune.tracing.names import caches_of
 from tokenprune.tracing.opaque import reason_of
+from tokenprune.tracing.packed import refuse_packed
 from tokenprune.tracing.provenance import Provenance
 from tokenprune.tracing.randomness import Drawn, Generators
 from tokenprune.tracing.stand_ins import stand_ins
@@ -105,8 +106,10 @@ def trace(
 
     Raises:
         HostError: The host itself refuses these arguments, or returns no tensor.
+        UnsupportedHostError: torch.ao has quantized a module of it.
         TraceError: Its code cannot be traced; the line of its source is named.
     """
+    refuse_packed(host)
     call, given = getattr(host, entry), as_arguments(type(host).__name__, arguments)
     for again in (True, False):
         mode = FakeTensorMode(allow_non_fake_inputs=True)

@@ -1,0 +1,62 @@
+"""Quantized hosts: torchao before and after `wrap`; torch.ao is refused by name."""
+
+import pytest
+import torch
+from torch import nn
+from torch.ao.quantization import quantize_dynamic
+from torchao.quantization import (
+    Int8DynamicActivationInt8WeightConfig,
+    Int8WeightOnlyConfig,
+    quantize_,
+)
+
+import tokenprune
+from tests.product.client_hosts import hf_vit, keeping_all, logits, rewrapped, vit, wrapped
+from tokenprune.errors import UnsupportedHostError
+
+CONFIGS = [Int8WeightOnlyConfig, Int8DynamicActivationInt8WeightConfig]
+
+
+@pytest.mark.parametrize("make", [vit, hf_vit])
+@pytest.mark.parametrize("config", CONFIGS)
+def test_torchao_before_and_after(make: type, config: type) -> None:
+    model = wrapped(make())
+    plain = logits(model)
+    quantize_(tokenprune.unwrap(model), config())
+    found = logits(model)
+    assert not torch.equal(found, plain)
+    torch.testing.assert_close(found, plain, atol=0.05, rtol=0)
+    host = make()
+    quantize_(host, config())
+    anew = rewrapped(host, model)
+    assert torch.equal(logits(anew), found)
+    assert torch.equal(keeping_all(anew), logits(host))
+    tokenprune.verify(anew)
+
+
+def test_torchao_quantizes_the_predictors_as_well() -> None:
+    model = wrapped(vit())
+    quantize_(model, Int8WeightOnlyConfig())
+    weight = model.token_predictors[0].out_proj[0].weight
+    assert type(weight) is not nn.Parameter
+    assert torch.equal(keeping_all(model), logits(tokenprune.unwrap(model)))
+    tokenprune.verify(model, gradients=False)
+
+
+@pytest.mark.filterwarnings("ignore:torch.*deprecated")
+@pytest.mark.parametrize("before", [True, False])
+def test_dynamic_quantization_of_torch_is_refused(before: bool) -> None:
+    said = r"Module 'blocks\.0\.attn\.qkv' of VisionTransformer was quantized by torch\.ao\.quant"
+    if before:
+        host = quantize_dynamic(vit(), {nn.Linear})
+        with pytest.raises(UnsupportedHostError, match=said):
+            wrapped(host)
+        return
+    model = wrapped(vit())
+    wanted = logits(model)
+    with pytest.raises(UnsupportedHostError, match=said):
+        logits(quantize_dynamic(model, {nn.Linear}))
+    assert torch.equal(logits(model), wanted)
+    quantize_dynamic(model, {nn.Linear}, inplace=True)
+    with pytest.raises(UnsupportedHostError, match=r"torchao\.quantization\.quantize_\(model"):
+        logits(model)
