@@ -66,25 +66,23 @@ class Children(MutableMapping[str, nn.Module | None]):
         return dict(self)
 
 
-class OwnAttribute:
-    """An attribute that a wrapper does not share with its host."""
+class OwnForward:
+    """The forward of a wrapped model: what is set on it (accelerate does so) is not its host's."""
 
-    def __init__(self, name: str, default: Any) -> None:
-        self.name, self.default = name, default
+    def __init__(self, default: Callable[..., Any]) -> None:
+        self.default = default
 
     def __get__(self, model: "PrunedModel | None", cls: type) -> Any:
         if model is None:
             return self.default
-        own = getattr(model, PRUNING).own if hasattr(model, PRUNING) else {}
-        if self.name in own:
-            return own[self.name]
-        return None if self.default is None else self.default.__get__(model, cls)
+        own = model._pruning.own if hasattr(model, PRUNING) else {}
+        return own["forward"] if "forward" in own else self.default.__get__(model, cls)
 
     def __set__(self, model: "PrunedModel", value: Any) -> None:
-        model._pruning.own[self.name] = value
+        model._pruning.own["forward"] = value
 
     def __delete__(self, model: "PrunedModel") -> None:
-        del model._pruning.own[self.name]
+        del model._pruning.own["forward"]
 
 
 class PrunedModel(nn.Module):
@@ -92,7 +90,14 @@ class PrunedModel(nn.Module):
 
     __slots__ = (PRUNING,)
     _pruning: Pruning
-    _compiled_call_impl = OwnAttribute("_compiled_call_impl", None)
+
+    @property
+    def _compiled_call_impl(self) -> Any:  # what `compile()` sets is not the host's
+        return self._pruning.own.get("compiled") if hasattr(self, PRUNING) else None
+
+    @_compiled_call_impl.setter
+    def _compiled_call_impl(self, compiled: Any) -> None:
+        self._pruning.own["compiled"] = compiled
 
     @property
     def _modules(self) -> Any:
@@ -254,7 +259,7 @@ def pruned_class(host_class: type[nn.Module]) -> type[PrunedModel]:
         "__module__": host_class.__module__,
         "__doc__": host_class.__doc__,
         **{name: _pruned(name, method) for name, method in methods_of(host_class).items()},
-        "forward": OwnAttribute("forward", forward),
+        "forward": OwnForward(forward),
         **{name: property(partial(_added, name)) for name in added_names()},
     }
     return type(host_class.__name__, (PrunedModel, host_class), names)

@@ -98,14 +98,19 @@ class Guards:
                 place = (id(watched.table), watched.name)
                 alike.setdefault(watched.look, {})[place] = watched
         self._alike = [Alike(list(group.values())) for group in alike.values()]
+        self._read_by_compilers()
+
+    def _read_by_compilers(self) -> None:
+        """What `_read_one_by_one` reads."""
         read = [w for w in self if isinstance(w.owner, nn.Module | type)]
-        of_modules = [w for w in read if w.look is not _items]
-        self._plain = [(w.owner, w.name, w.expected) for w in of_modules if _plain(w.expected)]
+        attributes = [w for w in read if w.look in (dict.get, getattr)]
+        self._plain = [(w.owner, w.name, w.expected) for w in attributes if _plain(w.expected)]
         self._objects = [
             (w.owner, w.name, id(w.expected))
-            for w in of_modules
+            for w in attributes
             if isinstance(w.expected, nn.Module | FunctionType | type)
         ]
+        self._hooks = [(w.owner, w.name) for w in read if w.look is _is_empty]
 
     def hold(self) -> bool:
         """Whether a trace made now would read the same."""
@@ -116,6 +121,8 @@ class Guards:
     def _read_one_by_one(self) -> bool:
         """For a compiler, which watches on its own what it has seen Python read."""
         plain = all(getattr(owner, name) == value for owner, name, value in self._plain)
+        if any(len(getattr(module, name)) for module, name in self._hooks):
+            return False
         return plain and all(id(getattr(owner, name)) == i for owner, name, i in self._objects)
 
     def __iter__(self) -> Iterator[Watched]:
