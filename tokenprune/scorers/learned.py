@@ -4,8 +4,9 @@ from typing import Any, ClassVar, Literal, Self, TypeGuard
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
+from tokenprune.ops.kernels.predictor import can_predict, keep_logits
 from tokenprune.ops.pooling import hide_dropped, masked_mean
 from tokenprune.recipe.schema import PredictorSection
 from tokenprune.scorers.protocol import SCORERS, Mask, Scorer, Scores, Tokens
@@ -70,6 +71,9 @@ class TokenPredictor(Scorer):
 
     def forward(self, tokens: Tokens, present: Mask = None, **needed: Any) -> Scores:
         """Log-probabilities, keep first, in fp32 or better also under autocast."""
+        weights = self._plain_weights() if present is None else None
+        if weights is not None and can_predict(tokens, weights):
+            return keep_logits(tokens, weights, self.in_proj[0].eps)
         features = self.in_proj(hide_dropped(tokens, present, 1))
         local, shared = features.split([self.dim // 2, self.dim - self.dim // 2], dim=-1)
         context = masked_mean(shared, present, 1, keepdim=True)
@@ -87,7 +91,22 @@ class TokenPredictor(Scorer):
         wide = torch.promote_types(logits.dtype, torch.float32)
         return F.log_softmax(logits, dim=-1, dtype=wide)
 
+    def _plain_weights(self) -> tuple[Tensor, ...] | None:
+        """The parameters in order if the layers are those we made, with exact GELU, else None."""
+        norm, *layers = (*self.in_proj, *self.out_proj)
+        linear, activations = layers[::2], layers[1::2]
+        gelu = all(type(act) is nn.GELU and act.approximate == "none" for act in activations)
+        if not gelu or len(linear) != 4 or type(norm) is not nn.LayerNorm or _hooked(norm):
+            return None
+        if not all(_is_plain(layer) and layer.bias is not None for layer in linear):
+            return None
+        return norm.weight, norm.bias, *(x for layer in linear for x in (layer.weight, layer.bias))
+
+
+def _hooked(layer: nn.Module) -> bool:
+    return bool(layer._forward_hooks or layer._forward_pre_hooks)
+
 
 def _is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether it is the linear layer we made: not quantised, adapted, pruned or hooked since."""
-    return type(layer) is nn.Linear and not (layer._forward_hooks or layer._forward_pre_hooks)
+    return type(layer) is nn.Linear and not _hooked(layer)

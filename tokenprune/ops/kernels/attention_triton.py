@@ -32,7 +32,20 @@ def _finite(x, kept):
 
 
 @triton.jit
-def _logits(q, k, mask, m, n, num_queries, num_keys, smq, smk, factor, MASK: tl.constexpr, PRECISION: tl.constexpr):  # noqa: E501
+def _logits(
+    q,
+    k,
+    mask,
+    m,
+    n,
+    num_queries,
+    num_keys,
+    smq,
+    smk,
+    factor,
+    MASK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """Logits [m, n] of a tile with the host's mask, -inf outside of the keys. `k` is [d, n]."""
     s = tl.dot(q, k, input_precision=PRECISION) * factor
     inside = (m < num_queries)[:, None] & (n < num_keys)[None, :]
@@ -63,7 +76,11 @@ def _forward(
     image, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
     m, d, dv = tl.program_id(1) * BM + tl.arange(0, BM), tl.arange(0, BD), tl.arange(0, BV)
     rows = (m < num_queries)[:, None]
-    Q, K, V = Q + image * sqb + head * sqh, K + image * skb + head * skh, V + image * svb + head * svh  # noqa: E501
+    Q, K, V = (
+        Q + image * sqb + head * sqh,
+        K + image * skb + head * skh,
+        V + image * svb + head * svh,
+    )
     M += image * smb + head * smh
     q = tl.load(Q + m[:, None] * sql + d[None, :], mask=rows & (d < dim)[None, :], other=0.0)
     high = tl.full([BM], float("-inf"), tl.float32)
@@ -73,7 +90,9 @@ def _forward(
         n = start + tl.arange(0, BN)
         here = n < num_keys
         kept = tl.load(P + image * num_keys + n, mask=here, other=0.0) > 0.5
-        k = tl.load(K + n[None, :] * skl + d[:, None], mask=here[None, :] & (d < dim)[:, None], other=0.0)  # noqa: E501
+        k = tl.load(
+            K + n[None, :] * skl + d[:, None], mask=here[None, :] & (d < dim)[:, None], other=0.0
+        )
         k = _finite(k, kept[None, :])
         s = _logits(q, k, M, m, n, num_queries, num_keys, smq, smk, factor, MASK, PRECISION)
         seen = kept[None, :]
@@ -84,7 +103,11 @@ def _forward(
         base = tl.where(higher == float("-inf"), 0.0, higher)  # a row that has seen nothing yet
         weights = tl.exp2(s - base[:, None])
         shrink = tl.exp2(high - base)
-        v = tl.load(V + n[:, None] * svl + dv[None, :], mask=here[:, None] & (dv < dim_v)[None, :], other=0.0)  # noqa: E501
+        v = tl.load(
+            V + n[:, None] * svl + dv[None, :],
+            mask=here[:, None] & (dv < dim_v)[None, :],
+            other=0.0,
+        )
         v = _finite(v, kept[:, None])
         total = total * shrink + tl.sum(weights, 1)
         acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
@@ -110,12 +133,20 @@ def _backward_keys(
     image, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
     n, d, dv = tl.program_id(1) * BN + tl.arange(0, BN), tl.arange(0, BD), tl.arange(0, BV)
     here = n < num_keys
-    Q, K, V = Q + image * sqb + head * sqh, K + image * skb + head * skh, V + image * svb + head * svh  # noqa: E501
+    Q, K, V = (
+        Q + image * sqb + head * sqh,
+        K + image * skb + head * skh,
+        V + image * svb + head * svh,
+    )
     M, G = M + image * smb + head * smh, G + image * sgb + head * sgh
     row = tl.program_id(0).to(tl.int64) * num_queries
     kept = tl.load(P + image * num_keys + n, mask=here, other=0.0) > 0.5
-    k = tl.load(K + n[None, :] * skl + d[:, None], mask=here[None, :] & (d < dim)[:, None], other=0.0)  # noqa: E501
-    v = tl.load(V + n[None, :] * svl + dv[:, None], mask=here[None, :] & (dv < dim_v)[:, None], other=0.0)  # noqa: E501
+    k = tl.load(
+        K + n[None, :] * skl + d[:, None], mask=here[None, :] & (d < dim)[:, None], other=0.0
+    )
+    v = tl.load(
+        V + n[None, :] * svl + dv[:, None], mask=here[None, :] & (dv < dim_v)[:, None], other=0.0
+    )
     k, v = _finite(k, kept[None, :]), _finite(v, kept[None, :])
     grad_k = tl.zeros([BN, BD], tl.float32)
     grad_v = tl.zeros([BN, BV], tl.float32)
@@ -123,8 +154,14 @@ def _backward_keys(
     for start in range(0, num_queries, BM):
         m = start + tl.arange(0, BM)
         rows = m < num_queries
-        q = tl.load(Q + m[:, None] * sql + d[None, :], mask=rows[:, None] & (d < dim)[None, :], other=0.0)  # noqa: E501
-        g = tl.load(G + m[:, None] * sgl + dv[None, :], mask=rows[:, None] & (dv < dim_v)[None, :], other=0.0)  # noqa: E501
+        q = tl.load(
+            Q + m[:, None] * sql + d[None, :], mask=rows[:, None] & (d < dim)[None, :], other=0.0
+        )
+        g = tl.load(
+            G + m[:, None] * sgl + dv[None, :],
+            mask=rows[:, None] & (dv < dim_v)[None, :],
+            other=0.0,
+        )
         lse = tl.load(LSE + row + m, mask=rows, other=float("inf"))
         drift = tl.load(DRIFT + row + m, mask=rows, other=0.0)
         s = _logits(q, k, M, m, n, num_queries, num_keys, smq, smk, factor, MASK, PRECISION)
@@ -143,7 +180,9 @@ def _backward_keys(
         grad_k += tl.dot(tl.trans(flow), q, input_precision=PRECISION)
     to_k = DK + image * sdkb + head * sdkh + n[:, None] * sdkl + d[None, :]
     to_v = DV + image * sdvb + head * sdvh + n[:, None] * sdvl + dv[None, :]
-    tl.store(to_k, (grad_k * scale).to(DK.dtype.element_ty), mask=here[:, None] & (d < dim)[None, :])  # noqa: E501
+    tl.store(
+        to_k, (grad_k * scale).to(DK.dtype.element_ty), mask=here[:, None] & (d < dim)[None, :]
+    )
     tl.store(to_v, grad_v.to(DV.dtype.element_ty), mask=here[:, None] & (dv < dim_v)[None, :])
     tl.store(DP + tl.program_id(0).to(tl.int64) * num_keys + n, grad_policy, mask=here)
 
@@ -161,12 +200,18 @@ def _backward_queries(
     image, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
     m, d, dv = tl.program_id(1) * BM + tl.arange(0, BM), tl.arange(0, BD), tl.arange(0, BV)
     rows = m < num_queries
-    Q, K, V = Q + image * sqb + head * sqh, K + image * skb + head * skh, V + image * svb + head * svh  # noqa: E501
+    Q, K, V = (
+        Q + image * sqb + head * sqh,
+        K + image * skb + head * skh,
+        V + image * svb + head * svh,
+    )
     M, G = M + image * smb + head * smh, G + image * sgb + head * sgh
     OUT += image * sob + head * soh
     row = tl.program_id(0).to(tl.int64) * num_queries
     inside = rows[:, None] & (dv < dim_v)[None, :]
-    q = tl.load(Q + m[:, None] * sql + d[None, :], mask=rows[:, None] & (d < dim)[None, :], other=0.0)  # noqa: E501
+    q = tl.load(
+        Q + m[:, None] * sql + d[None, :], mask=rows[:, None] & (d < dim)[None, :], other=0.0
+    )
     g = tl.load(G + m[:, None] * sgl + dv[None, :], mask=inside, other=0.0)
     out = tl.load(OUT + m[:, None] * sol + dv[None, :], mask=inside, other=0.0)
     lse = tl.load(LSE + row + m, mask=rows, other=float("inf"))
@@ -177,8 +222,14 @@ def _backward_queries(
         n = start + tl.arange(0, BN)
         here = n < num_keys
         kept = tl.load(P + image * num_keys + n, mask=here, other=0.0) > 0.5
-        k = tl.load(K + n[None, :] * skl + d[:, None], mask=here[None, :] & (d < dim)[:, None], other=0.0)  # noqa: E501
-        v = tl.load(V + n[None, :] * svl + dv[:, None], mask=here[None, :] & (dv < dim_v)[:, None], other=0.0)  # noqa: E501
+        k = tl.load(
+            K + n[None, :] * skl + d[:, None], mask=here[None, :] & (d < dim)[:, None], other=0.0
+        )
+        v = tl.load(
+            V + n[None, :] * svl + dv[:, None],
+            mask=here[None, :] & (dv < dim_v)[:, None],
+            other=0.0,
+        )
         k, v = _finite(k, kept[None, :]), _finite(v, kept[None, :])
         s = _logits(q, k, M, m, n, num_queries, num_keys, smq, smk, factor, MASK, PRECISION)
         flow = _weights(s, lse[:, None])
@@ -201,7 +252,9 @@ def tiles(which: str, length: int, dim: int, wide: bool) -> Tiles:
     return Tiles(64, 64, 4, 2)
 
 
-def _common(q: Tensor, v: Tensor, mask: Tensor | None, own: bool) -> tuple[dict[str, Any], tuple[int, ...]]:  # noqa: E501
+def _common(
+    q: Tensor, v: Tensor, mask: Tensor | None, own: bool
+) -> tuple[dict[str, Any], tuple[int, ...]]:
     precision = "tf32" if q.is_cuda and torch.backends.cuda.matmul.allow_tf32 else "ieee"
     kind = 0 if mask is None else 1 if mask.dtype == torch.bool else 2
     padded = {
@@ -212,7 +265,9 @@ def _common(q: Tensor, v: Tensor, mask: Tensor | None, own: bool) -> tuple[dict[
     return {"OWN": own, "MASK": kind, "PRECISION": precision, **padded}, strides
 
 
-def _launch(kernel: Any, which: str, q: Tensor, k: Tensor, along_keys: bool, *args: Any, **how: Any) -> None:  # noqa: E501
+def _launch(
+    kernel: Any, which: str, q: Tensor, k: Tensor, along_keys: bool, *args: Any, **how: Any
+) -> None:
     length = k.shape[2] if along_keys else q.shape[2]
     tile = tiles(which, length, max(how["BD"], how["BV"]), q.dtype == torch.float32)
     size = tile.keys if along_keys else tile.queries
@@ -271,7 +326,9 @@ def backward(
     batch, heads, num_queries, dim = q.shape
     num_keys, dim_v = v.shape[2:]
     drift = torch.empty_like(lse)
-    grad_q, grad_k, grad_v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))  # noqa: E501
+    grad_q, grad_k, grad_v = (
+        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)
+    )
     grad_policy = q.new_empty(batch, heads, num_keys, dtype=torch.float32)
     how, strides = _common(q, v, mask, own_key)
     policy, given = policy.contiguous(), q if mask is None else mask
