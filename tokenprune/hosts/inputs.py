@@ -61,7 +61,11 @@ class CallSignature:
         """The arguments of a call by name, without those that are None."""
         names = self.names
         known = kwargs.keys() <= set(names) or self.accepts_any
-        if len(args) > len(names) or not known or set(names[: len(args)]) & kwargs.keys():
+        if (
+            len(args) > len(names)
+            or not known
+            or any(name in kwargs for name in names[: len(args)])
+        ):
             given = [*names[: len(args)], *(["..."] if len(args) > len(names) else []), *kwargs]
             raise HostError(
                 f"The host's forward takes ({', '.join(names)}), but was called with "

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import register_constant
 
 from tokenprune.analysis.analysis import analyse
 from tokenprune.analysis.blocks import Blocks, find_blocks
@@ -52,6 +53,23 @@ class Overrides:
     generator: torch.Generator | None = None
 
 
+class Handle:
+    """A `Pruning` as an argument that Dynamo takes for a constant (torch 2.11 and earlier take no
+    other objects); the same one only if it is the same object."""
+
+    def __init__(self, pruning: "Pruning") -> None:
+        self.pruning = pruning
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+register_constant(Handle)
+
+
 @dataclass
 class Pruning:
     """What a wrapped model prunes with, and its programs.
@@ -81,6 +99,9 @@ class Pruning:
     cache: ProgramCache = field(default_factory=ProgramCache)
     overrides: Overrides = field(default_factory=Overrides)
 
+    def __post_init__(self) -> None:
+        self.handle = Handle(self)
+
     def inputs(self, given: ExampleInputs | None) -> dict[str, Any]:
         """Example inputs by name; drawn if None."""
         return named_inputs(self.call, self.spec, self.host, given)
@@ -96,7 +117,7 @@ class Pruning:
             return self.host.forward(*args, **kwargs)
         arguments = self.call.named(args, kwargs)
         if torch.compiler.is_dynamo_compiling():
-            _prepare(self, path, tuple(arguments), *arguments.values())
+            _prepare(self.handle, path, tuple(arguments), *arguments.values())
         programs = self.programs(arguments)
         name = self.path_name(path)
         if name == "jagged" and torch.compiler.is_exporting():
@@ -227,9 +248,10 @@ class Pruning:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _prepare(pruning: Pruning, path: Path, names: tuple[str, ...], *values: Any) -> bool:
+def _prepare(handle: Handle, path: Path, names: tuple[str, ...], *values: Any) -> bool:
     """Build the program before Dynamo traces the call, on real tensors and outside of what is
     compiled."""
+    pruning = handle.pruning
     programs = pruning.programs(dict(zip(names, values, strict=True)))
     programs.get(pruning.host, path)
     return True
