@@ -71,9 +71,9 @@ class TokenPredictor(Scorer):
 
     def forward(self, tokens: Tokens, present: Mask = None, **needed: Any) -> Scores:
         """Log-probabilities, keep first, in fp32 or better also under autocast."""
-        weights = self._plain_weights() if present is None else None
-        if weights is not None and can_predict(tokens, weights):
-            return keep_logits(tokens, weights, self.in_proj[0].eps)
+        weights, eps = self._plain_weights() if present is None else ((), 0.0)
+        if weights and can_predict(tokens, weights):
+            return keep_logits(tokens, weights, eps)
         features = self.in_proj(hide_dropped(tokens, present, 1))
         local, shared = features.split([self.dim // 2, self.dim - self.dim // 2], dim=-1)
         context = masked_mean(shared, present, 1, keepdim=True)
@@ -91,16 +91,19 @@ class TokenPredictor(Scorer):
         wide = torch.promote_types(logits.dtype, torch.float32)
         return F.log_softmax(logits, dim=-1, dtype=wide)
 
-    def _plain_weights(self) -> tuple[Tensor, ...] | None:
-        """The parameters in order if the layers are those we made, with exact GELU, else None."""
+    def _plain_weights(self) -> tuple[tuple[Tensor, ...], float]:
+        """The parameters in order, and the norm's eps, if the layers are those we made, with exact
+        GELU; else no parameters."""
+        layers: list[Any]
         norm, *layers = (*self.in_proj, *self.out_proj)
         linear, activations = layers[::2], layers[1::2]
         gelu = all(type(act) is nn.GELU and act.approximate == "none" for act in activations)
         if not gelu or len(linear) != 4 or type(norm) is not nn.LayerNorm or _hooked(norm):
-            return None
+            return (), 0.0
         if not all(_is_plain(layer) and layer.bias is not None for layer in linear):
-            return None
-        return norm.weight, norm.bias, *(x for layer in linear for x in (layer.weight, layer.bias))
+            return (), 0.0
+        weights = (x for layer in (norm, *linear) for x in (layer.weight, layer.bias))
+        return tuple(weights), norm.eps
 
 
 def _hooked(layer: nn.Module) -> bool:

@@ -4,7 +4,7 @@ All loops are over tiles of the [Lq, Lk] logits, which are never written to memo
 units of log 2, since `exp2` is what the hardware has.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, no_type_check
 
 import torch
 import triton
@@ -26,12 +26,14 @@ class Tiles(NamedTuple):
 
 
 @triton.jit
+@no_type_check
 def _finite(x, kept):
     """`x` with inf and NaN of dropped tokens as 0: a weight of 0 would turn them into NaN."""
     return tl.where(kept | (tl.abs(x) < float("inf")), x, 0.0)
 
 
 @triton.jit
+@no_type_check
 def _logits(
     q,
     k,
@@ -59,12 +61,14 @@ def _logits(
 
 
 @triton.jit
+@no_type_check
 def _weights(s, lse):
     """`exp(min(s - lse, 0))`, 0 where s is -inf also in a row that sees nothing (lse = -inf)."""
     return tl.where(s == float("-inf"), 0.0, tl.exp2(tl.minimum(s - lse, 0.0)))
 
 
 @triton.jit
+@no_type_check
 def _forward(
     Q, K, V, P, M, OUT, LSE,
     sqb, sqh, sql, skb, skh, skl, svb, svh, svl, sob, soh, sol, smb, smh, smq, smk,
@@ -121,6 +125,7 @@ def _forward(
 
 
 @triton.jit
+@no_type_check
 def _backward_keys(
     Q, K, V, P, M, G, LSE, DRIFT, DK, DV, DP,
     sqb, sqh, sql, skb, skh, skl, svb, svh, svl, sgb, sgh, sgl, smb, smh, smq, smk,
@@ -188,6 +193,7 @@ def _backward_keys(
 
 
 @triton.jit
+@no_type_check
 def _backward_queries(
     Q, K, V, P, M, G, OUT, LSE, DRIFT, DQ,
     sqb, sqh, sql, skb, skh, skl, svb, svh, svl, sgb, sgh, sgl, sob, soh, sol,

@@ -6,24 +6,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokenprune.ops.kernels import LIBRARY, kernels_run_on
+from tokenprune.ops.kernels import define, kernels_run_on
 
 __all__ = ["can_predict", "keep_logits"]
 
 _WEIGHTS = ("norm", "shift", "w0", "b0", "w1", "b1", "w2", "b2", "w3", "b3")
-_library = torch.library.Library(LIBRARY, "FRAGMENT")
-_library.define(
-    f"keep_logits(Tensor tokens, {', '.join(f'Tensor {name}' for name in _WEIGHTS)}, float eps)"
-    " -> Tensor"
-)
 
 
 def can_predict(tokens: Tensor, weights: tuple[Tensor, ...]) -> bool:
-    """Whether the kernels serve: one dtype, contiguous weights, and no gradient asked for."""
+    """Whether the kernels serve: half precision, contiguous weights, and no gradient asked for."""
     tensors = (tokens, *weights)
     return (
         kernels_run_on(tokens)
-        and tokens.dtype in (torch.float32, torch.float16, torch.bfloat16)
+        and tokens.dtype in (torch.float16, torch.bfloat16)
         and not torch.is_autocast_enabled(tokens.device.type)
         and 2 <= tokens.shape[-1] <= 1024
         and tokens.numel() > 0
@@ -42,7 +37,7 @@ def keep_logits(tokens: Tensor, weights: tuple[Tensor, ...], eps: float) -> Tens
             D, D to h, h to w, w to 2.
         eps: of the norm.
     """
-    return torch.ops.tokenprune.keep_logits(tokens, *weights, eps)  # type: ignore[no-any-return]
+    return _operator(tokens, *weights, eps)  # type: ignore[no-any-return]
 
 
 def _keep_logits(tokens: Tensor, *rest: Any) -> Tensor:
@@ -56,10 +51,13 @@ def _keep_logits(tokens: Tensor, *rest: Any) -> Tensor:
     return predictor_triton.logits(local, common, w1[:, :half], w2, b2, w3, b3)
 
 
-for _device in ("CUDA", "CPU"):  # CPU is Triton's interpreter
-    _library.impl("keep_logits", _keep_logits, _device)
-
-
-@torch.library.register_fake(f"{LIBRARY}::keep_logits")
-def _(tokens: Tensor, *rest: Any) -> Tensor:
+def _fake(tokens: Tensor, *rest: Any) -> Tensor:
     return tokens.new_empty(*tokens.shape[:2], 2, dtype=torch.float32)
+
+
+_operator = define(
+    "keep_logits",
+    f"(Tensor tokens, {', '.join(f'Tensor {name}' for name in _WEIGHTS)}, float eps) -> Tensor",
+    _keep_logits,
+    _fake,
+)

@@ -1,5 +1,7 @@
 """Triton kernels of the learned predictor; `predictor.py` says what they compute."""
 
+from typing import no_type_check
+
 import torch
 import triton
 import triton.language as tl
@@ -9,11 +11,13 @@ __all__ = ["features", "logits"]
 
 
 @triton.jit
+@no_type_check
 def _gelu(x):
     return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
 
 
 @triton.jit
+@no_type_check
 def _features(
     X, G, B, W, BIAS, LOCAL, PARTS, sxb, sxl, N, D, HALF, eps,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -68,6 +72,7 @@ def _features(
 
 
 @triton.jit
+@no_type_check
 def _logits(
     LOCAL, COMMON, W1, W2, B2, W3, B3, OUT, N, HALF, HIDDEN, NARROW, sw1,
     PRECISION: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr,

@@ -1,19 +1,12 @@
 """Choose the best patches of each image and move their tokens: one operator, two kernels."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from tokenprune.ops.kernels import LIBRARY, kernels_run_on
+from tokenprune.ops.kernels import define, kernels_run_on
 
 __all__ = ["can_select", "keep_best"]
 
-_library = torch.library.Library(LIBRARY, "FRAGMENT")
-_library.define(
-    "keep_best(Tensor tokens, Tensor score, Tensor? numbers, int num_keep, int num_prefix)"
-    " -> (Tensor, Tensor)"
-)
 _LARGEST = 16384  # tokens of an image that one program holds
 
 
@@ -39,7 +32,7 @@ def keep_best(
     Returns:
         tokens [B, P + K, D], and the numbers [B, K] of the kept patches, ascending by place.
     """
-    return torch.ops.tokenprune.keep_best(tokens, score, numbers, num_keep, num_prefix)  # type: ignore[no-any-return]
+    return _operator(tokens, score, numbers, num_keep, num_prefix)  # type: ignore[no-any-return]
 
 
 def _keep_best(
@@ -51,12 +44,18 @@ def _keep_best(
     return selection_triton.gather(tokens, places, num_prefix), kept
 
 
-for _device in ("CUDA", "CPU"):  # CPU is Triton's interpreter
-    _library.impl("keep_best", _keep_best, _device)
-
-
-@torch.library.register_fake(f"{LIBRARY}::keep_best")
-def _(tokens: Tensor, score: Tensor, numbers: Any, num_keep: int, num_prefix: int) -> Any:
+def _fake(
+    tokens: Tensor, score: Tensor, numbers: Tensor | None, num_keep: int, num_prefix: int
+) -> tuple[Tensor, Tensor]:
     batch, _, dim = tokens.shape
     kept = score.new_empty(batch, num_keep, dtype=torch.int64)
     return tokens.new_empty(batch, num_prefix + num_keep, dim), kept
+
+
+_operator = define(
+    "keep_best",
+    "(Tensor tokens, Tensor score, Tensor? numbers, int num_keep, int num_prefix)"
+    " -> (Tensor, Tensor)",
+    _keep_best,
+    _fake,
+)

@@ -1,5 +1,7 @@
 """Triton kernels that choose the best tokens and move them; `selection.py` says what they do."""
 
+from typing import no_type_check
+
 import torch
 import triton
 import triton.language as tl
@@ -9,6 +11,7 @@ __all__ = ["gather", "select"]
 
 
 @triton.jit
+@no_type_check
 def _select(
     SCORE, NUMBERS, PLACES, KEPT, ssb, ssn, snb, N, K, HAS_NUMBERS: tl.constexpr, BN: tl.constexpr
 ):
@@ -41,6 +44,7 @@ def _select(
 
 
 @triton.jit
+@no_type_check
 def _gather(X, PLACES, OUT, sxb, sxl, P, K, D, BR: tl.constexpr, BD: tl.constexpr):
     """`BR` rows of one image: prefix tokens, then those at `PLACES`."""
     image = tl.program_id(0).to(tl.int64)
