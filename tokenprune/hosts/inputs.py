@@ -93,8 +93,9 @@ class CallSignature:
             HostError: The host takes no such call.
         """
         names, many = self.names, len(args) > self.num_positional
-        known = kwargs.keys() <= set(names[self.num_unnamed :]) or self.accepts_any
-        twice = set(names[: min(len(args), self.num_positional)]) & kwargs.keys()
+        # no set operations on dict keys: torch 2.11 cannot compile them
+        known = self.accepts_any or all(name in names[self.num_unnamed :] for name in kwargs)
+        twice = any(name in kwargs for name in names[: min(len(args), self.num_positional)])
         if (many and self.rest is None) or not known or twice:
             given = [*names[: len(args)], *(["..."] if len(args) > len(names) else []), *kwargs]
             raise HostError(

@@ -21,6 +21,12 @@ __all__ = [
 ]
 
 
+# Asked once, since Dynamo of torch 2.11 and earlier cannot ask while it traces.
+_KNOWS_AUTOCAST = frozenset(
+    kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(kind)
+)
+
+
 def is_kept(policy: Float[Tensor, "B L"]) -> Bool[Tensor, "B L"]:
     """True where the policy keeps the token.
 
@@ -80,13 +86,13 @@ def finite_if_dropped(
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The low precision that autocast runs products in on this device; None where it is off."""
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+    if device.type in _KNOWS_AUTOCAST and torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     return None
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Run what follows in the types it is given, on devices that know autocast at all."""
-    if torch.amp.is_autocast_available(device.type):
+    if device.type in _KNOWS_AUTOCAST:
         return torch.autocast(device.type, enabled=False)
     return nullcontext()

@@ -10,6 +10,7 @@ from torch import Tensor
 from tokenprune.errors import LeakError
 from tokenprune.ops._fused import MappableAttention, MaskedAttention
 from tokenprune.ops.align import autocast_dtype
+from tokenprune.ops.kernels.attention import FusedMaskedAttention, can_fuse
 from tokenprune.ops.pooling import hide_dropped
 from tokenprune.ops.softmax import masked_softmax
 
@@ -99,6 +100,10 @@ def masked_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if dropout_p > 0:
         out = _unfused(q, k, v, policy, mask, dropout_p, scale, own_key)
+    elif can_fuse(q, v, mask):
+        square = (*q.shape[:2], num_queries, num_keys)
+        mask = None if mask is None else mask.expand(square)
+        out, _ = FusedMaskedAttention.apply(q, k, v, policy, mask, scale, own_key)
     else:
         given = q, k, v, policy, mask, scale, own_key
         mapped = torch._C._are_functorch_transforms_active()

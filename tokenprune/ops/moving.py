@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
@@ -26,6 +27,8 @@ def with_prefix(keep_indices: Int[Tensor, "B K"], prefix: int) -> Int[Tensor, "B
     """Positions in the sequence: the prefix tokens, then the kept patches."""
     if prefix == 0:
         return keep_indices
+    if prefix == 1:
+        return F.pad(keep_indices + 1, (1, 0))
     first = torch.arange(prefix, device=keep_indices.device, dtype=keep_indices.dtype)
     return torch.cat([first.expand(keep_indices.shape[0], -1), keep_indices + prefix], dim=1)
 
@@ -58,7 +61,10 @@ def gather_tokens(
         keep_indices: positions among the patch tokens, ascending.
         num_prefix: P, how many tokens at the front always stay.
     """
-    return _take(x.unsqueeze(1), with_prefix(keep_indices, num_prefix)).squeeze(1)
+    batch, length, width = x.shape
+    first = torch.arange(batch, device=x.device)[:, None] * length
+    rows = with_prefix(keep_indices, num_prefix) + first
+    return x.reshape(-1, width).index_select(0, rows.reshape(-1)).reshape(*rows.shape, width)
 
 
 def gather_aligned(

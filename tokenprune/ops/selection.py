@@ -27,9 +27,17 @@ def top_k(keep_logits: Float[Tensor, "B N 2"], num_keep: int) -> Bool[Tensor, "B
 
     The score is `keep_logits[..., 0]`. Of equal scores the lower index wins, on every backend:
     `topk` finds the threshold, and a second `topk` over distinct numbers does the picking, so
-    nothing is left to the order in which a backend meets ties. No sort, so it exports. NaN counts
-    as the lowest score.
+    nothing is left to the order in which a backend meets ties. NaN counts as the lowest score.
     """
+    score = _score(keep_logits, num_keep)
+    threshold = score.topk(num_keep, dim=1).values[:, -1:]
+    above, level = score > threshold, score == threshold
+    room = num_keep - above.sum(1, keepdim=True)
+    return above | (level & (level.to(torch.int64).cumsum(1) <= room))
+
+
+def _score(keep_logits: Float[Tensor, "B N 2"], num_keep: int) -> Float[Tensor, "B N"]:
+    """The finite score of each token, once `num_keep` was checked."""
     num_patches = keep_logits.shape[1]
     if not 1 <= num_keep <= num_patches:
         raise PlanError(
@@ -37,13 +45,9 @@ def top_k(keep_logits: Float[Tensor, "B N 2"], num_keep: int) -> Bool[Tensor, "B
             f"choose a count from 1 to {num_patches}"
         )
     limits = torch.finfo(keep_logits.dtype)
-    score = torch.nan_to_num(
+    return torch.nan_to_num(
         keep_logits[..., 0], nan=limits.min, posinf=limits.max, neginf=limits.min
     )
-    threshold = score.topk(num_keep, dim=1).values[:, -1:]
-    above, level = score > threshold, score == threshold
-    room = num_keep - above.sum(1, keepdim=True)
-    return above | (level & (level.to(torch.int64).cumsum(1) <= room))
 
 
 def select_topk(keep_logits: Float[Tensor, "B N 2"], num_keep: int) -> Int[Tensor, "B K"]:
@@ -56,7 +60,10 @@ def select_topk(keep_logits: Float[Tensor, "B N 2"], num_keep: int) -> Int[Tenso
     Raises:
         PlanError: `num_keep` is not in 1..N.
     """
-    return indices_of(top_k(keep_logits, num_keep), num_keep)
+    if torch.compiler.is_exporting():  # ONNX's exporter knows no stable sort
+        return indices_of(top_k(keep_logits, num_keep), num_keep)
+    order = _score(keep_logits, num_keep).sort(dim=1, descending=True, stable=True).indices
+    return order[:, :num_keep].sort(dim=1).values
 
 
 def indices_of(chosen: Bool[Tensor, "B N"], count: int) -> Int[Tensor, "B K"]:

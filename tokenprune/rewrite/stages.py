@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tokenprune.ops import selection
 from tokenprune.ops.align import policy_of
 from tokenprune.ops.gumbel import sample_decision
+from tokenprune.ops.kernels.selection import can_select, keep_best
 from tokenprune.ops.moving import gather_tokens, poisonous
 from tokenprune.rewrite.settings import CallSettings
 
@@ -140,16 +141,20 @@ def select_gathered(
     Returns:
         tokens [B, P + K, D], and their numbers [B, K], ascending.
     """
-    numbers = _own_numbers(logits) if previous is None else previous
     forced = forced_set(settings, stage)
     if forced is not None:
+        numbers = _own_numbers(logits) if previous is None else previous
         places = torch.searchsorted(numbers.contiguous(), forced.to(numbers.device).contiguous())
-    elif settings.num_keep[stage] == logits.shape[1]:
-        return tokens, numbers
+    elif (num_keep := settings.num_keep[stage]) == logits.shape[1]:
+        return tokens, _own_numbers(logits) if previous is None else previous
     else:
-        chosen = choose(logits, settings, stage, None, _real_there(real, previous))
-        places = selection.indices_of(chosen, settings.num_keep[stage])
-    return gather_tokens(tokens, places, num_prefix), numbers.gather(1, places)
+        there = _real_there(real, previous)
+        ranked = logits if there is None else selection.real_first(logits, there)
+        if can_select(tokens, ranked):
+            return keep_best(tokens, ranked[..., 0], previous, num_keep, num_prefix)
+        places = selection.select_topk(ranked, num_keep)
+    kept = places if previous is None else previous.gather(1, places)
+    return gather_tokens(tokens, places, num_prefix), kept
 
 
 def present_jagged(numbers: Tensor | None, real: Tensor | None, tokens: Tensor) -> Tensor | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import register_constant
 
 from tokenprune.analysis.analysis import analyse
 from tokenprune.analysis.blocks import Blocks, find_blocks
@@ -56,6 +57,23 @@ class Overrides:
 NOTHING = Overrides()
 
 
+class Handle:
+    """A `Pruning` as an argument that Dynamo takes for a constant (torch 2.11 and earlier take no
+    other objects); the same one only if it is the same object."""
+
+    def __init__(self, pruning: "Pruning") -> None:
+        self.pruning = pruning
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+register_constant(Handle)
+
+
 @dataclass
 class Pruning:
     """What a wrapped model prunes with, and its programs.
@@ -92,6 +110,9 @@ class Pruning:
     overrides: dict[int, Overrides] = field(default_factory=dict)
     entries: set[str] = field(default_factory=set)
     watch: Watch = field(default_factory=Watch)
+
+    def __post_init__(self) -> None:
+        self.handle = Handle(self)
 
     def inputs(self, given: ExampleInputs | None) -> Arguments:
         """The arguments of an example call; drawn if None."""
@@ -182,7 +203,7 @@ class Pruning:
         arguments = call.bind(args, kwargs)
         if torch.compiler.is_dynamo_compiling():
             leaves = arguments.leaves
-            _prepare(self, path, entry, arguments.places, tuple(leaves), *leaves.values())
+            _prepare(self.handle, path, entry, arguments.places, tuple(leaves), *leaves.values())
         programs = self.programs(arguments, entry)
         name = self.path_name(path)
         if name == "jagged" and torch.compiler.is_exporting():
@@ -359,10 +380,11 @@ def _with_images(none: Arguments) -> Arguments:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _prepare(
-    pruning: Pruning, path: Path, entry: str, places: Any, names: tuple[str, ...], *values: Any
+    handle: Handle, path: Path, entry: str, places: Any, names: tuple[str, ...], *values: Any
 ) -> bool:
     """Build the program before Dynamo traces the call, on real tensors and outside of what is
     compiled."""
+    pruning = handle.pruning
     programs = pruning.programs(Arguments(dict(zip(names, values, strict=True)), places), entry)
     programs.get(pruning.host, path)
     return True

@@ -1,0 +1,16 @@
+"""Where the kernels run: on the GPU if there is one, else in Triton's interpreter."""
+
+import pytest
+import torch
+
+from tokenprune.ops import kernels
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+
+@pytest.fixture(autouse=True)
+def device(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    monkeypatch.setattr(kernels, "INTERPRETED", True)
+    return torch.device("cpu")

@@ -1,0 +1,38 @@
+"""Kernels for CUDA, written in Triton. Each is one operator of `torch.library` and has a plain
+version in `tokenprune.ops`, which is its reference in tests and what runs everywhere else.
+
+Files named `*_triton.py` import triton and are imported when a kernel first runs.
+"""
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["INTERPRETED", "define", "kernels_run_on"]
+
+INTERPRETED = False
+"""Run on CPU too, in Triton's interpreter: tests set it (with `TRITON_INTERPRET=1`)."""
+
+_LIBRARY: Any = torch.library.Library("tokenprune", "FRAGMENT")  # type: ignore[no-untyped-call]
+_TRITON = find_spec("triton") is not None
+
+
+def kernels_run_on(x: Tensor) -> bool:
+    """Whether Triton is there for the device of `x`."""
+    return _TRITON and (x.is_cuda or INTERPRETED)
+
+
+def define(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Register `torch.ops.tokenprune.name`: `run` is what it does, `fake` makes empty results.
+
+    Returns:
+        The operator.
+    """
+    _LIBRARY.define(name + schema)
+    for device in ("CUDA", "CPU"):  # CPU is Triton's interpreter
+        _LIBRARY.impl(name, run, device)
+    torch.library.register_fake(f"tokenprune::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.tokenprune, name).default

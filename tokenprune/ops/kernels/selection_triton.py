@@ -1,0 +1,87 @@
+"""Triton kernels that choose the best tokens and move them; `selection.py` says what they do."""
+
+from typing import no_type_check
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ["gather", "select"]
+
+
+@triton.jit
+@no_type_check
+def _select(
+    SCORE, NUMBERS, PLACES, KEPT, ssb, ssn, snb, N, K, HAS_NUMBERS: tl.constexpr, BN: tl.constexpr
+):
+    """The `K` best of one image, ascending; of equal ones the first. NaN is the lowest score."""
+    image = tl.program_id(0).to(tl.int64)
+    n = tl.arange(0, BN)
+    score = tl.load(SCORE + image * ssb + n * ssn, mask=n < N, other=0.0).to(tl.float32)
+    largest = 3.4028234663852886e38
+    score = tl.where(score == score, score, -largest)
+    score = tl.minimum(tl.maximum(score, -largest), largest)
+    score = tl.where(score == 0.0, 0.0, score)  # -0.0 too
+    # Whole numbers in the order of the scores, 0 for what is no token.
+    bits = score.to(tl.int32, bitcast=True)
+    rank = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64) + 2147483648
+    rank = tl.where(n < N, rank, 0)
+    # The K-th largest, bit by bit.
+    least = tl.zeros([1], tl.int64)
+    for step in range(32):
+        higher = least + (tl.full([1], 2147483648, tl.int64) >> step)
+        enough = tl.sum((rank >= higher).to(tl.int32), 0) >= K
+        least = tl.where(enough, higher, least)
+    level = rank == least
+    room = K - tl.sum((rank > least).to(tl.int32), 0)
+    chosen = (rank > least) | (level & (tl.cumsum(level.to(tl.int32), 0) <= room))
+    to = image * K + tl.cumsum(chosen.to(tl.int32), 0) - 1
+    tl.store(PLACES + to, n.to(tl.int64), mask=chosen)
+    if HAS_NUMBERS:
+        number = tl.load(NUMBERS + image * snb + n, mask=chosen, other=0)
+        tl.store(KEPT + to, number, mask=chosen)
+
+
+@triton.jit
+@no_type_check
+def _gather(X, PLACES, OUT, sxb, sxl, P, K, D, BR: tl.constexpr, BD: tl.constexpr):
+    """`BR` rows of one image: prefix tokens, then those at `PLACES`."""
+    image = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(1) * BR + tl.arange(0, BR)
+    there = row < P + K
+    place = tl.load(PLACES + image * K + row - P, mask=there & (row >= P), other=0)
+    place = tl.where(row < P, row.to(tl.int64), place + P)
+    for start in range(0, D, BD):
+        d = start + tl.arange(0, BD)
+        inside = there[:, None] & (d < D)[None, :]
+        x = tl.load(X + image * sxb + place[:, None] * sxl + d[None, :], mask=inside)
+        tl.store(OUT + (image * (P + K) + row[:, None]) * D + d[None, :], x, mask=inside)
+
+
+def select(score: Tensor, numbers: Tensor | None, num_keep: int) -> tuple[Tensor, Tensor]:
+    """Places [B, K] of the best, and `numbers` [B, N] there (the places if None)."""
+    batch, length = score.shape
+    places = torch.empty(batch, num_keep, dtype=torch.int64, device=score.device)
+    block = max(triton.next_power_of_2(length), 32)
+    given = places if numbers is None else numbers.contiguous()
+    kept = places if numbers is None else torch.empty_like(places)
+    _select[(batch,)](
+        score, given, places, kept, *score.stride(), given.stride(0), length, num_keep,
+        HAS_NUMBERS=numbers is not None, BN=block, num_warps=1 if block <= 512 else 4,
+    )  # fmt: skip
+    return places, kept
+
+
+def gather(tokens: Tensor, places: Tensor, num_prefix: int) -> Tensor:
+    """The prefix tokens of [B, P + N, D], and the patches at `places` [B, K]."""
+    x = tokens if tokens.stride(-1) == 1 else tokens.contiguous()
+    batch, _, dim = x.shape
+    length = num_prefix + places.shape[1]
+    out = x.new_empty(batch, length, dim)
+    rows = 8
+    _gather[(batch, triton.cdiv(length, rows))](
+        x, places, out, *x.stride()[:2], num_prefix, places.shape[1], dim,
+        BR=rows, BD=min(triton.next_power_of_2(dim), 512), num_warps=4,
+    )  # fmt: skip
+    return out
