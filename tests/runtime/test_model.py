@@ -245,7 +245,7 @@ def test_arguments_that_are_no_tensor() -> None:
     plain = model(IMAGES)
     torch.testing.assert_close(model(IMAGES, 2.0), plain * 2)
     torch.testing.assert_close(model(IMAGES, scale=3.0, names=None, extra="any"), plain * 3)
-    with pytest.raises(HostError, match=r"Argument names of Vit is a object\. A wrapped model takes"):
+    with pytest.raises(HostError, match="Argument names of Vit is a object"):
         model(IMAGES, names=object())
     assert torch.equal(model(IMAGES), plain)
 

@@ -23,7 +23,11 @@ CLOSE = (
 
 
 def compare(
-    model: nn.Module, run: Run, example: Arguments, batch_sizes: Sequence[int], name: str
+    model: nn.Module,
+    run: Run,
+    given: Arguments | Mapping[str, Any],
+    batch_sizes: Sequence[int],
+    name: str,
 ) -> tuple[float, float]:
     """Run both on fresh inputs of several batch sizes.
 
@@ -35,6 +39,7 @@ def compare(
         The largest difference found and the largest that rounding may cause in the model's dtype,
         relative to the scale of each output.
     """
+    example = as_arguments(type(model).__name__, given)
     dtype = first_floating(model).dtype
     allowed = TOLERANCE.get(dtype, TOLERANCE[torch.float32])
     generator = torch.Generator().manual_seed(1)

@@ -7,6 +7,7 @@ place only if both agree.
 import inspect
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
@@ -29,7 +30,7 @@ from tokenprune.files import all_or_nothing
 from tokenprune.hosts.inputs import ExampleInputs
 from tokenprune.runtime.model import pruning_of
 from tokenprune.runtime.pruning import Pruning
-from tokenprune.tracing.arguments import Arguments
+from tokenprune.tracing.arguments import Arguments, as_arguments
 from tokenprune.tracing.state import kept_modes
 
 __all__ = ["ExportReport", "export"]
@@ -190,8 +191,9 @@ def _check_exportable(
         )
 
 
-def _export(model: nn.Module, example: Arguments) -> tuple[Any, tuple[str, ...]]:
+def _export(model: nn.Module, given: Arguments | Mapping[str, Any]) -> tuple[Any, tuple[str, ...]]:
     """The program of torch.export, and the names of the outputs."""
+    example = as_arguments(type(model).__name__, given)
     outputs = named_tensors(example.call(model))  # also builds the program that torch.export traces
     batch, rows = torch.export.Dim("batch", min=1), batched_inputs(example)
     shapes = {name: {0: batch} if name in rows else None for name in example}

@@ -25,6 +25,7 @@ __all__ = ["PUBLIC", "PrunedModel", "as_host", "pruned_class", "pruning_of", "wr
 PUBLIC = ("using", "set_keep_ratio", "set_threshold")
 """Names that a wrapped model has beside its host's."""
 PRUNING = "_pruning"
+OWN = "_own_forward"
 FX_TRACED = (
     "A torch.fx tracer was run on a {} that tokenprune wrapped (torch.fx.symbolic_trace, a feature "
     "extractor of torchvision or timm): its forward chooses a program by the shapes of real "
@@ -64,25 +65,6 @@ class Children(MutableMapping[str, nn.Module | None]):
     def copy(self) -> dict[str, nn.Module | None]:
         """As a plain dict."""
         return dict(self)
-
-
-class OwnForward:
-    """The forward of a wrapped model: what is set on it (accelerate does so) is not its host's."""
-
-    def __init__(self, default: Callable[..., Any]) -> None:
-        self.default = default
-
-    def __get__(self, model: "PrunedModel | None", cls: type) -> Any:
-        if model is None:
-            return self.default
-        own = model._pruning.own if hasattr(model, PRUNING) else {}
-        return own["forward"] if "forward" in own else self.default.__get__(model, cls)
-
-    def __set__(self, model: "PrunedModel", value: Any) -> None:
-        model._pruning.own["forward"] = value
-
-    def __delete__(self, model: "PrunedModel") -> None:
-        del model._pruning.own["forward"]
 
 
 class PrunedModel(nn.Module):
@@ -215,8 +197,16 @@ class PrunedModel(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in added_names() and hasattr(self, PRUNING):
             self._modules[name] = value
+        elif name == "forward" and hasattr(self, PRUNING):
+            self.__class__ = _with_forward(type(self), value)
         else:
             super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name == "forward" and OWN in vars(type(self)):
+            self.__class__ = type(self).__mro__[1]
+        else:
+            super().__delattr__(name)
 
     def _get_name(self) -> str:
         return f"TokenPruned[{type(self).__name__}]"
@@ -231,6 +221,21 @@ class PrunedModel(nn.Module):
         if not hasattr(self, PRUNING):
             return as_host, (as_host(self),)
         return wrapper_of, (self._pruning,)
+
+
+def _with_forward(cls: type[PrunedModel], given: Callable[..., Any]) -> type[PrunedModel]:
+    """The class with a forward that was set on an object (accelerate does so): an attribute of the
+    object itself would be the host's too."""
+    base = cls.__mro__[1] if OWN in vars(cls) else cls
+    if getattr(given, "__func__", None) is vars(base)["forward"]:
+        return base  # its own is put back
+
+    @wraps(given)
+    def forward(self: PrunedModel, *args: Any, **kwargs: Any) -> Any:
+        return given(*args, **kwargs)
+
+    names = {"__module__": base.__module__, "__doc__": base.__doc__, OWN: True, "forward": forward}
+    return type(base.__name__, (base,), names)
 
 
 def _of_fx(*given: Any) -> bool:
@@ -259,7 +264,7 @@ def pruned_class(host_class: type[nn.Module]) -> type[PrunedModel]:
         "__module__": host_class.__module__,
         "__doc__": host_class.__doc__,
         **{name: _pruned(name, method) for name, method in methods_of(host_class).items()},
-        "forward": OwnForward(forward),
+        "forward": forward,
         **{name: property(partial(_added, name)) for name in added_names()},
     }
     return type(host_class.__name__, (PrunedModel, host_class), names)

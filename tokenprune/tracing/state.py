@@ -69,6 +69,11 @@ class Kept:
                 if value is not before.get(name, ABSENT) or not _same(kept, contents):
                     yield Written(module, name, before.get(name), value)
 
+    def hooked(self) -> bool:
+        """Whether the forward has registered hooks, which a program does not do."""
+        tables = [vars(module)["_forward_hooks"] for module in self._modules]
+        return any(not _same(*self._contents[id(table)]) for table in tables)
+
     def shared(self) -> Iterator[Any]:
         """What of it no module holds, and has been changed since."""
         for kept, contents in map(self._contents.__getitem__, self._shared):
