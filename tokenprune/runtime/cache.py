@@ -94,12 +94,9 @@ class ProgramCache:
                 continue
             if programs.analysis.batch_bound and known.batch_size != signature.batch_size:
                 continue
-            exporting = torch.compiler.is_exporting()  # on fake weights; the last call is exported
-            if not exporting and not ambient_holds(
-                programs.analysis.traced.ambient, host, arguments
-            ):
+            if not ambient_holds(programs.analysis.traced.ambient, host, arguments):
                 continue
-            if self.frozen or exporting or programs.guards.hold():
+            if self.frozen or programs.guards.hold():
                 if place and not torch.compiler.is_dynamo_compiling():
                     self._known.insert(0, self._known.pop(place))
                 return programs

@@ -1,12 +1,12 @@
 """The host's other methods that run its blocks: `forward_features`, `get_image_features`, ...
 
 Which do is not known before: a method is tried on the wrapped model, and stops where it would run
-the first block that prunes. What stops has a program of its own.
+a block that prunes. What stops has a program of its own.
 """
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from types import FunctionType
 from typing import Any
 
@@ -24,20 +24,28 @@ class BlocksReached(BaseException):
 
 
 def methods_of(host_class: type[nn.Module]) -> dict[str, FunctionType]:
-    """The public methods that a host's classes define beside those that every module has."""
+    """The methods that a host's classes define beside those that every module has."""
     classes = host_class.__mro__[: host_class.__mro__.index(nn.Module)]
     found = {name: value for cls in reversed(classes) for name, value in vars(cls).items()}
     of_all = dir(nn.Module)
     return {
         name: value
         for name, value in found.items()
-        if isinstance(value, FunctionType) and not name.startswith("_") and name not in of_all
+        if isinstance(value, FunctionType) and name[:2] != "__" and name not in of_all
     }
 
 
 @contextmanager
-def stopped_at(block: nn.Module) -> Iterator[None]:
-    """Raise `BlocksReached` where this thread calls `block`."""
+def stopped_at(blocks: Iterable[nn.Module]) -> Iterator[None]:
+    """Raise `BlocksReached` where this thread calls one of `blocks`."""
+    with ExitStack() as stack:
+        for block in blocks:
+            stack.enter_context(_stopped_at(block))
+        yield
+
+
+@contextmanager
+def _stopped_at(block: nn.Module) -> Iterator[None]:
     own, thread = vars(block), threading.get_ident()
     before = own.get("forward")
     run = block.forward

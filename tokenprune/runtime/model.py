@@ -75,11 +75,11 @@ class PrunedModel(nn.Module):
 
     @property
     def _compiled_call_impl(self) -> Any:  # what `compile()` sets is not the host's
-        return self._pruning.own.get("compiled") if hasattr(self, PRUNING) else None
+        return self._pruning.compiled if hasattr(self, PRUNING) else None
 
     @_compiled_call_impl.setter
     def _compiled_call_impl(self, compiled: Any) -> None:
-        self._pruning.own["compiled"] = compiled
+        self._pruning.compiled = compiled
 
     @property
     def _modules(self) -> Any:

@@ -91,7 +91,7 @@ class Pruning:
         entries: The host's other methods that are known to run its blocks.
         example: What it was wrapped with; tensors are on the meta device.
         added: What `wrap` added, by name: children of the wrapped model alone.
-        own: Attributes of the wrapped model that its host does not share.
+        compiled: What `compile()` has set on the wrapped model.
     """
 
     host: nn.Module
@@ -105,7 +105,7 @@ class Pruning:
     restore: bool | None
     example: Arguments
     added: dict[str, nn.Module] = field(default_factory=dict)
-    own: dict[str, Any] = field(default_factory=dict)
+    compiled: Any = None
     cache: ProgramCache = field(default_factory=ProgramCache)
     overrides: dict[int, Overrides] = field(default_factory=dict)
     entries: set[str] = field(default_factory=set)
@@ -168,7 +168,8 @@ class Pruning:
         if name not in self.entries:
             method = getattr(super(type(model), model), name)
             try:
-                with stopped_at(self.host.get_submodule(self.spec.blocks[self.plan.blocks[0]])):
+                staged = [self.spec.blocks[block] for block in self.plan.blocks]
+                with stopped_at(map(self.host.get_submodule, staged)):
                     return method(*args, **kwargs)
             except BlocksReached:
                 self.entries.add(name)

@@ -48,6 +48,11 @@ class Watched(NamedTuple):
         except DIFFERS:
             return False
 
+    def wrapped_by_fx(self) -> bool:
+        """Whether it is what `torch.fx.wrap` puts in a function's place while something traces."""
+        now = self.look(self.table, self.name, ABSENT)
+        return isinstance(now, FunctionType) and getattr(now, "__wrapped__", None) is self.expected
+
 
 class Alike:
     """Many values that are looked up in one way."""
@@ -116,6 +121,8 @@ class Guards:
         """Whether a trace made now would read the same."""
         if torch.compiler.is_dynamo_compiling():
             return self._read_one_by_one()
+        if torch.compiler.is_exporting():
+            return all(watched.same() or watched.wrapped_by_fx() for watched in self)
         return all(group.same() for group in self._alike)
 
     def _read_one_by_one(self) -> bool:
