@@ -107,15 +107,15 @@ class Guards:
 
     def _read_by_compilers(self) -> None:
         """What `_read_one_by_one` reads."""
-        read = [w for w in self if isinstance(w.owner, nn.Module | type)]
-        attributes = [w for w in read if w.look in (dict.get, getattr)]
-        self._plain = [(w.owner, w.name, w.expected) for w in attributes if _plain(w.expected)]
+        attributes = [w for w in self if w.look in (dict.get, getattr)]
+        held = [w for w in attributes if not isinstance(w.owner, dict)]
+        self._plain = [(w.owner, w.name, w.expected) for w in held if _plain(w.expected)]
         self._objects = [
             (w.owner, w.name, id(w.expected))
-            for w in attributes
+            for w in held
             if isinstance(w.expected, nn.Module | FunctionType | type)
         ]
-        self._hooks = [(w.owner, w.name) for w in read if w.look is _is_empty]
+        self._hooks = [(w.owner, w.name) for w in self if w.look is _is_empty]
 
     def hold(self) -> bool:
         """Whether a trace made now would read the same."""
@@ -182,13 +182,13 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 def _watched_hooks(hooks: Hooks, modules: Iterable[nn.Module]) -> Iterator[Watched]:
     """Whether there are any: those that run are looked up in each call."""
-    of_all = [getattr(torch.nn.modules.module, f"_global{name}") for name in HOOKS]
-    for name, table in zip(HOOKS, of_all, strict=True):
+    of_all = {f"_global{n}": getattr(torch.nn.modules.module, f"_global{n}") for n in HOOKS}
+    for name, table in of_all.items():
         if not table:
             yield Watched(torch.nn.modules.module, _is_empty, table, name, True)
     for module in modules:
         tables = [getattr(module, name) for name in HOOKS]
-        if any(tables) or any(of_all):
+        if any(tables) or any(of_all.values()):
             yield Watched(module, hooks.look, module, "hooks", hooks.state(module))
         else:
             for name, table in zip(HOOKS, tables, strict=True):
@@ -196,6 +196,9 @@ def _watched_hooks(hooks: Hooks, modules: Iterable[nn.Module]) -> Iterator[Watch
 
 
 def _plain(value: Any) -> bool:
+    """Whether a compiler can compare a value: a number, say, or a container of some."""
+    if isinstance(value, list | tuple | dict):
+        return all(map(_plain, value.values() if isinstance(value, dict) else value))
     return value is None or isinstance(value, bool | int | float | str | torch.dtype)
 
 
