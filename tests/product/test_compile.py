@@ -12,6 +12,10 @@ from torch.utils.checkpoint import checkpoint
 
 import tokenprune
 from tests.product.export_hosts import HOSTS, images, tensors_of, wrapped
+from tests.theorems.changes import CHANGES
+from tests.theorems.test_9_live import HOSTS as LIVE_HOSTS
+from tests.theorems.test_9_live import IMAGES
+from tests.theorems.test_9_live import wrapped as live_model
 from tests.toys.vit import Vit, pixels
 from tokenprune.ops.bypass import Layout
 
@@ -98,3 +102,18 @@ def test_modes_and_checkpointing_inside_the_host() -> None:
         assert host.blocks[2].attn.qkv.weight.grad is not None
     strict = torch.export.export(model, (given,), strict=True).module()
     assert_same(strict(given), model(given))
+
+
+def test_a_changed_config_and_a_changed_dict_are_seen() -> None:
+    changes = {"hf_vit": "other_attention", "timm_vit": "a_dict_of_scales"}
+    for name, change in changes.items():
+        make, path = LIVE_HOSTS[name]
+        model = live_model(make)
+        object.__setattr__(model, "example", IMAGES)
+        run = compiled(model)
+        with torch.no_grad():
+            run(IMAGES)
+            traced = tokenprune.cache_info(model).traced
+            CHANGES[change](model, path)
+            assert_same(*(getattr(out, "logits", out) for out in (run(IMAGES), model(IMAGES))))
+        assert tokenprune.cache_info(model).traced > traced
