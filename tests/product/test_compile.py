@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import tokenprune
 from tests.product.export_hosts import HOSTS, images, tensors_of, wrapped
-from tests.theorems.changes import CHANGES
+from tests.theorems.changes import CHANGES, LowRank
 from tests.theorems.test_9_live import HOSTS as LIVE_HOSTS
 from tests.theorems.test_9_live import IMAGES
 from tests.theorems.test_9_live import wrapped as live_model
@@ -104,16 +104,18 @@ def test_modes_and_checkpointing_inside_the_host() -> None:
     assert_same(strict(given), model(given))
 
 
-def test_a_changed_config_and_a_changed_dict_are_seen() -> None:
-    changes = {"hf_vit": "other_attention", "timm_vit": "a_dict_of_scales"}
-    for name, change in changes.items():
-        make, path = LIVE_HOSTS[name]
-        model = live_model(make)
-        object.__setattr__(model, "example", IMAGES)
-        run = compiled(model)
-        with torch.no_grad():
-            run(IMAGES)
-            traced = tokenprune.cache_info(model).traced
-            CHANGES[change](model, path)
-            assert_same(*(getattr(out, "logits", out) for out in (run(IMAGES), model(IMAGES))))
-        assert tokenprune.cache_info(model).traced > traced
+def test_what_changes_after_compiling_is_seen() -> None:
+    make, path = LIVE_HOSTS["timm_vit"]
+    model = live_model(make)
+    CHANGES["a_lora_layer"](model, path)
+    layer = next(m for m in model.modules() if isinstance(m, LowRank))
+    run = compiled(model)
+    with torch.no_grad():
+        before = run(IMAGES)
+        layer.scaling["default"] = 0.1  # nothing runs eagerly before the compiled call
+        found = run(IMAGES)
+        assert not torch.allclose(found, before)
+        assert_same(found, model(IMAGES))
+        layer.active = False
+        found = run(IMAGES)
+        assert_same(found, model(IMAGES))

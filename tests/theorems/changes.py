@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
-__all__ = ["CHANGES", "UNDONE", "Change"]
+__all__ = ["CHANGES", "UNDONE", "Change", "LowRank", "NotHereError"]
 
 Change = Callable[[Any, str], Any]
 CHANGES: dict[str, Change] = {}
