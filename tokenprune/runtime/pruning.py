@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import register_constant
 
 from tokenprune.analysis.analysis import analyse
@@ -259,8 +260,8 @@ class Pruning:
                 traced = trace(host, arguments, entry)
                 blocks = find_blocks(host, traced, self.spec)
             leave = self.method.reduction.removes
-            plain = stand_ins(host, traced.fake_mode)
-            with plain, no_autocast_cache(), buffers_kept(host):
+            plain, unseen = stand_ins(host, traced.fake_mode), _disable_current_modes()
+            with unseen, plain, no_autocast_cache(), buffers_kept(host):
                 known = analyse(
                     host,
                     traced,

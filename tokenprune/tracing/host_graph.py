@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes
 
 from tokenprune.errors import HostError, TokenPruneError, TraceError
 from tokenprune.tracing.arguments import Arguments, as_arguments
@@ -113,7 +114,9 @@ def trace(
     call, given = getattr(host, entry), as_arguments(type(host).__name__, arguments)
     for again in (True, False):
         mode = FakeTensorMode(allow_non_fake_inputs=True)
-        with stand_ins(host, mode), no_autocast_cache(), buffers_kept(host):
+        # a mode of the caller (a counter of operations, say) is not to see the trace
+        unseen = _disable_current_modes()
+        with unseen, stand_ins(host, mode), no_autocast_cache(), buffers_kept(host):
             tracer, generators = ValueTracer(host, mode), Generators(host)
             try:
                 graph = tracer.record(call, given)

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import nn
-from torch.utils._python_dispatch import _disable_current_modes
 
 from tokenprune.tracing.provenance import of_host
 
@@ -101,7 +100,7 @@ def _state(generator: Any) -> Any:
         return pickle.dumps(generator.get_state(legacy=False))
     if isinstance(generator, np.random.Generator):
         return pickle.dumps(generator.bit_generator.state)
-    with torch._C.DisableTorchFunction(), _disable_current_modes():  # a trace may be running
+    with torch._C.DisableTorchFunction():  # a trace may be running
         return generator.get_state().numpy().tobytes()
 
 
@@ -113,8 +112,7 @@ def _set_state(generator: Any, state: Any) -> None:
     elif isinstance(generator, np.random.Generator):
         generator.bit_generator.state = pickle.loads(state)
     else:
-        with _disable_current_modes():
-            generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
+        generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
 
 
 def _name(generator: Any) -> str:
