@@ -120,10 +120,6 @@ def test_outputs_that_transformers_collects_by_hooks(hooked_before: bool) -> Non
             assert torch.equal(ours, theirs)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="its hooks fill a dict of an object between calls; the trace is refused by name",
-)
 def test_features_that_timm_collects_by_hooks(images: Tensor) -> None:
     hooks = {"features_only": True, "out_indices": (1, 3), "feature_cls": "hook"}
     host = timm.create_model(NAME, **SMALL, **hooks).eval()

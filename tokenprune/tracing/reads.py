@@ -85,6 +85,10 @@ class Reads:
         classes = {(type(self.objects[i]), name) for i, name in self.inherited}
         return [getattr(cls, name, None) for cls, name in classes] + list(self.values.values())
 
+    def forget(self, of_trace: Callable[[Any], bool]) -> None:
+        """Leave out values that hold something of the trace: the forward had written those."""
+        self.values = {key: value for key, value in self.values.items() if not of_trace(value)}
+
     def _add(self, owner: Any, name: str, value: Any) -> None:
         self.objects[id(owner)] = owner
         key, own = (id(owner), name), object.__getattribute__(owner, "__dict__")

@@ -152,6 +152,7 @@ class ValueTracer(fx.Tracer):
             with self._patched():
                 output = example.with_tensors(inputs).call(forward)
                 result = self.create_arg(output)
+            self.reads.forget(lambda value: bool(nodes_in(value)))
             self.functions = [forward, *self.reads.functions()]
             self.functions += [as_function(code, around) for code, around in self._ran.items()]
             # a note that hooks are there must not stay without the hooks
@@ -328,29 +329,14 @@ class ValueTracer(fx.Tracer):
             return cast(Provenance, self._kept_elsewhere[0].meta["where"])
         gc.collect()
         found = [proxy for proxy in (ref() for ref in self._proxies) if proxy is not None]
-        elsewhere = []
         for proxy in found:
             for holder in gc.get_referrers(proxy):
-                if isinstance(holder, list | dict) and holder is not found:
-                    elsewhere += [] if self._of_a_module(holder) else [proxy]
                 if isinstance(holder, list) and holder is not found:
                     holder[:] = [entry for entry in holder if entry is not proxy]
                 elif isinstance(holder, dict):
                     for key in [key for key, entry in holder.items() if entry is proxy]:
                         del holder[key]
-        return cast(Provenance, elsewhere[0].node.meta["where"]) if elsewhere else None
-
-    def _of_a_module(self, holder: Any) -> bool:
-        """Whether a list or dict is in an object that a module holds."""
-        held = [value for module in self.root.modules() for value in vars(module).values()]
-        known = {id(vars(value)) for value in held if hasattr(value, "__dict__")}
-        level: list[Any] = [holder]
-        for _ in range(4):
-            if any(id(each) in known for each in level):
-                return True
-            around = [one for each in level for one in gc.get_referrers(each)]
-            level = [one for one in around if isinstance(one, dict)]
-        return False
+        return cast(Provenance, found[0].node.meta["where"]) if found else None
 
     def create_proxy(  # type: ignore[override]
         self, kind: str, target: Any, args: Args, kwargs: Kwargs, value: Any = None, **options: Any
