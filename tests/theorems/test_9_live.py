@@ -81,17 +81,9 @@ def agree(model: Any, images: Tensor) -> None:
     assert all(map(torch.equal, found, expected))
 
 
-# What `wrap` refuses afterwards though a program that is traced anew serves it.
-REFUSED_ANEW = {
-    ("a_pruned_layer", "timm_eva"): "the probe takes a plain weight with a gradient for a table"
-}
-
-
 @pytest.mark.parametrize("host", HOSTS)
 @pytest.mark.parametrize("name", [*CHANGES, *UNDONE])
-def test_9_a_change_is_seen(name: str, host: str, request: pytest.FixtureRequest) -> None:
-    if (name, host) in REFUSED_ANEW:
-        request.applymarker(pytest.mark.xfail(reason=REFUSED_ANEW[name, host], strict=True))
+def test_9_a_change_is_seen(name: str, host: str) -> None:
     make, path = HOSTS[host]
     model = wrapped(make)
     object.__setattr__(model, "example", IMAGES)

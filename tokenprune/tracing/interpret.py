@@ -55,7 +55,9 @@ def evaluate(root: nn.Module, node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
     in the modes that the host sets there. No hook runs under fake tensors."""
     if node.op == "get_attr":
         held = tensor_attribute(root, str(node.target))
-        away = is_away(held) and active_fake_mode() is not None
+        if active_fake_mode() is None or not isinstance(held, Tensor):
+            return held
+        away = is_away(held) or held.grad_fn is not None  # made of others: no leaf to be faked
         return node.meta["val"] if away else held
     if MODES in node.meta:
         with entered(node.meta[MODES]):

@@ -29,6 +29,8 @@ def fake_of(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
     if isinstance(tensor, FakeTensor) and tensor.fake_mode is mode:
         return tensor
     if is_plain(tensor):
+        if tensor.grad_fn is not None:  # torch warns where it reads the gradient of no leaf
+            tensor = tensor.detach().requires_grad_()
         return mode.from_tensor(tensor)
     with mode:
         return torch.empty(tuple(tensor.shape), dtype=tensor.dtype, device=tensor.device)

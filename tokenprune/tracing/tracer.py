@@ -379,8 +379,6 @@ class ValueTracer(fx.Tracer):
         if is_away(tensor) and not example.is_meta:
             with self.fake_mode:
                 return torch.empty(tensor.shape, dtype=tensor.dtype, device=example.device)
-        if tensor.grad_fn is not None:  # torch warns where it reads the gradient of such a tensor
-            tensor = tensor.detach().requires_grad_()
         return fake_of(self.fake_mode, tensor)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
