@@ -14,10 +14,10 @@ from torch import fx, nn
 from tokenprune.analysis.nodes import makers, shape_of
 from tokenprune.analysis.operators import Kind, argument, attends, kind_of
 from tokenprune.hosts.spec import ArchSpec
-from tokenprune.tracing.host_graph import HostGraph, ModuleCall, untraceable
+from tokenprune.tracing.calls import NUMBER, ModuleCall
+from tokenprune.tracing.host_graph import HostGraph, untraceable
 from tokenprune.tracing.modes import MODES, where_predictors_learn
 from tokenprune.tracing.opaque import OPAQUE, REASON
-from tokenprune.tracing.tracer import NUMBER
 
 __all__ = ["Attention", "Block", "Blocks", "find_blocks", "mark_tokens", "site_marker"]
 

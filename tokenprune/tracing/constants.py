@@ -10,13 +10,13 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from types import CellType, CodeType, FrameType, FunctionType, ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
 from tokenprune.tracing.provenance import of_host
 
-__all__ = ["Lookup", "Place", "find"]
+__all__ = ["Lookup", "Place", "find", "look_up", "named_tensors"]
 
 Step = tuple[Callable[[Any, Any], Any], Any]
 KEYS = (str, int, float, bool, type(None))
@@ -42,6 +42,36 @@ class Place(NamedTuple):
 
     start: str | Lookup
     steps: tuple[Step, ...]
+
+
+def named_tensors(root: nn.Module) -> Iterator[tuple[int, str]]:
+    """id -> path of every tensor that some module holds, plain attributes included."""
+    for path, module in root.named_modules():
+        prefix = f"{path}." if path else ""
+        held = {**vars(module), **module._buffers, **module._parameters}
+        for name, value in held.items():
+            if isinstance(value, Tensor):
+                yield id(value), prefix + name
+
+
+class Recorder(Protocol):
+    """A tracer."""
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any: ...
+
+
+def look_up(tracer: Recorder, thing: Any, place: Place | None) -> Any:
+    """A proxy that looks `thing` up where it is, in each call."""
+    if place is None:
+        raise NotImplementedError(
+            f"a {type(thing).__name__} that no module, global or closure of the host holds, so "
+            "that no later call can find it. Register it as a buffer"
+        )
+    kind = "get_attr" if isinstance(place.start, str) else "call_function"
+    found = tracer.create_proxy(kind, place.start, (), {})
+    for step, key in place.steps:
+        found = tracer.create_proxy("call_function", step, (found, key), {})
+    return found
 
 
 def find(root: nn.Module, thing: Any) -> Place | None:

@@ -1,10 +1,9 @@
 """One traced call of a host: its graph, and the stretch of it that each module call made."""
 
-from bisect import bisect_left
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -13,6 +12,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from tokenprune.errors import HostError, TokenPruneError, TraceError
 from tokenprune.tracing.arguments import Arguments, as_arguments
+from tokenprune.tracing.calls import ModuleCall, calls_of
 from tokenprune.tracing.effects import has_effect
 from tokenprune.tracing.guards import Guards, Watched
 from tokenprune.tracing.hooks import Hooks
@@ -23,36 +23,9 @@ from tokenprune.tracing.provenance import Provenance
 from tokenprune.tracing.randomness import Drawn, Generators
 from tokenprune.tracing.stand_ins import stand_ins
 from tokenprune.tracing.state import buffers_kept, no_autocast_cache
-from tokenprune.tracing.tracer import NUMBER, ValueTracer
+from tokenprune.tracing.tracer import ValueTracer
 
 __all__ = ["HostGraph", "ModuleCall", "trace", "untraceable"]
-
-
-class ModuleCall(NamedTuple):
-    """One call of a module.
-
-    Attributes:
-        path: Of the module.
-        number: Which of its calls it is, from 0.
-        inputs: Its tensor arguments, in order; None for one that nobody reads.
-        output: The first tensor that it returned; None if there is none, or nobody reads it.
-        first: The first node that it made; None if it made none that is left.
-        last: The last one.
-    """
-
-    path: str
-    number: int
-    inputs: tuple[fx.Node | None, ...]
-    output: fx.Node | None
-    first: fx.Node | None
-    last: fx.Node | None
-
-    def nodes(self) -> Iterator[fx.Node]:
-        """The nodes that it made, in order."""
-        node = self.first
-        while node is not None:
-            yield node
-            node = None if node is self.last else node.next
 
 
 @dataclass(frozen=True)
@@ -148,7 +121,7 @@ def trace(
             f"{type(host).__name__} returns no tensor for the input {_shapes(arguments)}. Wrap a "
             "model whose output is a tensor, or holds some in tuples, dicts or dataclasses."
         )
-    read = set(tracer.specialized)
+    read, left = set(tracer.specialized), tracer.left
     graph.eliminate_dead_code(lambda node: node in read or has_effect(node))
     first = next(node for node in graph.nodes if node.op == "placeholder")
     return HostGraph(
@@ -158,9 +131,9 @@ def trace(
         batch_size=int(first.meta["val"].shape[0]),
         specialized=tuple(tracer.specialized),
         ambient=dict(tracer.ambient),
-        calls=_calls(graph, tracer),
-        guards=Guards(tracer.reads, tracer.functions, tracer.counted, tracer.opened, Hooks(host)),
-        written=frozenset(tracer.written),
+        calls=calls_of(graph, tracer.calls),
+        guards=Guards(tracer.reads, tracer.functions, left.counted, tracer.opened, Hooks(host)),
+        written=frozenset(left.written),
     )
 
 
@@ -183,21 +156,6 @@ def _refuse_draw(drawn: Drawn | None, host: nn.Module, arguments: Mapping[str, A
         )
         shapes = _shapes(arguments)
         raise untraceable(type(host).__name__, shapes, Provenance("", *drawn.where), reason)
-
-
-def _calls(graph: fx.Graph, tracer: ValueTracer) -> dict[str, tuple[ModuleCall, ...]]:
-    """The recorded calls, in terms of the nodes that are left."""
-    nodes = list(graph.nodes)
-    alive, numbers = set(nodes), [node.meta[NUMBER] for node in nodes]
-    calls: dict[str, list[ModuleCall]] = {}
-    for path, inputs, output, start, stop in sorted(tracer.calls, key=lambda call: call.start):
-        made = nodes[bisect_left(numbers, start) : bisect_left(numbers, stop)]
-        first, last = (made[0], made[-1]) if made else (None, None)
-        given = tuple(node if node in alive else None for node in inputs)
-        returned = output if output in alive else None
-        known = calls.setdefault(path, [])
-        known.append(ModuleCall(path, len(known), given, returned, first, last))
-    return {path: tuple(found) for path, found in calls.items()}
 
 
 def _explained(

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 from torch._guards import active_fake_mode
-from torch.fx.node import map_arg
+from torch.fx.node import map_aggregate, map_arg
 from torch.utils._pytree import tree_leaves
 
 from tokenprune.tracing.effects import Store
@@ -17,8 +17,9 @@ from tokenprune.tracing.hook_nodes import is_hook_node
 from tokenprune.tracing.hooks import calls_unhooked, is_away, unhooked
 from tokenprune.tracing.modes import MODES, entered
 from tokenprune.tracing.opaque import OPAQUE
+from tokenprune.tracing.proxy import ValueProxy
 
-__all__ = ["evaluate", "quiet_trials", "run", "tensor_attribute", "tensors_in"]
+__all__ = ["evaluate", "quiet_trials", "run", "run_again", "tensor_attribute", "tensors_in"]
 
 Environment = dict[fx.Node, Any]
 
@@ -109,3 +110,25 @@ def run(
         for used in (*node.all_input_nodes, node):
             if last_use.get(used, node) is node:
                 env.pop(used, None)
+
+
+def run_again(
+    root: nn.Module,
+    graph: fx.Graph,
+    inputs: Mapping[str, Any],
+    module: nn.Module,
+    args: Any,
+    kwargs: Any,
+) -> Any:
+    """What a module returns on real tensors, its arguments given as proxies of a graph that is not
+    finished; no hook of another module runs."""
+
+    def step(node: fx.Node, env: Environment) -> Any:
+        return None if is_hook_node(node) else evaluate(root, node, env)
+
+    known = dict(run(root, graph, inputs, step))
+
+    def real(argument: Any) -> Any:
+        return known[argument.node] if type(argument) is ValueProxy else argument
+
+    return module(*map_aggregate(args, real), **map_aggregate(kwargs, real))

@@ -32,7 +32,7 @@ def reached(functions: Iterable[Any]) -> Iterator[FunctionType]:
             continue
         seen.add(function)
         yield function
-        waiting += [cell.cell_contents for cell in function.__closure__ or () if _filled(cell)]
+        waiting += _enclosed(function)
         waiting += [_value(place, name) for place, name in _looked_up(function)]
 
 
@@ -49,7 +49,9 @@ def codes_of(functions: Iterable[Any]) -> list[CodeType]:
 def caches_of(functions: Iterable[Any]) -> list[Any]:
     """Those with an `lru_cache` among functions and all that they may call."""
     found = list(functions)
-    found += [_value(place, name) for place, name in names_of(found)]
+    for function in reached(functions):
+        found += _enclosed(function)
+        found += [_value(place, name) for place, name in _looked_up(function)]
     return [function for function in found if isinstance(function, CACHED)]
 
 
@@ -80,6 +82,11 @@ def _plain(value: Any) -> FunctionType | None:
 
 def _foreign(function: FunctionType) -> bool:
     return (function.__module__ or "").partition(".")[0] in NOT_FOLLOWED
+
+
+def _enclosed(function: FunctionType) -> list[Any]:
+    """The functions in a closure."""
+    return [cell.cell_contents for cell in function.__closure__ or () if _filled(cell)]
 
 
 def _filled(cell: Any) -> bool:

@@ -10,6 +10,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import compress
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -38,7 +39,9 @@ class Generators:
     def __init__(self, root: nn.Module) -> None:
         kinds = {found for kind in KINDS for found in _subclasses(kind)}
         kinds.discard(random.SystemRandom)  # the operating system's, which has no state
-        objects = [thing for thing in gc.get_objects() if type(thing) in kinds]
+        everything = gc.get_objects()
+        found = map(kinds.__contains__, map(type, everything))
+        objects: list[Any] = list(compress(everything, found))
         held = [v for m in root.modules() for v in vars(m).values()]  # torch's are not collected
         objects += [torch.default_generator, *(v for v in held if type(v) is torch.Generator)]
         self._states: list[tuple[Any, Any]] = [(thing, _state(thing)) for thing in objects]

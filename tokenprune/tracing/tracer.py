@@ -6,18 +6,15 @@ tensor operation outside a leaf is caught by a torch function mode, so tensors t
 from plain numbers (`torch.arange(n)`) become nodes as well, not constants.
 """
 
-import dataclasses
-import gc
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from types import CodeType
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 from unittest import mock
 
-import numpy as np
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import (
@@ -26,18 +23,16 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch.fx.node import map_aggregate
-from torch.utils._pytree import tree_leaves
 
 from tokenprune.tracing.arguments import Arguments
+from tokenprune.tracing.calls import NUMBER, RecordedCall
 from tokenprune.tracing.checkpoints import CHECKPOINT, Checkpoint, checkpoints_recorded
-from tokenprune.tracing.constants import find
-from tokenprune.tracing.counters import only_counted
+from tokenprune.tracing.constants import find, look_up, named_tensors
 from tokenprune.tracing.decompose import DECOMPOSED, is_leaf
 from tokenprune.tracing.draws import DrawRead, certain, is_drawn, possible_number
-from tokenprune.tracing.effects import Count, Store, of_content
+from tokenprune.tracing.effects import Store
 from tokenprune.tracing.functions import functions_recorded
 from tokenprune.tracing.gradients import GradientRun
-from tokenprune.tracing.hook_nodes import is_hook_node
 from tokenprune.tracing.hooks import (
     Hooks,
     after_host_hooks,
@@ -48,7 +43,7 @@ from tokenprune.tracing.hooks import (
     next_hook,
     unhooked,
 )
-from tokenprune.tracing.interpret import evaluate, run, tensor_attribute, tensors_in
+from tokenprune.tracing.interpret import run_again, tensor_attribute, tensors_in
 from tokenprune.tracing.modes import (
     MODES,
     REQUIRES_GRAD,
@@ -58,50 +53,24 @@ from tokenprune.tracing.modes import (
     state,
 )
 from tokenprune.tracing.names import as_function, codes_of
+from tokenprune.tracing.node_arguments import argument_of
 from tokenprune.tracing.opaque import DATA_DEPENDENT, OPAQUE, REASON, as_traced, reason_of
 from tokenprune.tracing.provenance import Provenance, failed_at, frame_of_host
 from tokenprune.tracing.proxy import ValueProxy, concrete
 from tokenprune.tracing.reads import Reads
+from tokenprune.tracing.remains import Remains, nodes_in, remains_of, taken_out
 from tokenprune.tracing.stand_ins import fake_of
-from tokenprune.tracing.state import Written, attributes_kept, empty_caches
+from tokenprune.tracing.state import attributes_kept, empty_caches
 
-__all__ = ["NUMBER", "RecordedCall", "ValueTracer"]
+__all__ = ["ValueTracer"]
 
 MODULE_CALL = nn.Module.__call__
 # Tracing patches torch for the whole process; calls of other threads pass through the patches.
 ONE_AT_A_TIME = threading.RLock()
 MODULE_GETATTR = nn.Module.__getattr__
-NUMBER = "number"
-"""Key in a node's `meta`: nodes are numbered in the order in which the host made them."""
 NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
-
-
-class RecordedCall(NamedTuple):
-    """One call of a module: its tensor arguments, the first tensor it returned (None if there is
-    none), and the numbers of the first node that it made and of the first one made after it."""
-
-    path: str
-    inputs: tuple[fx.Node, ...]
-    output: fx.Node | None
-    start: int
-    stop: int
-
-
-def _named_tensors(root: nn.Module) -> Iterator[tuple[int, str]]:
-    """id -> path of every tensor that some module holds, plain attributes included."""
-    for path, module in root.named_modules():
-        prefix = f"{path}." if path else ""
-        held = {**vars(module), **module._buffers, **module._parameters}
-        for name, value in held.items():
-            if isinstance(value, torch.Tensor):
-                yield id(value), prefix + name
-
-
-def nodes_in(value: Any) -> set[fx.Node]:
-    """The nodes of the proxies in containers."""
-    return {leaf.node for leaf in tree_leaves(value) if type(leaf) is ValueProxy}
 
 
 class ValueTracer(fx.Tracer):
@@ -122,12 +91,11 @@ class ValueTracer(fx.Tracer):
         self.reads = Reads()
         self.functions: list[Any] = []
         self._ran: dict[CodeType, dict[str, Any]] = {}
-        self.written: set[tuple[int, str]] = set()
-        self.counted: set[tuple[int, str]] = set()
+        self.left = Remains()
         self.calls: list[RecordedCall] = []
         self.tensor_attrs = {}
         self.submodule_paths = {module: name for name, module in root.named_modules()}
-        self._names = dict(_named_tensors(root))
+        self._names = dict(named_tensors(root))
         self._attributes: dict[str, ValueProxy] = {}
         self._modules_entered = [""]
         self._failed_in = ""
@@ -135,7 +103,6 @@ class ValueTracer(fx.Tracer):
         self._reads_draws = False
         self._count = 0
         self._proxies: list[weakref.ref[ValueProxy]] = []
-        self._kept_elsewhere: list[fx.Node] = []
         self.ambient: dict[str, Any] = {}
         self._caller = state()
         self._checkpoint: Checkpoint | None = None
@@ -155,31 +122,11 @@ class ValueTracer(fx.Tracer):
             self.reads.forget(lambda value: bool(nodes_in(value)))
             self.functions = [forward, *self.reads.functions()]
             self.functions += [as_function(code, around) for code, around in self._ran.items()]
-            # a note that hooks are there must not stay without the hooks
-            written = [w for w in kept.written() if nodes_in(w.value) or not kept.hooked()]
-            self._store(codes_of(self.functions), written, kept.shared())
+            self.left, effects = remains_of(kept, self.graph, codes_of(self.functions))
+            for target, value in effects:
+                self._effect(target, value)
             self.create_node("output", "output", (result,), {})
         return self.graph
-
-    def _store(
-        self, codes: list[CodeType], written: Iterable[Written], shared: Iterable[Any]
-    ) -> None:
-        """Nodes for what the forward has left in attributes, but for tensors that do not depend on
-        what the inputs hold: those are computed again, and a pruned program may hold parts only."""
-        content = of_content(self.graph)
-        for module, name, before, value in written:
-            place = (id(module), name)
-            if type(before) is type(value) in (int, float) and only_counted(codes, name):
-                self.counted.add(place)
-                self._effect(Count(module, name), value - before)
-                continue
-            nodes = {n for n in nodes_in(value) if isinstance(n.meta["val"], torch.Tensor)}
-            if isinstance(value, dict):
-                value = {concrete(key): entry for key, entry in value.items()}
-            if nodes <= content:
-                self.written.add(place)
-                self._effect(Store(module, name), value)
-        self._kept_elsewhere = [node for value in shared for node in nodes_in(value) & content]
 
     def _effect(self, target: Store, value: Any) -> None:
         node = self.create_node("call_function", target, (self.create_arg(value),), {})
@@ -280,21 +227,12 @@ class ValueTracer(fx.Tracer):
         if name not in self._attributes:
             with self._unrecorded():
                 place = find(self.root, thing)
-            if place is None:
-                raise NotImplementedError(
-                    f"a {type(thing).__name__} that no module, global or closure of the host "
-                    "holds, so that no later call can find it. Register it as a buffer"
-                )
-            if isinstance(place.start, str):
-                found = self.create_proxy("get_attr", place.start, (), {})
-            else:
-                found = self.create_proxy("call_function", place.start, (), {})
-            for step, key in place.steps:
-                found = self.create_proxy("call_function", step, (found, key), {})
+            found = look_up(self, thing, place)
             with self._unrecorded():
-                if isinstance(thing, torch.Tensor):
-                    thing = fake_of(self.fake_mode, thing)
-                found.node.meta["val"] = thing
+                tensor = isinstance(thing, torch.Tensor)
+                found.node.meta["val"] = (
+                    thing if not tensor else fake_of(self.fake_mode, cast(torch.Tensor, thing))
+                )
             self._attributes[name] = found
         return self._attributes[name]
 
@@ -320,23 +258,12 @@ class ValueTracer(fx.Tracer):
         return made
 
     def leaked(self) -> Provenance | None:
-        """Take proxies out of lists and dicts that the host's code has put them in and that no
-        module holds; where in the host the first of them was made, if there are any."""
+        """Where in the host the first tensor was made that its code has put into a list or dict
+        that no module holds; None if there is none. None stays there."""
         self._attributes.clear()
-        if not self._kept_elsewhere and not any(ref() is not None for ref in self._proxies):
-            return None
-        if self._kept_elsewhere:
-            return cast(Provenance, self._kept_elsewhere[0].meta["where"])
-        gc.collect()
-        found = [proxy for proxy in (ref() for ref in self._proxies) if proxy is not None]
-        for proxy in found:
-            for holder in gc.get_referrers(proxy):
-                if isinstance(holder, list) and holder is not found:
-                    holder[:] = [entry for entry in holder if entry is not proxy]
-                elif isinstance(holder, dict):
-                    for key in [key for key, entry in holder.items() if entry is proxy]:
-                        del holder[key]
-        return cast(Provenance, found[0].node.meta["where"]) if found else None
+        if self.left.elsewhere:
+            return cast(Provenance, self.left.elsewhere[0].meta["where"])
+        return taken_out(self._proxies)
 
     def create_proxy(  # type: ignore[override]
         self, kind: str, target: Any, args: Args, kwargs: Kwargs, value: Any = None, **options: Any
@@ -403,40 +330,10 @@ class ValueTracer(fx.Tracer):
     def create_arg(self, a: Any) -> Any:
         if type(a) is ValueProxy:
             return a.node
-        if isinstance(a, np.generic):  # its repr would need numpy in the graph's code
-            return a.item()
-        if isinstance(a, nn.Module):
-            node = self.create_node("get_attr", self.path_of_module(a), (), {})
-            node.meta["val"] = a
-            return node
-        if isinstance(a, torch.Tensor):
-            proxy = self._attribute(a)
+        if isinstance(a, torch.Tensor | torch.Generator):
+            proxy = self._attribute(a) if isinstance(a, torch.Tensor) else a
             return (proxy if type(proxy) is ValueProxy else self._constant(a)).node
-        if isinstance(a, torch.Generator):
-            return self._constant(a).node
-        if dataclasses.is_dataclass(a) and not isinstance(a, type):
-            fields = [(f, getattr(a, f.name)) for f in dataclasses.fields(a) if f.init]
-            said = {f.name: v for f, v in fields if v is not None or f.default is not None}
-            return self._build(type(a), (), {k: self.create_arg(v) for k, v in said.items()})
-        if isinstance(a, tuple) and hasattr(a, "_fields"):
-            return self._build(type(a), tuple(map(self.create_arg, a)), {})
-        if isinstance(a, dict) and type(a) is not dict:
-            return self._build(type(a), (super().create_arg(dict(a)),), {})
-        try:
-            return super().create_arg(a)
-        except NotImplementedError as error:
-            if isinstance(a, tuple | list | dict | slice):
-                raise  # something in it has said what is wrong
-            raise NotImplementedError(
-                f"a {type(a).__name__} in an output or a call; if the host keeps a cache, turn it "
-                "off (config.use_cache = False)"
-            ) from error
-
-    def _build(self, kind: type, args: Args, kwargs: Kwargs) -> fx.Node:
-        """A node that makes an output object; nothing reads its value while tracing."""
-        node = self.create_node("call_function", kind, args, kwargs)
-        node.meta["val"] = None
-        return node
+        return argument_of(self, a, super().create_arg)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return is_leaf(m)
@@ -486,7 +383,8 @@ class ValueTracer(fx.Tracer):
             refusal = failed_at(error, self._failed_in or path)
             self._forget(start, specialized)
             self._checkpoint = checkpoint
-            value = self._on_example(m, args, kwargs)
+            with self._unrecorded():
+                value = run_again(self.root, self.graph, self._example, m, args, kwargs)
             first = next(v for v in self._example.values() if isinstance(v, torch.Tensor))
             if not isinstance(value, torch.Tensor) or value.shape[:1] != first.shape[:1]:
                 raise
@@ -494,19 +392,6 @@ class ValueTracer(fx.Tracer):
         output.node.meta |= {OPAQUE: refusal, REASON: reason}
         rest = tuple(value.shape[1:])
         return self.create_proxy("call_function", as_traced, (output, rest), {})
-
-    def _on_example(self, m: nn.Module, args: Args, kwargs: Kwargs) -> Any:
-        """A module's output on the example itself; the graph so far is run to get there."""
-        with self._unrecorded():
-            known = dict(run(self.root, self.graph, self._example, self._without_hooks))
-
-            def real(argument: Any) -> Any:
-                return known[argument.node] if type(argument) is ValueProxy else argument
-
-            return m(*map_aggregate(args, real), **map_aggregate(kwargs, real))
-
-    def _without_hooks(self, node: fx.Node, env: Any) -> Any:
-        return None if is_hook_node(node) else evaluate(self.root, node, env)
 
     def _forget(self, start: int, specialized: int) -> None:
         """Take back what was recorded from node number `start` on."""

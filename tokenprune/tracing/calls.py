@@ -1,0 +1,67 @@
+"""The calls of modules in one trace: which nodes each has made."""
+
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from torch import fx
+
+__all__ = ["NUMBER", "ModuleCall", "RecordedCall", "calls_of"]
+
+NUMBER = "number"
+"""Key in a node's `meta`: nodes are numbered in the order in which the host made them."""
+
+
+class RecordedCall(NamedTuple):
+    """One call of a module: its tensor arguments, the first tensor it returned (None if there is
+    none), and the numbers of the first node that it made and of the first one made after it."""
+
+    path: str
+    inputs: tuple[fx.Node, ...]
+    output: fx.Node | None
+    start: int
+    stop: int
+
+
+class ModuleCall(NamedTuple):
+    """One call of a module.
+
+    Attributes:
+        path: Of the module.
+        number: Which of its calls it is, from 0.
+        inputs: Its tensor arguments, in order; None for one that nobody reads.
+        output: The first tensor that it returned; None if there is none, or nobody reads it.
+        first: The first node that it made; None if it made none that is left.
+        last: The last one.
+    """
+
+    path: str
+    number: int
+    inputs: tuple[fx.Node | None, ...]
+    output: fx.Node | None
+    first: fx.Node | None
+    last: fx.Node | None
+
+    def nodes(self) -> Iterator[fx.Node]:
+        """The nodes that it made, in order."""
+        node = self.first
+        while node is not None:
+            yield node
+            node = None if node is self.last else node.next
+
+
+def calls_of(
+    graph: fx.Graph, recorded: Iterable[RecordedCall]
+) -> dict[str, tuple[ModuleCall, ...]]:
+    """The recorded calls, in terms of the nodes that are left."""
+    nodes = list(graph.nodes)
+    alive, numbers = set(nodes), [node.meta[NUMBER] for node in nodes]
+    calls: dict[str, list[ModuleCall]] = {}
+    for path, inputs, output, start, stop in sorted(recorded, key=lambda call: call.start):
+        made = nodes[bisect_left(numbers, start) : bisect_left(numbers, stop)]
+        first, last = (made[0], made[-1]) if made else (None, None)
+        given = tuple(node if node in alive else None for node in inputs)
+        returned = output if output in alive else None
+        known = calls.setdefault(path, [])
+        known.append(ModuleCall(path, len(known), given, returned, first, last))
+    return {path: tuple(found) for path, found in calls.items()}

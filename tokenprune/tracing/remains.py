@@ -1,0 +1,95 @@
+"""What a forward leaves behind: in attributes, which a program sets too, and elsewhere."""
+
+import gc
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from types import CodeType
+from typing import Any, cast
+from weakref import ref
+
+from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
+
+from tokenprune.tracing.counters import only_counted
+from tokenprune.tracing.effects import Count, Store, of_content
+from tokenprune.tracing.provenance import Provenance
+from tokenprune.tracing.proxy import ValueProxy, concrete
+from tokenprune.tracing.state import Kept, Written
+
+__all__ = ["Remains", "nodes_in", "remains_of", "taken_out"]
+
+Place = tuple[int, str]
+"""The id of a module, and the name of an attribute."""
+Effects = list[tuple[Store, Any]]
+"""Their values hold proxies, so nothing may keep them."""
+
+
+@dataclass
+class Remains:
+    """What one forward has left.
+
+    Attributes:
+        written: Attributes that it sets.
+        counted: Attributes that it counts, and nothing reads.
+        elsewhere: Tensors that depend on the inputs, in lists and dicts that no module holds.
+    """
+
+    written: set[Place] = field(default_factory=set)
+    counted: set[Place] = field(default_factory=set)
+    elsewhere: list[fx.Node] = field(default_factory=list)
+
+
+def remains_of(kept: Kept, graph: fx.Graph, codes: list[CodeType]) -> tuple[Remains, Effects]:
+    """What the forward that made `graph` has left, and what a program does to leave it too;
+    `codes` may have run.
+
+    Left out are tensors that do not depend on what the inputs hold: those are computed again, and a
+    pruned program may hold parts of them only. Where the forward has registered hooks, so is what
+    holds no tensor: a note that hooks are there must not stay without the hooks.
+    """
+    found, effects, content, hooked = Remains(), Effects(), of_content(graph), kept.hooked()
+    for entry in kept.written():
+        place, nodes = (id(entry.module), entry.name), nodes_in(entry.value)
+        tensors = {node for node in nodes if isinstance(node.meta["val"], Tensor)}
+        if _counts(entry, codes):
+            found.counted.add(place)
+            step = entry.value - entry.before
+            effects.append((Count(entry.module, entry.name), step))
+        elif tensors <= content and (nodes or not hooked):
+            found.written.add(place)
+            effects.append((Store(entry.module, entry.name), _with_plain_keys(entry.value)))
+    found.elsewhere = [node for value in kept.shared() for node in nodes_in(value) & content]
+    return found, effects
+
+
+def nodes_in(value: Any) -> set[fx.Node]:
+    """The nodes of the proxies in containers."""
+    return {leaf.node for leaf in tree_leaves(value) if type(leaf) is ValueProxy}
+
+
+def taken_out(proxies: Iterable["ref[ValueProxy]"]) -> Provenance | None:
+    """Take proxies out of lists and dicts where they have stayed; where in the host the first of
+    them was made, if there are any."""
+    if not any(proxy() is not None for proxy in proxies):
+        return None
+    gc.collect()
+    found = [proxy for proxy in (one() for one in proxies) if proxy is not None]
+    for proxy in found:
+        for holder in gc.get_referrers(proxy):
+            if isinstance(holder, list) and holder is not found:
+                holder[:] = [entry for entry in holder if entry is not proxy]
+            elif isinstance(holder, dict):
+                for key in [key for key, entry in holder.items() if entry is proxy]:
+                    del holder[key]
+    return cast(Provenance, found[0].node.meta["where"]) if found else None
+
+
+def _counts(entry: Written, codes: list[CodeType]) -> bool:
+    numbers = type(entry.before) is type(entry.value) in (int, float)
+    return numbers and only_counted(codes, entry.name)
+
+
+def _with_plain_keys(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {concrete(key): entry for key, entry in value.items()}
