@@ -1,10 +1,13 @@
 """Settings that every test shares, and which tests are slow."""
 
+import gc
 import os
 from pathlib import Path
 
 import pytest
+import timm  # noqa: F401  for gc.freeze
 import torch
+import transformers  # noqa: F401  for gc.freeze
 from hypothesis import settings
 
 if not torch.cuda.is_available():
@@ -14,6 +17,9 @@ settings.register_profile("dev", max_examples=25, deadline=None)
 settings.register_profile("ci", max_examples=25, deadline=None, derandomize=True, print_blob=True)
 settings.register_profile("fast", max_examples=5, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
+
+# Leave libraries out of every garbage collection, and of each trace's search for generators.
+gc.freeze()
 
 TESTS = Path(__file__).parent
 PRODUCT = TESTS / "product"

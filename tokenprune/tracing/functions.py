@@ -91,9 +91,12 @@ def functions_recorded(tracer: Recorder) -> Iterator[None]:
     """Make nodes of `tracer` of the calls of torch's functions."""
     is_tensor_method_or_property(Tensor.add)  # torch keeps a list of its functions: not of patches
     with ExitStack() as stack:
-        stack.enter_context(_methods_recorded(tracer))
-        for name in (*FACTORIES, *BUILT_IN):
-            stack.enter_context(mock.patch.object(torch, name, _recorded(tracer, name)))
+        functions = {name: _recorded(tracer, name) for name in (*FACTORIES, *BUILT_IN)}
+        # methods are of a class of C: attributes of `Tensor` hide them
+        hidden = [name for name in METHODS if name not in vars(Tensor)]
+        methods = {name: _recorded_method(tracer, name) for name in hidden}
+        stack.enter_context(_replaced(torch, functions))
+        stack.enter_context(_replaced(Tensor, methods))
         stack.enter_context(mock.patch.object(F, ATTENTION.__name__, _attention_opened(tracer)))
         stack.enter_context(mock.patch.object(torch, "_check_with", _check_with))
         stack.enter_context(mock.patch.object(torch, "Size", _Size))
@@ -116,16 +119,19 @@ def _recorded(tracer: Recorder, name: str) -> Callable[..., Any]:
 
 
 @contextmanager
-def _methods_recorded(tracer: Recorder) -> Iterator[None]:
-    """They are of a class of C: attributes of `Tensor` hide them, and are deleted again."""
-    hidden = [name for name in METHODS if name not in vars(Tensor)]
-    for name in hidden:
-        setattr(Tensor, name, _recorded_method(tracer, name))
+def _replaced(owner: Any, attributes: dict[str, Any]) -> Iterator[None]:
+    """`mock.patch.object` for hundreds of attributes at once, in a tenth of its time."""
+    before = {name: vars(owner)[name] for name in attributes if name in vars(owner)}
     try:
+        for name, value in attributes.items():
+            setattr(owner, name, value)
         yield
     finally:
-        for name in hidden:
-            delattr(Tensor, name)
+        for name in attributes:
+            if name in before:
+                setattr(owner, name, before[name])
+            elif name in vars(owner):
+                delattr(owner, name)
 
 
 def _recorded_method(tracer: Recorder, name: str) -> Callable[..., Any]:

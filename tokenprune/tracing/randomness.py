@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import compress
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -23,6 +23,8 @@ from tokenprune.tracing.provenance import of_host
 __all__ = ["Drawn", "Generators", "torch_generators_kept"]
 
 KINDS = (random.Random, np.random.Generator, np.random.RandomState)
+# Those behind `random.random` and `np.random.rand`: named, since `gc.freeze` hides them.
+DEFAULTS = [cast(Any, draw).__self__ for draw in (random.random, np.random.get_state)]
 
 
 class Drawn(NamedTuple):
@@ -41,7 +43,7 @@ class Generators:
         kinds.discard(random.SystemRandom)  # the operating system's, which has no state
         everything = gc.get_objects()
         found = map(kinds.__contains__, map(type, everything))
-        objects: list[Any] = list(compress(everything, found))
+        objects = [*DEFAULTS, *(one for one in compress(everything, found) if one not in DEFAULTS)]
         held = [v for m in root.modules() for v in vars(m).values()]  # torch's are not collected
         objects += [torch.default_generator, *(v for v in held if type(v) is torch.Generator)]
         self._states: list[tuple[Any, Any]] = [(thing, _state(thing)) for thing in objects]
