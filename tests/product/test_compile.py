@@ -119,3 +119,7 @@ def test_what_changes_after_compiling_is_seen() -> None:
         layer.active = False
         found = run(IMAGES)
         assert_same(found, model(IMAGES))
+        CHANGES["an_own_forward_of_a_block"](model, path)
+        before, found = found, run(IMAGES)
+        assert not torch.allclose(found, before)
+        assert_same(found, model(IMAGES))

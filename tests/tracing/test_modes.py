@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch import is_autocast_enabled as autocast_is_on
+from torch import is_grad_enabled as grad_is_on
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
@@ -123,6 +125,8 @@ def test_the_choice_of_attentions_is_seen() -> None:
         (lambda: torch.is_inference_mode_enabled(), "inference"),
         (lambda: torch.is_autocast_enabled("cpu"), "autocast"),
         (lambda: torch.get_autocast_dtype("cpu"), "autocast"),
+        (lambda: grad_is_on(), "grad"),
+        (lambda: autocast_is_on("cpu"), "autocast"),
         (lambda: torch.backends.cuda.flash_sdp_enabled(), "attention"),
         (lambda: None, None),
     ],

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from tokenprune.reductions import Proof
 from tokenprune.rewrite.settings import SETTINGS, CallSettings, PathName
 from tokenprune.runtime.jagged.buckets import filled
 from tokenprune.runtime.model import pruning_of
-from tokenprune.runtime.program import Program
+from tokenprune.runtime.program import Program, Programs
 from tokenprune.runtime.pruning import added_names
 from tokenprune.tracing.arguments import Arguments, as_arguments
 from tokenprune.tracing.interpret import run, tensors_in
@@ -36,13 +36,19 @@ TOLERANCE = {torch.float64: EXACT, torch.float32: 1e-4, torch.bfloat16: 5e-2, to
 
 
 class Theorems:
-    """The checks of one wrapped model, in eval mode, on one input."""
+    """The checks of one wrapped model, in eval mode, on one input; of programs of its own, or of
+    those of the model that it is a copy of."""
 
-    def __init__(self, model: nn.Module, given: Arguments | Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        given: Arguments | Mapping[str, Any],
+        programs: Programs | None = None,
+    ) -> None:
         pruning = pruning_of(model)
         inputs = as_arguments(type(model).__name__, given)
         self.model, self.inputs, self.host = model, inputs, pruning.host
-        self.programs = pruning.programs(inputs)
+        self.programs = programs or pruning.programs(inputs)
         self.facts = self.programs.analysis.facts
         self.num_patches = self.programs.num_patches
         self.tensors = inputs.tensors
@@ -187,13 +193,17 @@ class Theorems:
         rounding that the host itself amplifies."""
         proof, check = self, Check(name, measure(self), self.bound)
         if not check.passed and self.bound > EXACT:
-            proof = Theorems(copy.deepcopy(self.model).double(), cast(self.inputs, torch.float64))
+            proof = self._in_float64
             given = str(self.dtype).removeprefix("torch.")
             name = f"{name}, in float64 ({given}: {check.error:.1e})"
             check = Check(name, measure(proof), EXACT)
         if not check.passed:
             proof.refuse(check, what(proof))
         return check
+
+    @cached_property
+    def _in_float64(self) -> "Theorems":
+        return Theorems(copy.deepcopy(self.model).double(), cast(self.inputs, torch.float64))
 
     def _alone_and_together(self) -> float:
         if self.batch_size == 1:

@@ -13,7 +13,6 @@ from tokenprune.checks.telling import telling
 from tokenprune.errors import UnsupportedHostError, VerificationError
 from tokenprune.hosts.inputs import ExampleInputs
 from tokenprune.runtime.model import pruning_of
-from tokenprune.tracing.arguments import Arguments
 from tokenprune.tracing.state import attributes_kept, buffers_kept, kept_modes
 
 __all__ = ["verify"]
@@ -57,7 +56,7 @@ def verify(
         if told.told:
             checks += told.checks(proof)
         else:
-            checks += _on_a_copy(model, inputs, proof.dtype, gradients)
+            checks += _on_a_copy(proof, gradients)
     return Certificate(
         host=type(model).__name__,
         adapter=pruning.spec.adapter,
@@ -72,17 +71,17 @@ def verify(
     )
 
 
-def _on_a_copy(
-    model: nn.Module, inputs: Arguments, given_dtype: torch.dtype, gradients: bool
-) -> list[Check]:
+def _on_a_copy(given: Theorems, gradients: bool) -> list[Check]:
     """The checks on a copy with random weights and inputs, in which a leak shows; in float64 if it
     does not in float32."""
-    lively, given = copy.deepcopy(model), enlivened_inputs(inputs)
+    model, programs = given.model, given.programs
+    lively, inputs = copy.deepcopy(model), enlivened_inputs(given.inputs)
     enliven(lively)
-    for dtype in (torch.promote_types(given_dtype, torch.float32), torch.float64):
+    for dtype in (torch.promote_types(given.dtype, torch.float32), torch.float64):
         lively = lively.to(dtype)
+        shared = programs if dtype == given.dtype and programs.serve_copies else None
         with torch.no_grad():
-            proof = Theorems(lively, cast(given, dtype))
+            proof = Theorems(lively, cast(inputs, dtype), shared)
         checks = proof.checks(gradients)
         told = telling(proof)
         if not told.blind_stages:

@@ -5,6 +5,7 @@ a block that prunes. What stops has a program of its own.
 """
 
 import threading
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import FunctionType
@@ -15,6 +16,7 @@ from torch import nn
 from tokenprune.analysis.operators import mixes
 from tokenprune.errors import HostError
 from tokenprune.runtime.program import Programs
+from tokenprune.tracing.state import Passing
 
 __all__ = ["BlocksReached", "check_what_follows", "methods_of", "stopped_at"]
 
@@ -26,7 +28,7 @@ class BlocksReached(BaseException):
 def methods_of(host_class: type[nn.Module]) -> dict[str, FunctionType]:
     """The methods that a host's classes define beside those that every module has."""
     classes = host_class.__mro__[: host_class.__mro__.index(nn.Module)]
-    found = {name: value for cls in reversed(classes) for name, value in vars(cls).items()}
+    found = {name: value for cls in reversed(classes) for name, value in dict(vars(cls)).items()}
     of_all = dir(nn.Module)
     return {
         name: value
@@ -44,25 +46,39 @@ def stopped_at(blocks: Iterable[nn.Module]) -> Iterator[None]:
         yield
 
 
+class _Stop(Passing):
+    """The forward of a block while some threads are to stop there."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self.before, self.run = vars(block).get("forward"), block.forward
+        self.threads = Counter[int]()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.threads[threading.get_ident()]:
+            raise BlocksReached
+        return self.run(*args, **kwargs)
+
+
+_CHANGING = threading.Lock()
+
+
 @contextmanager
 def _stopped_at(block: nn.Module) -> Iterator[None]:
     own, thread = vars(block), threading.get_ident()
-    before = own.get("forward")
-    run = block.forward
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        if threading.get_ident() == thread:
-            raise BlocksReached
-        return run(*args, **kwargs)
-
-    own["forward"] = forward
+    with _CHANGING:
+        there = own.get("forward")
+        stop = there if isinstance(there, _Stop) else _Stop(block)
+        own["forward"] = stop
+        stop.threads[thread] += 1
     try:
         yield
     finally:
-        if before is None:
-            own.pop("forward", None)
-        else:
-            own["forward"] = before
+        with _CHANGING:
+            stop.threads[thread] -= 1
+            if not any(stop.threads.values()) and own.get("forward") is stop:
+                own.pop("forward")
+                if stop.before is not None:
+                    own["forward"] = stop.before
 
 
 def check_what_follows(root: nn.Module, whole: Programs, name: str) -> None:

@@ -15,7 +15,7 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, fx, nn
 
-from tokenprune.errors import HostError, NotWrappedError
+from tokenprune.errors import HostError, NotWrappedError, UnsupportedHostError
 from tokenprune.rewrite.settings import Path
 from tokenprune.runtime.entries import methods_of
 from tokenprune.runtime.pruning import Pruning, added_names
@@ -111,6 +111,16 @@ class PrunedModel(nn.Module):
                 "the host's own class."
             )
         return self._pruning.run(self, args, kwargs, return_trace)
+
+    def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
+        """torch's call of a module, which would run a forward that the host was given since."""
+        if "forward" in self.__dict__ and hasattr(self, PRUNING):
+            raise UnsupportedHostError(
+                f"The forward of this wrapped {type(self).__name__}'s host was replaced on the "
+                "host object after wrap, so nothing would be pruned. Set it on the wrapped model, "
+                "or unwrap, give the host a class with that forward, and wrap again."
+            )
+        return super()._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     @contextmanager
     def using(

@@ -14,6 +14,7 @@ from tokenprune.rewrite.settings import PathName
 from tokenprune.runtime.function import as_function
 from tokenprune.runtime.jagged.buckets import Bucketed
 from tokenprune.scorers import Scorer
+from tokenprune.tracing.effects import Store
 from tokenprune.tracing.guards import Guards
 from tokenprune.tracing.hook_nodes import closing, is_hook_node
 
@@ -27,7 +28,7 @@ class Program(NamedTuple):
     """A rewritten graph, and `run`, which computes it: a function of (model, settings, inputs).
 
     It looks modules and parameters up in the model it is given, by path: a head that was replaced
-    after the trace is the one that runs, and copies of a model share their programs.
+    after the trace is the one that runs.
     """
 
     rewrite: Rewrite
@@ -55,6 +56,12 @@ class Programs:
     def guards(self) -> Guards:
         """What else than its inputs the trace depends on."""
         return self.analysis.traced.guards
+
+    @property
+    def serve_copies(self) -> bool:
+        """Whether they run on a copy of the host too: no node holds a module of this one."""
+        nodes = self.analysis.traced.graph.nodes
+        return not any(is_hook_node(node) or isinstance(node.target, Store) for node in nodes)
 
     @property
     def num_patches(self) -> tuple[int, ...]:

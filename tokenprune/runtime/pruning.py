@@ -253,8 +253,8 @@ class Pruning:
         if found is None:
             self._check_added()
             if traced is None or blocks is None:
-                self.spec = describe(host, self.adapter)  # it may have other blocks now
-                bind(self.recipe, self.spec)
+                self.spec = describe(host, self.adapter)  # it may have other blocks, or tokens, now
+                self.plan, _ = bind(self.recipe, self.spec)
                 if not signature.batch_size:
                     arguments = _with_images(arguments)
                 traced = trace(host, arguments, entry)

@@ -44,14 +44,13 @@ class Place(NamedTuple):
     steps: tuple[Step, ...]
 
 
-def named_tensors(root: nn.Module) -> Iterator[tuple[int, str]]:
-    """id -> path of every tensor that some module holds, plain attributes included."""
+def named_tensors(root: nn.Module) -> Iterator[tuple[nn.Module, str, str, Tensor]]:
+    """The tensors that modules hold, plain attributes included: module, its path, name, tensor."""
     for path, module in root.named_modules():
-        prefix = f"{path}." if path else ""
         held = {**vars(module), **module._buffers, **module._parameters}
         for name, value in held.items():
             if isinstance(value, Tensor):
-                yield id(value), prefix + name
+                yield module, path, name, value
 
 
 class Recorder(Protocol):
@@ -124,7 +123,7 @@ def _inside(value: Any, names: frozenset[str]) -> Iterator[tuple[Step, Any]]:
     elif isinstance(value, ModuleType | type):
         yield from (((getattr, n), vars(value)[n]) for n in names if n in vars(value))
     elif hasattr(value, "__dict__") and not isinstance(value, Tensor | FunctionType):
-        yield from (((getattr, n), v) for n, v in vars(value).items())
+        yield from (((getattr, n), v) for n, v in dict(vars(value)).items())
 
 
 def _of_class(kind: type) -> dict[str, Any]:
@@ -132,7 +131,7 @@ def _of_class(kind: type) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for base in reversed(kind.__mro__):
         if not base.__module__.startswith(("torch.", "builtins")):
-            data = vars(base).items()
+            data = dict(vars(base)).items()
             found |= {n: v for n, v in data if isinstance(v, Tensor | tuple | list | dict)}
     return found
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["DECOMPOSED", "is_leaf"]
+__all__ = ["decomposed", "is_leaf"]
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -89,9 +89,17 @@ def _projected(
 
 
 DECOMPOSED: dict[type[nn.Module], Callable[..., Any]] = {nn.MultiheadAttention: multihead_attention}
+FORWARDS = {kind: kind.forward for kind in DECOMPOSED}
+
+
+def decomposed(module: nn.Module) -> Callable[..., Any] | None:
+    """What stands for torch's forward of a module; None if it has another forward."""
+    kind = type(module)
+    own = "forward" in vars(module) or kind.forward is not FORWARDS.get(kind)
+    return None if own else DECOMPOSED.get(kind)
 
 
 def is_leaf(module: nn.Module) -> bool:
     """Whether a call of a module is one node: the module itself runs, hooks included."""
-    own = type(module).__module__.startswith(("torch.nn", "torch.ao.nn"))
+    own = type(module).__module__.startswith(("torch.nn", "torch.ao.nn", "torch.jit"))
     return own and not isinstance(module, CONTAINERS) and type(module) not in DECOMPOSED

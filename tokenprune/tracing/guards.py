@@ -5,7 +5,8 @@ functions look up. All of it is looked at again before a program runs, and that 
 what is looked up in one way is one list, which C code builds and compares with that of the trace.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from inspect import isdatadescriptor
 from itertools import chain, repeat
 from operator import attrgetter
 from types import FunctionType
@@ -15,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.tracing.hooks import Hooks
-from tokenprune.tracing.names import names_of
-from tokenprune.tracing.reads import ABSENT, Reads, may_be_watched, snapshot
+from tokenprune.tracing.names import codes_of, names_of, plain_attributes, reached
+from tokenprune.tracing.reads import ABSENT, Reads, may_be_watched, snapshot, state_of, within
 
 __all__ = ["Guards", "Watched"]
 
@@ -116,6 +117,14 @@ class Guards:
             if isinstance(w.expected, nn.Module | FunctionType | type)
         ]
         self._hooks = [(w.owner, w.name) for w in self if w.look is _is_empty]
+        absent: dict[nn.Module, set[str]] = {}
+        for w in held:
+            if w.expected is ABSENT and isinstance(w.owner, nn.Module):
+                absent.setdefault(w.owner, set()).add(w.name)
+        for w in self:
+            if w.look is _is_there and isinstance(w.owner, nn.Module):
+                absent.setdefault(w.owner, set()).add(w.name)
+        self._absent = [(module, frozenset(names)) for module, names in absent.items()]
 
     def hold(self) -> bool:
         """Whether a trace made now would read the same."""
@@ -129,6 +138,9 @@ class Guards:
         """For a compiler, which watches on its own what it has seen Python read."""
         plain = all(getattr(owner, name) == value for owner, name, value in self._plain)
         if any(len(getattr(module, name)) for module, name in self._hooks):
+            return False
+        # Dynamo guards the keys of a dict that a generator goes through; `in` it does not guard
+        if any(any(key in names for key in vars(m)) for m, names in self._absent):
             return False
         return plain and all(id(getattr(owner, name)) == i for owner, name, i in self._objects)
 
@@ -155,8 +167,18 @@ def _watched(reads: Reads, functions: Iterable[Any]) -> Iterator[Watched]:
         if hasattr(type(owner), name):
             value = getattr(type(owner), name)
             yield Watched(type(owner), getattr, type(owner), name, snapshot(value))
+            if isdatadescriptor(value) and not isinstance(
+                value, property
+            ):  # with a store of its own
+                yield Watched(owner, getattr, owner, name, snapshot(getattr(owner, name)))
         else:  # made up by `__getattr__`: a config's other name for something
             yield Watched(owner, getattr, owner, name, snapshot(getattr(owner, name, ABSENT)))
+    for owner_id, name in reads.missing:
+        owner = reads.objects[owner_id]
+        yield Watched(owner, _is_there, owner, name, False)
+    for (owner_id, name), names in reads.tables.items():
+        owner = reads.objects[owner_id]
+        yield Watched(owner, _names_in, owner, name, names)
     for owner in owners:
         yield Watched(owner, getattr, owner, "__class__", type(owner))
     for (owner_id, name), child in reads.children.items():
@@ -167,16 +189,34 @@ def _watched(reads: Reads, functions: Iterable[Any]) -> Iterator[Watched]:
         places = (getattr(owner, kind, {}) for kind in ("__dict__", "_parameters", "_buffers"))
         table = next((place for place in places if name in place), {})
         yield Watched(owner, _of_tensor, table, name, _of_tensor(table, name, None))
+    functions = [*functions, *reads.held.values()]
+    for value in {id(v): v for v in (*reached(functions), *reads.held.values())}.values():
+        for name in CONSTANT if isinstance(value, FunctionType) else ():
+            yield Watched(value, getattr, value, name, snapshot(getattr(value, name)))
+        state = state_of(value)
+        if not isinstance(value, FunctionType) or any(state):
+            yield Watched(value, _state, value, "state", snapshot(state))
+    named = {name for code in codes_of(functions) for name in code.co_names}
+    for cls in {cls for owner in owners for cls in type(owner).__mro__ if plain_attributes(cls)}:
+        for name in named & plain_attributes(cls):  # `type(self).scale`
+            yield Watched(cls, getattr, cls, name, snapshot(getattr(cls, name)))
+    for holders in reads.shared():
+        yield Watched(holders[0][0], _are_one, holders, holders[0][1], True)
     for place, name in names_of(functions):
         if isinstance(place, type):
             yield Watched(place, getattr, place, name, getattr(place, name))
         else:
             value = place[name]
             yield Watched(place, dict.get, place, name, snapshot(value))
-            if may_be_watched(type(value)):  # a registry, say of attention functions
-                yield Watched(value, _itself, kept := _kept_by(value), name, snapshot(kept))
+            for inner in within(value):
+                if (state := state_of(inner)) is not ABSENT:
+                    yield Watched(inner, _state, inner, name, snapshot(state))
+            if kept := _kept_by(value):  # of a registry, say of attention functions
+                yield Watched(value, _itself, kept, name, snapshot(kept))
 
 
+CONSTANT = ("__code__", "__defaults__", "__kwdefaults__")
+"""What an editor's automatic reload changes of a function."""
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -189,7 +229,7 @@ def _watched_hooks(hooks: Hooks, modules: Iterable[nn.Module]) -> Iterator[Watch
     for module in modules:
         tables = [getattr(module, name) for name in HOOKS]
         if any(tables) or any(of_all.values()):
-            yield Watched(module, hooks.look, module, "hooks", hooks.state(module))
+            yield Watched(module, hooks.look, module, "hooks", hooks.look(module, "", None))
         else:
             for name, table in zip(HOOKS, tables, strict=True):
                 yield Watched(module, _is_empty, table, name, True)
@@ -217,12 +257,39 @@ def _itself(table: Any, _name: str, _absent: Any) -> Any:
     return table
 
 
+def _names_in(owner: Any, name: str, _absent: Any) -> list[str]:
+    return list(getattr(owner, name))
+
+
+def _state(value: Any, _name: str, _absent: Any) -> Any:
+    return state_of(value)
+
+
+def _is_there(owner: Any, name: str, _absent: Any) -> bool:
+    """Whether an object or its class has an attribute, whatever its `__getattr__` makes up."""
+    if isinstance(owner, nn.Module) and any(
+        name in table for table in (owner._parameters, owner._buffers, owner._modules)
+    ):
+        return True
+    return name in getattr(owner, "__dict__", ()) or hasattr(type(owner), name)
+
+
+def _are_one(places: Sequence[tuple[nn.Module, str]], _name: str, _absent: Any) -> bool:
+    """Whether attributes of modules hold the same tensor."""
+    held = [getattr(module, name, None) for module, name in places]
+    return all(tensor is held[0] for tensor in held)
+
+
 def _is_empty(table: Any, _name: str, _absent: Any) -> Any:
     return not table
 
 
 def _kept_by(value: Any) -> list[Any]:
-    """What an object holds, and the lists, sets and dicts of its classes."""
-    shared = [vars(cls) for cls in type(value).__mro__ if may_be_watched(cls)]
-    kept = [v for names in shared for v in names.values() if isinstance(v, list | dict | set)]
-    return [vars(value), *kept]
+    """What the objects in a value hold, and the lists, sets and dicts of their classes."""
+    kept = list[Any]()
+    for inner in within(value):
+        if may_be_watched(type(inner)):
+            shared = [vars(cls) for cls in type(inner).__mro__ if may_be_watched(cls)]
+            values = [v for names in shared for v in names.values()]
+            kept += [vars(inner), *(v for v in values if isinstance(v, list | dict | set))]
+    return kept

@@ -204,7 +204,8 @@ class After(_Node):
         if first is not None and first.grad_fn is not None:
             for old in running._get_backward_hooks()[1]:  # register_backward_hook
                 first.grad_fn.register_hook(partial(old, module))
-        del OPEN.records[OPEN.records.index(record) :]
+        if record in OPEN.records:  # not where two programs run in step, to be compared
+            del OPEN.records[OPEN.records.index(record) :]
         return leaves
 
 

@@ -81,9 +81,11 @@ class Hooks:
                 return FORWARD
         return NONE
 
-    def look(self, module: nn.Module, _name: str, _absent: Any) -> int:
-        """`state`, for `guards`."""
-        return self.state(module)
+    def look(self, module: nn.Module, _name: str, _absent: Any) -> tuple[Any, ...]:
+        """For `guards`: the state, and the host's own hooks, which a trace went through."""
+        tables = (module._forward_hooks, module._forward_pre_hooks)
+        own = [n for hooks in tables for n, hook in hooks.items() if self.of_host(n, hook)]
+        return self.state(module), *own
 
     def of_host(self, number: int, hook: Hook) -> bool:
         """Whether a hook is the host's own code."""
@@ -100,7 +102,7 @@ class Hooks:
             return True
         owner = getattr(function, "__self__", None)
         if owner is not None:
-            held = (value for each in self.root.modules() for value in vars(each).values())
+            held = (value for each in self.root.modules() for value in dict(vars(each)).values())
             return any(each is owner for each in (*self.root.modules(), *held))
         name = getattr(function, "__qualname__", "")
         classes = {cls for each in self.root.modules() for cls in type(each).__mro__}

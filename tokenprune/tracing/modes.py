@@ -6,7 +6,7 @@ is a part of the program (`node.meta[MODES]`). What Python read or changed is no
 then holds only for calls in the same modes (`HostGraph.ambient`).
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, NamedTuple, Protocol
 from unittest import mock
@@ -14,6 +14,8 @@ from unittest import mock
 import torch
 from torch import fx, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from tokenprune.tracing.names import names_of
 
 __all__ = [
     "MODES",
@@ -26,6 +28,7 @@ __all__ = [
     "entered",
     "flags_of_gradients",
     "modes_between",
+    "modes_named_by",
     "reads_noted",
     "state",
     "where_predictors_learn",
@@ -85,6 +88,9 @@ READERS: Mapping[str, tuple[tuple[Any, str], ...]] = {
     ),
 }
 """The functions that tell a mode, by its name; torch's context managers call them as they enter."""
+
+
+_TELLS = {id(getattr(owner, name)): mode for mode, of in READERS.items() for owner, name in of}
 
 
 class State(NamedTuple):
@@ -201,6 +207,14 @@ def reads_noted(tracer: Recorder) -> Iterator[None]:
                 noted = _noted(tracer, name, getattr(owner, attribute))
                 stack.enter_context(mock.patch.object(owner, attribute, noted))
         yield
+
+
+def modes_named_by(functions: Iterable[Any]) -> set[str]:
+    """The modes that functions may ask for by a name of their own (`from torch import
+    is_grad_enabled`), which `reads_noted` does not see."""
+    names = [(place, name) for place, name in names_of(functions) if place is not vars(torch)]
+    values = [place[n] if isinstance(place, dict) else vars(place)[n] for place, n in names]
+    return {_TELLS[id(value)] for value in values if id(value) in _TELLS}
 
 
 def _noted(tracer: Recorder, name: str, original: Callable[..., Any]) -> Callable[..., Any]:

@@ -5,10 +5,13 @@ from functools import lru_cache
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
-__all__ = ["Namespace", "as_function", "caches_of", "codes_of", "names_of"]
+__all__ = ["Namespace", "as_function", "caches_of", "codes_of", "names_of", "plain_attributes"]
 
 Namespace = dict[str, Any] | type
+CALLED = (FunctionType, staticmethod, classmethod)
 CACHED = type(lru_cache(len))
+DATA = (bool, int, float, str, type(None), list, tuple, dict, set)
+MOST = 100  # functions of a table that are followed
 NOT_FOLLOWED = ("torch", "numpy", "tokenprune", "builtins", "typing", "functools", "contextlib")
 
 
@@ -33,7 +36,11 @@ def reached(functions: Iterable[Any]) -> Iterator[FunctionType]:
         seen.add(function)
         yield function
         waiting += _enclosed(function)
-        waiting += [_value(place, name) for place, name in _looked_up(function)]
+        for place, name in _looked_up(function):
+            value = _value(place, name)
+            waiting.append(value)
+            if isinstance(value, dict) and len(value) <= MOST:
+                waiting += value.values()
 
 
 def as_function(code: CodeType, around: dict[str, Any]) -> FunctionType:
@@ -70,7 +77,21 @@ def _looked_up(function: FunctionType) -> Iterator[tuple[Namespace, str]]:
             value = inside[name]
             if isinstance(value, ModuleType) and not any(vars(value) is s for s in seen):
                 waiting.append(vars(value))
+            elif isinstance(value, type):
+                called = {n for n, v in dict(vars(value)).items() if isinstance(v, CALLED)}
+                own = plain_attributes(value) | (called if _is_own(value) else set())
+                yield from ((value, each) for each in names & own)
     yield from _overridden(function, names)
+
+
+def plain_attributes(cls: type) -> set[str]:
+    """The data among a class's own attributes, which code reads by the class (`Config.scale`)."""
+    data = {n for n, v in dict(vars(cls)).items() if n[:2] != "__" and isinstance(v, DATA)}
+    return data if _is_own(cls) else set()
+
+
+def _is_own(cls: type) -> bool:
+    return cls.__module__.partition(".")[0] not in NOT_FOLLOWED
 
 
 def _plain(value: Any) -> FunctionType | None:

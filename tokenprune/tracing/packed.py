@@ -15,7 +15,7 @@ def refuse_packed(host: nn.Module) -> None:
         UnsupportedHostError: There is one; it is named.
     """
     for path, module in host.named_modules():
-        if any(type(value) is torch.ScriptObject for value in vars(module).values()):
+        if any(type(value) is torch.ScriptObject for value in dict(vars(module)).values()):
             where = path.removesuffix("._packed_params")
             raise UnsupportedHostError(
                 f"Module '{where}' of {type(host).__name__} was quantized by torch.ao.quantization "

@@ -1,35 +1,72 @@
 """Which attributes of modules, and of what they hold, Python reads while a host is traced."""
 
+import sys
+import threading
+from collections import UserDict, UserList, deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from enum import Enum
-from types import FunctionType, MethodType
+from functools import partial
+from types import CellType, FunctionType, MethodType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-__all__ = ["ABSENT", "Reads", "may_be_watched", "snapshot"]
+from tokenprune.tracing.provenance import of_host
+
+__all__ = ["ABSENT", "Reads", "may_be_watched", "snapshot", "state_of", "within"]
 
 ABSENT = object()
 """Stands for an attribute that there is not."""
 # What torch itself keeps on a module. Hooks and tensors are watched in ways of their own.
 OF_TORCH = frozenset(vars(nn.Module())) - {"training", "_modules"} | {"_compiled_call_impl"}
+TABLES = ("_parameters", "_buffers")
 LOOKUP = "__getattribute__"
+MOST_BYTES = 1 << 20  # of an array whose values are watched
+MOST = 100  # entries of a list or dict whose own attributes are watched
 HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class whose attributes can be set
-NOT_WATCHED = (
-    *("torch.", "numpy.", "collections", "functools", "logging", "threading", "typing"),
-    "tokenprune.tracing.",
-)
+NOT_WATCHED = {"torch", "numpy", "collections", "functools", "logging", "threading", "typing"}
+OURS = ("tokenprune.tracing.", "tokenprune.runtime.")
 
 
 def snapshot(value: Any) -> Any:
     """A value that later equals `value` as long as nothing in its lists, sets and dicts changes."""
-    if type(value) in (list, tuple, set):
+    if type(value) in (list, tuple, set, deque):
         return type(value)(map(snapshot, value)) if value else type(value)()
+    if isinstance(value, list):
+        return list(map(snapshot, value))
     if isinstance(value, dict):
-        return {key: snapshot(entry) for key, entry in value.items()}
+        return {key: snapshot(entry) for key, entry in dict(value).items()}  # threads may add some
     return value
+
+
+def state_of(value: Any) -> Any:
+    """What an object says that is no attribute access of a class that can be watched: of a
+    function its closure and attributes. ABSENT if it is of no such kind."""
+    if isinstance(value, FunctionType):
+        cells = value.__closure__ or ()
+        return [[cell.cell_contents for cell in cells if cell != CellType()], vars(value)]
+    if isinstance(value, partial):
+        return [value.func, value.args, value.keywords]
+    if isinstance(value, SimpleNamespace | threading.local):
+        return vars(value)
+    if isinstance(value, UserDict | UserList):
+        return value.data
+    if isinstance(value, ContextVar):
+        return [value.get(ABSENT)]
+    if isinstance(value, np.ndarray):
+        return value.shape, value.tobytes() if value.nbytes <= MOST_BYTES else id(value)
+    if (
+        type(value).__flags__ & HEAP_TYPE
+        and not hasattr(value, "__dict__")
+        and _is_own(type(value))
+    ):
+        slots = {name for cls in type(value).__mro__ for name in vars(cls).get("__slots__", ())}
+        return {name: getattr(value, name, ABSENT) for name in slots}
+    return ABSENT
 
 
 class Reads:
@@ -41,6 +78,10 @@ class Reads:
         inherited: (id, name) of what came from an object's class.
         children: (id, name) -> the child module.
         tensors: (id, name) of parameters and buffers, and of tensors that are plain attributes.
+        missing: (id, name) of what was asked for and is not there (`hasattr`).
+        tables: (id of a module, which of torch's tables) -> the names in it.
+        held: id of an object that `state_of` knows -> it.
+        places: id of a tensor -> all attributes of modules that hold it.
     """
 
     def __init__(self) -> None:
@@ -49,6 +90,10 @@ class Reads:
         self.inherited: dict[tuple[int, str], None] = {}
         self.children: dict[tuple[int, str], nn.Module] = {}
         self.tensors: dict[tuple[int, str], None] = {}
+        self.missing: dict[tuple[int, str], None] = {}
+        self.held: dict[int, Any] = {}
+        self.tables: dict[tuple[int, str], list[str]] = {}
+        self.places: dict[int, list[tuple[nn.Module, str]]] = {}
         self._patches = ExitStack()
         self._patched: set[type] = set()
 
@@ -80,6 +125,23 @@ class Reads:
         elif isinstance(value, torch.Tensor):
             self.tensors[id(module), name] = None
 
+    def lacked(self, owner: Any, name: str) -> None:
+        """Record that an object has no such attribute."""
+        if not name.startswith("__"):
+            self.objects[id(owner)] = owner
+            self.missing[id(owner), name] = None
+
+    def shared(self) -> list[list[tuple[nn.Module, str]]]:
+        """The attributes that hold one tensor, of which one was read: a trace reads it in one
+        place."""
+        several = [places for places in self.places.values() if len(places) > 1]
+        return [p for p in several if any((id(m), name) in self.tensors for m, name in p)]
+
+    def inherits(self, owner: Any, name: str) -> None:
+        """Record that an object has an attribute by its class."""
+        self.objects[id(owner)] = owner
+        self.inherited[id(owner), name] = None
+
     def functions(self) -> list[Any]:
         """What of it may have been called: methods, and functions kept in attributes."""
         classes = {(type(self.objects[i]), name) for i, name in self.inherited}
@@ -92,6 +154,8 @@ class Reads:
     def _add(self, owner: Any, name: str, value: Any) -> None:
         self.objects[id(owner)] = owner
         key, own = (id(owner), name), object.__getattribute__(owner, "__dict__")
+        for inner in within(value):
+            self._hold(inner)
         if name not in own:
             module = isinstance(owner, nn.Module)
             of_torch = module and getattr(nn.Module, name, ABSENT) is getattr(type(owner), name, 0)
@@ -101,8 +165,18 @@ class Reads:
             self.tensors[key] = None
         elif key not in self.values:
             self.values[key] = snapshot(value)
+
+    def _hold(self, value: Any) -> None:
+        """Record an object that is not watched by its class, or watch its class."""
+        if isinstance(value, MethodType):
+            self._hold(value.__self__)
+            value = value.__func__
+        if isinstance(value, partial):
+            self._hold(value.func)
         if may_be_watched(type(value)):
             self._watch(type(value))
+        elif id(value) not in self.held and state_of(value) is not ABSENT:
+            self.held[id(value)] = value
 
     def _watch(self, cls: type) -> None:
         """Record the reads of every object of `cls` from now on."""
@@ -112,7 +186,18 @@ class Reads:
         read: Callable[[Any, str], Any] = getattr(cls, LOOKUP)
 
         def recorded(owner: Any, name: str) -> Any:
-            value = read(owner, name)
+            try:
+                value = read(owner, name)
+            except AttributeError:
+                if not isinstance(owner, nn.Module) and not self._paused():
+                    self.lacked(owner, name)
+                raise
+            if name == "__dict__" and not self._paused() and _asked_by_host():
+                for each in value.keys() - OF_TORCH:
+                    self._add(owner, each, value[each])
+            if name in TABLES and not self._paused() and _asked_by_host():
+                self.objects[id(owner)] = owner
+                self.tables[id(owner), name] = list(value)
             if not (name.startswith("__") or name in OF_TORCH or self._paused()):
                 self._add(owner, name, value)
                 return self._handed(value) if isinstance(owner, nn.Module) else value
@@ -121,6 +206,20 @@ class Reads:
         before = vars(cls).get(LOOKUP, ABSENT)
         setattr(cls, LOOKUP, recorded)
         self._patches.callback(_put_back, cls, before)
+
+
+def _asked_by_host() -> bool:
+    return of_host(sys._getframe(2).f_code.co_filename)
+
+
+def within(value: Any, depth: int = 3) -> Iterator[Any]:
+    """A value, and what lists, tuples, dicts and plain objects in it hold."""
+    yield value
+    if may_be_watched(type(value)) or isinstance(value, SimpleNamespace):
+        value = vars(value)
+    if depth and isinstance(value, list | tuple | dict | deque) and len(value) <= MOST:
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from within(inner, depth - 1)
 
 
 def _put_back(cls: type, before: Any) -> None:
@@ -136,4 +235,9 @@ def may_be_watched(cls: type) -> bool:
     if plain or not cls.__flags__ & HEAP_TYPE or not hasattr(cls, "__dict__"):
         return False
     has_dict = cls.__dictoffset__ != 0
-    return has_dict and not cls.__module__.startswith(NOT_WATCHED)
+    return has_dict and _is_own(cls)
+
+
+def _is_own(cls: type) -> bool:
+    file = cls.__module__
+    return file.partition(".")[0] not in NOT_WATCHED and not file.startswith(OURS)

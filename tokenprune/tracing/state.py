@@ -4,15 +4,18 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from tokenprune.tracing.reads import ABSENT, OF_TORCH, may_be_watched
 from tokenprune.tracing.stand_ins import is_plain
 
 __all__ = [
     "Kept",
+    "Passing",
     "Written",
     "attributes_kept",
     "buffers_kept",
@@ -31,6 +34,10 @@ class Written(NamedTuple):
     value: Any
 
 
+class Passing:
+    """A value that threads put in an attribute and take out again, whatever is traced meanwhile."""
+
+
 class Kept:
     """What was in the modules of a host, in what they hold, in their classes and their files."""
 
@@ -44,7 +51,9 @@ class Kept:
         owned = len(self._contents)
         for cls in {cls for module in self._modules for cls in type(module).__mro__}:
             if not cls.__module__.startswith(("torch", "builtins")):
-                values = {n: v for n, v in vars(cls).items() if n[:2] != "__" and not callable(v)}
+                values = {
+                    n: v for n, v in dict(vars(cls)).items() if n[:2] != "__" and not callable(v)
+                }
                 self._classes.append((cls, values))
                 self._keep(list(values.values()), depth=2)
                 self._keep(vars(sys.modules.get(cls.__module__, sys)), depth=2)
@@ -53,7 +62,7 @@ class Kept:
     def _keep(self, value: Any, depth: int) -> None:
         value = vars(value) if may_be_watched(type(value)) else value
         if id(value) not in self._contents and isinstance(value, list | dict) and depth:
-            contents = list(value) if isinstance(value, list) else dict(value)
+            contents = list(value) if isinstance(value, list) else _staying(value)
             self._contents[id(value)] = value, contents
             for inner in contents if isinstance(contents, list) else contents.values():
                 self._keep(inner, depth - 1)
@@ -62,7 +71,7 @@ class Kept:
         """What has been set since, or changed in place."""
         for module in self._modules:
             before = self._contents[id(vars(module))][1]
-            for name, value in vars(module).items():
+            for name, value in dict(vars(module)).items():
                 if name in OF_TORCH or name == "_modules":
                     continue
                 kept, contents = self._contents.get(id(value), (value, value))
@@ -80,7 +89,7 @@ class Kept:
             if not _same(kept, contents):
                 yield kept
         for cls, values in self._classes:
-            yield from (v for n, v in vars(cls).items() if n in values and v is not values[n])
+            yield from (v for n, v in dict(vars(cls)).items() if n in values and v is not values[n])
 
     def put_back(self) -> None:
         """Make everything what it was; what is the same is not touched."""
@@ -94,7 +103,7 @@ class Kept:
             if isinstance(kept, list):
                 kept[:] = contents
                 continue
-            for name in kept.keys() - contents.keys():
+            for name in _staying(kept).keys() - contents.keys():
                 del kept[name]
             kept.update(contents)
 
@@ -114,7 +123,7 @@ def empty_caches(root: nn.Module) -> None:
     """Take out what hosts have computed from their parameters and keep for the next call (LeViT's
     position biases): a trace computes it again. To be used inside `attributes_kept`."""
     for module in root.modules():
-        for name, value in vars(module).items():
+        for name, value in dict(vars(module)).items():
             cache = value if "cache" in name and isinstance(value, dict) else {}
             if all(isinstance(kept, torch.Tensor) for kept in cache.values()):
                 cache.clear()
@@ -147,13 +156,19 @@ def kept_modes(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def no_autocast_cache() -> Iterator[None]:
-    """Autocast keeps the weights it has cast; those cast under fake tensors must not be kept."""
+    """Autocast keeps the weights it has cast, and `parametrize.cached` those it has computed; those
+    of fake tensors must not be kept."""
     was = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:
-        yield
+        with mock.patch.object(parametrize, "_cache_enabled", 0):
+            yield
     finally:
         torch.set_autocast_cache_enabled(was)
+
+
+def _staying(values: dict[Any, Any]) -> dict[Any, Any]:
+    return {name: value for name, value in dict(values).items() if not isinstance(value, Passing)}
 
 
 def _same(ours: Any, theirs: Any) -> bool:

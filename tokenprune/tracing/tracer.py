@@ -28,7 +28,7 @@ from tokenprune.tracing.arguments import Arguments
 from tokenprune.tracing.calls import NUMBER, RecordedCall
 from tokenprune.tracing.checkpoints import CHECKPOINT, Checkpoint, checkpoints_recorded
 from tokenprune.tracing.constants import find, look_up, named_tensors
-from tokenprune.tracing.decompose import DECOMPOSED, is_leaf
+from tokenprune.tracing.decompose import decomposed, is_leaf
 from tokenprune.tracing.draws import DrawRead, certain, is_drawn, possible_number
 from tokenprune.tracing.effects import Store
 from tokenprune.tracing.functions import functions_recorded
@@ -49,6 +49,7 @@ from tokenprune.tracing.modes import (
     REQUIRES_GRAD,
     flags_of_gradients,
     modes_between,
+    modes_named_by,
     reads_noted,
     state,
 )
@@ -95,7 +96,10 @@ class ValueTracer(fx.Tracer):
         self.calls: list[RecordedCall] = []
         self.tensor_attrs = {}
         self.submodule_paths = {module: name for name, module in root.named_modules()}
-        self._names = dict(named_tensors(root))
+        self._names: dict[int, str] = {}
+        for module, path, name, tensor in named_tensors(root):
+            self._names[id(tensor)] = f"{path}.{name}" if path else name
+            self.reads.places.setdefault(id(tensor), []).append((module, name))
         self._attributes: dict[str, ValueProxy] = {}
         self._modules_entered = [""]
         self._failed_in = ""
@@ -122,6 +126,8 @@ class ValueTracer(fx.Tracer):
             self.reads.forget(lambda value: bool(nodes_in(value)))
             self.functions = [forward, *self.reads.functions()]
             self.functions += [as_function(code, around) for code, around in self._ran.items()]
+            for mode in modes_named_by(self.functions):
+                self.note_ambient(mode)
             self.left, effects = remains_of(kept, self.graph, codes_of(self.functions))
             for target, value in effects:
                 self._effect(target, value)
@@ -139,12 +145,19 @@ class ValueTracer(fx.Tracer):
                 return MODULE_CALL(module, *args, **kwargs)
             if self.executing:
                 return unhooked(module, args, kwargs)
-            opened = DECOMPOSED.get(type(module))
-            forward = partial(opened, module) if opened else forward_of(module)
+            opened = decomposed(module)
+            if opened is not None:
+                self.reads.inherits(module, "forward")
+            forward = forward_of(module) if opened is None else partial(opened, module)
             return self.call_module(module, forward, args, kwargs)
 
         def getattribute(module: nn.Module, name: str) -> Any:
-            value = MODULE_GETATTR(module, name)
+            try:
+                value = MODULE_GETATTR(module, name)
+            except AttributeError:
+                if not self.elsewhere:
+                    self.reads.lacked(module, name)
+                raise
             if not self.elsewhere:
                 self.reads.registered(module, name, value)
             return handed(value)
@@ -214,7 +227,9 @@ class ValueTracer(fx.Tracer):
         if name is None:
             return tensor
         if name not in self._attributes:
-            self._attributes[name] = self.create_proxy("get_attr", name, (), {})
+            proxy = self._attributes[name] = self.create_proxy("get_attr", name, (), {})
+            own, stand_in = vars(tensor), vars(proxy.node.meta["val"])
+            stand_in.update({n: own[n] for n in own.keys() - stand_in.keys()})  # an owner's marks
         return self._attributes[name]
 
     def forget_attributes(self) -> None:

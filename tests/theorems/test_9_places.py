@@ -1,0 +1,262 @@
+"""Theorem 9 where Python keeps a number: wherever a host's code reads it, a change is seen."""
+
+import threading
+import traceback
+from collections import UserDict, deque
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tokenprune
+from tests.toys.vit import Vit
+from tokenprune.errors import UnsupportedHostError
+
+RECIPE: dict[str, Any] = {"version": 1, "schedule": {"blocks": [1, 2], "keep_ratio": 0.5}}
+IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+class Plain:
+    scale = 1.0
+
+    def __init__(self) -> None:
+        self.own = 1.0
+
+    def read(self) -> float:
+        return self.own
+
+
+@dataclass(slots=True)
+class Slotted:
+    own: float = 1.0
+
+
+class Table:
+    scale = 1.0
+
+    @staticmethod
+    def read() -> float:
+        return NUMBERS["static"]
+
+
+def by_default(state: dict[str, float] = {"own": 1.0}) -> float:  # noqa: B006  a default is the case
+    return state["own"]
+
+
+def with_attribute() -> float:
+    return with_attribute.scale  # type: ignore[attr-defined,no-any-return]
+
+
+def of_closure() -> tuple[Callable[[], float], Callable[[float], None]]:
+    held = 1.0
+
+    def change(value: float) -> None:
+        nonlocal held
+        held = value
+
+    return lambda: held, change
+
+
+def one(state: dict[str, float]) -> float:
+    return state["own"]
+
+
+with_attribute.scale = 1.0  # type: ignore[attr-defined]
+NUMBERS = {"static": 1.0}
+DEEP, CONFIGS = SimpleNamespace(inner=Plain()), [Plain()]
+CONTEXT: ContextVar[float] = ContextVar("CONTEXT", default=1.0)
+LOCAL = threading.local()
+LOCAL.own = 1.0
+FUNCTIONS: dict[str, Callable[[], float]] = {"read": Table.read}
+READ_CLOSURE, CHANGE_CLOSURE = of_closure()
+SHARED = {"own": 1.0}
+
+Place = tuple[Any, Callable[[Any], float], Callable[[Any, float], Any]]
+# What the block holds, how its forward reads the number, how it is changed.
+PLACES: dict[str, Place] = {
+    "absent": (None, lambda s: getattr(s, "extra", 1.0), lambda s, v: setattr(s, "extra", v)),
+    "absent_of_a_config": (
+        Plain(), lambda s: getattr(s.held, "extra", 1.0), lambda s, v: setattr(s.held, "extra", v)
+    ),
+    "vars": (1.0, lambda s: vars(s)["held"], lambda s, v: setattr(s, "held", v)),
+    "list_of_configs": (
+        [Plain()], lambda s: s.held[0].own, lambda s, v: setattr(s.held[0], "own", v)
+    ),
+    "namespace": (
+        SimpleNamespace(own=1.0), lambda s: s.held.own, lambda s, v: setattr(s.held, "own", v)
+    ),
+    "slots": (Slotted(), lambda s: s.held.own, lambda s, v: setattr(s.held, "own", v)),
+    "bound_method": (
+        Plain().read, lambda s: s.held(), lambda s, v: setattr(s.held.__self__, "own", v)
+    ),
+    "deque": (deque([1.0]), lambda s: s.held[0], lambda s, v: s.held.__setitem__(0, v)),
+    "user_dict": (
+        UserDict(own=1.0), lambda s: s.held["own"], lambda s, v: s.held.__setitem__("own", v)
+    ),
+    "array": (
+        np.ones(3), lambda s: float(s.held[1]), lambda s, v: s.held.__setitem__(1, v)
+    ),
+    "partial": (
+        partial(one, SHARED), lambda s: s.held(), lambda s, v: SHARED.__setitem__("own", v)
+    ),
+    "function_attribute": (
+        None, lambda s: with_attribute(), lambda s, v: setattr(with_attribute, "scale", v)
+    ),
+    "default": (
+        None, lambda s: by_default(), lambda s, v: by_default.__defaults__[0].update(own=v)
+    ),
+    "closure": (None, lambda s: READ_CLOSURE(), lambda s, v: CHANGE_CLOSURE(v)),
+    "class_by_name": (None, lambda s: Plain.scale, lambda s, v: setattr(Plain, "scale", v)),
+    "static_method": (None, lambda s: Table.read(), lambda s, v: NUMBERS.update(static=v)),
+    "table_of_functions": (
+        None, lambda s: FUNCTIONS["read"](), lambda s, v: NUMBERS.update(static=v)
+    ),
+    "global_object_in_an_object": (
+        None, lambda s: DEEP.inner.own, lambda s, v: setattr(DEEP.inner, "own", v)
+    ),
+    "global_list_of_configs": (
+        None, lambda s: CONFIGS[0].own, lambda s, v: setattr(CONFIGS[0], "own", v)
+    ),
+    "context_variable": (None, lambda s: CONTEXT.get(), lambda s, v: CONTEXT.set(v)),
+    "thread_local": (None, lambda s: LOCAL.own, lambda s, v: setattr(LOCAL, "own", v)),
+    "own_class": (
+        None, lambda s: type(s).scale, lambda s, v: setattr(type(s), "scale", v)
+    ),
+    "mark_of_a_parameter": (
+        None, lambda s: s.gamma1.mark, lambda s, v: setattr(s.gamma1, "mark", v)
+    ),
+    "table_of_buffers": (
+        None, lambda s: 1.0 + len(s._buffers),
+        lambda s, v: s.register_buffer("b", torch.ones(3)) if v > 1 else s._buffers.clear(),
+    ),
+}  # fmt: skip
+
+
+def wrapped(host: nn.Module) -> Any:
+    made = tokenprune.wrap(host, RECIPE, example_inputs=IMAGES, verify=False, train=False)
+    return made.eval()
+
+
+def host_of(place: Place) -> nn.Module:
+    held, read, _ = place
+
+    class Block(type(Vit().blocks[2])):  # type: ignore[misc]
+        scale = 1.0
+
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(x) * read(self)
+
+    host = Vit().eval()
+    host.blocks[2].__class__ = Block
+    host.blocks[2].held, host.blocks[2].gamma1.mark = held, 1.0
+    return host
+
+
+def anew(model: Any) -> Tensor:
+    other = wrapped(tokenprune.unwrap(model))
+    other.token_predictors.load_state_dict(model.token_predictors.state_dict())
+    return other(IMAGES)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("name", PLACES)
+@torch.no_grad()
+def test_9_a_number_is_seen_wherever_it_is_kept(name: str) -> None:
+    place = PLACES[name]
+    host = host_of(place)
+    model = wrapped(host)
+    before = model(IMAGES)
+    try:
+        place[2](host.blocks[2], 3.0)
+        assert not torch.equal(model(IMAGES), before)
+        assert torch.equal(model(IMAGES), anew(model))
+    finally:
+        place[2](host.blocks[2], 1.0)
+    traced = tokenprune.cache_info(model).traced
+    assert torch.equal(model(IMAGES), before)
+    assert tokenprune.cache_info(model).traced - traced <= 1
+
+
+@torch.no_grad()
+def test_9_weights_that_were_tied_are_read_in_their_own_places() -> None:
+    host = Vit().eval()
+    host.blocks[2].mlp[0].weight = host.blocks[1].mlp[0].weight
+    model = wrapped(host)
+    before = model(IMAGES)
+    for block in host.blocks[1:]:
+        block.mlp[0].weight = nn.Parameter(torch.randn_like(block.mlp[0].weight))
+    assert not torch.equal(model(IMAGES), before)
+    assert torch.equal(model(IMAGES), anew(model))
+
+
+@torch.no_grad()
+def test_9_a_hook_of_the_host_may_go() -> None:
+    class Hooked(Vit):
+        def double(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+            return output * 2
+
+    host = Hooked().eval()
+    handle = host.blocks[1].mlp.register_forward_hook(host.double)
+    model = wrapped(host)
+    before = model(IMAGES)
+    handle.remove()
+    assert not torch.equal(model(IMAGES), before)
+    assert torch.equal(model(IMAGES), anew(model))
+    host.blocks[2].mlp.register_forward_hook(host.double)
+    assert torch.equal(model(IMAGES), anew(model))
+
+
+def test_9_a_forward_set_on_the_host_is_refused() -> None:
+    host = Vit().eval()
+    model = wrapped(host)
+    forward = host.forward
+    host.forward = lambda x: forward(x)
+    with pytest.raises(UnsupportedHostError, match="replaced on the host object after wrap"):
+        model(IMAGES)
+    del host.forward
+    model(IMAGES)
+
+
+def test_9_more_prefix_tokens_are_seen() -> None:
+    timm = pytest.importorskip("timm")
+    host = timm.models.VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=16, depth=4, num_heads=2, num_classes=5
+    ).eval()
+    model = wrapped(host)
+    host.reg_token = nn.Parameter(torch.randn(1, 4, 16))
+    host.num_prefix_tokens, host.num_reg_tokens = 5, 4
+    host.pos_embed = nn.Parameter(torch.randn(1, 21, 16))
+    with torch.no_grad():
+        assert torch.equal(model(IMAGES), anew(model))
+    assert tokenprune.verify(model).num_prefix_tokens == 5
+
+
+def test_9_threads_that_ask_for_a_method_at_once_leave_the_blocks_alone() -> None:
+    timm = pytest.importorskip("timm")
+    host = timm.models.VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=16, depth=4, num_heads=2, num_classes=5
+    ).eval()
+    model = tokenprune.wrap(host, RECIPE, verify=False, train=False, restore=False).eval()
+    together, failed = threading.Barrier(3), list[BaseException]()
+
+    def call() -> None:
+        together.wait()
+        try:
+            with torch.no_grad():
+                model.forward_features(IMAGES)
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=call) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed, "".join(traceback.format_exception(failed[0]))
+    assert not any("forward" in vars(block) for block in host.blocks)
