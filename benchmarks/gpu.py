@@ -1,11 +1,11 @@
 """Speed on a GPU: dense, wrapped, and the host's blocks on as many tokens. Writes docs/gpu.md.
 
-    python -m benchmarks.gpu                       all of it, about a quarter of an hour
+    python -m benchmarks.gpu                       all of it
     python -m benchmarks.gpu --only DeiT-S --how eager --batch 1 256
     python -m benchmarks.gpu --render-only         write the page only
 
-Rows are saved in docs/gpu.json one by one; a new measurement replaces the old row. Runs on a CPU
-too, so that it can be tried there.
+Rows are saved in docs/gpu.json one by one; a new measurement replaces the old row, and one on
+another machine replaces all. Runs on a CPU too, so that it can be tried there.
 """
 
 import argparse
@@ -43,7 +43,7 @@ numbers are medians of {rounds} rounds. Made by `python -m benchmarks.gpu`.
 *Replay* is the host itself on as many tokens, cut off in front of the blocks where stages sit: the
 best that is possible without any selection; it is not there for bypass, and for hosts with tables
 of positions inside their blocks. *Frozen* is the wrapped model after `freeze_guards`; *of the
-replay* is the replay's time over that of the faster one.
+replay* is the replay's time over that of *wrapped* or *frozen*, whichever is faster.
 *Memory* is the peak of a training step, relative to dense. *Bound* is dense MACs / pruned MACs.
 """
 
@@ -199,7 +199,9 @@ def as_page(rows: Sequence[GpuRow], machine: str, rounds: int) -> str:
         bound = None if r.how == "train" else r.bound
         cells = ["-" if v is None else f"{v:.2f}" for v in (*ratios, of_replay, bound, r.memory)]
         lines.append([r.host, r.how, str(r.batch), f"{r.dense * 1e3:.2f}", *cells])
-    return HEAD.format(machine=machine, rounds=rounds) + "\n" + table(head, lines) + "\n"
+    missing = ", ".join(how for how in HOWS if how not in {row.how for row in rows})
+    end = f"\nNot measured: {missing}.\n" if missing else ""
+    return HEAD.format(machine=machine, rounds=rounds) + "\n" + table(head, lines) + "\n" + end
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -216,6 +218,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     known = json.loads(kept.read_text()) if kept.exists() else {"rows": []}
     rows = {(r.host, r.how, r.batch): r for r in (GpuRow(**entry) for entry in known["rows"])}
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    if not options.render_only and known.get("machine") != _machine(device):
+        rows.clear()  # one page is about one machine
     for how in () if options.render_only else options.how:
         for host in (host for host in HOSTS if fnmatch(host.name, options.only)):
             try:

@@ -79,7 +79,7 @@ def test_every_kind_of_attention_counts(attention: str) -> None:
 
 def test_the_same_as_torch_counts_in_a_real_run() -> None:
     model = wrapped(hf_vit("eager")).eval()
-    with FlopCounterMode(display=False) as counter:  # its hooks make this call trace anew
+    with FlopCounterMode(display=False) as counter:  # its hooks make this call trace again
         model(torch.randn(1, 3, 32, 32))
     assert profile(model).macs == counter.get_total_flops() // 2
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -39,8 +40,6 @@ class Slotted:
 
 
 class Table:
-    scale = 1.0
-
     @staticmethod
     def read() -> float:
         return NUMBERS["static"]
@@ -159,7 +158,7 @@ def host_of(place: Place) -> nn.Module:
     return host
 
 
-def anew(model: Any) -> Tensor:
+def wrapped_again(model: Any) -> Tensor:
     other = wrapped(tokenprune.unwrap(model))
     other.token_predictors.load_state_dict(model.token_predictors.state_dict())
     return other(IMAGES)  # type: ignore[no-any-return]
@@ -175,7 +174,7 @@ def test_9_a_number_is_seen_wherever_it_is_kept(name: str) -> None:
     try:
         place[2](host.blocks[2], 3.0)
         assert not torch.equal(model(IMAGES), before)
-        assert torch.equal(model(IMAGES), anew(model))
+        assert torch.equal(model(IMAGES), wrapped_again(model))
     finally:
         place[2](host.blocks[2], 1.0)
     traced = tokenprune.cache_info(model).traced
@@ -192,7 +191,7 @@ def test_9_weights_that_were_tied_are_read_in_their_own_places() -> None:
     for block in host.blocks[1:]:
         block.mlp[0].weight = nn.Parameter(torch.randn_like(block.mlp[0].weight))
     assert not torch.equal(model(IMAGES), before)
-    assert torch.equal(model(IMAGES), anew(model))
+    assert torch.equal(model(IMAGES), wrapped_again(model))
 
 
 @torch.no_grad()
@@ -207,9 +206,9 @@ def test_9_a_hook_of_the_host_may_go() -> None:
     before = model(IMAGES)
     handle.remove()
     assert not torch.equal(model(IMAGES), before)
-    assert torch.equal(model(IMAGES), anew(model))
+    assert torch.equal(model(IMAGES), wrapped_again(model))
     host.blocks[2].mlp.register_forward_hook(host.double)
-    assert torch.equal(model(IMAGES), anew(model))
+    assert torch.equal(model(IMAGES), wrapped_again(model))
 
 
 def test_9_a_forward_set_on_the_host_is_refused() -> None:
@@ -224,7 +223,6 @@ def test_9_a_forward_set_on_the_host_is_refused() -> None:
 
 
 def test_9_more_prefix_tokens_are_seen() -> None:
-    timm = pytest.importorskip("timm")
     host = timm.models.VisionTransformer(
         img_size=32, patch_size=8, embed_dim=16, depth=4, num_heads=2, num_classes=5
     ).eval()
@@ -233,12 +231,11 @@ def test_9_more_prefix_tokens_are_seen() -> None:
     host.num_prefix_tokens, host.num_reg_tokens = 5, 4
     host.pos_embed = nn.Parameter(torch.randn(1, 21, 16))
     with torch.no_grad():
-        assert torch.equal(model(IMAGES), anew(model))
+        assert torch.equal(model(IMAGES), wrapped_again(model))
     assert tokenprune.verify(model).num_prefix_tokens == 5
 
 
 def test_9_threads_that_ask_for_a_method_at_once_leave_the_blocks_alone() -> None:
-    timm = pytest.importorskip("timm")
     host = timm.models.VisionTransformer(
         img_size=32, patch_size=8, embed_dim=16, depth=4, num_heads=2, num_classes=5
     ).eval()

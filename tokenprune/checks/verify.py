@@ -13,6 +13,7 @@ from tokenprune.checks.telling import telling
 from tokenprune.errors import UnsupportedHostError, VerificationError
 from tokenprune.hosts.inputs import ExampleInputs
 from tokenprune.runtime.model import pruning_of
+from tokenprune.tracing.arguments import Arguments
 from tokenprune.tracing.state import attributes_kept, buffers_kept, kept_modes
 
 __all__ = ["verify"]
@@ -63,7 +64,7 @@ def verify(
         mode=pruning.method.reduction.name,
         num_patches=proof.num_patches[0],
         patches_per_stage=proof.num_patches,
-        num_prefix_tokens=pruning.plan.num_prefix,
+        num_prefix_tokens=proof.programs.analysis.plan.num_prefix,
         num_keep=pruning.budget.counts(proof.num_patches),
         threshold=pruning.budget.threshold,
         checks=tuple(checks),
@@ -79,9 +80,10 @@ def _on_a_copy(given: Theorems, gradients: bool) -> list[Check]:
     enliven(lively)
     for dtype in (torch.promote_types(given.dtype, torch.float32), torch.float64):
         lively = lively.to(dtype)
-        shared = programs if dtype == given.dtype and programs.serve_copies else None
+        tensors = cast(inputs, dtype)
+        alike = _dtypes(lively, tensors) == _dtypes(model, inputs)
         with torch.no_grad():
-            proof = Theorems(lively, cast(inputs, dtype), shared)
+            proof = Theorems(lively, tensors, programs if alike and programs.serve_copies else None)
         checks = proof.checks(gradients)
         told = telling(proof)
         if not told.blind_stages:
@@ -97,3 +99,9 @@ def _on_a_copy(given: Theorems, gradients: bool) -> list[Check]:
         )
     checks += told.checks(proof)
     return [replace(check, name=f"{check.name}, enlivened") for check in checks]
+
+
+def _dtypes(model: nn.Module, inputs: Arguments) -> list[torch.dtype]:
+    """What a trace of a model's call holds for."""
+    held = (*model.parameters(), *model.buffers(), *inputs.tensors.values())
+    return [tensor.dtype for tensor in held]

@@ -84,7 +84,7 @@ class Pruning:
         adapter: Which adapter was asked for.
         spec: What it says of the host.
         recipe: With its stages.
-        plan: Where the stages are; never changes.
+        plan: Where the stages are; of the newest trace, each `Programs` has its own.
         budget: How much they keep; `set_keep_ratio` and `set_threshold` replace it.
         call: The arguments of the host's forward.
         restore: Whether outputs that hold tokens come back in place; None refuses such outputs.

@@ -44,10 +44,8 @@ class Generators:
         everything = gc.get_objects()
         found = map(kinds.__contains__, map(type, everything))
         objects = [*DEFAULTS, *(one for one in compress(everything, found) if one not in DEFAULTS)]
-        held = [
-            v for m in root.modules() for v in dict(vars(m)).values()
-        ]  # torch's are not collected
         # torch's are not collected
+        held = [v for m in root.modules() for v in dict(vars(m)).values()]
         objects += [torch.default_generator, *(v for v in held if type(v) is torch.Generator)]
         self._states: list[tuple[Any, Any]] = [(thing, _state(thing)) for thing in objects]
 
