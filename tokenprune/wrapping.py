@@ -139,8 +139,9 @@ def wrap(
     first = first_floating(model)
     like = {"device": first.device, "dtype": first.dtype}
     make, grids = pruning.method.scorer.make, programs.analysis.grids
-    scorers = [make(grid.num_channels, chosen.predictor, **like) for grid in grids]
-    added = {PREDICTORS: Predictors(*scorers), **programs.reduction.modules(**like)}
+    with torch.inference_mode(False):  # what it adds may be trained later
+        scorers = [make(grid.num_channels, chosen.predictor, **like) for grid in grids]
+        added = {PREDICTORS: Predictors(*scorers), **programs.reduction.modules(**like)}
     pruning.added.update({name: module.train(model.training) for name, module in added.items()})
     if verify:
         verify_model(wrapped, example, gradients=False)

@@ -3,6 +3,7 @@ else behaves as if it had never been called."""
 
 import functools
 import random
+from collections import deque
 from typing import Any, ClassVar
 
 import numpy as np
@@ -89,6 +90,42 @@ class Counts(Host):
         return x
 
 
+class Notes:
+    def __init__(self) -> None:
+        self.calls = 0
+
+
+class TakesNotes(Host):
+    """In all that an owner may look at: a list, a set, a dict, an object."""
+
+    def __init__(self, fails: bool = False) -> None:
+        super().__init__(fails)
+        self.log, self.sizes, self.recent = list[int](), set[int](), deque[int](maxlen=2)
+        self.stats: dict[str, Any] = {"owner": 1}
+        self.notes = Notes()
+
+    def odd(self, x: Tensor) -> Tensor:
+        self.log.append(x.shape[1])
+        self.recent.append(x.shape[1])
+        self.sizes.add(x.shape[2])
+        self.stats["mean"] = x.mean()
+        self.notes.calls += 1
+        return x
+
+
+class NotesAll(Host):
+    """Reads what it adds to, in a dict inside of a dict."""
+
+    def __init__(self, fails: bool = False) -> None:
+        super().__init__(fails)
+        self.stats: dict[str, Any] = {"sizes": {}}
+
+    def odd(self, x: Tensor) -> Tensor:
+        sizes = self.stats["sizes"]
+        sizes[len(sizes)] = x.shape[1]
+        return x
+
+
 class Alternates(Counts):
     def odd(self, x: Tensor) -> Tensor:
         self.steps += 1
@@ -137,17 +174,38 @@ def test_10_nothing_of_a_trace_remains(kind: type[Host], fails: bool) -> None:
     assert "__getattribute__" not in vars(nn.Module)
 
 
+@torch.no_grad()
+def test_10_a_program_adds_to_what_the_host_would_add_to() -> None:
+    torch.manual_seed(0)
+    host, plain = TakesNotes().eval(), TakesNotes().eval()
+    plain.load_state_dict(host.state_dict())
+    held = [host.log, host.sizes, host.recent, host.stats]
+    model = tokenprune.wrap(host, RECIPE, verify=False, train=False).eval()
+    assert held == [[], set(), deque(), {"owner": 1}]
+    assert host.notes.calls == 0
+    host.stats["owner"] = plain.stats["owner"] = 2
+    for batch in (1, 2, 2):
+        model(IMAGES[:batch])
+        plain(IMAGES[:batch])
+    now = [host.log, host.sizes, host.recent, host.stats]
+    assert all(a is b for a, b in zip(held, now, strict=True))
+    torch.testing.assert_close(host.stats.pop("mean"), plain.stats.pop("mean"))
+    assert now == [plain.log, plain.sizes, plain.recent, plain.stats]
+    assert host.notes.calls == plain.notes.calls == 3
+    assert tokenprune.cache_info(model).traced == 1
+
+
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_10_a_program_leaves_what_the_host_would_leave(kind: type[Host]) -> None:
     torch.manual_seed(0)
     host, plain = kind().eval(), kind().eval()
     plain.load_state_dict(host.state_dict())
+    plain(IMAGES)
     model = tokenprune.wrap(host, RECIPE, verify=False, train=False).eval()
     model(IMAGES)
     with torch.no_grad(), model.using("gather", keep_indices=EVERY):
         for _ in range(3):
             torch.testing.assert_close(model(IMAGES), plain(IMAGES))
-        plain(IMAGES)  # as many calls as `model` had
     assert torch.equal(host.calls, plain.calls)
     assert getattr(host, "steps", None) == getattr(plain, "steps", None)
     assert (host.last is None) == (plain.last is None)
@@ -157,9 +215,11 @@ def test_10_a_program_leaves_what_the_host_would_leave(kind: type[Host]) -> None
     assert not any(fake(value) for module in host.modules() for value in vars(module).values())
 
 
-def test_10_a_host_that_reads_what_it_changes_in_every_call_is_refused() -> None:
-    model = tokenprune.wrap(Alternates().eval(), RECIPE, verify=False, train=False)
+@pytest.mark.parametrize("kind", [Alternates, NotesAll])
+def test_10_a_host_that_reads_what_it_changes_in_every_call_is_refused(kind: type[Host]) -> None:
+    model = tokenprune.wrap(kind().eval(), RECIPE, verify=False, train=False)
     for _ in range(5):
         model(IMAGES)
-    with pytest.raises(HostError, match=r"changes 'steps' of its Alternates in every call"):
+    name = "steps" if kind is Alternates else "stats"
+    with pytest.raises(HostError, match=rf"changes '{name}' of its {kind.__name__} in every call"):
         model(IMAGES)

@@ -5,7 +5,7 @@ import traceback
 from collections import UserDict, deque
 from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -15,10 +15,11 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from torch import get_float32_matmul_precision as precision_now
 
 import tokenprune
 from tests.toys.vit import Vit
-from tokenprune.errors import UnsupportedHostError
+from tokenprune.errors import TraceError, UnsupportedHostError
 
 RECIPE: dict[str, Any] = {"version": 1, "schedule": {"blocks": [1, 2], "keep_ratio": 0.5}}
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -37,6 +38,11 @@ class Plain:
 @dataclass(slots=True)
 class Slotted:
     own: float = 1.0
+
+
+@dataclass
+class Equal:
+    own: float = field(compare=False)
 
 
 class Table:
@@ -131,6 +137,32 @@ PLACES: dict[str, Place] = {
     "mark_of_a_parameter": (
         None, lambda s: s.gamma1.mark, lambda s, v: setattr(s.gamma1, "mark", v)
     ),
+    "mark_absent_on_a_parameter": (
+        None, lambda s: getattr(s.gamma1, "extra", 1.0), lambda s, v: setattr(s.gamma1, "extra", v)
+    ),
+    "type_in_a_list": (
+        [[1.0]], lambda s: 1.0 if type(s.held[0][0]) is float else 3.0,
+        lambda s, v: s.held[0].__setitem__(0, 1.0 if v == 1 else 1),
+    ),
+    "order_of_a_dict": (
+        {"a": 1, "b": 2}, lambda s: 1.0 if next(iter(s.held)) == "a" else 3.0,
+        lambda s, v: setattr(s, "held", {"a": 1, "b": 2} if v == 1 else {"b": 2, "a": 1}),
+    ),
+    "equal_object": (
+        Equal(1.0), lambda s: s.held.own, lambda s, v: setattr(s, "held", Equal(v))
+    ),
+    "setting_of_torch": (
+        None, lambda s: 1.0 if torch.get_float32_matmul_precision() == "highest" else 3.0,
+        lambda s, v: torch.set_float32_matmul_precision("highest" if v == 1 else "high"),
+    ),
+    "setting_by_a_name_of_its_own": (
+        None, lambda s: 1.0 if precision_now() == "highest" else 3.0,
+        lambda s, v: torch.set_float32_matmul_precision("highest" if v == 1 else "high"),
+    ),
+    "flag_of_a_backend": (
+        None, lambda s: 3.0 if torch.backends.cudnn.benchmark else 1.0,
+        lambda s, v: setattr(torch.backends.cudnn, "benchmark", v > 1),
+    ),
     "table_of_buffers": (
         None, lambda s: 1.0 + len(s._buffers),
         lambda s, v: s.register_buffer("b", torch.ones(3)) if v > 1 else s._buffers.clear(),
@@ -192,6 +224,95 @@ def test_9_weights_that_were_tied_are_read_in_their_own_places() -> None:
         block.mlp[0].weight = nn.Parameter(torch.randn_like(block.mlp[0].weight))
     assert not torch.equal(model(IMAGES), before)
     assert torch.equal(model(IMAGES), wrapped_again(model))
+
+
+@pytest.mark.parametrize("holder", ["object", "list", "dict"])
+@torch.no_grad()
+def test_9_a_weight_that_another_object_holds_too_is_read_where_the_code_reads_it(
+    holder: str,
+) -> None:
+    held: Any = {"object": Plain(), "list": [None], "dict": {}}[holder]
+
+    class Block(type(Vit().blocks[2])):  # type: ignore[misc]
+        def forward(self, x: Tensor) -> Any:
+            table = held.table if holder == "object" else held[0 if holder == "list" else "t"]
+            return super().forward(x) * table
+
+    host = Vit().eval()
+    host.blocks[2].__class__ = Block
+    gamma = host.blocks[2].gamma1
+    gamma.mul_(1.5)
+    if holder == "object":
+        held.table = gamma
+    else:
+        held.__setitem__(0 if holder == "list" else "t", gamma)
+    model = wrapped(host)
+    before = model(IMAGES)
+    host.blocks[2].gamma1 = nn.Parameter(gamma * 2)
+    assert not torch.equal(model(IMAGES), before)
+    assert torch.equal(model(IMAGES), wrapped_again(model))
+
+
+class Listed(Vit):
+    """Its last block is in a list that torch does not know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = [nn.Linear(16, 16)]
+
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x) + self.hidden[0](x.mean((1, 2, 3))[:, None].expand(-1, 16)).mean()
+
+
+@torch.no_grad()
+def test_9_a_module_in_a_plain_list_has_hooks_and_a_forward_too() -> None:
+    host, seen = Listed().eval(), list[torch.Size]()
+    linear = host.hidden[0]
+    model = wrapped(host)
+    before = model(IMAGES)
+    handle = linear.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    for _ in range(2):
+        assert torch.equal(model(IMAGES), before)
+    assert seen == [(2, 16)] * 2
+    handle.remove()
+    linear.forward = lambda x: x * 0 + 5
+    assert not torch.equal(model(IMAGES), before)
+    assert torch.equal(model(IMAGES), wrapped_again(model))
+
+
+@torch.no_grad()
+def test_9_how_inputs_lie_in_memory_is_seen_where_python_asks() -> None:
+    class Asks(Vit):
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(x) * (1.0 if x.is_contiguous() else 3.0)
+
+    host = Asks().eval()
+    model = wrapped(host)
+    last = IMAGES.contiguous(memory_format=torch.channels_last)
+    assert torch.allclose(model(last), 3 * model(IMAGES), rtol=1e-4)
+    assert tokenprune.cache_info(model).traced == 2
+
+
+@torch.no_grad()
+def test_9_two_arguments_may_be_one_tensor() -> None:
+    class Two(Vit):
+        def forward(self, x: Tensor, other: Tensor) -> Any:
+            return super().forward(x) * (3.0 if other is x else 1.0)
+
+    host, other = Two().eval(), IMAGES.clone()
+    given = {"x": IMAGES, "other": other}
+    made = tokenprune.wrap(host, RECIPE, example_inputs=given, verify=False, train=False)
+    model: Any = made.eval()
+    assert torch.equal(model(IMAGES, IMAGES), 3 * model(IMAGES, other))
+
+
+def test_9_a_gradient_that_forward_reads_is_refused() -> None:
+    class Asks(Vit):
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(x) * (1.0 if self.blocks[0].gamma1.grad is None else 2.0)
+
+    with pytest.raises(TraceError, match="`grad` of a tensor, which is another in every step"):
+        wrapped(Asks().eval())
 
 
 @torch.no_grad()

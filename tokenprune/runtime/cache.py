@@ -45,6 +45,8 @@ def signature_of(arguments: Arguments, entry: str, training: bool) -> Signature:
             key.append((name, batched, shape[1:] if batched else shape, value.dtype, value.device))
         else:
             key.append((name, *plain_key(value)))
+    if len(tensors) > 1:  # which of them are one: Python may ask `mask is x`
+        key.append(tuple([next(i for i, o in enumerate(tensors) if o is t) for t in tensors]))
     return Signature(tuple(key), batch_size)
 
 
@@ -120,10 +122,10 @@ class ProgramCache:
     def _check_rest(self, signature: Signature) -> None:
         """Count traces that the host itself makes necessary."""
         before = next((p for known, p in self._known if known.key == signature.key), None)
-        changed = None if before is None else before.guards.changed()
-        if before is None or changed is None or not before.analysis.traced.writes(changed):
+        if before is None or before.changes is None:
             self._restless = 0
             return
+        changed = before.changes
         self._restless += 1
         if self._restless > RESTLESS:
             raise HostError(

@@ -26,6 +26,7 @@ PUBLIC = ("using", "set_keep_ratio", "set_threshold")
 """Names that a wrapped model has beside its host's."""
 PRUNING = "_pruning"
 OWN = "_own_forward"
+CALL_WRAP = "Call tokenprune.wrap(model, recipe) first."
 FX_TRACED = (
     "A torch.fx tracer was run on a {} that tokenprune wrapped (torch.fx.symbolic_trace, a feature "
     "extractor of torchvision or timm): its forward chooses a program by the shapes of real "
@@ -323,8 +324,10 @@ def pruning_of(model: nn.Module) -> Pruning:
         NotWrappedError: `model` was not returned by `wrap`.
     """
     if not isinstance(model, PrunedModel) or not hasattr(model, PRUNING):
+        named = model.named_modules() if isinstance(model, nn.Module) else ()
+        held = [n for n, m in named if isinstance(m, PrunedModel) and hasattr(m, PRUNING)]
+        what = f"Pass the wrapped model in it, its {held[0]!r}." if held else CALL_WRAP
         raise NotWrappedError(
-            f"A model that tokenprune.wrap returned is needed, found {type(model).__name__}. Call "
-            "tokenprune.wrap(model, recipe) first."
+            f"A model that tokenprune.wrap returned is needed, found {type(model).__name__}. {what}"
         )
     return model._pruning

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from tokenprune.analysis.analysis import Analysis
@@ -15,13 +16,16 @@ from tokenprune.runtime.function import as_function
 from tokenprune.runtime.jagged.buckets import Bucketed
 from tokenprune.scorers import Scorer
 from tokenprune.tracing.effects import Store
-from tokenprune.tracing.guards import Guards
+from tokenprune.tracing.guards import Guards, Watched
 from tokenprune.tracing.hook_nodes import closing, is_hook_node
 
 __all__ = ["Program", "Programs"]
 
 # The host's output, the stage records, the patch tokens, which patches are real (None: all).
 Returned = tuple[Any, tuple[tuple[Any, ...], ...], Tensor, Tensor | None]
+
+LOOKS = 2
+"""After how many calls of new programs what they have changed is looked at."""
 
 
 class Program(NamedTuple):
@@ -50,7 +54,16 @@ class Programs:
     reduction: Reduction
     scorer: type[Scorer]
     restore: bool | None
+    changes: Watched | None = None
+    """What the host's own forward reads and changes in each call."""
     _made: dict[PathName, Program] = field(default_factory=dict)
+    _looks: int = LOOKS
+
+    def look_after(self) -> None:
+        """To be called after a call: see whether that has changed what the trace depends on."""
+        if self._looks and not torch.compiler.is_compiling():
+            self._looks -= 1
+            self.changes = self.changes or self.guards.changed()
 
     @property
     def guards(self) -> Guards:

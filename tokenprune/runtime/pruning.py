@@ -217,6 +217,7 @@ class Pruning:
         program = programs.get(self.host, name)
         settings = self.settings(path, programs, arguments, model.training)
         output, records, tokens, real = program.run(model, settings, **arguments.tensors)
+        programs.look_after()
         if settings.sample and not torch.compiler.is_compiling():
             scorers, targets = model.get_submodule(PREDICTORS), self.budget.keep_ratios
             decisions = [kept for _, kept in records]

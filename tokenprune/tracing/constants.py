@@ -142,6 +142,6 @@ def _cells(code: CodeType, name: str, value: Any) -> Iterator[CellType]:
     for function in gc.get_referrers(code):
         if isinstance(function, FunctionType) and function.__closure__:
             cell = function.__closure__[place]
-            if cell.cell_contents is value:
+            if cell != CellType() and cell.cell_contents is value:
                 yield cell
                 return

@@ -1,11 +1,16 @@
-"""Attributes that a forward counts up and nothing reads: no reason to trace again."""
+"""What code says of attributes: that they are counted up and nothing reads them, so are no reason
+to trace again; that lists only grow."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dis import Instruction, get_instructions
+from itertools import pairwise
 from types import CodeType
 
-__all__ = ["only_counted"]
+__all__ = ["only_counted", "only_grown", "takes_out"]
 
+TAKE = {"clear", "pop", "popleft", "popitem", "remove", "discard"}
+GROW = {"append", "add", "extend", "update", "appendleft"}
+KEY = ("LOAD_CONST", "LOAD_FAST")
 NOTHING = ("CACHE", "SWAP")
 
 
@@ -15,9 +20,35 @@ def only_counted(codes: Iterable[CodeType], name: str) -> bool:
     Args:
         codes: All that may have run.
     """
-    return all(
-        name not in code.co_consts and all(map(_counts, _reads(code, name))) for code in codes
+    return _only(_counts, codes, name)
+
+
+def only_grown(codes: Iterable[CodeType], name: str) -> bool:
+    """Whether these functions read an attribute in `x.name.append(...)`, `x.name[key] = ...` and
+    the like alone.
+
+    Args:
+        codes: All that may have run.
+    """
+    return _only(_grows, codes, name)
+
+
+def _only(fits: Callable[[list[Instruction]], bool], codes: Iterable[CodeType], name: str) -> bool:
+    return all(name not in code.co_consts and all(map(fits, _reads(code, name))) for code in codes)
+
+
+def takes_out(codes: Iterable[CodeType]) -> bool:
+    """Whether any of these functions may take something out of a list, dict or set."""
+    return any(
+        not TAKE.isdisjoint(code.co_names)
+        or any(a == "BUILD_SLICE" and b.startswith("STORE") for a, b in pairwise(_steps(code)))
+        or not {"DELETE_SUBSCR", "STORE_SLICE"}.isdisjoint(_steps(code))
+        for code in codes
     )
+
+
+def _steps(code: CodeType) -> list[str]:
+    return [step.opname for step in get_instructions(code)]
 
 
 def _reads(code: CodeType, name: str) -> Iterator[list[Instruction]]:
@@ -26,6 +57,14 @@ def _reads(code: CodeType, name: str) -> Iterator[list[Instruction]]:
     for place, step in enumerate(steps):
         if step.opname in ("LOAD_ATTR", "LOAD_METHOD") and step.argval == name:
             yield steps[place : place + 4]
+
+
+def _grows(steps: list[Instruction]) -> bool:
+    follows = steps[1:3]
+    if len(follows) < 2:
+        return False
+    called = follows[0].opname in ("LOAD_METHOD", "LOAD_ATTR") and follows[0].argval in GROW
+    return called or (follows[0].opname in KEY and follows[1].opname == "STORE_SUBSCR")
 
 
 def _counts(steps: list[Instruction]) -> bool:

@@ -1,13 +1,23 @@
 """Which nodes of a graph must stay though nobody reads them."""
 
 import operator
+from collections import deque
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from tokenprune.tracing.hook_nodes import is_hook_node
 
-__all__ = ["IN_PLACE", "Count", "Store", "has_effect", "of_content"]
+__all__ = [
+    "IN_PLACE",
+    "Add",
+    "Count",
+    "Refill",
+    "Store",
+    "has_effect",
+    "of_content",
+    "refill",
+]
 
 IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "ior", "iand")
 """Names of the operators that write into their left side."""
@@ -15,27 +25,53 @@ WRITES = frozenset(getattr(operator, name) for name in ("setitem", *IN_PLACE))
 
 
 class Store:
-    """A node's target: sets what a host's forward leaves in an attribute of one of its modules, a
-    map to be shown, say, or a size."""
+    """A node's target: sets what a host's forward leaves in an attribute of a module, or of an
+    object that one holds: a map to be shown, say, or a size."""
 
     __name__ = "store"
 
-    def __init__(self, module: nn.Module, name: str) -> None:
-        self.module, self.name = module, name
+    def __init__(self, owner: Any, name: str) -> None:
+        self.owner, self.name = owner, name
 
     def __call__(self, value: Any) -> None:
-        kept = getattr(self.module, self.name, None)
-        if isinstance(kept, list) and isinstance(value, list):
-            kept[:] = value  # others may hold this very list
-        else:
-            setattr(self.module, self.name, value)
+        setattr(self.owner, self.name, value)
+
+    @property
+    def held(self) -> Any:
+        """The list, dict or set that is there: an attribute, or the owner itself."""
+        return getattr(self.owner, self.name) if self.name else self.owner
 
 
 class Count(Store):
-    """Counts an attribute of a module up."""
+    """Counts an attribute up."""
 
     def __call__(self, step: Any) -> None:
-        setattr(self.module, self.name, getattr(self.module, self.name) + step)
+        setattr(self.owner, self.name, getattr(self.owner, self.name) + step)
+
+
+class Refill(Store):
+    """Gives the list, dict or set that is there other contents: others may hold this very one."""
+
+    def __call__(self, contents: Any) -> None:
+        refill(self.held, contents)
+
+
+class Add(Store):
+    """Adds to the list, dict or set that is there."""
+
+    def __call__(self, contents: Any) -> None:
+        add(self.held, contents)
+
+
+def add(kept: Any, contents: Any) -> None:
+    """Put more into a list, dict, set or deque."""
+    (kept.extend if isinstance(kept, list | deque) else kept.update)(contents)
+
+
+def refill(kept: Any, contents: Any) -> None:
+    """Give a list, dict, set or deque other contents."""
+    kept.clear()
+    add(kept, contents)
 
 
 def has_effect(node: fx.Node) -> bool:

@@ -17,7 +17,17 @@ from torch import Tensor, nn
 
 from tokenprune.tracing.hooks import Hooks
 from tokenprune.tracing.names import codes_of, names_of, plain_attributes, reached
-from tokenprune.tracing.reads import ABSENT, Reads, may_be_watched, snapshot, state_of, within
+from tokenprune.tracing.reads import (
+    ABSENT,
+    Reads,
+    kinds_of,
+    may_be_watched,
+    may_mislead,
+    snapshot,
+    state_of,
+    within,
+)
+from tokenprune.tracing.settings import setting, settings_named_by
 
 __all__ = ["Guards", "Watched"]
 
@@ -45,9 +55,18 @@ class Watched(NamedTuple):
         try:
             now = self.look(self.table, self.name, ABSENT)
             alike = type(now) is type(self.expected) or isinstance(now, list | dict | set)
-            return alike and bool(now == self.expected)
+            if not (alike and bool(now == self.expected)):
+                return False
+            return not self.stored or kinds_of(now) == kinds_of(self.expected)
         except DIFFERS:
             return False
+
+    @property
+    def stored(self) -> bool:
+        """Whether what is looked up is kept there: a property may make its value anew each time."""
+        if self.look is getattr:
+            return isinstance(self.table, type | FunctionType)
+        return self.look in (dict.get, _state, _itself)
 
     def wrapped_by_fx(self) -> bool:
         """Whether it is what `torch.fx.wrap` puts in a function's place while something traces."""
@@ -64,7 +83,11 @@ class Alike:
         self._tables = [one.table for one in watched]
         self._names = [one.name for one in watched]
         self._expected = [one.expected for one in watched]
-        self._types = list(map(type, map(self._look, self._tables, self._names, repeat(ABSENT))))
+        now = list(map(self._look, self._tables, self._names, repeat(ABSENT)))
+        self._types = list(map(type, now))
+        # what `==` may call equal though it is not
+        stored = [n for n, one in enumerate(watched) if one.stored and may_mislead(now[n])]
+        self._kinds = [(n, kinds_of(now[n])) for n in stored]
 
     def same(self) -> bool:
         """Whether all are as they were."""
@@ -72,7 +95,9 @@ class Alike:
             if self._look is _is_empty:
                 return not any(self._tables)
             now = list(map(self._look, self._tables, self._names, repeat(ABSENT)))
-            return now == self._expected and list(map(type, now)) == self._types
+            if not (now == self._expected and list(map(type, now)) == self._types):
+                return False
+            return all(kinds_of(now[n]) == kinds for n, kinds in self._kinds)
         except DIFFERS:
             return False
 
@@ -154,6 +179,19 @@ class Guards:
 
 
 def _watched(reads: Reads, functions: Iterable[Any]) -> Iterator[Watched]:
+    """All that was read; and, where it holds tensors that modules hold too, that they do."""
+    tied: dict[int, Tensor] = {}
+    for watched in _read(reads, functions):
+        yield watched
+        for inner in within(watched.expected):
+            if id(inner) in reads.places:
+                tied[id(inner)] = inner
+    for tensor_id, tensor in tied.items():
+        for owner, name in reads.places[tensor_id]:
+            yield Watched(owner, _holds, (owner, tensor), name, True)
+
+
+def _read(reads: Reads, functions: Iterable[Any]) -> Iterator[Watched]:
     owners = list(reads.objects.values())
     for key, value in reads.values.items():
         owner, name = reads.objects[key[0]], key[1]
@@ -200,11 +238,13 @@ def _watched(reads: Reads, functions: Iterable[Any]) -> Iterator[Watched]:
     for cls in {cls for owner in owners for cls in type(owner).__mro__ if plain_attributes(cls)}:
         for name in named & plain_attributes(cls):  # `type(self).scale`
             yield Watched(cls, getattr, cls, name, snapshot(getattr(cls, name)))
+    for owner, name in settings_named_by(functions):
+        yield Watched(owner, setting, owner, name, setting(owner, name))
     for holders in reads.shared():
         yield Watched(holders[0][0], _are_one, holders, holders[0][1], True)
     for place, name in names_of(functions):
         if isinstance(place, type):
-            yield Watched(place, getattr, place, name, getattr(place, name))
+            yield Watched(place, getattr, place, name, snapshot(getattr(place, name)))
         else:
             value = place[name]
             yield Watched(place, dict.get, place, name, snapshot(value))
@@ -278,6 +318,11 @@ def _are_one(places: Sequence[tuple[nn.Module, str]], _name: str, _absent: Any) 
     """Whether attributes of modules hold the same tensor."""
     held = [getattr(module, name, None) for module, name in places]
     return all(tensor is held[0] for tensor in held)
+
+
+def _holds(place: tuple[Any, Tensor], name: str, _absent: Any) -> bool:
+    owner, tensor = place
+    return getattr(owner, name, None) is tensor
 
 
 def _is_empty(table: Any, _name: str, _absent: Any) -> Any:

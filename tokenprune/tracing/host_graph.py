@@ -14,7 +14,7 @@ from tokenprune.errors import HostError, TokenPruneError, TraceError
 from tokenprune.tracing.arguments import Arguments, as_arguments
 from tokenprune.tracing.calls import ModuleCall, calls_of
 from tokenprune.tracing.effects import has_effect
-from tokenprune.tracing.guards import Guards, Watched
+from tokenprune.tracing.guards import Guards
 from tokenprune.tracing.hooks import Hooks
 from tokenprune.tracing.names import caches_of
 from tokenprune.tracing.opaque import reason_of
@@ -42,7 +42,6 @@ class HostGraph:
             holds for calls in the same ones (`modes.ambient_holds`).
         calls: Module path -> its calls, in order.
         guards: What else it depends on.
-        written: (id of a module, name) of what the host's forward sets.
     """
 
     host: str
@@ -53,11 +52,6 @@ class HostGraph:
     ambient: Mapping[str, Any]
     calls: Mapping[str, tuple[ModuleCall, ...]]
     guards: Guards
-    written: frozenset[tuple[int, str]]
-
-    def writes(self, watched: Watched) -> bool:
-        """Whether the host's forward itself sets a watched attribute."""
-        return (id(watched.owner), watched.name) in self.written
 
     @property
     def inputs(self) -> dict[str, fx.Node]:
@@ -133,7 +127,6 @@ def trace(
         ambient=dict(tracer.ambient),
         calls=calls_of(graph, tracer.calls),
         guards=Guards(tracer.reads, tracer.functions, left.counted, tracer.opened, Hooks(host)),
-        written=frozenset(left.written),
     )
 
 

@@ -15,9 +15,10 @@ import torch
 from torch import fx, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tokenprune.tracing.names import names_of
+from tokenprune.tracing.names import names_of, value_of
 
 __all__ = [
+    "LAYOUT",
     "MODES",
     "NAMES_IN_SOURCE",
     "REQUIRES_GRAD",
@@ -26,9 +27,9 @@ __all__ = [
     "ambient_holds",
     "autocast_dtypes",
     "entered",
-    "flags_of_gradients",
     "modes_between",
     "modes_named_by",
+    "of_call",
     "reads_noted",
     "state",
     "where_predictors_learn",
@@ -37,6 +38,7 @@ __all__ = [
 MODES = "modes"
 """Key in a node's `meta`: the modes that the host changed there, outermost first."""
 REQUIRES_GRAD = "requires_grad"
+LAYOUT = "layout"
 NAMES_IN_SOURCE = {"torch": torch, "sdpa_kernel": sdpa_kernel, "SDPBackend": SDPBackend}
 """What `Mode.source` speaks of."""
 
@@ -213,7 +215,7 @@ def modes_named_by(functions: Iterable[Any]) -> set[str]:
     """The modes that functions may ask for by a name of their own (`from torch import
     is_grad_enabled`), which `reads_noted` does not see."""
     names = [(place, name) for place, name in names_of(functions) if place is not vars(torch)]
-    values = [place[n] if isinstance(place, dict) else vars(place)[n] for place, n in names]
+    values = [value_of(place, name) for place, name in names]
     return {_TELLS[id(value)] for value in values if id(value) in _TELLS}
 
 
@@ -226,10 +228,13 @@ def _noted(tracer: Recorder, name: str, original: Callable[..., Any]) -> Callabl
     return read
 
 
-def flags_of_gradients(host: nn.Module, arguments: Mapping[str, Any]) -> tuple[bool, ...]:
-    """Which parameters and inputs of a call require gradients."""
+def of_call(name: str, host: nn.Module, arguments: Mapping[str, Any]) -> Any:
+    """What Python may ask about the tensors of a call: which parameters and inputs require
+    gradients (`REQUIRES_GRAD`), or the strides of the inputs (`LAYOUT`)."""
     inputs = [value for value in arguments.values() if isinstance(value, torch.Tensor)]
-    return tuple([tensor.requires_grad for tensor in (*host.parameters(), *inputs)])
+    if name == REQUIRES_GRAD:
+        return tuple([tensor.requires_grad for tensor in (*host.parameters(), *inputs)])
+    return tuple([tensor.stride() for tensor in inputs if tensor.layout is torch.strided])
 
 
 def ambient_holds(
@@ -237,8 +242,8 @@ def ambient_holds(
 ) -> bool:
     """Whether a call is in the modes that a trace depends on (`HostGraph.ambient`)."""
     for name, value in ambient.items():
-        flags = name == REQUIRES_GRAD
-        if (flags_of_gradients(host, arguments) if flags else _now(name)) != value:
+        of_mode = name in State._fields
+        if (_now(name) if of_mode else of_call(name, host, arguments)) != value:
             return False
     return True
 

@@ -5,7 +5,15 @@ from functools import lru_cache
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
-__all__ = ["Namespace", "as_function", "caches_of", "codes_of", "names_of", "plain_attributes"]
+__all__ = [
+    "Namespace",
+    "as_function",
+    "caches_of",
+    "codes_of",
+    "names_of",
+    "plain_attributes",
+    "value_of",
+]
 
 Namespace = dict[str, Any] | type
 CALLED = (FunctionType, staticmethod, classmethod)
@@ -37,7 +45,7 @@ def reached(functions: Iterable[Any]) -> Iterator[FunctionType]:
         yield function
         waiting += _enclosed(function)
         for place, name in _looked_up(function):
-            value = _value(place, name)
+            value = value_of(place, name)
             waiting.append(value)
             if isinstance(value, dict) and len(value) <= MOST:
                 waiting += value.values()
@@ -58,11 +66,12 @@ def caches_of(functions: Iterable[Any]) -> list[Any]:
     found = list(functions)
     for function in reached(functions):
         found += _enclosed(function)
-        found += [_value(place, name) for place, name in _looked_up(function)]
+        found += [value_of(place, name) for place, name in _looked_up(function)]
     return [function for function in found if isinstance(function, CACHED)]
 
 
-def _value(place: Namespace, name: str) -> Any:
+def value_of(place: Namespace, name: str) -> Any:
+    """What a name that `names_of` gives stands for."""
     return place[name] if isinstance(place, dict) else vars(place)[name]
 
 

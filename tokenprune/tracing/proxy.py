@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from tokenprune.tracing.effects import IN_PLACE
+from tokenprune.tracing.modes import LAYOUT
 
 __all__ = ["ValueProxy", "concrete"]
 
@@ -22,6 +23,10 @@ CONSTANTS = frozenset(
     {"dtype", "device", "layout", "ndim", "itemsize", "dim", "ndimension", "element_size"}
     | {"is_floating_point", "is_complex", "get_device"}
 )
+# What Python asks about memory: the graph then holds for inputs that lie in it alike.
+OF_LAYOUT = frozenset({"stride", "is_contiguous", "storage_offset", "dim_order"})
+# What changes from call to call without that anybody sets it.
+OF_STEPS = frozenset({"grad", "_version", "data_ptr", "untyped_storage"})
 
 
 class ValueProxy(fx.Proxy):
@@ -48,6 +53,10 @@ class ValueProxy(fx.Proxy):
     def is_leaf(self) -> bool:
         return bool(self._with_gradients().is_leaf)
 
+    @property
+    def grad_fn(self) -> Any:
+        return self._with_gradients().grad_fn
+
     def _with_gradients(self) -> torch.Tensor:
         value: torch.Tensor = self.tracer.with_gradients(self.node)  # type: ignore[attr-defined]
         return value
@@ -55,14 +64,25 @@ class ValueProxy(fx.Proxy):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") and name.endswith("__"):
             raise AttributeError(name)  # protocols that the value must not seem to answer
-        found = getattr(self.val, name)
+        tracer: Any = self.tracer
+        if name in OF_STEPS and isinstance(self.val, torch.Tensor):
+            raise NotImplementedError(
+                f"`{name}` of a tensor, which is another in every step; read it outside of forward"
+            )
+        try:
+            found = getattr(self.val, name)
+        except AttributeError:
+            tracer.lacks(self.node, name)
+            raise
+        if name in OF_LAYOUT:
+            tracer.note_ambient(LAYOUT)
         if name in CONSTANTS or isinstance(found, bool) or found is None:
             return found
         if not callable(found) or isinstance(found, torch.Tensor):
-            return self.tracer.create_proxy("call_function", getattr, (self, name), {})
+            return tracer.create_proxy("call_function", getattr, (self, name), {})
 
         def record(*args: Any, **kwargs: Any) -> Any:
-            return self.tracer.create_proxy("call_method", name, (self, *args), kwargs)
+            return tracer.create_proxy("call_method", name, (self, *args), kwargs)
 
         return record
 

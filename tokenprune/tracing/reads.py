@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from enum import Enum
-from functools import partial
+from functools import lru_cache, partial
+from numbers import Number
 from types import CellType, FunctionType, MethodType, SimpleNamespace
 from typing import Any
 
@@ -17,7 +18,16 @@ from torch import nn
 
 from tokenprune.tracing.provenance import of_host
 
-__all__ = ["ABSENT", "Reads", "may_be_watched", "snapshot", "state_of", "within"]
+__all__ = [
+    "ABSENT",
+    "Reads",
+    "kinds_of",
+    "may_be_watched",
+    "may_mislead",
+    "snapshot",
+    "state_of",
+    "within",
+]
 
 ABSENT = object()
 """Stands for an attribute that there is not."""
@@ -26,6 +36,7 @@ OF_TORCH = frozenset(vars(nn.Module())) - {"training", "_modules"} | {"_compiled
 TABLES = ("_parameters", "_buffers")
 LOOKUP = "__getattribute__"
 MOST_BYTES = 1 << 20  # of an array whose values are watched
+PLAIN = {bool, int, float, str, type(None)}
 MOST = 100  # entries of a list or dict whose own attributes are watched
 HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class whose attributes can be set
 NOT_WATCHED = {"torch", "numpy", "collections", "functools", "logging", "threading", "typing"}
@@ -41,6 +52,40 @@ def snapshot(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: snapshot(entry) for key, entry in dict(value).items()}  # threads may add some
     return value
+
+
+def kinds_of(value: Any) -> Any:
+    """What `==` does not compare: types (`[1] == [1.0]`), the order of a dict, and which object
+    of a class of the host's own it is. A type if there is no more to say."""
+    if isinstance(value, dict):
+        return [*value, *map(kinds_of, value.values())]
+    if isinstance(value, list | tuple | deque):
+        types = list(map(type, value))
+        return types if PLAIN.issuperset(types) else [*types, *map(kinds_of, value)]
+    if isinstance(value, set | frozenset):
+        return set(map(type, value))
+    return id(value) if _compares(type(value)) else type(value)
+
+
+def may_mislead(value: Any) -> bool:
+    """Whether something may equal a value that is not the same to a host's code."""
+    if isinstance(value, dict):
+        return len(value) > 1 or any(map(_misleads_inside, value.values()))
+    if isinstance(value, list | tuple | deque | set | frozenset):
+        return any(map(_misleads_inside, value))
+    return _compares(type(value))
+
+
+def _misleads_inside(value: Any) -> bool:
+    return isinstance(value, Number | np.generic) or may_mislead(value)
+
+
+@lru_cache(maxsize=1024)
+def _compares(cls: type) -> bool:
+    """Whether a class of the host's own says itself which of its objects are equal."""
+    if not cls.__flags__ & HEAP_TYPE or issubclass(cls, Enum | type) or not _is_own(cls):
+        return False
+    return any("__eq__" in vars(base) for base in cls.__mro__[:-1])
 
 
 def state_of(value: Any) -> Any:
@@ -163,6 +208,9 @@ class Reads:
                 self.inherited[key] = None
         elif isinstance(value, torch.Tensor):
             self.tensors[key] = None
+            places = self.places.get(id(value), [])
+            if places and (owner, name) not in places:
+                places.append((owner, name))
         elif key not in self.values:
             self.values[key] = snapshot(value)
 

@@ -1,6 +1,8 @@
 """What a forward leaves behind: in attributes, which a program sets too, and elsewhere."""
 
 import gc
+import operator
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from types import CodeType
@@ -10,8 +12,8 @@ from weakref import ref
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
-from tokenprune.tracing.counters import only_counted
-from tokenprune.tracing.effects import Count, Store, of_content
+from tokenprune.tracing.counters import only_counted, only_grown, takes_out
+from tokenprune.tracing.effects import Add, Count, Refill, Store, of_content, refill
 from tokenprune.tracing.provenance import Provenance
 from tokenprune.tracing.proxy import ValueProxy, concrete
 from tokenprune.tracing.state import Kept, Written
@@ -29,12 +31,10 @@ class Remains:
     """What one forward has left.
 
     Attributes:
-        written: Attributes that it sets.
-        counted: Attributes that it counts, and nothing reads.
+        counted: Attributes that it counts, or adds to, and nothing reads.
         elsewhere: Tensors that depend on the inputs, in lists and dicts that no module holds.
     """
 
-    written: set[Place] = field(default_factory=set)
     counted: set[Place] = field(default_factory=set)
     elsewhere: list[fx.Node] = field(default_factory=list)
 
@@ -49,15 +49,18 @@ def remains_of(kept: Kept, graph: fx.Graph, codes: list[CodeType]) -> tuple[Rema
     """
     found, effects, content, hooked = Remains(), Effects(), of_content(graph), kept.hooked()
     for entry in kept.written():
-        place, nodes = (id(entry.module), entry.name), nodes_in(entry.value)
+        place, nodes = (id(entry.owner), entry.name), nodes_in(entry.value)
         tensors = {node for node in nodes if isinstance(node.meta["val"], Tensor)}
         if _counts(entry, codes):
             found.counted.add(place)
             step = entry.value - entry.before
-            effects.append((Count(entry.module, entry.name), step))
+            effects.append((Count(entry.owner, entry.name), step))
         elif tensors <= content and (nodes or not hooked):
-            found.written.add(place)
-            effects.append((Store(entry.module, entry.name), _with_plain_keys(entry.value)))
+            target, value = _effect(entry, codes)
+            grown = isinstance(target, Add) and only_grown(codes, entry.name)
+            if grown:
+                found.counted.add(place)
+            effects.append((target, value))
     found.elsewhere = [node for value in kept.shared() for node in nodes_in(value) & content]
     return found, effects
 
@@ -76,8 +79,8 @@ def taken_out(proxies: Iterable["ref[ValueProxy]"]) -> Provenance | None:
     found = [proxy for proxy in (one() for one in proxies) if proxy is not None]
     for proxy in found:
         for holder in gc.get_referrers(proxy):
-            if isinstance(holder, list) and holder is not found:
-                holder[:] = [entry for entry in holder if entry is not proxy]
+            if isinstance(holder, list | set | deque) and holder is not found:
+                refill(holder, [entry for entry in holder if entry is not proxy])
             elif isinstance(holder, dict):
                 for key in [key for key, entry in holder.items() if entry is proxy]:
                     del holder[key]
@@ -89,7 +92,33 @@ def _counts(entry: Written, codes: list[CodeType]) -> bool:
     return numbers and only_counted(codes, entry.name)
 
 
-def _with_plain_keys(value: Any) -> Any:
+def _effect(entry: Written, codes: list[CodeType]) -> tuple[Store, Any]:
+    """What a program does: set, add or refill."""
+    if entry.contents is None:
+        return Store(entry.owner, entry.name), _contents(entry.value)
+    added = None if takes_out(codes) else _added(entry.value, entry.contents)
+    if added is None:
+        return Refill(entry.owner, entry.name), _contents(entry.value)
+    return Add(entry.owner, entry.name), _contents(added)
+
+
+def _added(value: Any, before: Any) -> Any:
+    """What has come to a container; None if anything has gone."""
+    if isinstance(value, dict):
+        changed = {k: v for k, v in value.items() if v is not before.get(k, value)}
+        return changed if before.keys() <= value.keys() else None
+    if isinstance(value, set):
+        return value - set(before) if value.issuperset(before) else None
+    if isinstance(value, list | deque):
+        stays = len(value) >= len(before) and all(map(operator.is_, value, before))
+        return list(value)[len(before) :] if stays else None
+    return None
+
+
+def _contents(value: Any) -> Any:
+    """What a node can hold: a list of what is in a set, and plain keys."""
+    if isinstance(value, set | deque):
+        return list(value)
     if not isinstance(value, dict):
         return value
     return {concrete(key): entry for key, entry in value.items()}

@@ -1,16 +1,21 @@
 """Put back what running a host may change: attributes, buffers, modes, autocast's cache."""
 
+import operator
 import sys
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from tokenprune.tracing.reads import ABSENT, OF_TORCH, may_be_watched
+from tokenprune.tracing.effects import refill
+from tokenprune.tracing.reads import ABSENT, MOST_BYTES, OF_TORCH, may_be_watched
 from tokenprune.tracing.stand_ins import is_plain
 
 __all__ = [
@@ -25,13 +30,26 @@ __all__ = [
 ]
 
 
-class Written(NamedTuple):
-    """An attribute that a module's own forward has set, or whose contents it has changed."""
+SEQUENCES = (list, set, deque)
 
-    module: nn.Module
+
+class Written(NamedTuple):
+    """What a forward has set, or whose contents it has changed.
+
+    Attributes:
+        owner: A module, or an object that one holds; or the list, dict or set itself that has
+            changed, where that is no attribute of any.
+        name: Of the attribute; empty for a list.
+        before: What was there.
+        value: What is there now.
+        contents: Of a list that is the same one still, what was in it; None for all else.
+    """
+
+    owner: Any
     name: str
     before: Any
     value: Any
+    contents: Any
 
 
 class Passing:
@@ -46,6 +64,7 @@ class Kept:
         self._shared: list[int] = []
         self._classes: list[tuple[type, dict[str, Any]]] = []
         self._modules = list(root.modules())
+        self._owners: dict[int, Any] = {id(vars(module)): module for module in self._modules}
         for module in self._modules:
             self._keep(vars(module), depth=4)
         owned = len(self._contents)
@@ -60,23 +79,40 @@ class Kept:
         self._shared = list(self._contents)[owned:]
 
     def _keep(self, value: Any, depth: int) -> None:
-        value = vars(value) if may_be_watched(type(value)) else value
-        if id(value) not in self._contents and isinstance(value, list | dict) and depth:
-            contents = list(value) if isinstance(value, list) else _staying(value)
+        if may_be_watched(type(value)) or isinstance(value, SimpleNamespace):
+            owner, value = value, vars(value)
+            self._owners.setdefault(id(value), owner)
+        if id(value) in self._contents or not depth:
+            return
+        if isinstance(value, np.ndarray) and value.nbytes <= MOST_BYTES:
+            self._contents[id(value)] = value, value.copy()
+        elif isinstance(value, (*SEQUENCES, dict)):
+            contents = _staying(value) if isinstance(value, dict) else list(value)
             self._contents[id(value)] = value, contents
-            for inner in contents if isinstance(contents, list) else contents.values():
+            for inner in contents.values() if isinstance(contents, dict) else contents:
                 self._keep(inner, depth - 1)
 
     def written(self) -> Iterator[Written]:
         """What has been set since, or changed in place."""
-        for module in self._modules:
-            before = self._contents[id(vars(module))][1]
-            for name, value in dict(vars(module)).items():
-                if name in OF_TORCH or name == "_modules":
+        seen = set(self._shared)
+        for holder, owner in self._owners.items():
+            if holder in seen or holder not in self._contents:
+                continue
+            seen.add(holder)
+            values, before = self._contents[holder]
+            for name, value in dict(values).items():
+                of_torch = isinstance(owner, nn.Module) and (name in OF_TORCH or name == "_modules")
+                seen.add(id(value))
+                if of_torch:
                     continue
                 kept, contents = self._contents.get(id(value), (value, value))
-                if value is not before.get(name, ABSENT) or not _same(kept, contents):
-                    yield Written(module, name, before.get(name), value)
+                if value is not before.get(name, ABSENT):
+                    yield Written(owner, name, before.get(name), value, None)
+                elif not _same(kept, contents) and id(value) not in self._owners:
+                    yield Written(owner, name, value, value, contents)
+        for place, (kept, contents) in self._contents.items():
+            if place not in seen and not _same(kept, contents):
+                yield Written(kept, "", kept, kept, contents)
 
     def hooked(self) -> bool:
         """Whether the forward has registered hooks, which a program does not do."""
@@ -100,12 +136,14 @@ class Kept:
         for kept, contents in self._contents.values():
             if _same(kept, contents):
                 continue
-            if isinstance(kept, list):
-                kept[:] = contents
-                continue
-            for name in _staying(kept).keys() - contents.keys():
-                del kept[name]
-            kept.update(contents)
+            if isinstance(kept, np.ndarray):
+                kept[...] = contents
+            elif isinstance(kept, SEQUENCES):
+                refill(kept, contents)
+            else:  # `Passing` values stay
+                for name in _staying(kept).keys() - contents.keys():
+                    del kept[name]
+                kept.update(contents)
 
 
 @contextmanager
@@ -172,9 +210,13 @@ def _staying(values: dict[Any, Any]) -> dict[Any, Any]:
 
 
 def _same(ours: Any, theirs: Any) -> bool:
-    """Whether two lists or dicts hold the same objects; what they hold is not compared."""
-    if not isinstance(ours, list | dict) or len(ours) != len(theirs):
+    """Whether a container holds the objects that it held; what they hold is not compared."""
+    if isinstance(ours, np.ndarray):
+        return bool(ours.tobytes() == theirs.tobytes())
+    if not isinstance(ours, (*SEQUENCES, dict)) or len(ours) != len(theirs):
         return ours is theirs
-    if isinstance(ours, list):
-        return all(map(lambda a, b: a is b, ours, theirs))
+    if isinstance(ours, set):
+        return set(map(id, ours)) == set(map(id, theirs))
+    if not isinstance(ours, dict):
+        return all(map(operator.is_, ours, theirs))
     return all(ours.get(key, ours) is value for key, value in theirs.items())

@@ -10,10 +10,8 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from types import CodeType
 from typing import Any, cast
-from unittest import mock
 
 import torch
 from torch import fx, nn
@@ -28,17 +26,15 @@ from tokenprune.tracing.arguments import Arguments
 from tokenprune.tracing.calls import NUMBER, RecordedCall
 from tokenprune.tracing.checkpoints import CHECKPOINT, Checkpoint, checkpoints_recorded
 from tokenprune.tracing.constants import find, look_up, named_tensors
-from tokenprune.tracing.decompose import decomposed, is_leaf
+from tokenprune.tracing.decompose import is_leaf
 from tokenprune.tracing.draws import DrawRead, certain, is_drawn, possible_number
 from tokenprune.tracing.effects import Store
-from tokenprune.tracing.functions import functions_recorded
 from tokenprune.tracing.gradients import GradientRun
 from tokenprune.tracing.hooks import (
     Hooks,
     after_host_hooks,
     before_host_hooks,
     between_hooks,
-    forward_of,
     is_away,
     next_hook,
     unhooked,
@@ -47,9 +43,10 @@ from tokenprune.tracing.interpret import run_again, tensor_attribute, tensors_in
 from tokenprune.tracing.modes import (
     MODES,
     REQUIRES_GRAD,
-    flags_of_gradients,
+    State,
     modes_between,
     modes_named_by,
+    of_call,
     reads_noted,
     state,
 )
@@ -59,16 +56,15 @@ from tokenprune.tracing.opaque import DATA_DEPENDENT, OPAQUE, REASON, as_traced,
 from tokenprune.tracing.provenance import Provenance, failed_at, frame_of_host
 from tokenprune.tracing.proxy import ValueProxy, concrete
 from tokenprune.tracing.reads import Reads
+from tokenprune.tracing.recording import calls_recorded
 from tokenprune.tracing.remains import Remains, nodes_in, remains_of, taken_out
 from tokenprune.tracing.stand_ins import fake_of
 from tokenprune.tracing.state import attributes_kept, empty_caches
 
 __all__ = ["ValueTracer"]
 
-MODULE_CALL = nn.Module.__call__
 # Tracing patches torch for the whole process; calls of other threads pass through the patches.
 ONE_AT_A_TIME = threading.RLock()
-MODULE_GETATTR = nn.Module.__getattr__
 NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -95,7 +91,8 @@ class ValueTracer(fx.Tracer):
         self.left = Remains()
         self.calls: list[RecordedCall] = []
         self.tensor_attrs = {}
-        self.submodule_paths = {module: name for name, module in root.named_modules()}
+        self._paths = {module: name for name, module in root.named_modules()}
+        self.submodule_paths = self._paths
         self._names: dict[int, str] = {}
         for module, path, name, tensor in named_tensors(root):
             self._names[id(tensor)] = f"{path}.{name}" if path else name
@@ -108,7 +105,7 @@ class ValueTracer(fx.Tracer):
         self._count = 0
         self._proxies: list[weakref.ref[ValueProxy]] = []
         self.ambient: dict[str, Any] = {}
-        self._caller = state()
+        self.caller = state()
         self._checkpoint: Checkpoint | None = None
         self._gradients: GradientRun | None = None
         self.hooks = Hooks(root, since=next_hook())
@@ -117,10 +114,10 @@ class ValueTracer(fx.Tracer):
     def record(self, forward: Callable[..., Any], example: Arguments) -> fx.Graph:
         """Trace a call of `forward`: tensors become inputs, other values are specialized on."""
         self._example = tensors = example.tensors
-        inputs = {n: self.create_proxy("placeholder", n, (), {}, v) for n, v in tensors.items()}
+        inputs = self._inputs(tensors)
         with ONE_AT_A_TIME, attributes_kept(self.root) as kept:
             empty_caches(self.root)
-            with self._patched():
+            with calls_recorded(self), reads_noted(self), checkpoints_recorded(self):
                 output = example.with_tensors(inputs).call(forward)
                 result = self.create_arg(output)
             self.reads.forget(lambda value: bool(nodes_in(value)))
@@ -134,45 +131,17 @@ class ValueTracer(fx.Tracer):
             self.create_node("output", "output", (result,), {})
         return self.graph
 
+    def _inputs(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        """Placeholders; what is one tensor is one proxy for the host's code."""
+        inputs = dict[str, Any]()
+        for name, tensor in tensors.items():
+            proxy = self.create_proxy("placeholder", name, (), {}, tensor)
+            inputs[name] = next((inputs[n] for n in inputs if tensors[n] is tensor), proxy)
+        return inputs
+
     def _effect(self, target: Store, value: Any) -> None:
         node = self.create_node("call_function", target, (self.create_arg(value),), {})
         node.meta["val"] = None
-
-    @contextmanager
-    def _patched(self) -> Iterator[None]:
-        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if self.elsewhere:
-                return MODULE_CALL(module, *args, **kwargs)
-            if self.executing:
-                return unhooked(module, args, kwargs)
-            opened = decomposed(module)
-            if opened is not None:
-                self.reads.inherits(module, "forward")
-            forward = forward_of(module) if opened is None else partial(opened, module)
-            return self.call_module(module, forward, args, kwargs)
-
-        def getattribute(module: nn.Module, name: str) -> Any:
-            try:
-                value = MODULE_GETATTR(module, name)
-            except AttributeError:
-                if not self.elsewhere:
-                    self.reads.lacked(module, name)
-                raise
-            if not self.elsewhere:
-                self.reads.registered(module, name, value)
-            return handed(value)
-
-        def handed(value: Any) -> Any:
-            recorded = isinstance(value, torch.Tensor) and not self.executing
-            return self._attribute(value) if recorded else value
-
-        calls = mock.patch.object(nn.Module, "__call__", call)
-        attributes = mock.patch.object(nn.Module, "__getattr__", getattribute)
-        reads = self.reads.recorded(lambda: self.elsewhere, is_leaf, handed)
-        caller = torch.set_grad_enabled(self._caller.grad)  # a host may set it and leave it so
-        modes, checkpoints = reads_noted(self), checkpoints_recorded(self)
-        with caller, calls, attributes, reads, functions_recorded(self), modes, checkpoints:
-            yield
 
     @property
     def elsewhere(self) -> bool:
@@ -188,17 +157,30 @@ class ValueTracer(fx.Tracer):
     def _unrecorded(self) -> Iterator[None]:
         """Values are computed without gradients, and all of them as tensors of one kind."""
         was, self._executing = self._executing, True
-        moved = torch.is_inference_mode_enabled() != self._caller.inference
+        moved = torch.is_inference_mode_enabled() != self.caller.inference
         try:
-            inference = torch.inference_mode(self._caller.inference) if moved else nullcontext()
+            inference = torch.inference_mode(self.caller.inference) if moved else nullcontext()
             with inference, torch.no_grad():
                 yield
         finally:
             self._executing = was
 
+    def runs_itself(self, module: nn.Module) -> bool:
+        return is_leaf(module) and module in self._paths
+
+    def lacks(self, node: fx.Node, name: str) -> None:
+        """Python asked a tensor for a mark that it does not have."""
+        if node.op == "get_attr" and not self.executing:
+            with self._unrecorded():
+                self.reads.lacked(tensor_attribute(self.root, str(node.target)), name)
+
     def note_ambient(self, name: str) -> None:
-        """Python reads or changes a mode of torch, so the trace holds for the caller's."""
-        self.ambient[name] = getattr(self._caller, name)
+        """Python reads or changes a mode of torch, or asks about the inputs, so the trace holds
+        for what the caller has."""
+        of_mode = name in State._fields
+        with self._unrecorded():
+            now = getattr(self.caller, name) if of_mode else of_call(name, self.root, self._example)
+        self.ambient[name] = now
 
     @contextmanager
     def checkpointed(self, options: Mapping[str, Any]) -> Iterator[None]:
@@ -213,16 +195,15 @@ class ValueTracer(fx.Tracer):
 
     def with_gradients(self, node: fx.Node) -> Any:
         """A node's value as autograd sees it, which Python asks about."""
-        for name in ("grad", "inference"):
+        for name in ("grad", "inference", REQUIRES_GRAD):
             self.note_ambient(name)
-        self.ambient[REQUIRES_GRAD] = flags_of_gradients(self.root, self._example)
         if self._gradients is None:
-            known = (self.root, self.graph, self.fake_mode, self._example, self._caller.grad)
+            known = (self.root, self.graph, self.fake_mode, self._example, self.caller.grad)
             self._gradients = GradientRun(*known)
         with self._unrecorded():
             return self._gradients.value(node)
 
-    def _attribute(self, tensor: torch.Tensor) -> Any:
+    def attribute_proxy(self, tensor: torch.Tensor) -> Any:
         name = self._names.get(id(tensor))
         if name is None:
             return tensor
@@ -236,8 +217,8 @@ class ValueTracer(fx.Tracer):
         """Read parameters and buffers again from here on."""
         self._attributes.clear()
 
-    def _constant(self, thing: torch.Tensor | torch.Generator) -> Any:
-        """A node that looks up what no module has as a tensor of its own."""
+    def _constant(self, thing: Any) -> Any:
+        """A node that looks up what no module has as a tensor or child of its own."""
         name = f"constant {id(thing)}"
         if name not in self._attributes:
             with self._unrecorded():
@@ -245,9 +226,7 @@ class ValueTracer(fx.Tracer):
             found = look_up(self, thing, place)
             with self._unrecorded():
                 tensor = isinstance(thing, torch.Tensor)
-                found.node.meta["val"] = (
-                    thing if not tensor else fake_of(self.fake_mode, cast(torch.Tensor, thing))
-                )
+                found.node.meta["val"] = fake_of(self.fake_mode, thing) if tensor else thing
             self._attributes[name] = found
         return self._attributes[name]
 
@@ -333,7 +312,7 @@ class ValueTracer(fx.Tracer):
         node.meta[NUMBER] = self._count
         self._count += 1
         node.meta.pop("nn_module_stack", None)
-        modes = modes_between(self._caller, state())
+        modes = modes_between(self.caller, state())
         if modes:
             node.meta[MODES] = modes
             for mode in modes:
@@ -345,8 +324,9 @@ class ValueTracer(fx.Tracer):
     def create_arg(self, a: Any) -> Any:
         if type(a) is ValueProxy:
             return a.node
-        if isinstance(a, torch.Tensor | torch.Generator):
-            proxy = self._attribute(a) if isinstance(a, torch.Tensor) else a
+        unnamed = isinstance(a, nn.Module) and a not in self._paths
+        if unnamed or isinstance(a, torch.Tensor | torch.Generator):
+            proxy = self.attribute_proxy(a) if isinstance(a, torch.Tensor) else a
             return (proxy if type(proxy) is ValueProxy else self._constant(a)).node
         return argument_of(self, a, super().create_arg)
 
@@ -356,9 +336,10 @@ class ValueTracer(fx.Tracer):
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: Args, kwargs: Kwargs
     ) -> Any:
-        path = self.submodule_paths.get(m)  # type: ignore[union-attr]
-        if path is None:  # made inside forward (a loss module): its own calls are recorded
-            return forward(*args, **kwargs)
+        path = self._paths.get(m)
+        if path is None:  # in a list, or made inside forward (a loss): its own calls are recorded
+            self.opened[m] = None
+            return between_hooks(self, m, type(m).__name__, forward, args, kwargs)
         start = self._count
         self._modules_entered.append(path)
         try:

@@ -1,0 +1,52 @@
+"""Settings of torch that a host's Python may ask for, beside those that `modes` knows.
+
+Under torch.compile Dynamo watches them itself.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import backends
+
+from tokenprune.tracing.names import codes_of, names_of, value_of
+
+__all__ = ["Setting", "setting", "settings_named_by"]
+
+Setting = tuple[Any, str]
+"""Where a function that tells a setting is, or a flag; and its name."""
+
+FUNCTIONS: tuple[Setting, ...] = (
+    (torch, "get_default_dtype"),
+    (torch, "get_default_device"),
+    (torch, "are_deterministic_algorithms_enabled"),
+    (torch, "is_deterministic_algorithms_warn_only_enabled"),
+    (torch, "get_deterministic_debug_mode"),
+    (torch, "get_float32_matmul_precision"),
+    (torch, "get_num_threads"),
+    (backends.mha, "get_fastpath_enabled"),
+)
+FLAGS: tuple[Setting, ...] = (
+    *((backends.cudnn, name) for name in ("enabled", "benchmark", "deterministic", "allow_tf32")),
+    (backends.cuda.matmul, "allow_tf32"),
+    (backends.cuda.matmul, "allow_fp16_reduced_precision_reduction"),
+    (backends.cuda.matmul, "allow_bf16_reduced_precision_reduction"),
+    (backends.mkldnn, "enabled"),
+)
+
+
+def settings_named_by(functions: Iterable[Any]) -> Iterator[Setting]:
+    """The settings that functions may ask for, by torch's name or one of their own."""
+    functions = list(functions)
+    named = {name for code in codes_of(functions) for name in code.co_names}
+    held = [value_of(*place) for place in names_of(functions)]
+    for owner, name in FUNCTIONS:
+        if name in named or any(value is getattr(owner, name) for value in held):
+            yield owner, name
+    yield from ((owner, name) for owner, name in FLAGS if name in named)
+
+
+def setting(owner: Any, name: str, _absent: Any = None) -> Any:
+    """What a setting is now."""
+    value = getattr(owner, name)
+    return value() if callable(value) else value
