@@ -19,7 +19,7 @@ def test_it_is_certified(row: Row) -> None:
     """`wrap` proves it on the host: all scorers on core rows, one on each of the others in turn."""
     host = row.build(5.0)
     for name in NAMES if row.core else NAMES[PLAIN.index(row) % 3 :][:1]:
-        model = tokenprune.wrap(host, name, example_inputs=row.inputs()).eval()
+        model = tokenprune.wrap(host, name, example_inputs=row.inputs(), train=row.core).eval()
         with torch.no_grad():
             _, trace = model(**row.inputs(3), return_trace=True)
         counts = [stage.num_tokens for stage in trace.stages]

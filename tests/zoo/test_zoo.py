@@ -1,7 +1,7 @@
 """Behaviours over the hosts of the zoo.
 
-The certificate proves theorems 1 to 4 on every row. Tests that go further, to any kept set and
-through the pixels, run on the core rows here, and on the toys in `tests/theorems`.
+The certificate proves theorems 1 to 4, 6 and 7 on every row. Tests that go further, to any kept
+set and through the pixels, run on the core rows here, and on the toys in `tests/theorems`.
 """
 
 import copy
@@ -188,7 +188,7 @@ def test_another_image_size(row: Row) -> None:
             assert same_bits(outputs(case.model, inputs), outputs(case.host, inputs))
 
 
-@over(RUN)
+@over(CORE)
 def test_a_training_step_reaches_every_predictor_parameter(row: Row) -> None:
     model = case_of(row).model
     with restored(model):
@@ -211,7 +211,7 @@ def test_a_training_step_reaches_every_predictor_parameter(row: Row) -> None:
         assert all(grad.isfinite().all() for grad in backbone)
 
 
-@over(RUN)
+@over(CORE)
 def test_the_state_holds_the_host_and_the_predictors(row: Row) -> None:
     case = case_of(row)
     model = case.model
@@ -235,7 +235,7 @@ def test_the_state_holds_the_host_and_the_predictors(row: Row) -> None:
         assert same_bits(outputs(model, row.inputs()), pruned)
 
 
-@over(RUN)
+@over(CORE)
 def test_the_trace_of_eval(row: Row) -> None:
     model = case_of(row).model
     total = row.num_patches()
@@ -260,7 +260,7 @@ def test_the_trace_of_eval(row: Row) -> None:
     assert trace.patch_tokens.shape[:2] == (3, left)
 
 
-@over(RUN)
+@over(CORE)
 def test_the_trace_of_training(row: Row) -> None:
     model = case_of(row).model
     total = row.num_patches()

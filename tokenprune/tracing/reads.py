@@ -81,7 +81,7 @@ def _misleads_inside(value: Any) -> bool:
 
 
 @lru_cache(maxsize=1024)
-def _compares(cls: type) -> bool:
+def _compares(cls: Any) -> bool:
     """Whether a class of the host's own says itself which of its objects are equal."""
     if not cls.__flags__ & HEAP_TYPE or issubclass(cls, Enum | type) or not _is_own(cls):
         return False
