@@ -19,7 +19,7 @@ from torch import get_float32_matmul_precision as precision_now
 
 import tokenprune
 from tests.toys.vit import Vit
-from tokenprune.errors import TraceError, UnsupportedHostError
+from tokenprune.errors import HostError, TraceError, UnsupportedHostError
 
 RECIPE: dict[str, Any] = {"version": 1, "schedule": {"blocks": [1, 2], "keep_ratio": 0.5}}
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -378,3 +378,22 @@ def test_9_threads_that_ask_for_a_method_at_once_leave_the_blocks_alone() -> Non
         thread.join()
     assert not failed, "".join(traceback.format_exception(failed[0]))
     assert not any("forward" in vars(block) for block in host.blocks)
+
+
+def test_9_a_method_that_yields_between_blocks_is_refused_and_others_yield() -> None:
+    class Streams(Vit):
+        def stream(self, x: Tensor) -> Any:
+            x = self.embed(x)
+            for block in self.blocks:
+                x = block(x)
+                yield x
+
+        def names(self) -> Any:
+            yield from ("a", "b")
+
+    model = wrapped(Streams().eval())
+    assert list(model.names()) == ["a", "b"]
+    with pytest.raises(HostError, match=r"stream\(\) of a wrapped model yields between the host"):
+        list(model.stream(IMAGES))
+    with model.using("dense"):
+        assert len(list(model.stream(IMAGES))) == 3

@@ -6,7 +6,7 @@ a block that prunes. What stops has a program of its own.
 
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import FunctionType
 from typing import Any
@@ -18,7 +18,7 @@ from tokenprune.errors import HostError
 from tokenprune.runtime.program import Programs
 from tokenprune.tracing.state import Passing
 
-__all__ = ["BlocksReached", "check_what_follows", "methods_of", "stopped_at"]
+__all__ = ["BlocksReached", "check_what_follows", "methods_of", "stopped_at", "stopping"]
 
 
 class BlocksReached(BaseException):
@@ -44,6 +44,29 @@ def stopped_at(blocks: Iterable[nn.Module]) -> Iterator[None]:
         for block in blocks:
             stack.enter_context(_stopped_at(block))
         yield
+
+
+def stopping(
+    generator: Iterator[Any], blocks: Sequence[nn.Module], name: str
+) -> Generator[Any, None, Any]:
+    """What a method named `name` yields, as long as it runs none of `blocks`.
+
+    Raises:
+        HostError: It does, so it would run dense.
+    """
+    while True:
+        try:
+            with stopped_at(blocks):
+                value = next(generator)
+        except StopIteration as stop:
+            return stop.value
+        except BlocksReached:
+            raise HostError(
+                f"{name}() of a wrapped model yields between the host's blocks, so nothing could "
+                "be pruned. Give the host a method that returns what it yields, or run it dense: "
+                "model.using('dense')."
+            ) from None
+        yield value
 
 
 class _Stop(Passing):

@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import pairwise
 from threading import get_ident
+from types import GeneratorType
 from typing import Any
 
 import torch
@@ -15,20 +15,20 @@ from torch.utils._pytree import register_constant
 from tokenprune.analysis.analysis import analyse
 from tokenprune.analysis.blocks import Blocks, find_blocks
 from tokenprune.analysis.plan import Budget, Plan, bind
-from tokenprune.errors import HostError, KeepIndicesError, PlanError
+from tokenprune.errors import HostError, PlanError
 from tokenprune.hosts.inputs import CallSignature, ExampleInputs, first_floating, named_inputs
 from tokenprune.hosts.registry import describe
 from tokenprune.hosts.spec import ArchSpec
 from tokenprune.methods import Method
 from tokenprune.ops.kept_sets import check_keep_indices
-from tokenprune.ops.selection import in_order
 from tokenprune.recipe import Recipe
 from tokenprune.reductions import MODES
 from tokenprune.rewrite.kept import KEPT_SETS
 from tokenprune.rewrite.kept.pruning_trace import PruningTrace
 from tokenprune.rewrite.settings import PATHS, CallSettings, Path, PathName
 from tokenprune.runtime.cache import ProgramCache, signature_of
-from tokenprune.runtime.entries import BlocksReached, check_what_follows, stopped_at
+from tokenprune.runtime.entries import BlocksReached, check_what_follows, stopped_at, stopping
+from tokenprune.runtime.overrides import NOTHING, Overrides, forced_sets
 from tokenprune.runtime.program import Programs
 from tokenprune.runtime.watch import Watch
 from tokenprune.scorers.protocol import PREDICTORS
@@ -37,25 +37,13 @@ from tokenprune.tracing.host_graph import HostGraph, trace
 from tokenprune.tracing.stand_ins import is_plain, stand_ins
 from tokenprune.tracing.state import buffers_kept, no_autocast_cache
 
-__all__ = ["Overrides", "Pruning", "added_names"]
+__all__ = ["Pruning", "added_names"]
 
 
 def added_names() -> tuple[str, ...]:
     """First parts of the state-dict keys that `wrap` may add to a host's."""
     added = dict.fromkeys(name for reduction in MODES.values() for name in reduction.added)
     return (PREDICTORS, *added)
-
-
-@dataclass(frozen=True)
-class Overrides:
-    """What `using` forces."""
-
-    path: Path | None = None
-    keep_indices: tuple[Tensor, ...] | None = None
-    generator: torch.Generator | None = None
-
-
-NOTHING = Overrides()
 
 
 class Handle:
@@ -168,10 +156,13 @@ class Pruning:
             return getattr(self.host, name)(*args, **kwargs)
         if name not in self.entries:
             method = getattr(super(type(model), model), name)
+            paths = [self.spec.blocks[block] for block in self.plan.blocks]
+            staged = list(map(self.host.get_submodule, paths))
             try:
-                staged = [self.spec.blocks[block] for block in self.plan.blocks]
-                with stopped_at(map(self.host.get_submodule, staged)):
-                    return method(*args, **kwargs)
+                with stopped_at(staged):
+                    given = method(*args, **kwargs)
+                lazy = isinstance(given, GeneratorType)
+                return stopping(given, staged, name) if lazy else given
             except BlocksReached:
                 self.entries.add(name)
         if path == "mask":
@@ -333,10 +324,8 @@ class Pruning:
             raise HostError(f"There is no path {path!r}. Choose one of {', '.join(PATHS)}.")
         was, forced, thread = self.forced, None, get_ident()
         if keep_indices is not None:
-            self._check_sets(keep_indices)
-            forced = tuple(map(in_order, keep_indices))
-            if self.budget.threshold is not None:
-                forced = tuple(map(_trimmed, forced))
+            nested, padded = self.method.reduction.nested, self.budget.threshold is not None
+            forced = forced_sets(keep_indices, list(self.plan.blocks), nested, padded)
         self.overrides[thread] = Overrides(
             path or was.path, forced or was.keep_indices, generator or was.generator
         )
@@ -346,23 +335,6 @@ class Pruning:
             self.overrides[thread] = was
             if was is NOTHING:
                 del self.overrides[thread]
-
-    def _check_sets(self, sets: Sequence[Tensor]) -> None:
-        blocks = list(self.plan.blocks)
-        if len(sets) != len(blocks):
-            raise KeepIndicesError(
-                f"Got keep_indices for {len(sets)} stages; the plan has {len(blocks)}, "
-                f"at blocks {blocks}. Give one [B, K] tensor per stage."
-            )
-        wrong = [kept for kept in sets if not isinstance(kept, Tensor) or kept.ndim != 2]
-        if wrong:
-            found = f"shape {tuple(wrong[0].shape)}" if isinstance(wrong[0], Tensor) else wrong[0]
-            raise KeepIndicesError(
-                "keep_indices must be [B, K] tensors of whole numbers, one per stage; found "
-                f"{found!r}."
-            )
-        if self.method.reduction.nested:
-            _check_nested(sets)
 
     def set_keep_ratio(self, keep_ratio: float | Sequence[float]) -> None:
         """See `PrunedModel.set_keep_ratio`."""
@@ -391,21 +363,3 @@ def _prepare(
     programs = pruning.programs(Arguments(dict(zip(names, values, strict=True)), places), entry)
     programs.get(pruning.host, path)
     return True
-
-
-def _check_nested(sets: Sequence[Tensor]) -> None:
-    for stage, (before, after) in enumerate(pairwise(sets), start=1):
-        for image, (wide, narrow) in enumerate(zip(before.tolist(), after.tolist(), strict=False)):
-            lost = sorted(set(narrow) - set(wide) - {-1})
-            if lost:
-                raise KeepIndicesError(
-                    f"keep_indices of stage {stage} keep patches {lost[:5]} of image {image}, "
-                    f"which stage {stage - 1} dropped. Each stage's set must lie in the set of the "
-                    "stage before."
-                )
-
-
-def _trimmed(kept: Tensor) -> Tensor:
-    """A set [B, K] in order without the columns that say -1 for every image."""
-    longest = int((kept >= 0).sum(1).max()) if kept.numel() else 0
-    return kept[:, : max(longest, 1)]

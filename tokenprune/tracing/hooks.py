@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from tokenprune.tracing.hook_nodes import After, Before, Call, Hook, passed
 from tokenprune.tracing.proxy import ValueProxy
+from tokenprune.tracing.stand_ins import is_away
 from tokenprune.tracing.structure import Structure
 
 __all__ = [
@@ -32,7 +33,6 @@ __all__ = [
     "calls_unhooked",
     "forward_of",
     "has_hooks",
-    "is_away",
     "next_hook",
     "unhooked",
 ]
@@ -240,12 +240,6 @@ def _holds_proxies(entry: Any) -> bool:
     if plain or not hasattr(entry, "__dict__"):
         return False
     return any(type(leaf) is ValueProxy for leaf in tree_leaves(dict(vars(entry))))
-
-
-def is_away(held: Any) -> bool:
-    """Whether a weight is not where it will be when its module runs: hooks of accelerate's bring it
-    from elsewhere, hooks of FSDP from all processes."""
-    return isinstance(held, Tensor) and (held.is_meta or hasattr(held, "full_tensor"))
 
 
 def unhooked(module: nn.Module, args: Any, kwargs: Any) -> Any:

@@ -14,10 +14,11 @@ from torch.utils._pytree import tree_leaves
 
 from tokenprune.tracing.effects import Store
 from tokenprune.tracing.hook_nodes import is_hook_node
-from tokenprune.tracing.hooks import calls_unhooked, is_away, unhooked
+from tokenprune.tracing.hooks import calls_unhooked, unhooked
 from tokenprune.tracing.modes import MODES, entered
 from tokenprune.tracing.opaque import OPAQUE
 from tokenprune.tracing.proxy import ValueProxy
+from tokenprune.tracing.stand_ins import is_away
 
 __all__ = ["evaluate", "quiet_trials", "run", "run_again", "tensor_attribute", "tensors_in"]
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from enum import Enum
-from functools import lru_cache, partial
+from functools import partial
 from numbers import Number
 from types import CellType, FunctionType, MethodType, SimpleNamespace
 from typing import Any
@@ -80,12 +80,10 @@ def _misleads_inside(value: Any) -> bool:
     return isinstance(value, Number | np.generic) or may_mislead(value)
 
 
-@lru_cache(maxsize=1024)
 def _compares(cls: Any) -> bool:
     """Whether a class of the host's own says itself which of its objects are equal."""
-    if not cls.__flags__ & HEAP_TYPE or issubclass(cls, Enum | type) or not _is_own(cls):
-        return False
-    return any("__eq__" in vars(base) for base in cls.__mro__[:-1])
+    plain = cls.__eq__ is object.__eq__ or not cls.__flags__ & HEAP_TYPE
+    return not plain and not issubclass(cls, Enum | type) and _is_own(cls)
 
 
 def state_of(value: Any) -> Any:

@@ -15,13 +15,19 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.parameter import is_lazy
 
-__all__ = ["fake_of", "is_plain", "stand_ins"]
+__all__ = ["fake_near", "fake_of", "is_away", "is_plain", "stand_ins"]
 
 
 def is_plain(tensor: Tensor) -> bool:
     """Whether a tensor is `torch.Tensor` or `nn.Parameter` itself, and nothing wraps it."""
     own = type(tensor) in (Tensor, nn.Parameter)
     return own and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def is_away(held: Any) -> bool:
+    """Whether a weight is not where it will be when its module runs: hooks of accelerate's bring it
+    from elsewhere, hooks of FSDP from all processes."""
+    return isinstance(held, Tensor) and (held.is_meta or hasattr(held, "full_tensor"))
 
 
 def fake_of(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
@@ -34,6 +40,15 @@ def fake_of(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
         return mode.from_tensor(tensor)
     with mode:
         return torch.empty(tuple(tensor.shape), dtype=tensor.dtype, device=tensor.device)
+
+
+def fake_near(mode: FakeTensorMode, tensor: Tensor, example: Tensor) -> Tensor:
+    """`fake_of`; of a weight that is kept elsewhere, what it is where its module runs, beside
+    `example`."""
+    if is_away(tensor) and not example.is_meta:
+        with mode:
+            return torch.empty(tensor.shape, dtype=tensor.dtype, device=example.device)
+    return fake_of(mode, tensor)
 
 
 @contextmanager

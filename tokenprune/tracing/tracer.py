@@ -35,7 +35,6 @@ from tokenprune.tracing.hooks import (
     after_host_hooks,
     before_host_hooks,
     between_hooks,
-    is_away,
     next_hook,
     unhooked,
 )
@@ -58,7 +57,7 @@ from tokenprune.tracing.proxy import ValueProxy, concrete
 from tokenprune.tracing.reads import Reads
 from tokenprune.tracing.recording import calls_recorded
 from tokenprune.tracing.remains import Remains, nodes_in, remains_of, taken_out
-from tokenprune.tracing.stand_ins import fake_of
+from tokenprune.tracing.stand_ins import fake_near, fake_of
 from tokenprune.tracing.state import attributes_kept, empty_caches
 
 __all__ = ["ValueTracer"]
@@ -284,8 +283,9 @@ class ValueTracer(fx.Tracer):
             if kind == "get_attr":
                 value = tensor_attribute(self.root, target)
             if value is not None:
+                near = next(iter(self._example.values()), value)
                 tensor = isinstance(value, torch.Tensor)
-                return self._as_fake(value) if tensor else value
+                return fake_near(self.fake_mode, value, near) if tensor else value
             args, kwargs = map_aggregate(args, concrete), map_aggregate(kwargs, concrete)
             with self.fake_mode:
                 if kind == "call_function":
@@ -293,14 +293,6 @@ class ValueTracer(fx.Tracer):
                 if kind == "call_method":
                     return getattr(args[0], target)(*args[1:], **kwargs)
                 return unhooked(self.root.get_submodule(target), args, kwargs)
-
-    def _as_fake(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Of a weight that is kept elsewhere, what it is when its module runs."""
-        example = next(iter(self._example.values()), tensor)
-        if is_away(tensor) and not example.is_meta:
-            with self.fake_mode:
-                return torch.empty(tensor.shape, dtype=tensor.dtype, device=example.device)
-        return fake_of(self.fake_mode, tensor)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
