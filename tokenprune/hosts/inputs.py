@@ -102,7 +102,9 @@ class CallSignature:
                 f"The host's forward takes ({', '.join(names)}), but was called with "
                 f"({', '.join(given)})."
             )
-        named = {**dict(zip(names[: self.num_positional], args, strict=False)), **kwargs}
+        # no `zip(strict=...)` either: torch 2.8 cannot compile it
+        given_here = names[: min(len(args), self.num_positional)]
+        named = {name: args[at] for at, name in enumerate(given_here)} | dict(kwargs)
         bound: dict[int | str, tuple[str, Any]] = {}
         for place, name in enumerate(names):
             by_place = place < self.num_unnamed or (many and place < self.num_positional)

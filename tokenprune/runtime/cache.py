@@ -98,11 +98,15 @@ class ProgramCache:
                 continue
             if not ambient_holds(programs.analysis.traced.ambient, host, arguments):
                 continue
-            if self.frozen or programs.guards.hold():
+            if self.holds(programs):
                 if place and not torch.compiler.is_dynamo_compiling():
                     self._known.insert(0, self._known.pop(place))
                 return programs
         return None
+
+    def holds(self, programs: Programs) -> bool:
+        """Whether what a trace has read is as it was, or nobody is to look."""
+        return self.frozen or programs.guards.hold()
 
     def add(self, signature: Signature, programs: Programs) -> None:
         """Keep new programs.

@@ -7,9 +7,9 @@ which no dict shows: modules it adds are children of the wrapper alone.
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache, partial, wraps
+from functools import cache, wraps
 from typing import Any, Self, cast
 
 import torch
@@ -35,39 +35,6 @@ FX_TRACED = (
 )
 
 
-class Children(MutableMapping[str, nn.Module | None]):
-    """The host's children, then those that `wrap` added."""
-
-    def __init__(self, host: dict[str, nn.Module | None], added: dict[str, nn.Module]) -> None:
-        self._host, self._added = host, added
-
-    def __getitem__(self, name: str) -> nn.Module | None:
-        return self._added[name] if name in self._added else self._host[name]
-
-    def __setitem__(self, name: str, module: nn.Module | None) -> None:
-        if name not in self._added:
-            self._host[name] = module
-        elif isinstance(module, nn.Module):
-            self._added[name] = module
-        else:
-            raise TypeError(f"{name!r} is what wrap added: a module, not {module!r}.")
-
-    def __delitem__(self, name: str) -> None:
-        if name in self._added:
-            raise AttributeError(f"{name!r} is what wrap added; tokenprune.unwrap goes without it.")
-        del self._host[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter([*self._host, *self._added])
-
-    def __len__(self) -> int:
-        return len(self._host) + len(self._added)
-
-    def copy(self) -> dict[str, nn.Module | None]:
-        """As a plain dict."""
-        return dict(self)
-
-
 class PrunedModel(nn.Module):
     """Mixin in front of the host's class. Made by `wrap`, never by hand."""
 
@@ -84,8 +51,9 @@ class PrunedModel(nn.Module):
 
     @property
     def _modules(self) -> Any:
-        own = self.__dict__["_modules"]
-        return Children(own, self._pruning.added) if hasattr(self, PRUNING) else own
+        if not hasattr(self, PRUNING):
+            return self.__dict__["_modules"]
+        return self._pruning.children
 
     @_modules.setter
     def _modules(self, children: dict[str, nn.Module | None]) -> None:
@@ -276,7 +244,7 @@ def pruned_class(host_class: type[nn.Module]) -> type[PrunedModel]:
         "__doc__": host_class.__doc__,
         **{name: _pruned(name, method) for name, method in methods_of(host_class).items()},
         "forward": forward,
-        **{name: property(partial(_added, name)) for name in added_names()},
+        **{name: property(_added(name)) for name in added_names()},
     }
     return type(host_class.__name__, (PrunedModel, host_class), names)
 
@@ -291,11 +259,14 @@ def _pruned(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _added(name: str, model: PrunedModel) -> nn.Module:
-    added = model._pruning.added
-    if name not in added:
-        raise AttributeError(f"This {type(model).__name__} has no {name!r}.")
-    return added[name]
+def _added(name: str) -> Callable[[PrunedModel], nn.Module]:
+    def read(self: PrunedModel) -> nn.Module:
+        added = self._pruning.added
+        if name not in added:
+            raise AttributeError(f"This {type(self).__name__} has no {name!r}.")
+        return added[name]
+
+    return read
 
 
 def as_host(model: nn.Module) -> nn.Module:

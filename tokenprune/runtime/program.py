@@ -61,7 +61,7 @@ class Programs:
 
     def look_after(self) -> None:
         """To be called after a call: see whether that has changed what the trace depends on."""
-        if self._looks and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and self._looks:
             self._looks -= 1
             self.changes = self.changes or self.guards.changed()
 

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import register_constant
 
 from tokenprune.analysis.analysis import analyse
 from tokenprune.analysis.blocks import Blocks, find_blocks
@@ -27,6 +26,8 @@ from tokenprune.rewrite.kept import KEPT_SETS
 from tokenprune.rewrite.kept.pruning_trace import PruningTrace
 from tokenprune.rewrite.settings import PATHS, CallSettings, Path, PathName
 from tokenprune.runtime.cache import ProgramCache, signature_of
+from tokenprune.runtime.children import Children
+from tokenprune.runtime.compiled import Handle, Seen, watched_by_dynamo
 from tokenprune.runtime.entries import BlocksReached, check_what_follows, stopped_at, stopping
 from tokenprune.runtime.overrides import NOTHING, Overrides, forced_sets
 from tokenprune.runtime.program import Programs
@@ -44,23 +45,6 @@ def added_names() -> tuple[str, ...]:
     """First parts of the state-dict keys that `wrap` may add to a host's."""
     added = dict.fromkeys(name for reduction in MODES.values() for name in reduction.added)
     return (PREDICTORS, *added)
-
-
-class Handle:
-    """A `Pruning` as an argument that Dynamo takes for a constant (torch 2.11 and earlier take no
-    other objects); the same one only if it is the same object."""
-
-    def __init__(self, pruning: "Pruning") -> None:
-        self.pruning = pruning
-
-    def __eq__(self, other: object) -> bool:
-        return self is other
-
-    def __hash__(self) -> int:
-        return id(self)
-
-
-register_constant(Handle)
 
 
 @dataclass
@@ -101,7 +85,8 @@ class Pruning:
     watch: Watch = field(default_factory=Watch)
 
     def __post_init__(self) -> None:
-        self.handle = Handle(self)
+        self.handle, self.seen, self.spare = Handle(self), Seen(), Seen()
+        self.children = Children(self.host, self.added)
 
     def inputs(self, given: ExampleInputs | None) -> Arguments:
         """The arguments of an example call; drawn if None."""
@@ -197,6 +182,8 @@ class Pruning:
         if torch.compiler.is_dynamo_compiling():
             leaves = arguments.leaves
             _prepare(self.handle, path, entry, arguments.places, tuple(leaves), *leaves.values())
+            if not torch.compiler.is_exporting():
+                watched_by_dynamo(self)
         programs = self.programs(arguments, entry)
         name = self.path_name(path)
         if name == "jagged" and torch.compiler.is_exporting():
@@ -362,4 +349,5 @@ def _prepare(
     pruning = handle.pruning
     programs = pruning.programs(Arguments(dict(zip(names, values, strict=True)), places), entry)
     programs.get(pruning.host, path)
+    pruning.seen = Seen(programs, pruning.cache)
     return True

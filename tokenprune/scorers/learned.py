@@ -78,7 +78,9 @@ class TokenPredictor(Scorer):
             # the shared half goes through the first layer once an image instead of once a token,
             # which leaves out a seventh of a predictor's arithmetic
             own, common = first.weight.tensor_split((local.shape[-1],), dim=1)
-            logits = F.linear(local, own) + F.linear(context, common, first.bias)
+            rows = features.flatten(0, 1)[:, : local.shape[-1]]  # of a slice of 3-D it makes a copy
+            logits = F.linear(rows, own).view(*local.shape[:2], -1)
+            logits = logits + F.linear(context, common, first.bias)
         else:
             both = [local, context.expand(-1, local.shape[1], -1)]
             logits = first(torch.cat(both, dim=-1))
@@ -92,4 +94,4 @@ def _is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether it is the linear layer we made: not quantised, adapted, pruned or hooked since."""
     hooked = layer._forward_hooks or layer._forward_pre_hooks
     hooked = hooked or layer._backward_hooks or layer._backward_pre_hooks
-    return type(layer) is nn.Linear and not hooked and "forward" not in vars(layer)
+    return type(layer) is nn.Linear and not hooked and "forward" not in layer.__dict__

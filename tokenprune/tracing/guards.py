@@ -129,45 +129,14 @@ class Guards:
                 place = (id(watched.table), watched.name)
                 alike.setdefault(watched.look, {})[place] = watched
         self._alike = [Alike(list(group.values())) for group in alike.values()]
-        self._read_by_compilers()
-
-    def _read_by_compilers(self) -> None:
-        """What `_read_one_by_one` reads."""
-        attributes = [w for w in self if w.look in (dict.get, getattr)]
-        held = [w for w in attributes if not isinstance(w.owner, dict)]
-        self._plain = [(w.owner, w.name, w.expected) for w in held if _plain(w.expected)]
-        self._objects = [
-            (w.owner, w.name, id(w.expected))
-            for w in held
-            if isinstance(w.expected, nn.Module | FunctionType | type)
-        ]
-        self._hooks = [(w.owner, w.name) for w in self if w.look is _is_empty]
-        absent: dict[nn.Module, set[str]] = {}
-        for w in held:
-            if w.expected is ABSENT and isinstance(w.owner, nn.Module):
-                absent.setdefault(w.owner, set()).add(w.name)
-        for w in self:
-            if w.look is _is_there and isinstance(w.owner, nn.Module):
-                absent.setdefault(w.owner, set()).add(w.name)
-        self._absent = [(module, frozenset(names)) for module, names in absent.items()]
 
     def hold(self) -> bool:
         """Whether a trace made now would read the same."""
         if torch.compiler.is_dynamo_compiling():
-            return self._read_one_by_one()
+            return True  # just made; later calls look before (`runtime.compiled`)
         if torch.compiler.is_exporting():
             return all(watched.same() or watched.wrapped_by_fx() for watched in self)
         return all(group.same() for group in self._alike)
-
-    def _read_one_by_one(self) -> bool:
-        """For a compiler, which watches on its own what it has seen Python read."""
-        plain = all(getattr(owner, name) == value for owner, name, value in self._plain)
-        if any(len(getattr(module, name)) for module, name in self._hooks):
-            return False
-        # Dynamo guards the keys of a dict that a generator goes through; `in` it does not guard
-        if any(any(key in names for key in vars(m)) for m, names in self._absent):
-            return False
-        return plain and all(id(getattr(owner, name)) == i for owner, name, i in self._objects)
 
     def __iter__(self) -> Iterator[Watched]:
         for group in self._alike:
@@ -273,13 +242,6 @@ def _watched_hooks(hooks: Hooks, modules: Iterable[nn.Module]) -> Iterator[Watch
         else:
             for name, table in zip(HOOKS, tables, strict=True):
                 yield Watched(module, _is_empty, table, name, True)
-
-
-def _plain(value: Any) -> bool:
-    """Whether a compiler can compare a value: a number, say, or a container of some."""
-    if isinstance(value, list | tuple | dict):
-        return all(map(_plain, value.values() if isinstance(value, dict) else value))
-    return value is None or isinstance(value, bool | int | float | str | torch.dtype)
 
 
 def _items(children: dict[str, nn.Module], _name: str, _absent: Any) -> list[Any]:

@@ -1,0 +1,58 @@
+"""A wrapped model inside of torch.compile: what is compiled holds as long as a program's guards do.
+
+Dynamo compares what it takes for a constant with what it saw, before each call, by `==`; for that
+it takes classes that are registered as constants. An equal object is one whose program still holds.
+"""
+
+from typing import Any
+
+from torch.utils._pytree import register_constant
+
+from tokenprune.runtime.cache import ProgramCache
+from tokenprune.runtime.program import Programs
+
+__all__ = ["Handle", "Seen", "watched_by_dynamo"]
+
+
+class Handle:
+    """A `Pruning` as an argument that Dynamo takes for a constant (torch 2.11 and earlier take no
+    other objects); the same one only if it is the same object."""
+
+    def __init__(self, pruning: Any) -> None:
+        self.pruning = pruning
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+class Seen:
+    """The programs that a call was compiled with; of none, what is compared with it later."""
+
+    def __init__(self, programs: Programs | None = None, cache: ProgramCache | None = None) -> None:
+        self.programs, self.cache = programs, cache
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Seen):
+            return False
+        one = self if other.programs is None else other
+        return one.programs is None or one.cache is None or one.cache.holds(one.programs)
+
+    def __hash__(self) -> int:
+        return 0  # any two may be equal
+
+    def __reduce__(self) -> tuple[type["Seen"], tuple[()]]:
+        return Seen, ()  # a copy has programs of its own
+
+
+register_constant(Handle)
+register_constant(Seen)
+
+
+def watched_by_dynamo(pruning: Any) -> None:
+    """Make Dynamo compare `seen` before each call. It compares other objects only, so another one
+    is put in its place, which what is compiled does as well."""
+    if pruning.seen is not None:  # a use of it: Dynamo looks at nothing that is not used
+        pruning.seen = pruning.spare
