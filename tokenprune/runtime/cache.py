@@ -42,12 +42,22 @@ def signature_of(arguments: Arguments, entry: str, training: bool) -> Signature:
         if isinstance(value, Tensor):
             shape = tuple(value.shape)
             batched = bool(shape) and shape[0] == batch_size
-            key.append((name, batched, shape[1:] if batched else shape, value.dtype, value.device))
+            shape = shape[1:] if batched else shape
+            key.append((name, batched, shape, value.dtype, value.device, *_kind(value)))
         else:
             key.append((name, *plain_key(value)))
     if len(tensors) > 1:  # which of them are one: Python may ask `mask is x`
         key.append(tuple([next(i for i, o in enumerate(tensors) if o is t) for t in tensors]))
     return Signature(tuple(key), batch_size)
+
+
+def _kind(tensor: Tensor) -> tuple[Any, ...]:
+    """The class of a tensor, and an owner's marks on it."""
+    kind = type(tensor)
+    if kind is not Tensor or torch.compiler.is_dynamo_compiling() or not vars(tensor):
+        return (kind,)
+    marks = {n: v for n, v in vars(tensor).items() if not n.startswith("_dynamo")}
+    return kind, {n: id(v) if isinstance(v, Tensor) else plain_key(v) for n, v in marks.items()}
 
 
 class CacheInfo(NamedTuple):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.analysis.analysis import Analysis
+from tokenprune.errors import HostError
 from tokenprune.reductions import Reduction
 from tokenprune.rewrite.passes import run_passes
 from tokenprune.rewrite.rewrite import Rewrite
@@ -18,6 +19,7 @@ from tokenprune.scorers import Scorer
 from tokenprune.tracing.effects import Store
 from tokenprune.tracing.guards import Guards, Watched
 from tokenprune.tracing.hook_nodes import closing, is_hook_node
+from tokenprune.tracing.stand_ins import forget_weights
 
 __all__ = ["Program", "Programs"]
 
@@ -37,6 +39,7 @@ class Program(NamedTuple):
 
     rewrite: Rewrite
     run: Callable[..., Returned]
+    hooked: bool
 
 
 @dataclass
@@ -58,6 +61,25 @@ class Programs:
     """What the host's own forward reads and changes in each call."""
     _made: dict[PathName, Program] = field(default_factory=dict)
     _looks: int = LOOKS
+
+    def check_hooks(self, host: str) -> None:
+        """To be called after a call that ran hooks.
+
+        Raises:
+            HostError: One has changed what the host's code reads, perhaps later in that call.
+        """
+        if self.guards.hold():
+            return
+        targets = (node.target for node in self.analysis.traced.graph.nodes)
+        own = {(id(t.owner), t.name) for t in targets if isinstance(t, Store)}
+        changed = next((w for w in self.guards if not w.same()), None)
+        if changed is not None and (id(changed.owner), changed.name) not in own:
+            raise HostError(
+                f"A hook inside of {host} changed {changed.name!r} of a "
+                f"{type(changed.owner).__name__}, which the host's code reads. A call runs what "
+                "was traced before it began: change it between calls, or in a hook of the whole "
+                "model."
+            )
 
     def look_after(self) -> None:
         """To be called after a call: see whether that has changed what the trace depends on."""
@@ -92,6 +114,7 @@ class Programs:
             run_passes(rewrite, self.reduction.passes(path, self.scorer, self.restore))
             cut = path == "jagged" and self.reduction.removes  # images leave a stage in buckets
             run = Bucketed(rewrite) if cut else as_function(rewrite.graph)
+            forget_weights(self.analysis.traced.fake_mode)
             hooked = any(map(is_hook_node, rewrite.graph.nodes))
-            self._made[path] = Program(rewrite, closing(run) if hooked else run)
+            self._made[path] = Program(rewrite, closing(run) if hooked else run, hooked)
         return self._made[path]

@@ -35,7 +35,7 @@ from tokenprune.runtime.watch import Watch
 from tokenprune.scorers.protocol import PREDICTORS
 from tokenprune.tracing.arguments import Arguments, as_arguments
 from tokenprune.tracing.host_graph import HostGraph, trace
-from tokenprune.tracing.stand_ins import is_plain, stand_ins
+from tokenprune.tracing.stand_ins import forget_weights, is_plain, stand_ins
 from tokenprune.tracing.state import buffers_kept, no_autocast_cache
 
 __all__ = ["Pruning", "added_names"]
@@ -195,6 +195,8 @@ class Pruning:
         program = programs.get(self.host, name)
         settings = self.settings(path, programs, arguments, model.training)
         output, records, tokens, real = program.run(model, settings, **arguments.tensors)
+        if program.hooked and not torch.compiler.is_compiling() and not self.cache.frozen:
+            programs.check_hooks(type(self.host).__name__)
         programs.look_after()
         if settings.sample and not torch.compiler.is_compiling():
             scorers, targets = model.get_submodule(PREDICTORS), self.budget.keep_ratios
@@ -251,6 +253,7 @@ class Pruning:
                     known=[programs.analysis for programs in self.cache],
                 )
                 reduction = self.method.reduction(host, known)
+            forget_weights(traced.fake_mode)
             found = Programs(known, reduction, self.method.scorer, self.restore)
             self.cache.add(signature, found)
         if not signature.batch_size and found.analysis.batch_bound:

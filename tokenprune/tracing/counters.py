@@ -6,7 +6,7 @@ from dis import Instruction, get_instructions
 from itertools import pairwise
 from types import CodeType
 
-__all__ = ["only_counted", "only_grown", "takes_out"]
+__all__ = ["only_counted", "only_grown", "only_refilled", "takes_out"]
 
 TAKE = {"clear", "pop", "popleft", "popitem", "remove", "discard"}
 GROW = {"append", "add", "extend", "update", "appendleft"}
@@ -31,6 +31,15 @@ def only_grown(codes: Iterable[CodeType], name: str) -> bool:
         codes: All that may have run.
     """
     return _only(_grows, codes, name)
+
+
+def only_refilled(codes: Iterable[CodeType], name: str) -> bool:
+    """Whether these functions empty an attribute by `x.name.clear()` and else only add to it."""
+    return _only(lambda steps: _grows(steps) or _clears(steps), codes, name)
+
+
+def _clears(steps: list[Instruction]) -> bool:
+    return len(steps) > 1 and steps[1].argval == "clear"
 
 
 def _only(fits: Callable[[list[Instruction]], bool], codes: Iterable[CodeType], name: str) -> bool:

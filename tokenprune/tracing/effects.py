@@ -65,7 +65,11 @@ class Add(Store):
 
 def add(kept: Any, contents: Any) -> None:
     """Put more into a list, dict, set or deque."""
-    (kept.extend if isinstance(kept, list | deque) else kept.update)(contents)
+    if isinstance(kept, dict):
+        for key, value in contents.items():  # `update` of a Counter adds
+            kept[key] = value
+    else:
+        (kept.extend if isinstance(kept, list | deque) else kept.update)(contents)
 
 
 def refill(kept: Any, contents: Any) -> None:
@@ -82,7 +86,8 @@ def has_effect(node: fx.Node) -> bool:
         return True
     name = getattr(node.target, "__name__", str(node.target))
     writes = name.endswith("_") and not name.endswith("__")
-    return writes or node.target in WRITES or isinstance(node.target, Store)
+    writes = writes or node.target in WRITES or node.kwargs.get("out") is not None
+    return writes or isinstance(node.target, Store)
 
 
 def of_content(graph: fx.Graph) -> set[fx.Node]:

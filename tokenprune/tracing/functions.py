@@ -5,6 +5,7 @@ first and takes a proxy for the tensor or the number that it says it is.
 """
 
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
@@ -15,7 +16,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import Tensor, autograd
-from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
+from torch.overrides import TorchFunctionMode, handle_torch_function, is_tensor_method_or_property
 
 from tokenprune.tracing.proxy import ValueProxy
 
@@ -81,9 +82,22 @@ class _Calls(TorchFunctionMode):
         unrecorded = name in UNRECORDED or name.startswith(UNRECORDED_PREFIXES)
         if self.tracer.executing or unrecorded:
             return func(*args, **kwargs)
+        _check_own(func)
         if is_tensor_method_or_property(func):
             return self.tracer.create_proxy("call_method", name, args, kwargs)
         return self.tracer.create_proxy("call_function", func, args, kwargs)
+
+
+def _check_own(function: Any) -> None:
+    """Refuse a function of torch that another one has replaced, and that calls it: torch's own says
+    by its name who it is."""
+    asks, calls = sys._getframe(2).f_code, sys._getframe(3).f_code
+    if asks is handle_torch_function.__code__ and getattr(function, "__code__", calls) is not calls:
+        name = f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', '?')}"
+        raise NotImplementedError(
+            f"{name} was put in the place of torch's {calls.co_name} and calls it; call it in the "
+            "host itself instead"
+        )
 
 
 @contextmanager

@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from inspect import isdatadescriptor
 from itertools import chain, repeat
 from operator import attrgetter
-from types import FunctionType
+from types import FunctionType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from tokenprune.tracing.hooks import Hooks
-from tokenprune.tracing.names import codes_of, names_of, plain_attributes, reached
+from tokenprune.tracing.names import codes_of, data_of, names_of, reached, value_of
 from tokenprune.tracing.reads import (
     ABSENT,
     Reads,
@@ -65,7 +65,7 @@ class Watched(NamedTuple):
     def stored(self) -> bool:
         """Whether what is looked up is kept there: a property may make its value anew each time."""
         if self.look is getattr:
-            return isinstance(self.table, type | FunctionType)
+            return isinstance(self.table, type | FunctionType | ModuleType)
         return self.look in (dict.get, _state, _itself)
 
     def wrapped_by_fx(self) -> bool:
@@ -174,9 +174,7 @@ def _read(reads: Reads, functions: Iterable[Any]) -> Iterator[Watched]:
         if hasattr(type(owner), name):
             value = getattr(type(owner), name)
             yield Watched(type(owner), getattr, type(owner), name, snapshot(value))
-            if isdatadescriptor(value) and not isinstance(
-                value, property
-            ):  # with a store of its own
+            if isdatadescriptor(value) and not isinstance(value, property):  # of its own store
                 yield Watched(owner, getattr, owner, name, snapshot(getattr(owner, name)))
         else:  # made up by `__getattr__`: a config's other name for something
             yield Watched(owner, getattr, owner, name, snapshot(getattr(owner, name, ABSENT)))
@@ -200,13 +198,8 @@ def _read(reads: Reads, functions: Iterable[Any]) -> Iterator[Watched]:
     for value in {id(v): v for v in (*reached(functions), *reads.held.values())}.values():
         for name in CONSTANT if isinstance(value, FunctionType) else ():
             yield Watched(value, getattr, value, name, snapshot(getattr(value, name)))
-        state = state_of(value)
-        if not isinstance(value, FunctionType) or any(state):
-            yield Watched(value, _state, value, "state", snapshot(state))
+        yield from _contents(value, "state")
     named = {name for code in codes_of(functions) for name in code.co_names}
-    for cls in {cls for owner in owners for cls in type(owner).__mro__ if plain_attributes(cls)}:
-        for name in named & plain_attributes(cls):  # `type(self).scale`
-            yield Watched(cls, getattr, cls, name, snapshot(getattr(cls, name)))
     for owner, name in settings_named_by(functions):
         yield Watched(owner, setting, owner, name, setting(owner, name))
     for holders in reads.shared():
@@ -217,11 +210,26 @@ def _read(reads: Reads, functions: Iterable[Any]) -> Iterator[Watched]:
         else:
             value = place[name]
             yield Watched(place, dict.get, place, name, snapshot(value))
-            for inner in within(value):
-                if (state := state_of(inner)) is not ABSENT:
-                    yield Watched(inner, _state, inner, name, snapshot(state))
-            if kept := _kept_by(value):  # of a registry, say of attention functions
-                yield Watched(value, _itself, kept, name, snapshot(kept))
+            yield from _contents(value, name)
+    named_values = [*(value_of(*at) for at in names_of(functions)), *map(type, owners)]
+    read = {id(value): value for value in reads.values.values()}.values()
+    data: list[tuple[Any, set[str]]] = [(v, data_of(v) & named) for v in named_values]
+    data += [(v, data_of(v)) for v in read]
+    data += [(v, named & vars(v).keys()) for v in read if isinstance(v, ModuleType)]
+    for holder, held in data:  # `type(self).scale`, `self.config_module.scale`
+        for each in held:
+            yield Watched(holder, getattr, holder, each, snapshot(getattr(holder, each)))
+
+
+def _contents(value: Any, name: str) -> Iterator[Watched]:
+    """What is kept in something that is no attribute of a module."""
+    for inner in within(value):
+        state = state_of(inner)
+        if state is ABSENT or (isinstance(inner, FunctionType) and not any(state[:2])):
+            continue
+        yield Watched(inner, _state, inner, name, snapshot(state))
+    if kept := _kept_by(value):  # of a registry, say of attention functions
+        yield Watched(value, _itself, kept, name, snapshot(kept))
 
 
 CONSTANT = ("__code__", "__defaults__", "__kwdefaults__")

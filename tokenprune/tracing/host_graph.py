@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from tokenprune.errors import HostError, TokenPruneError, TraceError
+from tokenprune.notices import warn_once
 from tokenprune.tracing.arguments import Arguments, as_arguments
 from tokenprune.tracing.calls import ModuleCall, calls_of
 from tokenprune.tracing.effects import has_effect
@@ -114,6 +115,14 @@ def trace(
         raise HostError(
             f"{type(host).__name__} returns no tensor for the input {_shapes(arguments)}. Wrap a "
             "model whose output is a tensor, or holds some in tuples, dicts or dataclasses."
+        )
+    for what, which in tracer.reads.opaque.items():
+        warn_once(
+            host,
+            f"cannot watch {what}",
+            f"The forward of {type(host).__name__} reads {what} ({which}). What it gave is a "
+            "constant of what wrap has made, and nothing can see that it would be another now: "
+            "call tokenprune.clear_cache(model) after a change, or read it outside of forward.",
         )
     read, left = set(tracer.specialized), tracer.left
     graph.eliminate_dead_code(lambda node: node in read or has_effect(node))

@@ -12,7 +12,7 @@ from torch._guards import active_fake_mode
 from torch.fx.node import map_aggregate, map_arg
 from torch.utils._pytree import tree_leaves
 
-from tokenprune.tracing.effects import Store
+from tokenprune.tracing.effects import Store, has_effect
 from tokenprune.tracing.hook_nodes import is_hook_node
 from tokenprune.tracing.hooks import calls_unhooked, unhooked
 from tokenprune.tracing.modes import MODES, entered
@@ -60,7 +60,8 @@ def evaluate(root: nn.Module, node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
         if active_fake_mode() is None or not isinstance(held, Tensor):
             return held
         away = is_away(held) or held.grad_fn is not None  # made of others: no leaf to be faked
-        return node.meta["val"] if away else held
+        written = any(map(has_effect, node.users))  # which small tensors would be for real
+        return node.meta["val"] if away or written else held
     if MODES in node.meta:
         with entered(node.meta[MODES]):
             return _called(root, node, env)

@@ -229,12 +229,20 @@ def _noted(tracer: Recorder, name: str, original: Callable[..., Any]) -> Callabl
 
 
 def of_call(name: str, host: nn.Module, arguments: Mapping[str, Any]) -> Any:
-    """What Python may ask about the tensors of a call: which parameters and inputs require
-    gradients (`REQUIRES_GRAD`), or the strides of the inputs (`LAYOUT`)."""
+    """What Python may ask about the tensors of a call and the parameters: which require gradients
+    (`REQUIRES_GRAD`), or how they lie in memory (`LAYOUT`)."""
     inputs = [value for value in arguments.values() if isinstance(value, torch.Tensor)]
     if name == REQUIRES_GRAD:
-        return tuple([tensor.requires_grad for tensor in (*host.parameters(), *inputs)])
-    return tuple([tensor.stride() for tensor in inputs if tensor.layout is torch.strided])
+        weights = [weight.requires_grad for weight in host.parameters()]
+        return *weights, *[(tensor.requires_grad, tensor.is_leaf) for tensor in inputs]
+    tensors = (*inputs, *host.parameters())
+    return tuple([_layout(tensor) for tensor in tensors if tensor.layout is torch.strided])
+
+
+def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:
+    shared = tensor.is_shared()  # type: ignore[no-untyped-call]
+    where = (tensor.storage_offset(), shared, tensor._is_view())
+    return tensor.stride(), tensor.is_inference(), *where
 
 
 def ambient_holds(

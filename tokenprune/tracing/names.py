@@ -1,5 +1,6 @@
 """The names that functions look up outside of themselves: what else a trace depends on."""
 
+import sys
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
@@ -10,8 +11,8 @@ __all__ = [
     "as_function",
     "caches_of",
     "codes_of",
+    "data_of",
     "names_of",
-    "plain_attributes",
     "value_of",
 ]
 
@@ -72,12 +73,16 @@ def caches_of(functions: Iterable[Any]) -> list[Any]:
 
 def value_of(place: Namespace, name: str) -> Any:
     """What a name that `names_of` gives stands for."""
-    return place[name] if isinstance(place, dict) else vars(place)[name]
+    if isinstance(place, dict):
+        return place[name]
+    return vars(place)[name] if name in vars(place) else getattr(place, name)
 
 
 def _looked_up(function: FunctionType) -> Iterator[tuple[Namespace, str]]:
-    around, names = function.__globals__, {n for c in _codes(function.__code__) for n in c.co_names}
-    waiting, seen = [around], list[Any]()
+    names = _names_in(function)
+    waiting, seen = [function.__globals__], list[Any]()
+    modules = [sys.modules[n] for n in names & sys.modules.keys() if not n.startswith(NOT_FOLLOWED)]
+    waiting += [vars(module) for module in modules if isinstance(module, ModuleType)]  # `import`
     while waiting:  # `torch.nn.functional.softmax` is a name in each of three modules
         inside = waiting.pop()
         seen.append(inside)
@@ -87,16 +92,28 @@ def _looked_up(function: FunctionType) -> Iterator[tuple[Namespace, str]]:
             if isinstance(value, ModuleType) and not any(vars(value) is s for s in seen):
                 waiting.append(vars(value))
             elif isinstance(value, type):
-                called = {n for n, v in dict(vars(value)).items() if isinstance(v, CALLED)}
-                own = plain_attributes(value) | (called if _is_own(value) else set())
-                yield from ((value, each) for each in names & own)
+                yield from ((value, each) for each in names & (data_of(value) | _called(value)))
     yield from _overridden(function, names)
 
 
-def plain_attributes(cls: type) -> set[str]:
-    """The data among a class's own attributes, which code reads by the class (`Config.scale`)."""
-    data = {n for n, v in dict(vars(cls)).items() if n[:2] != "__" and isinstance(v, DATA)}
-    return data if _is_own(cls) else set()
+def _names_in(function: FunctionType) -> set[str]:
+    """The names in its code, and words that may be some: `getattr(config, "scale")`."""
+    codes = list(_codes(function.__code__))
+    words = (c for code in codes for c in code.co_consts if isinstance(c, str))
+    return {n for code in codes for n in code.co_names} | {w for w in words if w.isidentifier()}
+
+
+def data_of(cls: Any) -> set[str]:
+    """The data among the attributes of a class, which code reads by the class (`Config.scale`)."""
+    own = [base for base in cls.__mro__ if _is_own(base)] if isinstance(cls, type) else ()
+    held = (item for base in own for item in dict(vars(base)).items())
+    return {name for name, value in held if name[:2] != "__" and isinstance(value, DATA)}
+
+
+def _called(cls: type) -> set[str]:
+    """The functions among the attributes of a class."""
+    bases = [base for base in cls.__mro__ if _is_own(base)]
+    return {n for base in bases for n, v in dict(vars(base)).items() if isinstance(v, CALLED)}
 
 
 def _is_own(cls: type) -> bool:

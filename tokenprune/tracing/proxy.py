@@ -24,9 +24,12 @@ CONSTANTS = frozenset(
     | {"is_floating_point", "is_complex", "get_device"}
 )
 # What Python asks about memory: the graph then holds for inputs that lie in it alike.
-OF_LAYOUT = frozenset({"stride", "is_contiguous", "storage_offset", "dim_order"})
+OF_LAYOUT = frozenset(
+    {"stride", "is_contiguous", "storage_offset", "dim_order", "is_inference", "is_shared"}
+    | {"_is_view"}
+)
 # What changes from call to call without that anybody sets it.
-OF_STEPS = frozenset({"grad", "_version", "data_ptr", "untyped_storage"})
+OF_STEPS = frozenset({"grad", "_version", "_base", "data_ptr", "untyped_storage"})
 
 
 class ValueProxy(fx.Proxy):
@@ -56,6 +59,15 @@ class ValueProxy(fx.Proxy):
     @property
     def grad_fn(self) -> Any:
         return self._with_gradients().grad_fn
+
+    @property
+    def data(self) -> Any:
+        tracer: Any = self.tracer
+        return tracer.create_proxy("call_function", getattr, (self, "data"), {})
+
+    @data.setter
+    def data(self, value: Any) -> None:
+        raise NotImplementedError("`tensor.data = ...`, which no graph can hold; use copy_()")
 
     def _with_gradients(self) -> torch.Tensor:
         value: torch.Tensor = self.tracer.with_gradients(self.node)  # type: ignore[attr-defined]

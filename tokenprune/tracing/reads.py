@@ -2,15 +2,18 @@
 
 import sys
 import threading
-from collections import UserDict, UserList, deque
-from collections.abc import Callable, Iterator
+from array import array
+from collections import ChainMap, UserDict, UserList, deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from enum import Enum
 from functools import partial
+from io import IOBase
 from numbers import Number
-from types import CellType, FunctionType, MethodType, SimpleNamespace
+from types import CellType, FrameType, FunctionType, MappingProxyType, MethodType, SimpleNamespace
 from typing import Any
+from weakref import ProxyType, WeakValueDictionary, ref
 
 import numpy as np
 import torch
@@ -24,6 +27,7 @@ __all__ = [
     "kinds_of",
     "may_be_watched",
     "may_mislead",
+    "slots_of",
     "snapshot",
     "state_of",
     "within",
@@ -34,10 +38,16 @@ ABSENT = object()
 # What torch itself keeps on a module. Hooks and tensors are watched in ways of their own.
 OF_TORCH = frozenset(vars(nn.Module())) - {"training", "_modules"} | {"_compiled_call_impl"}
 TABLES = ("_parameters", "_buffers")
+# Methods of torch that go through those tables.
+WALKS = frozenset(
+    {"parameters", "named_parameters", "buffers", "named_buffers", "_named_members", "<lambda>"}
+    | {"state_dict", "_save_to_state_dict", "__dir__"}
+)
+OPAQUE = (Iterator, IOBase, ProxyType)
 LOOKUP = "__getattribute__"
 MOST_BYTES = 1 << 20  # of an array whose values are watched
 PLAIN = {bool, int, float, str, type(None)}
-MOST = 100  # entries of a list or dict whose own attributes are watched
+MOST, DEPTH = 2000, 7  # how many objects that a value holds are watched, and how deep
 HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class whose attributes can be set
 NOT_WATCHED = {"torch", "numpy", "collections", "functools", "logging", "threading", "typing"}
 OURS = ("tokenprune.tracing.", "tokenprune.runtime.")
@@ -90,14 +100,24 @@ def state_of(value: Any) -> Any:
     """What an object says that is no attribute access of a class that can be watched: of a
     function its closure and attributes. ABSENT if it is of no such kind."""
     if isinstance(value, FunctionType):
-        cells = value.__closure__ or ()
-        return [[cell.cell_contents for cell in cells if cell != CellType()], vars(value)]
+        cells = [cell.cell_contents for cell in value.__closure__ or () if cell != CellType()]
+        return [cells, vars(value), value.__defaults__ or (), value.__kwdefaults__ or {}]
     if isinstance(value, partial):
         return [value.func, value.args, value.keywords]
     if isinstance(value, SimpleNamespace | threading.local):
         return vars(value)
     if isinstance(value, UserDict | UserList):
         return value.data
+    if isinstance(value, MappingProxyType | WeakValueDictionary):
+        return dict(value)
+    if isinstance(value, ChainMap):
+        return list(value.maps)
+    if isinstance(value, bytearray | array):
+        return [bytes(value)]
+    if isinstance(value, ref):
+        return [value()]
+    if isinstance(value, threading.Event):
+        return [value.is_set()]
     if isinstance(value, ContextVar):
         return [value.get(ABSENT)]
     if isinstance(value, np.ndarray):
@@ -107,9 +127,14 @@ def state_of(value: Any) -> Any:
         and not hasattr(value, "__dict__")
         and _is_own(type(value))
     ):
-        slots = {name for cls in type(value).__mro__ for name in vars(cls).get("__slots__", ())}
-        return {name: getattr(value, name, ABSENT) for name in slots}
+        return {name: getattr(value, name, ABSENT) for name in slots_of(type(value))}
     return ABSENT
+
+
+def slots_of(cls: type) -> set[str]:
+    """The attributes that objects of a class have room for."""
+    found = [vars(base).get("__slots__", ()) for base in cls.__mro__]
+    return {name for given in found for name in ((given,) if isinstance(given, str) else given)}
 
 
 class Reads:
@@ -124,6 +149,8 @@ class Reads:
         missing: (id, name) of what was asked for and is not there (`hasattr`).
         tables: (id of a module, which of torch's tables) -> the names in it.
         held: id of an object that `state_of` knows -> it.
+        opaque: what nobody can watch: name of an attribute -> the type of what is in it; function
+            that asks the system -> the line of the host that calls it.
         places: id of a tensor -> all attributes of modules that hold it.
     """
 
@@ -135,10 +162,12 @@ class Reads:
         self.tensors: dict[tuple[int, str], None] = {}
         self.missing: dict[tuple[int, str], None] = {}
         self.held: dict[int, Any] = {}
+        self.opaque: dict[str, str] = {}
         self.tables: dict[tuple[int, str], list[str]] = {}
         self.places: dict[int, list[tuple[nn.Module, str]]] = {}
         self._patches = ExitStack()
         self._patched: set[type] = set()
+        self._walked: dict[int, Any] = {}
 
     @contextmanager
     def recorded(
@@ -197,8 +226,13 @@ class Reads:
     def _add(self, owner: Any, name: str, value: Any) -> None:
         self.objects[id(owner)] = owner
         key, own = (id(owner), name), object.__getattribute__(owner, "__dict__")
-        for inner in within(value):
-            self._hold(inner)
+        if id(value) not in self._walked:
+            self._walked[id(value)] = value
+            for inner in within(value, DEPTH, MOST):
+                self._hold(inner)
+                large = isinstance(inner, np.ndarray) and inner.nbytes > MOST_BYTES
+                if large or isinstance(inner, OPAQUE):
+                    self.opaque[f"{type(owner).__name__}.{name}"] = type(inner).__name__
         if name not in own:
             module = isinstance(owner, nn.Module)
             of_torch = module and getattr(nn.Module, name, ABSENT) is getattr(type(owner), name, 0)
@@ -236,12 +270,13 @@ class Reads:
                 value = read(owner, name)
             except AttributeError:
                 if not isinstance(owner, nn.Module) and not self._paused():
-                    self.lacked(owner, name)
+                    made_up = hasattr(type(owner), "__getattr__") and name[:2] != "__"
+                    (self.inherits if made_up else self.lacked)(owner, name)
                 raise
             if name == "__dict__" and not self._paused() and _asked_by_host():
                 for each in value.keys() - OF_TORCH:
                     self._add(owner, each, value[each])
-            if name in TABLES and not self._paused() and _asked_by_host():
+            if name in TABLES and not self._paused() and _asked_by_host(through=WALKS):
                 self.objects[id(owner)] = owner
                 self.tables[id(owner), name] = list(value)
             if not (name.startswith("__") or name in OF_TORCH or self._paused()):
@@ -254,18 +289,46 @@ class Reads:
         self._patches.callback(_put_back, cls, before)
 
 
-def _asked_by_host() -> bool:
-    return of_host(sys._getframe(2).f_code.co_filename)
+def _asked_by_host(through: frozenset[str] = frozenset()) -> bool:
+    """Whether a line of the host asks, by functions of torch with these names too."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_code.co_name in through:
+        frame = frame.f_back
+    return frame is not None and of_host(frame.f_code.co_filename)
 
 
-def within(value: Any, depth: int = 3) -> Iterator[Any]:
-    """A value, and what lists, tuples, dicts and plain objects in it hold."""
-    yield value
-    if may_be_watched(type(value)) or isinstance(value, SimpleNamespace):
-        value = vars(value)
-    if depth and isinstance(value, list | tuple | dict | deque) and len(value) <= MOST:
-        for inner in value.values() if isinstance(value, dict) else value:
-            yield from within(inner, depth - 1)
+def within(value: Any, depth: int = 3, most: int = 100) -> Iterator[Any]:
+    """A value, and what containers, plain objects, functions and references in it hold: `depth`
+    steps deep, and `most` objects."""
+    seen, level = {id(value)}, [value]
+    for _ in range(depth + 1):
+        yield from level
+        inner = list[Any]()
+        for each in (held for one in level for held in _inside(one)):
+            if id(each) not in seen and len(seen) < most:
+                seen.add(id(each))
+                inner.append(each)
+        level = inner
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    if isinstance(value, torch.Tensor | nn.Module | str | type):
+        return ()
+    if may_be_watched(type(value)):
+        return list(vars(value).values())
+    if isinstance(value, MethodType):
+        return value.__self__, value.__func__
+    if isinstance(value, list | tuple | set | frozenset | deque):
+        return value
+    state = {"": value} if isinstance(value, dict) else state_of(value)
+    if state is ABSENT:
+        return ()
+    held = state.values() if isinstance(state, dict) else state
+    return [v for each in held for v in (each.values() if isinstance(each, dict) else _flat(each))]
+
+
+def _flat(value: Any) -> Iterable[Any]:
+    return value if isinstance(value, list | tuple) else (value,)
 
 
 def _put_back(cls: type, before: Any) -> None:

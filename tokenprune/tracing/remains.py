@@ -5,17 +5,18 @@ import operator
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from types import CodeType
+from types import CellType, CodeType
 from typing import Any, cast
 from weakref import ref
 
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
-from tokenprune.tracing.counters import only_counted, only_grown, takes_out
+from tokenprune.tracing.counters import only_counted, only_grown, only_refilled, takes_out
 from tokenprune.tracing.effects import Add, Count, Refill, Store, of_content, refill
 from tokenprune.tracing.provenance import Provenance
 from tokenprune.tracing.proxy import ValueProxy, concrete
+from tokenprune.tracing.reads import slots_of
 from tokenprune.tracing.state import Kept, Written
 
 __all__ = ["Remains", "nodes_in", "remains_of", "taken_out"]
@@ -55,7 +56,7 @@ def remains_of(kept: Kept, graph: fx.Graph, codes: list[CodeType]) -> tuple[Rema
             found.counted.add(place)
             step = entry.value - entry.before
             effects.append((Count(entry.owner, entry.name), step))
-        elif tensors <= content and (nodes or not hooked):
+        elif (tensors <= content or _of_itself(entry, tensors)) and (nodes or not hooked):
             target, value = _effect(entry, codes)
             grown = isinstance(target, Add) and only_grown(codes, entry.name)
             if grown:
@@ -84,7 +85,24 @@ def taken_out(proxies: Iterable["ref[ValueProxy]"]) -> Provenance | None:
             elif isinstance(holder, dict):
                 for key in [key for key, entry in holder.items() if entry is proxy]:
                     del holder[key]
+            elif isinstance(holder, CellType):
+                holder.cell_contents = None
+            elif (slots := slots_of(type(holder))) and not isinstance(holder, fx.Proxy):
+                for name in [name for name in slots if getattr(holder, name, None) is proxy]:
+                    setattr(holder, name, None)
     return cast(Provenance, found[0].node.meta["where"]) if found else None
+
+
+def _of_itself(entry: Written, tensors: set[fx.Node]) -> bool:
+    """Whether an attribute's new value is computed from the one before: a running number."""
+    reads, waiting = set[fx.Node](), list(tensors)
+    while waiting:
+        node = waiting.pop()
+        if node not in reads:
+            reads.add(node)
+            waiting += node.all_input_nodes
+    names = {str(node.target).rpartition(".")[2] for node in reads if node.op == "get_attr"}
+    return isinstance(entry.before, Tensor) and entry.name in names
 
 
 def _counts(entry: Written, codes: list[CodeType]) -> bool:
@@ -96,8 +114,14 @@ def _effect(entry: Written, codes: list[CodeType]) -> tuple[Store, Any]:
     """What a program does: set, add or refill."""
     if entry.contents is None:
         return Store(entry.owner, entry.name), _contents(entry.value)
-    added = None if takes_out(codes) else _added(entry.value, entry.contents)
-    if added is None:
+    added, emptied = _added(entry.value, entry.contents), only_refilled(codes, entry.name)
+    if added is None or (takes_out(codes) and not only_grown(codes, entry.name)):
+        if not emptied and takes_out(codes) and nodes_in(entry.value):
+            raise NotImplementedError(
+                f"the forward puts tensors into {entry.name!r} of a {type(entry.owner).__name__} "
+                "and takes some out, which a pruned call cannot repeat; only add to it, or empty "
+                "it by clear() first"
+            )
         return Refill(entry.owner, entry.name), _contents(entry.value)
     return Add(entry.owner, entry.name), _contents(added)
 

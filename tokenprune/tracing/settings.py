@@ -24,6 +24,9 @@ FUNCTIONS: tuple[Setting, ...] = (
     (torch, "get_deterministic_debug_mode"),
     (torch, "get_float32_matmul_precision"),
     (torch, "get_num_threads"),
+    (torch, "is_anomaly_enabled"),
+    (torch, "is_warn_always_enabled"),
+    (torch, "initial_seed"),
     (backends.mha, "get_fastpath_enabled"),
 )
 FLAGS: tuple[Setting, ...] = (
@@ -36,10 +39,12 @@ FLAGS: tuple[Setting, ...] = (
 
 
 def settings_named_by(functions: Iterable[Any]) -> Iterator[Setting]:
-    """The settings that functions may ask for, by torch's name or one of their own."""
+    """The settings that functions may ask for, by torch's name or one of their own; and that of
+    the dtype, which each new tensor tells."""
     functions = list(functions)
     named = {name for code in codes_of(functions) for name in code.co_names}
     held = [value_of(*place) for place in names_of(functions)]
+    named.add("get_default_dtype")
     for owner, name in FUNCTIONS:
         if name in named or any(value is getattr(owner, name) for value in held):
             yield owner, name

@@ -15,7 +15,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.parameter import is_lazy
 
-__all__ = ["fake_near", "fake_of", "is_away", "is_plain", "stand_ins"]
+__all__ = ["fake_near", "fake_of", "forget_weights", "is_away", "is_plain", "stand_ins"]
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -77,3 +77,11 @@ def stand_ins(root: nn.Module, mode: FakeTensorMode) -> Iterator[None]:
         finally:
             for tensors, name, tensor in held:
                 tensors[name] = tensor
+
+
+def forget_weights(mode: FakeTensorMode) -> None:
+    """Let go of the weak references to the host's weights, with which torch cannot swap them."""
+    converter = mode.fake_tensor_converter.meta_converter
+    converter.tensor_memo.clear()
+    converter.describer.lookup_tensor.clear()
+    converter.describer.lookup_storage.clear()

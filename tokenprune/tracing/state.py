@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from tokenprune.tracing.effects import refill
+from tokenprune.tracing.effects import add, refill
 from tokenprune.tracing.reads import ABSENT, MOST_BYTES, OF_TORCH, may_be_watched
 from tokenprune.tracing.stand_ins import is_plain
 
@@ -100,6 +100,8 @@ class Kept:
                 continue
             seen.add(holder)
             values, before = self._contents[holder]
+            if isinstance(owner, nn.Module):
+                yield from self._rebound(owner)
             for name, value in dict(values).items():
                 of_torch = isinstance(owner, nn.Module) and (name in OF_TORCH or name == "_modules")
                 seen.add(id(value))
@@ -113,6 +115,14 @@ class Kept:
         for place, (kept, contents) in self._contents.items():
             if place not in seen and not _same(kept, contents):
                 yield Written(kept, "", kept, kept, contents)
+
+    def _rebound(self, module: nn.Module) -> Iterator[Written]:
+        """Buffers and parameters that are others now, or new."""
+        for table in (module._buffers, module._parameters):
+            _, before = self._contents.get(id(table), (table, table))
+            for name, value in table.items():
+                if value is not before.get(name, ABSENT):
+                    yield Written(module, name, before.get(name), value, None)
 
     def hooked(self) -> bool:
         """Whether the forward has registered hooks, which a program does not do."""
@@ -143,7 +153,7 @@ class Kept:
             else:  # `Passing` values stay
                 for name in _staying(kept).keys() - contents.keys():
                     del kept[name]
-                kept.update(contents)
+                add(kept, contents)
 
 
 @contextmanager

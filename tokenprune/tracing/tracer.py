@@ -52,6 +52,7 @@ from tokenprune.tracing.modes import (
 from tokenprune.tracing.names import as_function, codes_of
 from tokenprune.tracing.node_arguments import argument_of
 from tokenprune.tracing.opaque import DATA_DEPENDENT, OPAQUE, REASON, as_traced, reason_of
+from tokenprune.tracing.outside import outside_noted
 from tokenprune.tracing.provenance import Provenance, failed_at, frame_of_host
 from tokenprune.tracing.proxy import ValueProxy, concrete
 from tokenprune.tracing.reads import Reads
@@ -113,10 +114,12 @@ class ValueTracer(fx.Tracer):
     def record(self, forward: Callable[..., Any], example: Arguments) -> fx.Graph:
         """Trace a call of `forward`: tensors become inputs, other values are specialized on."""
         self._example = tensors = example.tensors
+        self.reads.inherits(self.root, forward.__name__)
         inputs = self._inputs(tensors)
         with ONE_AT_A_TIME, attributes_kept(self.root) as kept:
             empty_caches(self.root)
-            with calls_recorded(self), reads_noted(self), checkpoints_recorded(self):
+            outside, checkpoints = outside_noted(self._note_outside), checkpoints_recorded(self)
+            with calls_recorded(self), reads_noted(self), checkpoints, outside:
                 output = example.with_tensors(inputs).call(forward)
                 result = self.create_arg(output)
             self.reads.forget(lambda value: bool(nodes_in(value)))
@@ -124,6 +127,8 @@ class ValueTracer(fx.Tracer):
             self.functions += [as_function(code, around) for code, around in self._ran.items()]
             for mode in modes_named_by(self.functions):
                 self.note_ambient(mode)
+            if self.reads.tables:  # all parameters, and what they say
+                self.note_ambient(REQUIRES_GRAD)
             self.left, effects = remains_of(kept, self.graph, codes_of(self.functions))
             for target, value in effects:
                 self._effect(target, value)
@@ -137,6 +142,10 @@ class ValueTracer(fx.Tracer):
             proxy = self.create_proxy("placeholder", name, (), {}, tensor)
             inputs[name] = next((inputs[n] for n in inputs if tensors[n] is tensor), proxy)
         return inputs
+
+    def _note_outside(self, name: str, file: str, line: int) -> None:
+        if not self.executing:
+            self.reads.opaque[name] = f"{file}:{line}"
 
     def _effect(self, target: Store, value: Any) -> None:
         node = self.create_node("call_function", target, (self.create_arg(value),), {})

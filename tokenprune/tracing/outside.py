@@ -1,0 +1,49 @@
+"""What a host's forward asks the world about: a file, the clock, the system's random numbers.
+
+Python's answer is a constant of a program, and no guard can see that it would be another one now.
+"""
+
+import builtins
+import os
+import secrets
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+from tokenprune.tracing.provenance import of_host
+
+__all__ = ["outside_noted"]
+
+FUNCTIONS: tuple[tuple[Any, str], ...] = (
+    (builtins, "open"),
+    *((os, name) for name in ("getcwd", "listdir", "urandom", "getpid", "stat")),
+    *((time, name) for name in ("time", "monotonic", "perf_counter", "time_ns")),
+    *((uuid, name) for name in ("uuid1", "uuid4")),
+    *((secrets, name) for name in ("randbelow", "token_bytes", "token_hex", "choice")),
+)
+
+
+@contextmanager
+def outside_noted(note: Callable[[str, str, int], None]) -> Iterator[None]:
+    """Call `note` with the name of a function that a line of the host calls, its file and line."""
+    with ExitStack() as stack:
+        for owner, name in FUNCTIONS:
+            noted = _noted(note, f"{owner.__name__}.{name}", getattr(owner, name))
+            stack.enter_context(mock.patch.object(owner, name, noted))
+        yield
+
+
+def _noted(
+    note: Callable[[str, str, int], None], name: str, original: Callable[..., Any]
+) -> Callable[..., Any]:
+    def asked(*args: Any, **kwargs: Any) -> Any:
+        caller = sys._getframe(1)
+        if of_host(caller.f_code.co_filename):
+            note(name, caller.f_code.co_filename, caller.f_lineno)
+        return original(*args, **kwargs)
+
+    return asked
