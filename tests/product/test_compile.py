@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import tokenprune
 from tests.product.export_hosts import HOSTS, images, tensors_of, wrapped
+from tests.theorems import test_9_holders as holders
 from tests.theorems.changes import CHANGES, LowRank
 from tests.theorems.test_9_live import HOSTS as LIVE_HOSTS
 from tests.theorems.test_9_live import IMAGES
@@ -123,3 +124,26 @@ def test_what_changes_after_compiling_is_seen() -> None:
         before, found = found, run(IMAGES)
         assert not torch.allclose(found, before)
         assert_same(found, model(IMAGES))
+
+
+@pytest.mark.parametrize("name", ["default", "array", "class", "weak_values"])
+@torch.no_grad()
+def test_9_a_compiled_model_sees_it_too(name: str) -> None:
+    place = holders.HOLDERS[name]
+    host = holders.host_of(place)
+    model = holders.wrapped(host)
+    run = compiled(model)
+    before = run(IMAGES)
+    try:
+        place[2](host.blocks[2], 3.0)
+        torch.testing.assert_close(run(IMAGES), holders.wrapped_again(model))
+        assert not torch.equal(run(IMAGES), before)
+    finally:
+        place[2](host.blocks[2], 1.0)
+    assert torch.equal(run(IMAGES), before)
+    tokenprune.freeze_guards(model)
+    place[2](host.blocks[2], 3.0)
+    try:
+        torch.testing.assert_close(run(IMAGES), before)
+    finally:
+        place[2](host.blocks[2], 1.0)

@@ -79,7 +79,7 @@ class TokenPredictor(Scorer):
             # which leaves out a seventh of a predictor's arithmetic
             own, common = first.weight.tensor_split((local.shape[-1],), dim=1)
             rows = features.flatten(0, 1)[:, : local.shape[-1]]  # of a slice of 3-D it makes a copy
-            logits = F.linear(rows, own).view(*local.shape[:2], -1)
+            logits = F.linear(rows, own).view(*local.shape[:2], own.shape[0])
             logits = logits + F.linear(context, common, first.bias)
         else:
             both = [local, context.expand(-1, local.shape[1], -1)]

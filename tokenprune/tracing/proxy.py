@@ -8,7 +8,7 @@ inputs that give the same.
 
 import operator
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -16,7 +16,7 @@ from torch import fx
 from tokenprune.tracing.effects import IN_PLACE
 from tokenprune.tracing.modes import LAYOUT
 
-__all__ = ["ValueProxy", "concrete"]
+__all__ = ["CLASS", "ValueProxy", "concrete"]
 
 # What are constants of a trace, beside flags: they belong to the signature a graph is kept under.
 CONSTANTS = frozenset(
@@ -31,6 +31,9 @@ OF_LAYOUT = frozenset(
 # What changes from call to call without that anybody sets it.
 OF_STEPS = frozenset({"grad", "_version", "_base", "data_ptr", "untyped_storage"})
 
+CLASS = "class"
+"""Key in the `meta` of an input that is of a class derived from Tensor: that class."""
+
 
 class ValueProxy(fx.Proxy):
     """What the host's own Python code gets in place of a node's value."""
@@ -41,7 +44,7 @@ class ValueProxy(fx.Proxy):
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:  # `isinstance(x, torch.Tensor)` in a host's code must hold
-        return type(self.node.meta["val"])
+        return cast(type, self.node.meta.get(CLASS) or type(self.node.meta["val"]))
 
     @property
     def requires_grad(self) -> bool:

@@ -197,6 +197,10 @@ class Reads:
         elif isinstance(value, torch.Tensor):
             self.tensors[id(module), name] = None
 
+    def asked(self, function: str, file: str, line: int) -> None:
+        """Record that a line of the host asks the system something."""
+        self.opaque[function] = f"{file}:{line}"
+
     def lacked(self, owner: Any, name: str) -> None:
         """Record that an object has no such attribute."""
         if not name.startswith("__"):

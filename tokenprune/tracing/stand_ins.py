@@ -15,13 +15,27 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.parameter import is_lazy
 
-__all__ = ["fake_near", "fake_of", "forget_weights", "is_away", "is_plain", "stand_ins"]
+__all__ = [
+    "fake_near",
+    "fake_of",
+    "forget_weights",
+    "is_away",
+    "is_plain",
+    "is_plain_subclass",
+    "stand_ins",
+]
 
 
 def is_plain(tensor: Tensor) -> bool:
     """Whether a tensor is `torch.Tensor` or `nn.Parameter` itself, and nothing wraps it."""
     own = type(tensor) in (Tensor, nn.Parameter)
     return own and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def is_plain_subclass(cls: Any) -> bool:
+    """Whether a class is made of `torch.Tensor` and computes as that does."""
+    plain = cls.__torch_dispatch__ is Tensor.__torch_dispatch__
+    return issubclass(cls, Tensor) and plain and cls not in (Tensor, nn.Parameter)
 
 
 def is_away(held: Any) -> bool:
@@ -85,3 +99,9 @@ def forget_weights(mode: FakeTensorMode) -> None:
     converter.tensor_memo.clear()
     converter.describer.lookup_tensor.clear()
     converter.describer.lookup_storage.clear()
+
+
+def mark(stand_in: Tensor, tensor: Tensor) -> None:
+    """Give a fake tensor an owner's marks on the real one."""
+    marks = vars(tensor)
+    vars(stand_in).update({name: marks[name] for name in marks.keys() - vars(stand_in).keys()})

@@ -28,7 +28,6 @@ from tokenprune.tracing.checkpoints import CHECKPOINT, Checkpoint, checkpoints_r
 from tokenprune.tracing.constants import find, look_up, named_tensors
 from tokenprune.tracing.decompose import is_leaf
 from tokenprune.tracing.draws import DrawRead, certain, is_drawn, possible_number
-from tokenprune.tracing.effects import Store
 from tokenprune.tracing.gradients import GradientRun
 from tokenprune.tracing.hooks import (
     Hooks,
@@ -54,11 +53,11 @@ from tokenprune.tracing.node_arguments import argument_of
 from tokenprune.tracing.opaque import DATA_DEPENDENT, OPAQUE, REASON, as_traced, reason_of
 from tokenprune.tracing.outside import outside_noted
 from tokenprune.tracing.provenance import Provenance, failed_at, frame_of_host
-from tokenprune.tracing.proxy import ValueProxy, concrete
+from tokenprune.tracing.proxy import CLASS, ValueProxy, concrete
 from tokenprune.tracing.reads import Reads
 from tokenprune.tracing.recording import calls_recorded
 from tokenprune.tracing.remains import Remains, nodes_in, remains_of, taken_out
-from tokenprune.tracing.stand_ins import fake_near, fake_of
+from tokenprune.tracing.stand_ins import fake_near, fake_of, is_plain_subclass, mark
 from tokenprune.tracing.state import attributes_kept, empty_caches
 
 __all__ = ["ValueTracer"]
@@ -118,7 +117,7 @@ class ValueTracer(fx.Tracer):
         inputs = self._inputs(tensors)
         with ONE_AT_A_TIME, attributes_kept(self.root) as kept:
             empty_caches(self.root)
-            outside, checkpoints = outside_noted(self._note_outside), checkpoints_recorded(self)
+            outside, checkpoints = outside_noted(self.reads.asked), checkpoints_recorded(self)
             with calls_recorded(self), reads_noted(self), checkpoints, outside:
                 output = example.with_tensors(inputs).call(forward)
                 result = self.create_arg(output)
@@ -131,7 +130,8 @@ class ValueTracer(fx.Tracer):
                 self.note_ambient(REQUIRES_GRAD)
             self.left, effects = remains_of(kept, self.graph, codes_of(self.functions))
             for target, value in effects:
-                self._effect(target, value)
+                node = self.create_node("call_function", target, (self.create_arg(value),), {})
+                node.meta["val"] = None
             self.create_node("output", "output", (result,), {})
         return self.graph
 
@@ -140,16 +140,11 @@ class ValueTracer(fx.Tracer):
         inputs = dict[str, Any]()
         for name, tensor in tensors.items():
             proxy = self.create_proxy("placeholder", name, (), {}, tensor)
+            if is_plain_subclass(type(tensor)):
+                proxy.node.meta[CLASS] = type(tensor)
+            mark(proxy.val, tensor)
             inputs[name] = next((inputs[n] for n in inputs if tensors[n] is tensor), proxy)
         return inputs
-
-    def _note_outside(self, name: str, file: str, line: int) -> None:
-        if not self.executing:
-            self.reads.opaque[name] = f"{file}:{line}"
-
-    def _effect(self, target: Store, value: Any) -> None:
-        node = self.create_node("call_function", target, (self.create_arg(value),), {})
-        node.meta["val"] = None
 
     @property
     def elsewhere(self) -> bool:
@@ -217,8 +212,7 @@ class ValueTracer(fx.Tracer):
             return tensor
         if name not in self._attributes:
             proxy = self._attributes[name] = self.create_proxy("get_attr", name, (), {})
-            own, stand_in = vars(tensor), vars(proxy.node.meta["val"])
-            stand_in.update({n: own[n] for n in own.keys() - stand_in.keys()})  # an owner's marks
+            mark(proxy.node.meta["val"], tensor)
         return self._attributes[name]
 
     def forget_attributes(self) -> None:

@@ -1,0 +1,310 @@
+"""Theorem 9 where what Python reads is held by something else: a closure, a class, a reference."""
+
+import array
+import io
+import itertools
+import sys
+import threading
+import weakref
+from collections import ChainMap, Counter
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType, ModuleType
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tests.theorems.test_9_places import IMAGES, Plain, host_of, wrapped, wrapped_again
+from tests.theorems.test_9_places import Place as Held
+from tests.toys.vit import Block, Vit
+from tokenprune.errors import HostError, TokenPruneWarning, TraceError
+
+EVERY = [torch.arange(65).expand(2, -1)] * 2
+
+
+def reader(config: Plain) -> Callable[[Any], float]:
+    return lambda s: config.own
+
+
+def by_default(s: Any, config: Plain = Plain()) -> float:  # noqa: B008  a default is the case
+    return config.own
+
+
+class MakesUp:
+    def __getattr__(self, name: str) -> Any:
+        if name == "own":
+            return STORE[0]
+        raise AttributeError(name)
+
+
+class Base:
+    scale = 1.0
+
+    @classmethod
+    def read(cls) -> float:
+        return cls.scale
+
+
+class Derived(Base):
+    pass
+
+
+class Slots:
+    __slots__ = ("inner", "own")
+
+    def __init__(self, inner: Any = None) -> None:
+        self.inner, self.own = inner, 1.0
+
+
+def imported(s: Any) -> float:
+    import settings_of_a_test  # type: ignore[import-not-found]
+
+    return settings_of_a_test.scale  # type: ignore[no-any-return]
+
+
+STORE, TABLE, CONFIG, OF_CLOSURE = [1.0], {"own": 1.0}, Plain(), Plain()
+MODULE: Any = ModuleType("settings_of_a_test")
+MODULE.scale = 1.0
+sys.modules["settings_of_a_test"] = MODULE
+OF_LIST = [Plain() for _ in range(200)]
+
+
+def own(thing: Any) -> Callable[[Any, float], Any]:
+    return lambda s, v: setattr(thing, "own", v)
+
+
+def scale(thing: Any) -> Callable[[Any, float], Any]:
+    return lambda s, v: setattr(thing, "scale", v)
+
+
+def in_table(s: Any, v: float) -> None:
+    TABLE["own"] = v
+
+
+def changed_dtype(s: Any, v: float) -> None:
+    torch.set_default_dtype(torch.float32 if v == 1 else torch.float64)
+
+
+# What the block holds, how its forward reads the number, how it is changed.
+HOLDERS: dict[str, Held] = {
+    "closure": (None, reader(OF_CLOSURE), own(OF_CLOSURE)),
+    "default": (None, lambda s: by_default(s), own(by_default.__defaults__[0])),  # type: ignore[index]
+    "read_only_view": (MappingProxyType(TABLE), lambda s: s.held["own"], in_table),
+    "chain_of_dicts": (ChainMap({}, TABLE), lambda s: s.held["own"], in_table),
+    "bytes": (
+        bytearray(b"\x01"), lambda s: float(s.held[0]), lambda s, v: s.held.__setitem__(0, int(v))
+    ),
+    "array": (
+        array.array("d", [1.0]), lambda s: s.held[0], lambda s, v: s.held.__setitem__(0, v)
+    ),
+    "reference": (weakref.ref(CONFIG), lambda s: s.held().own, own(CONFIG)),
+    "weak_values": (
+        weakref.WeakValueDictionary(a=CONFIG), lambda s: s.held["a"].own, own(CONFIG)
+    ),
+    "event": (
+        threading.Event(), lambda s: 3.0 if s.held.is_set() else 1.0,
+        lambda s, v: s.held.set() if v > 1 else s.held.clear(),
+    ),
+    "partial_of_a_builtin": (partial(getattr, CONFIG, "own"), lambda s: s.held(), own(CONFIG)),
+    "made_up": (MakesUp(), lambda s: s.held.own, lambda s, v: STORE.__setitem__(0, v)),
+    "long_list": (OF_LIST, lambda s: s.held[150].own, own(OF_LIST[150])),
+    "set": ({CONFIG}, lambda s: next(iter(s.held)).own, own(CONFIG)),
+    "deep": (
+        {"a": [{"b": [{"c": CONFIG}]}]}, lambda s: s.held["a"][0]["b"][0]["c"].own, own(CONFIG)
+    ),
+    "slots_in_slots": (
+        Slots(Slots()), lambda s: s.held.inner.own, lambda s, v: setattr(s.held.inner, "own", v)
+    ),
+    "module": (MODULE, lambda s: s.held.scale, scale(MODULE)),
+    "module_by_a_word": (None, lambda s: getattr(MODULE, "scale"), scale(MODULE)),  # noqa: B009
+    "module_imported_by_the_function": (None, imported, scale(MODULE)),
+    "globals": (None, lambda s: globals()["STORE"][0], lambda s, v: STORE.__setitem__(0, v)),
+    "class": (Base, lambda s: s.held.scale, scale(Base)),
+    "class_that_inherits": (None, lambda s: Derived.read(), scale(Derived)),
+    "method_of_a_class": (Derived, lambda s: s.held.read(), scale(Derived)),
+    "dtype_of_a_new_tensor": (
+        None, lambda s: 3.0 if torch.tensor(1.0).dtype == torch.float64 else 1.0, changed_dtype
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOLDERS)
+@torch.no_grad()
+def test_9_a_number_is_seen_whatever_holds_it(name: str) -> None:
+    place = HOLDERS[name]
+    host = host_of(place)
+    model = wrapped(host)
+    before = model(IMAGES)
+    try:
+        place[2](host.blocks[2], 3.0)
+        assert not torch.equal(model(IMAGES), before)
+        again = wrapped_again(model)
+        assert torch.equal(model(IMAGES), again)
+    finally:
+        place[2](host.blocks[2], 1.0)
+    assert torch.equal(model(IMAGES), before)
+
+
+def odd(read: Callable[[Any, Tensor], Any], **attributes: Any) -> nn.Module:
+    """A host whose last block multiplies by what `read` gives."""
+
+    class Odd(Block):
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+            return super().forward(x) * read(self, x)
+
+    torch.manual_seed(0)
+    host = Vit().eval()
+    host.blocks[2].__class__ = Odd
+    for name, value in attributes.items():
+        setattr(host.blocks[2], name, value)
+    return host
+
+
+def whole(model: Any, images: Tensor = IMAGES) -> Tensor:
+    with torch.no_grad(), model.using("gather", keep_indices=EVERY):
+        return model(images)  # type: ignore[no-any-return]
+
+
+def rebound(s: Any, x: Tensor) -> Tensor:
+    s.center = s.center * 0.9 + x.mean().detach()
+    return 1.0 + s.center
+
+
+def into(s: Any, x: Tensor) -> Tensor:
+    torch.add(s.center, 1, out=s.center)
+    return 1.0 + s.center
+
+
+def registered(s: Any, x: Tensor) -> Tensor:
+    s.register_buffer("center", x.mean().detach())
+    return 1.0 + s.center
+
+
+@pytest.mark.parametrize("write", [rebound, into, registered])
+def test_9_a_buffer_that_forward_rebinds_is_written(write: Callable[[Any, Tensor], Tensor]) -> None:
+    host, plain = odd(write), odd(write)
+    for each in (host, plain):
+        each.blocks[2].register_buffer("center", torch.zeros(()))
+    model = wrapped(host)
+    assert not host.blocks[2].center
+    for _ in range(3):
+        with torch.no_grad():
+            torch.testing.assert_close(whole(model), plain(IMAGES))
+        torch.testing.assert_close(host.blocks[2].center, plain.blocks[2].center)
+
+
+def test_9_a_plain_tensor_that_forward_counts_up_is_as_in_the_host() -> None:
+    def count(s: Any, x: Tensor) -> float:
+        s.steps += 1
+        s.sum = s.sum + 1
+        return 1.0
+
+    host = odd(count, steps=torch.zeros(()), sum=torch.zeros(()))
+    model = wrapped(host)
+    assert (host.blocks[2].steps, host.blocks[2].sum) == (0, 0)
+    whole(model)
+    whole(model)
+    assert (host.blocks[2].steps, host.blocks[2].sum) == (2, 2)
+
+
+def test_9_a_counter_counts_and_a_list_that_is_trimmed_is_refused() -> None:
+    def count(s: Any, x: Tensor) -> float:
+        s.sizes["n"] += 1
+        return 1.0
+
+    def trim(s: Any, x: Tensor) -> float:
+        s.means.append(x.mean())
+        del s.means[:-2]
+        return 1.0
+
+    host = odd(count, sizes=Counter())
+    model = wrapped(host)
+    for number in range(1, 4):
+        whole(model)
+        assert host.blocks[2].sizes == {"n": number}
+    with pytest.raises(TraceError, match="takes some out, which a pruned call cannot repeat"):
+        wrapped(odd(trim, means=[]))
+
+
+@torch.no_grad()
+def test_9_another_forward_of_the_hosts_class_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Own(Vit):
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(x)
+
+    model = wrapped(Own().eval())
+    before = model(IMAGES)
+    monkeypatch.setattr(Own, "forward", lambda self, x: Vit.forward(self, x) * 2)
+    assert torch.equal(model(IMAGES), 2 * before)
+
+
+def test_9_a_hook_that_changes_what_is_read_later_is_refused() -> None:
+    host = odd(lambda s, x: s.k, k=1.0)
+    model = wrapped(host)
+    host.blocks[0].register_forward_hook(lambda *_: setattr(host.blocks[2], "k", 2.0))
+    with pytest.raises(HostError, match="A hook inside of Vit changed 'k' of a Odd"):
+        whole(model)
+    host.blocks[0]._forward_hooks.clear()
+    whole(model)
+
+
+@torch.no_grad()
+def test_9_the_class_of_an_input_and_marks_on_it_are_seen() -> None:
+    class Special(Tensor):
+        pass
+
+    class Asks(Vit):
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(x) * (2 if isinstance(x, Special) else getattr(x, "mark", 1))
+
+    model = wrapped(Asks().eval())
+    plain, marked = model(IMAGES), IMAGES.clone()
+    marked.mark = 3  # type: ignore[attr-defined]
+    assert torch.equal(model(marked), 3 * plain)
+    assert torch.equal(model(IMAGES.as_subclass(Special)).as_subclass(Tensor), 2 * plain)
+
+
+def test_9_a_function_of_torch_that_was_replaced_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    softmax = F.softmax
+    monkeypatch.setattr(F, "softmax", lambda *args, **kwargs: softmax(*args, **kwargs) * 3)
+    with pytest.raises(TraceError, match="was put in the place of torch's softmax and calls it"):
+        wrapped(odd(lambda s, x: F.softmax(x, -1)))
+
+
+def test_9_weights_can_be_swapped_after_wrap() -> None:
+    host = Vit().eval()
+    model = wrapped(host)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.double()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert host.head.weight.dtype == torch.float64
+
+
+def from_a_file(s: Any, x: Tensor) -> float:
+    with open(s.held, encoding="utf-8") as file:  # noqa: PTH123  this call is the case
+        return float(file.read())
+
+
+UNSEEN: dict[str, tuple[Any, Callable[[Any, Tensor], Any]]] = {
+    "Odd.held": (itertools.count(1), lambda s, x: next(s.held)),
+    "Odd.held ": (io.StringIO("1"), lambda s, x: float(s.held.getvalue())),
+    "builtins.open": (None, from_a_file),
+}
+
+
+@pytest.mark.parametrize("name", UNSEEN)
+def test_9_what_nobody_can_watch_is_said(name: str, tmp_path: Path) -> None:
+    held, read = UNSEEN[name]
+    path = tmp_path / "scale"
+    path.write_text("1", encoding="utf-8")
+    host = odd(read, held=str(path) if held is None else held)
+    with pytest.warns(TokenPruneWarning, match=f"cannot watch {name.strip()}: The forward of Vit"):
+        wrapped(host)
