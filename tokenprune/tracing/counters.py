@@ -6,7 +6,7 @@ from dis import Instruction, get_instructions
 from itertools import pairwise
 from types import CodeType
 
-__all__ = ["only_counted", "only_grown", "only_refilled", "takes_out"]
+__all__ = ["only_counted", "only_grown", "takes_out", "trims"]
 
 TAKE = {"clear", "pop", "popleft", "popitem", "remove", "discard"}
 GROW = {"append", "add", "extend", "update", "appendleft"}
@@ -33,13 +33,18 @@ def only_grown(codes: Iterable[CodeType], name: str) -> bool:
     return _only(_grows, codes, name)
 
 
-def only_refilled(codes: Iterable[CodeType], name: str) -> bool:
-    """Whether these functions empty an attribute by `x.name.clear()` and else only add to it."""
-    return _only(lambda steps: _grows(steps) or _clears(steps), codes, name)
+def trims(codes: Iterable[CodeType], name: str) -> bool:
+    """Whether any of these functions takes single things out of `x.name`."""
+    return any(_takes(steps) for code in codes for steps in _reads(code, name))
 
 
-def _clears(steps: list[Instruction]) -> bool:
-    return len(steps) > 1 and steps[1].argval == "clear"
+def _takes(steps: list[Instruction]) -> bool:
+    called = len(steps) > 1 and steps[1].argval in TAKE - {"clear"}
+    names = [step.opname for step in steps[1:]]
+    if "DELETE_SUBSCR" not in names:
+        return called
+    before = names[: names.index("DELETE_SUBSCR")]
+    return called or all(name in (*KEY, "BUILD_SLICE", "UNARY_NEGATIVE") for name in before)
 
 
 def _only(fits: Callable[[list[Instruction]], bool], codes: Iterable[CodeType], name: str) -> bool:
@@ -61,11 +66,11 @@ def _steps(code: CodeType) -> list[str]:
 
 
 def _reads(code: CodeType, name: str) -> Iterator[list[Instruction]]:
-    """Each read of an attribute, with the three steps that follow it."""
+    """Each read of an attribute, with the five steps that follow it."""
     steps = [step for step in get_instructions(code) if step.opname not in NOTHING]
     for place, step in enumerate(steps):
         if step.opname in ("LOAD_ATTR", "LOAD_METHOD") and step.argval == name:
-            yield steps[place : place + 4]
+            yield steps[place : place + 6]
 
 
 def _grows(steps: list[Instruction]) -> bool:
@@ -78,5 +83,5 @@ def _grows(steps: list[Instruction]) -> bool:
 
 def _counts(steps: list[Instruction]) -> bool:
     names = [step.opname for step in steps]
-    in_place = names == ["LOAD_ATTR", "LOAD_CONST", "BINARY_OP", "STORE_ATTR"]
+    in_place = names[:4] == ["LOAD_ATTR", "LOAD_CONST", "BINARY_OP", "STORE_ATTR"]
     return in_place and steps[2].argrepr.endswith("=") and steps[3].argval == steps[0].argval

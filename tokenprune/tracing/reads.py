@@ -187,7 +187,10 @@ class Reads:
         self._paused, self._runs_itself, self._handed = paused, runs_itself, handed
         with self._patches:
             self._watch(nn.Module)
-            yield
+            try:
+                yield
+            finally:
+                self._walked.clear()
 
     def registered(self, module: nn.Module, name: str, value: Any) -> None:
         """Record a child, parameter or buffer, which no instance dict holds."""

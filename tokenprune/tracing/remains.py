@@ -12,7 +12,7 @@ from weakref import ref
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
-from tokenprune.tracing.counters import only_counted, only_grown, only_refilled, takes_out
+from tokenprune.tracing.counters import only_counted, only_grown, takes_out, trims
 from tokenprune.tracing.effects import Add, Count, Refill, Store, of_content, refill
 from tokenprune.tracing.provenance import Provenance
 from tokenprune.tracing.proxy import ValueProxy, concrete
@@ -114,14 +114,14 @@ def _effect(entry: Written, codes: list[CodeType]) -> tuple[Store, Any]:
     """What a program does: set, add or refill."""
     if entry.contents is None:
         return Store(entry.owner, entry.name), _contents(entry.value)
-    added, emptied = _added(entry.value, entry.contents), only_refilled(codes, entry.name)
+    added = _added(entry.value, entry.contents)
+    if trims(codes, entry.name) and nodes_in(entry.value):
+        raise NotImplementedError(
+            f"the forward puts tensors into {entry.name!r} of a {type(entry.owner).__name__} and "
+            "takes some out, which a pruned call cannot repeat; only add to it, or empty it by "
+            "clear() first"
+        )
     if added is None or (takes_out(codes) and not only_grown(codes, entry.name)):
-        if not emptied and takes_out(codes) and nodes_in(entry.value):
-            raise NotImplementedError(
-                f"the forward puts tensors into {entry.name!r} of a {type(entry.owner).__name__} "
-                "and takes some out, which a pruned call cannot repeat; only add to it, or empty "
-                "it by clear() first"
-            )
         return Refill(entry.owner, entry.name), _contents(entry.value)
     return Add(entry.owner, entry.name), _contents(added)
 
