@@ -43,21 +43,12 @@ def signature_of(arguments: Arguments, entry: str, training: bool) -> Signature:
             shape = tuple(value.shape)
             batched = bool(shape) and shape[0] == batch_size
             shape = shape[1:] if batched else shape
-            key.append((name, batched, shape, value.dtype, value.device, *_kind(value)))
+            key.append((name, type(value), batched, shape, value.dtype, value.device))
         else:
             key.append((name, *plain_key(value)))
     if len(tensors) > 1:  # which of them are one: Python may ask `mask is x`
         key.append(tuple([next(i for i, o in enumerate(tensors) if o is t) for t in tensors]))
     return Signature(tuple(key), batch_size)
-
-
-def _kind(tensor: Tensor) -> tuple[Any, ...]:
-    """The class of a tensor, and an owner's marks on it."""
-    kind = type(tensor)
-    if kind is not Tensor or torch.compiler.is_dynamo_compiling() or not vars(tensor):
-        return (kind,)
-    marks = {n: v for n, v in vars(tensor).items() if not n.startswith("_dynamo")}
-    return kind, {n: id(v) if isinstance(v, Tensor) else plain_key(v) for n, v in marks.items()}
 
 
 class CacheInfo(NamedTuple):
@@ -76,6 +67,10 @@ class CacheInfo(NamedTuple):
     frozen: bool
 
 
+class Numbered:
+    """Programs as attributes: Dynamo compares those that it has read alone."""
+
+
 class ProgramCache:
     """Programs by signature, then by what their traces depend on; the last used come first.
 
@@ -89,6 +84,7 @@ class ProgramCache:
         self.limit, self.frozen, self.traced = limit, False, 0
         self._known: list[tuple[Signature, Programs]] = []
         self._restless = 0
+        self._numbered = Numbered()
 
     def __iter__(self) -> Iterator[Programs]:
         return iter([programs for _, programs in self._known])
@@ -109,10 +105,27 @@ class ProgramCache:
             if not ambient_holds(programs.analysis.traced.ambient, host, arguments):
                 continue
             if self.holds(programs):
-                if place and not torch.compiler.is_dynamo_compiling():
+                if place:
                     self._known.insert(0, self._known.pop(place))
                 return programs
         return None
+
+    def number_of(self, programs: Programs) -> int:
+        """A number for programs, by which compiled code finds them: the order here changes."""
+        known = next(entry for entry in self._known if entry[1] is programs)
+        setattr(self._numbered, f"of_{id(programs)}", known)
+        return id(programs)
+
+    def numbered(self, number: int, signature: Signature) -> Programs:
+        """The programs of a number. Dynamo watches what is compared here."""
+        known, programs = getattr(self._numbered, f"of_{number}")
+        bound = programs.analysis.batch_bound and known.batch_size != signature.batch_size
+        if bound or known.key != signature.key:
+            raise HostError(
+                "A compiled model was called with other inputs than it was compiled for. Compile "
+                "it again."
+            )
+        return programs  # type: ignore[no-any-return]
 
     def holds(self, programs: Programs) -> bool:
         """Whether what a trace has read is as it was, or nobody is to look."""
@@ -126,12 +139,15 @@ class ProgramCache:
         """
         self._check_rest(signature)
         self._known.insert(0, (signature, programs))
+        for _, old in self._known[self.limit :]:
+            vars(self._numbered).pop(f"of_{id(old)}", None)
         del self._known[self.limit :]
         self.traced += 1
 
     def clear(self) -> None:
         """Forget them: the next call traces again."""
         self._known.clear()
+        vars(self._numbered).clear()
 
     def _check_rest(self, signature: Signature) -> None:
         """Count traces that the host itself makes necessary."""

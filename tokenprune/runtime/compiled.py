@@ -10,6 +10,7 @@ from torch.utils._pytree import register_constant
 
 from tokenprune.runtime.cache import ProgramCache
 from tokenprune.runtime.program import Programs
+from tokenprune.tracing.modes import modes_hold
 
 __all__ = ["Handle", "Seen", "watched_by_dynamo"]
 
@@ -38,7 +39,10 @@ class Seen:
         if not isinstance(other, Seen):
             return False
         one = self if other.programs is None else other
-        return one.programs is None or one.cache is None or one.cache.holds(one.programs)
+        if one.programs is None or one.cache is None:
+            return True
+        ambient = one.programs.analysis.traced.ambient
+        return modes_hold(ambient) and one.cache.holds(one.programs)
 
     def __hash__(self) -> int:
         return 0  # any two may be equal

@@ -181,10 +181,14 @@ class Pruning:
         arguments = call.bind(args, kwargs)
         if torch.compiler.is_dynamo_compiling():
             leaves = arguments.leaves
-            _prepare(self.handle, path, entry, arguments.places, tuple(leaves), *leaves.values())
-            if not torch.compiler.is_exporting():
+            given = arguments.places, tuple(leaves), *leaves.values()
+            number = _prepare(self.handle, path, entry, *given)
+            if not (torch.compiler.is_exporting() or self.cache.frozen):
                 watched_by_dynamo(self)
-        programs = self.programs(arguments, entry)
+            signature = signature_of(arguments, entry, self.host.training)
+            programs = self.cache.numbered(number, signature)
+        else:
+            programs = self.programs(arguments, entry)
         name = self.path_name(path)
         if name == "jagged" and torch.compiler.is_exporting():
             raise PlanError(
@@ -346,11 +350,12 @@ def _with_images(none: Arguments) -> Arguments:
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _prepare(
     handle: Handle, path: Path, entry: str, places: Any, names: tuple[str, ...], *values: Any
-) -> bool:
+) -> int:
     """Build the program before Dynamo traces the call, on real tensors and outside of what is
-    compiled."""
+    compiled; its number."""
     pruning = handle.pruning
     programs = pruning.programs(Arguments(dict(zip(names, values, strict=True)), places), entry)
     programs.get(pruning.host, path)
     pruning.seen = Seen(programs, pruning.cache)
-    return True
+    number: int = pruning.cache.number_of(programs)
+    return number

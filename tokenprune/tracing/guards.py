@@ -132,8 +132,6 @@ class Guards:
 
     def hold(self) -> bool:
         """Whether a trace made now would read the same."""
-        if torch.compiler.is_dynamo_compiling():
-            return True  # just made; later calls look before (`runtime.compiled`)
         if torch.compiler.is_exporting():
             return all(watched.same() or watched.wrapped_by_fx() for watched in self)
         return all(group.same() for group in self._alike)

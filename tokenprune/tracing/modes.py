@@ -19,6 +19,7 @@ from tokenprune.tracing.names import names_of, value_of
 
 __all__ = [
     "LAYOUT",
+    "MARKS",
     "MODES",
     "NAMES_IN_SOURCE",
     "REQUIRES_GRAD",
@@ -28,6 +29,7 @@ __all__ = [
     "autocast_dtypes",
     "entered",
     "modes_between",
+    "modes_hold",
     "modes_named_by",
     "of_call",
     "reads_noted",
@@ -39,6 +41,7 @@ MODES = "modes"
 """Key in a node's `meta`: the modes that the host changed there, outermost first."""
 REQUIRES_GRAD = "requires_grad"
 LAYOUT = "layout"
+MARKS = "marks"
 NAMES_IN_SOURCE = {"torch": torch, "sdpa_kernel": sdpa_kernel, "SDPBackend": SDPBackend}
 """What `Mode.source` speaks of."""
 
@@ -230,13 +233,21 @@ def _noted(tracer: Recorder, name: str, original: Callable[..., Any]) -> Callabl
 
 def of_call(name: str, host: nn.Module, arguments: Mapping[str, Any]) -> Any:
     """What Python may ask about the tensors of a call and the parameters: which require gradients
-    (`REQUIRES_GRAD`), or how they lie in memory (`LAYOUT`)."""
+    (`REQUIRES_GRAD`), how they lie in memory (`LAYOUT`), what an owner has set on inputs (`MARKS`).
+    """
     inputs = [value for value in arguments.values() if isinstance(value, torch.Tensor)]
     if name == REQUIRES_GRAD:
         weights = [weight.requires_grad for weight in host.parameters()]
         return *weights, *[(tensor.requires_grad, tensor.is_leaf) for tensor in inputs]
+    if name == MARKS:
+        return tuple([_marks(tensor) for tensor in inputs])
     tensors = (*inputs, *host.parameters())
     return tuple([_layout(tensor) for tensor in tensors if tensor.layout is torch.strided])
+
+
+def _marks(tensor: torch.Tensor) -> dict[str, Any]:
+    held = vars(tensor)
+    return {n: id(v) if isinstance(v, torch.Tensor) else v for n, v in held.items()}
 
 
 def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:
@@ -248,16 +259,13 @@ def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:
 def ambient_holds(
     ambient: Mapping[str, Any], host: nn.Module, arguments: Mapping[str, Any]
 ) -> bool:
-    """Whether a call is in the modes that a trace depends on (`HostGraph.ambient`)."""
-    for name, value in ambient.items():
-        of_mode = name in State._fields
-        if (_now(name) if of_mode else of_call(name, host, arguments)) != value:
-            return False
-    return True
+    """Whether a call is as a trace depends on (`HostGraph.ambient`)."""
+    asked = ((n, value) for n, value in ambient.items() if n not in State._fields)
+    return modes_hold(ambient) and all(
+        of_call(name, host, arguments) == value for name, value in asked
+    )
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _now(name: str) -> Any:
-    """Dynamo cannot trace all that tell a mode. It has guards of its own for those of gradients and
-    autocast; for attention backends it has none, so they are those at compilation."""
-    return NOW[name]()
+def modes_hold(ambient: Mapping[str, Any]) -> bool:
+    """Whether this thread is in the modes that a trace depends on."""
+    return all(NOW[name]() == value for name, value in ambient.items() if name in State._fields)

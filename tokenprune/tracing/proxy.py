@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from tokenprune.tracing.effects import IN_PLACE
-from tokenprune.tracing.modes import LAYOUT
+from tokenprune.tracing.modes import LAYOUT, MARKS
 
 __all__ = ["CLASS", "ValueProxy", "concrete"]
 
@@ -84,6 +84,8 @@ class ValueProxy(fx.Proxy):
             raise NotImplementedError(
                 f"`{name}` of a tensor, which is another in every step; read it outside of forward"
             )
+        if self.node.op == "placeholder" and not hasattr(torch.Tensor, name):
+            tracer.note_ambient(MARKS)
         try:
             found = getattr(self.val, name)
         except AttributeError:
