@@ -9,7 +9,8 @@ from types import CodeType
 __all__ = ["only_counted", "only_grown", "takes_out", "trims"]
 
 TAKE = {"clear", "pop", "popleft", "popitem", "remove", "discard"}
-GROW = {"append", "add", "extend", "update", "appendleft"}
+MOVE = {"insert", "appendleft", "extendleft", "reverse", "sort", "rotate"}
+GROW = {"append", "add", "extend", "update"}
 KEY = ("LOAD_CONST", "LOAD_FAST")
 NOTHING = ("CACHE", "SWAP")
 
@@ -34,12 +35,12 @@ def only_grown(codes: Iterable[CodeType], name: str) -> bool:
 
 
 def trims(codes: Iterable[CodeType], name: str) -> bool:
-    """Whether any of these functions takes single things out of `x.name`."""
+    """Whether any of these functions takes single things out of `x.name`, or changes its order."""
     return any(_takes(steps) for code in codes for steps in _reads(code, name))
 
 
 def _takes(steps: list[Instruction]) -> bool:
-    called = len(steps) > 1 and steps[1].argval in TAKE - {"clear"}
+    called = len(steps) > 1 and steps[1].argval in (TAKE | MOVE) - {"clear"}
     names = [step.opname for step in steps[1:]]
     if "DELETE_SUBSCR" not in names:
         return called

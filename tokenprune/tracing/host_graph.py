@@ -22,6 +22,7 @@ from tokenprune.tracing.opaque import reason_of
 from tokenprune.tracing.packed import refuse_packed
 from tokenprune.tracing.provenance import Provenance
 from tokenprune.tracing.randomness import Drawn, Generators
+from tokenprune.tracing.remains import CannotRepeatError
 from tokenprune.tracing.stand_ins import stand_ins
 from tokenprune.tracing.state import buffers_kept, no_autocast_cache
 from tokenprune.tracing.tracer import ValueTracer
@@ -163,7 +164,8 @@ def _refuse_draw(drawn: Drawn | None, host: nn.Module, arguments: Mapping[str, A
 def _explained(
     error: Exception, tracer: ValueTracer, root: nn.Module, arguments: Mapping[str, Any]
 ) -> TokenPruneError:
-    shapes, line = _shapes(arguments), tracer.failed_at(error)
+    own = error.where if isinstance(error, CannotRepeatError) else None
+    shapes, line = _shapes(arguments), own or tracer.failed_at(error)
     said = f"{type(error).__name__}: {error}".rstrip(" .:")
     if isinstance(error, AssertionError | ValueError):  # a check of the host's own
         return HostError(

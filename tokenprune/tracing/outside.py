@@ -1,4 +1,4 @@
-"""What a host's forward asks the world about: a file, the clock, the system's random numbers.
+"""What a host's forward asks the system about: a file, a folder, the system's random numbers.
 
 Python's answer is a constant of a program, and no guard can see that it would be another one now.
 """
@@ -7,7 +7,6 @@ import builtins
 import os
 import secrets
 import sys
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,10 +17,10 @@ from tokenprune.tracing.provenance import of_host
 
 __all__ = ["outside_noted"]
 
+OPEN = open
 FUNCTIONS: tuple[tuple[Any, str], ...] = (
     (builtins, "open"),
-    *((os, name) for name in ("getcwd", "listdir", "urandom", "getpid", "stat")),
-    *((time, name) for name in ("time", "monotonic", "perf_counter", "time_ns")),
+    *((os, name) for name in ("getcwd", "listdir", "urandom", "stat")),
     *((uuid, name) for name in ("uuid1", "uuid4")),
     *((secrets, name) for name in ("randbelow", "token_bytes", "token_hex", "choice")),
 )
@@ -42,7 +41,8 @@ def _noted(
 ) -> Callable[..., Any]:
     def asked(*args: Any, **kwargs: Any) -> Any:
         caller = sys._getframe(1)
-        if of_host(caller.f_code.co_filename):
+        writes = original is OPEN and any(set("wax") & set(str(mode)) for mode in args[1:2])
+        if of_host(caller.f_code.co_filename) and not writes:
             note(name, caller.f_code.co_filename, caller.f_lineno)
         return original(*args, **kwargs)
 

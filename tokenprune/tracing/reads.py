@@ -43,7 +43,6 @@ WALKS = frozenset(
     {"parameters", "named_parameters", "buffers", "named_buffers", "_named_members", "<lambda>"}
     | {"state_dict", "_save_to_state_dict", "__dir__"}
 )
-OPAQUE = (Iterator, IOBase, ProxyType)
 LOOKUP = "__getattribute__"
 MOST_BYTES = 1 << 20  # of an array whose values are watched
 PLAIN = {bool, int, float, str, type(None)}
@@ -233,13 +232,12 @@ class Reads:
     def _add(self, owner: Any, name: str, value: Any) -> None:
         self.objects[id(owner)] = owner
         key, own = (id(owner), name), object.__getattribute__(owner, "__dict__")
+        if _is_opaque(value):
+            self.opaque[f"{type(owner).__name__}.{name}"] = type(value).__name__
         if id(value) not in self._walked:
             self._walked[id(value)] = value
             for inner in within(value, DEPTH, MOST):
                 self._hold(inner)
-                large = isinstance(inner, np.ndarray) and inner.nbytes > MOST_BYTES
-                if large or isinstance(inner, OPAQUE):
-                    self.opaque[f"{type(owner).__name__}.{name}"] = type(inner).__name__
         if name not in own:
             module = isinstance(owner, nn.Module)
             of_torch = module and getattr(nn.Module, name, ABSENT) is getattr(type(owner), name, 0)
@@ -294,6 +292,14 @@ class Reads:
         before = vars(cls).get(LOOKUP, ABSENT)
         setattr(cls, LOOKUP, recorded)
         self._patches.callback(_put_back, cls, before)
+
+
+def _is_opaque(value: Any) -> bool:
+    """Whether what an object says cannot be watched: it moves, or is large."""
+    if isinstance(value, IOBase):
+        return not value.closed and value.readable()
+    large = isinstance(value, np.ndarray) and value.nbytes > MOST_BYTES
+    return large or isinstance(value, Iterator | ProxyType)
 
 
 def _asked_by_host(through: frozenset[str] = frozenset()) -> bool:

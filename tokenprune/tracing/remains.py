@@ -19,7 +19,7 @@ from tokenprune.tracing.proxy import ValueProxy, concrete
 from tokenprune.tracing.reads import slots_of
 from tokenprune.tracing.state import Kept, Written
 
-__all__ = ["Remains", "nodes_in", "remains_of", "taken_out"]
+__all__ = ["CannotRepeatError", "Remains", "nodes_in", "remains_of", "taken_out"]
 
 Place = tuple[int, str]
 """The id of a module, and the name of an attribute."""
@@ -38,6 +38,19 @@ class Remains:
 
     counted: set[Place] = field(default_factory=set)
     elsewhere: list[fx.Node] = field(default_factory=list)
+
+
+class CannotRepeatError(NotImplementedError):
+    """A forward changes a list, dict or set in a way that no program can repeat."""
+
+    def __init__(self, entry: Written) -> None:
+        super().__init__(
+            f"the forward puts something into {entry.name!r} of a {type(entry.owner).__name__} and "
+            "takes some out, or puts it elsewhere than at the end, which a pruned call cannot "
+            "repeat; only add to it, or empty it by clear() first"
+        )
+        nodes = nodes_in(entry.value)
+        self.where = next(iter(nodes)).meta["where"] if nodes else None
 
 
 def remains_of(kept: Kept, graph: fx.Graph, codes: list[CodeType]) -> tuple[Remains, Effects]:
@@ -115,15 +128,22 @@ def _effect(entry: Written, codes: list[CodeType]) -> tuple[Store, Any]:
     if entry.contents is None:
         return Store(entry.owner, entry.name), _contents(entry.value)
     added = _added(entry.value, entry.contents)
-    if trims(codes, entry.name) and nodes_in(entry.value):
-        raise NotImplementedError(
-            f"the forward puts tensors into {entry.name!r} of a {type(entry.owner).__name__} and "
-            "takes some out, which a pruned call cannot repeat; only add to it, or empty it by "
-            "clear() first"
-        )
+    if (trims(codes, entry.name) and nodes_in(entry.value)) or _mixed(added, entry):
+        raise CannotRepeatError(entry)
     if added is None or (takes_out(codes) and not only_grown(codes, entry.name)):
         return Refill(entry.owner, entry.name), _contents(entry.value)
     return Add(entry.owner, entry.name), _contents(added)
+
+
+def _mixed(added: Any, entry: Written) -> bool:
+    """Whether old and new entries are mixed, or numbers stand at keys that depend on inputs."""
+    if isinstance(added, dict):
+        proxies = [v for key, v in added.items() if nodes_in([key])]
+        return any(isinstance(value, int | float) for value in proxies)
+    if added is not None or not isinstance(entry.value, list | deque):
+        return False
+    before = set(map(id, entry.contents))
+    return any(id(one) in before for one in entry.value if nodes_in([one]) or one is not None)
 
 
 def _added(value: Any, before: Any) -> Any:
@@ -133,6 +153,11 @@ def _added(value: Any, before: Any) -> Any:
         return changed if before.keys() <= value.keys() else None
     if isinstance(value, set):
         return value - set(before) if value.issuperset(before) else None
+    if isinstance(value, deque) and value.maxlen is not None:  # some have fallen out
+        for out in range(len(before) + 1):
+            left, now = before[out:], list(value)
+            if all(map(operator.is_, now, left)) and len(now) >= len(left):
+                return now[len(left) :]
     if isinstance(value, list | deque):
         stays = len(value) >= len(before) and all(map(operator.is_, value, before))
         return list(value)[len(before) :] if stays else None

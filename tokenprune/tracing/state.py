@@ -2,7 +2,7 @@
 
 import operator
 import sys
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -154,6 +154,8 @@ class Kept:
                 for name in _staying(kept).keys() - contents.keys():
                     del kept[name]
                 add(kept, contents)
+                for key in contents if isinstance(kept, OrderedDict) else ():
+                    kept.move_to_end(key)
 
 
 @contextmanager
@@ -229,4 +231,5 @@ def _same(ours: Any, theirs: Any) -> bool:
         return set(map(id, ours)) == set(map(id, theirs))
     if not isinstance(ours, dict):
         return all(map(operator.is_, ours, theirs))
-    return all(ours.get(key, ours) is value for key, value in theirs.items())
+    ordered = not isinstance(ours, OrderedDict) or list(ours) == list(theirs)
+    return ordered and all(ours.get(key, ours) is value for key, value in theirs.items())
