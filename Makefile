@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-fast check clean venv links
+.PHONY: demo test test-fast test-oldest check clean venv links
 
 demo: $(STAMP)
 	$(BIN)/tokenprune demo
@@ -16,6 +16,16 @@ test: $(STAMP)
 test-fast: $(STAMP)
 	HYPOTHESIS_PROFILE=fast OMP_NUM_THREADS=1 \
 		$(BIN)/python -m pytest -n 2 --dist worksteal -q -m "not slow"
+
+# The same on the oldest torch and transformers that pyproject.toml allows, in a folder of its own.
+OLDEST := .venv-oldest
+test-oldest: links
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install -q torch==2.8.0 torchvision==0.23.0 transformers==5.0.0 \
+		timm jaxtyping numpy pydantic pyyaml safetensors pillow rich typer pytest pytest-xdist \
+		hypothesis beartype
+	HYPOTHESIS_PROFILE=fast OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) \
+		$(OLDEST)/bin/python -m pytest -n 2 --dist worksteal -q -m "not slow" tests
 
 check: $(STAMP) links
 	$(BIN)/ruff check

@@ -136,7 +136,8 @@ def test_9_a_compiled_model_sees_it_too(name: str) -> None:
     before = run(IMAGES)
     try:
         place[2](host.blocks[2], 3.0)
-        torch.testing.assert_close(run(IMAGES), holders.wrapped_again(model))
+        wanted = holders.wrapped_again(model)
+        torch.testing.assert_close(run(IMAGES), wanted, rtol=1e-4, atol=1e-4)
         assert not torch.equal(run(IMAGES), before)
     finally:
         place[2](host.blocks[2], 1.0)
@@ -144,6 +145,6 @@ def test_9_a_compiled_model_sees_it_too(name: str) -> None:
     tokenprune.freeze_guards(model)
     place[2](host.blocks[2], 3.0)
     try:
-        torch.testing.assert_close(run(IMAGES), before)
+        torch.testing.assert_close(run(IMAGES), before, rtol=1e-4, atol=1e-4)
     finally:
         place[2](host.blocks[2], 1.0)

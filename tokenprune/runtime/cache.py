@@ -10,6 +10,7 @@ from tokenprune.errors import HostError
 from tokenprune.runtime.program import Programs
 from tokenprune.tracing.arguments import Arguments, plain_key
 from tokenprune.tracing.modes import ambient_holds
+from tokenprune.tracing.stand_ins import is_plain_subclass
 
 __all__ = ["CacheInfo", "ProgramCache", "Signature", "signature_of"]
 
@@ -43,12 +44,18 @@ def signature_of(arguments: Arguments, entry: str, training: bool) -> Signature:
             shape = tuple(value.shape)
             batched = bool(shape) and shape[0] == batch_size
             shape = shape[1:] if batched else shape
-            key.append((name, type(value), batched, shape, value.dtype, value.device))
+            key.append((name, _kind(value), batched, shape, value.dtype, value.device))
         else:
             key.append((name, *plain_key(value)))
     if len(tensors) > 1:  # which of them are one: Python may ask `mask is x`
         key.append(tuple([next(i for i, o in enumerate(tensors) if o is t) for t in tensors]))
     return Signature(tuple(key), batch_size)
+
+
+def _kind(tensor: Tensor) -> type:
+    """The class of a tensor, as far as a host's code may ask for it: exporters have their own."""
+    kind = type(tensor)
+    return kind if kind is not Tensor and is_plain_subclass(kind) else Tensor
 
 
 class CacheInfo(NamedTuple):

@@ -136,14 +136,15 @@ def _effect(entry: Written, codes: list[CodeType]) -> tuple[Store, Any]:
 
 
 def _mixed(added: Any, entry: Written) -> bool:
-    """Whether old and new entries are mixed, or numbers stand at keys that depend on inputs."""
+    """Whether tensors of calls before are left beside new ones, or numbers stand at keys that
+    depend on inputs."""
     if isinstance(added, dict):
         proxies = [v for key, v in added.items() if nodes_in([key])]
         return any(isinstance(value, int | float) for value in proxies)
     if added is not None or not isinstance(entry.value, list | deque):
         return False
     before = set(map(id, entry.contents))
-    return any(id(one) in before for one in entry.value if nodes_in([one]) or one is not None)
+    return any(id(one) in before for one in entry.value if isinstance(one, Tensor))
 
 
 def _added(value: Any, before: Any) -> Any:

@@ -98,7 +98,6 @@ def forget_weights(mode: FakeTensorMode) -> None:
     converter = mode.fake_tensor_converter.meta_converter
     converter.tensor_memo.clear()
     converter.describer.lookup_tensor.clear()
-    converter.describer.lookup_storage.clear()
 
 
 def mark(stand_in: Tensor, tensor: Tensor) -> None:

@@ -96,25 +96,25 @@ class Kept:
         """What has been set since, or changed in place."""
         seen = set(self._shared)
         for holder, owner in self._owners.items():
-            if holder in seen or holder not in self._contents:
-                continue
-            seen.add(holder)
-            values, before = self._contents[holder]
-            if isinstance(owner, nn.Module):
-                yield from self._rebound(owner)
-            for name, value in dict(values).items():
-                of_torch = isinstance(owner, nn.Module) and (name in OF_TORCH or name == "_modules")
-                seen.add(id(value))
-                if of_torch:
-                    continue
-                kept, contents = self._contents.get(id(value), (value, value))
-                if value is not before.get(name, ABSENT):
-                    yield Written(owner, name, before.get(name), value, None)
-                elif not _same(kept, contents) and id(value) not in self._owners:
-                    yield Written(owner, name, value, value, contents)
+            if holder in self._contents and holder not in seen:
+                values, before = self._contents[holder]
+                seen |= {holder, *map(id, dict(values).values())}
+                yield from self._set_in(owner, dict(values), before)
         for place, (kept, contents) in self._contents.items():
             if place not in seen and not _same(kept, contents):
                 yield Written(kept, "", kept, kept, contents)
+
+    def _set_in(self, owner: Any, values: Any, before: Any) -> Iterator[Written]:
+        """The attributes of a module, or of another object."""
+        if isinstance(owner, nn.Module):
+            yield from self._rebound(owner)
+            values = {n: v for n, v in values.items() if n not in OF_TORCH and n != "_modules"}
+        for name, value in values.items():
+            kept, contents = self._contents.get(id(value), (value, value))
+            if value is not before.get(name, ABSENT):
+                yield Written(owner, name, before.get(name), value, None)
+            elif not _same(kept, contents) and id(value) not in self._owners:
+                yield Written(owner, name, value, value, contents)
 
     def _rebound(self, module: nn.Module) -> Iterator[Written]:
         """Buffers and parameters that are others now, or new."""
