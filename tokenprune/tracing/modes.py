@@ -67,7 +67,8 @@ def _autocast() -> tuple[torch.dtype | None, ...]:
 
 
 def _attention() -> tuple[SDPBackend, ...]:
-    known = [_by_number[number] for number in _priority() if number in _by_number]
+    # torch 2.8 names some twice
+    known = dict.fromkeys(_by_number[number] for number in _priority() if number in _by_number)
     return tuple([backend for backend in known if _is_enabled[backend]()])
 
 
