@@ -12,8 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 import tokenprune
 from tests.product.export_hosts import HOSTS, images, tensors_of, wrapped
-from tests.theorems import test_9_holders as holders
+from tests.theorems import test_9_places as places
 from tests.theorems.changes import CHANGES, LowRank
+from tests.theorems.test_9_holders import HOLDERS
 from tests.theorems.test_9_live import HOSTS as LIVE_HOSTS
 from tests.theorems.test_9_live import IMAGES
 from tests.theorems.test_9_live import wrapped as live_model
@@ -129,14 +130,14 @@ def test_what_changes_after_compiling_is_seen() -> None:
 @pytest.mark.parametrize("name", ["default", "array", "class", "weak_values"])
 @torch.no_grad()
 def test_9_a_compiled_model_sees_it_too(name: str) -> None:
-    place = holders.HOLDERS[name]
-    host = holders.host_of(place)
-    model = holders.wrapped(host)
+    place = HOLDERS[name]
+    host = places.host_of(place)
+    model = places.wrapped(host)
     run = compiled(model)
     before = run(IMAGES)
     try:
         place[2](host.blocks[2], 3.0)
-        wanted = holders.wrapped_again(model)
+        wanted = places.wrapped_again(model)
         torch.testing.assert_close(run(IMAGES), wanted, rtol=1e-4, atol=1e-4)
         assert not torch.equal(run(IMAGES), before)
     finally:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.theorems.test_9_places import IMAGES, Plain, host_of, wrapped, wrapped_again
+from tests.theorems.test_9_places import IMAGES, Plain, check_it_is_seen, wrapped
 from tests.theorems.test_9_places import Place as Held
 from tests.toys.vit import Block, Vit
 from tokenprune.errors import HostError, TokenPruneWarning, TraceError
@@ -135,18 +135,7 @@ HOLDERS: dict[str, Held] = {
 @pytest.mark.parametrize("name", HOLDERS)
 @torch.no_grad()
 def test_9_a_number_is_seen_whatever_holds_it(name: str) -> None:
-    place = HOLDERS[name]
-    host = host_of(place)
-    model = wrapped(host)
-    before = model(IMAGES)
-    try:
-        place[2](host.blocks[2], 3.0)
-        assert not torch.equal(model(IMAGES), before)
-        again = wrapped_again(model)
-        assert torch.equal(model(IMAGES), again)
-    finally:
-        place[2](host.blocks[2], 1.0)
-    assert torch.equal(model(IMAGES), before)
+    check_it_is_seen(HOLDERS[name])
 
 
 def odd(read: Callable[[Any, Tensor], Any], **attributes: Any) -> nn.Module:
@@ -293,18 +282,33 @@ def from_a_file(s: Any, x: Tensor) -> float:
         return float(file.read())
 
 
-UNSEEN: dict[str, tuple[Any, Callable[[Any, Tensor], Any]]] = {
-    "Odd.held": (itertools.count(1), lambda s, x: next(s.held)),
-    "Odd.held ": (io.StringIO("1"), lambda s, x: float(s.held.getvalue())),
-    "builtins.open": (None, from_a_file),
+def by_its_path(s: Any, x: Tensor) -> float:
+    return float(Path(s.held).read_text(encoding="utf-8"))
+
+
+Read = Callable[[Any, Tensor], Any]
+UNSEEN: dict[str, tuple[str, Any, Read]] = {
+    "iterator": ("Odd.held", itertools.count(1), lambda s, x: next(s.held)),
+    "buffer": ("Odd.held", io.StringIO("1"), lambda s, x: float(s.held.getvalue())),
+    "file": ("builtins.open", None, from_a_file),
+    "path": ("io.open", None, by_its_path),
 }
 
 
 @pytest.mark.parametrize("name", UNSEEN)
 def test_9_what_nobody_can_watch_is_said(name: str, tmp_path: Path) -> None:
-    held, read = UNSEEN[name]
+    what, held, read = UNSEEN[name]
     path = tmp_path / "scale"
     path.write_text("1", encoding="utf-8")
     host = odd(read, held=str(path) if held is None else held)
-    with pytest.warns(TokenPruneWarning, match=f"cannot watch {name.strip()}: The forward of Vit"):
+    with pytest.warns(TokenPruneWarning, match=f"cannot watch {what}: The forward of Vit"):
         wrapped(host)
+
+
+def test_9_a_file_that_is_only_written_is_no_matter(tmp_path: Path) -> None:
+    def log(s: Any, x: Tensor) -> float:
+        with open(s.held, mode="a", encoding="utf-8") as file:  # noqa: PTH123  the call is the case
+            file.write("called")
+        return 1.0
+
+    wrapped(odd(log, held=str(tmp_path / "log")))

@@ -117,20 +117,16 @@ class ProgramCache:
                 return programs
         return None
 
-    def number_of(self, programs: Programs) -> int:
-        """A number for programs, by which compiled code finds them: the order here changes."""
-        known = next(entry for entry in self._known if entry[1] is programs)
-        setattr(self._numbered, f"of_{id(programs)}", known)
-        return id(programs)
-
     def numbered(self, number: int, signature: Signature) -> Programs:
-        """The programs of a number. Dynamo watches what is compared here."""
+        """The programs of a number, for compiled code: the order of all changes with each call.
+        Dynamo watches what is compared here."""
         known, programs = getattr(self._numbered, f"of_{number}")
         bound = programs.analysis.batch_bound and known.batch_size != signature.batch_size
         if bound or known.key != signature.key:
             raise HostError(
-                "A compiled model was called with other inputs than it was compiled for. Compile "
-                "it again."
+                f"A compiled {programs.analysis.traced.host} was called with inputs of another "
+                "form (shapes, dtypes, flags, or the number of images) than it was compiled for. "
+                "Call torch.compiler.reset() and compile it again."
             )
         return programs  # type: ignore[no-any-return]
 
@@ -147,9 +143,11 @@ class ProgramCache:
         self._check_rest(signature)
         self._known.insert(0, (signature, programs))
         for _, old in self._known[self.limit :]:
-            vars(self._numbered).pop(f"of_{id(old)}", None)
+            delattr(self._numbered, f"of_{old.number}")
         del self._known[self.limit :]
         self.traced += 1
+        programs.number = self.traced
+        setattr(self._numbered, f"of_{self.traced}", (signature, programs))
 
     def clear(self) -> None:
         """Forget them: the next call traces again."""

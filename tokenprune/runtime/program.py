@@ -57,6 +57,8 @@ class Programs:
     reduction: Reduction
     scorer: type[Scorer]
     restore: bool | None
+    number: int = 0
+    """Which of its model's programs these are, from 1."""
     changes: Watched | None = None
     """What the host's own forward reads and changes in each call."""
     _made: dict[PathName, Program] = field(default_factory=dict)

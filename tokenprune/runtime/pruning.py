@@ -357,5 +357,5 @@ def _prepare(
     programs = pruning.programs(Arguments(dict(zip(names, values, strict=True)), places), entry)
     programs.get(pruning.host, path)
     pruning.seen = Seen(programs, pruning.cache)
-    number: int = pruning.cache.number_of(programs)
+    number: int = programs.number
     return number

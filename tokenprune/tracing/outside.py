@@ -4,12 +4,14 @@ Python's answer is a constant of a program, and no guard can see that it would b
 """
 
 import builtins
+import io
 import os
 import secrets
 import sys
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from types import FrameType
 from typing import Any
 from unittest import mock
 
@@ -18,8 +20,11 @@ from tokenprune.tracing.provenance import of_host
 __all__ = ["outside_noted"]
 
 OPEN = open
+THROUGH = ("pathlib", "genericpath")
+"""Modules of Python that ask for the line that calls them."""
 FUNCTIONS: tuple[tuple[Any, str], ...] = (
     (builtins, "open"),
+    (io, "open"),
     *((os, name) for name in ("getcwd", "listdir", "urandom", "stat")),
     *((uuid, name) for name in ("uuid1", "uuid4")),
     *((secrets, name) for name in ("randbelow", "token_bytes", "token_hex", "choice")),
@@ -40,9 +45,12 @@ def _noted(
     note: Callable[[str, str, int], None], name: str, original: Callable[..., Any]
 ) -> Callable[..., Any]:
     def asked(*args: Any, **kwargs: Any) -> Any:
-        caller = sys._getframe(1)
-        writes = original is OPEN and any(set("wax") & set(str(mode)) for mode in args[1:2])
-        if of_host(caller.f_code.co_filename) and not writes:
+        caller: FrameType | None = sys._getframe(1)
+        while caller is not None and caller.f_globals.get("__name__", "").startswith(THROUGH):
+            caller = caller.f_back
+        mode = str(args[1] if len(args) > 1 else kwargs.get("mode", "r"))
+        writes = original is OPEN and not {"r", "+"} & set(mode)
+        if caller is not None and of_host(caller.f_code.co_filename) and not writes:
             note(name, caller.f_code.co_filename, caller.f_lineno)
         return original(*args, **kwargs)
 

@@ -44,8 +44,10 @@ class CannotRepeatError(NotImplementedError):
     """A forward changes a list, dict or set in a way that no program can repeat."""
 
     def __init__(self, entry: Written) -> None:
+        kind = type(entry.owner).__name__
+        place = f"{entry.name!r} of a {kind}" if entry.name else f"a {kind} inside of another"
         super().__init__(
-            f"the forward puts something into {entry.name!r} of a {type(entry.owner).__name__} and "
+            f"the forward puts something into {place} and "
             "takes some out, or puts it elsewhere than at the end, which a pruned call cannot "
             "repeat; only add to it, or empty it by clear() first"
         )

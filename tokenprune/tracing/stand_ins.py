@@ -22,6 +22,7 @@ __all__ = [
     "is_away",
     "is_plain",
     "is_plain_subclass",
+    "mark",
     "stand_ins",
 ]
 
