@@ -123,7 +123,7 @@ def count(host: str) -> list[Row]:
     """Count all models of one host; it is built and traced once."""
     wanted = [row for row in PUBLISHED if row.host == host]
     recipes = [load_recipe(f"dynamicvit-{host}-k{row.rho:g}") for row in wanted]
-    model = tokenprune.wrap(_build(recipes[0]), recipes[0], verify=False)
+    model = tokenprune.wrap(_build(recipes[0]), recipes[0], verify=False, train=False)
     rows = []
     for published, recipe in zip(wanted, recipes, strict=True):
         stages = recipe.resolved_stages

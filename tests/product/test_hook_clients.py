@@ -152,18 +152,22 @@ def test_torch_fx_is_refused(model: Any, tracer: Any) -> None:
 
 # torch says so of every tensor that goes over a break of a compiled graph
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-@pytest.mark.parametrize("kind", ["forward", "pre", "backward"])
-def test_a_compiled_model_runs_hooks_that_come_and_go(kind: str) -> None:
+def test_a_compiled_model_runs_hooks_that_come_and_go() -> None:
     toy = TOYS["prefix_1"]
     model = toy.wrap(verify=False)
-    images, block, seen = toy.inputs()["x"], model.blocks[2], list[Any]()
+    images, block, seen = toy.inputs()["x"], model.blocks[2], list[str]()
 
-    def note(module: Any, *given: Any) -> Any:
-        seen.append(1)
-        twice = [2 * t for t in given[-1]] if kind != "forward" else 2 * given[-1]
-        if kind == "backward":
-            return (2 * given[0][0],)
-        return tuple(twice) if kind == "pre" else twice
+    def forward(module: Any, args: Any, output: Tensor) -> Tensor:
+        seen.append("forward")
+        return 2 * output
+
+    def before(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        seen.append("before")
+        return tuple(3 * given for given in args)
+
+    def backward(module: Any, grad_input: Any, grad_output: Any) -> tuple[Tensor, ...]:
+        seen.append("backward")
+        return (5 * grad_input[0],)
 
     def run(called: Any) -> tuple[Tensor, Tensor]:
         out = called(images)
@@ -174,15 +178,16 @@ def test_a_compiled_model_runs_hooks_that_come_and_go(kind: str) -> None:
     compiled = torch.compile(model, backend="eager")
     plain = run(model)
     torch.testing.assert_close(run(compiled), plain)
-    register = {
-        "forward": block.register_forward_hook,
-        "pre": block.register_forward_pre_hook,
-        "backward": block.register_full_backward_hook,
-    }[kind]
-    with register(note):
-        hooked = run(model)
-        seen.clear()
-        torch.testing.assert_close(run(compiled), hooked)
-        assert seen == [1]
+    handles = [
+        block.register_forward_hook(forward),
+        block.register_forward_pre_hook(before),
+        block.register_full_backward_hook(backward),
+    ]
+    hooked = run(model)
+    seen.clear()
+    torch.testing.assert_close(run(compiled), hooked)
+    assert seen == ["before", "forward", "backward"]
+    for handle in handles:
+        handle.remove()
     torch.testing.assert_close(run(compiled), plain)
     assert not torch.equal(hooked[1], plain[1])

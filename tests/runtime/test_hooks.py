@@ -38,10 +38,10 @@ def _row(row: Any) -> tuple[nn.Module, Any, dict[str, Tensor]]:
 
 
 for _each in TOYS.values():
-    if _each.core or _each.name in ("torchs", "in_place", "returns_dataclass", "shared"):
+    if _each.name in ("prefix_1", "rope_by_length", "torchs", "in_place", "shared"):
         EVERY[_each.name] = lambda toy=_each: _toy(toy)  # type: ignore[misc]
 for _each in (*ZOO, *GRID):
-    if _each.core and _each.name in ("deit", "swin", "vit"):
+    if _each.core and _each.name in ("deit", "swin"):
         EVERY[f"zoo_{_each.name}"] = lambda row=_each: _row(row)  # type: ignore[misc]
 
 

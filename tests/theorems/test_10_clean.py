@@ -4,6 +4,9 @@ else behaves as if it had never been called."""
 import functools
 import random
 from collections import deque
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import tokenprune
-from tokenprune.errors import HostError, TraceError
+from tokenprune.errors import HostError, TokenPruneWarning, TraceError
 
 RECIPE: dict[str, Any] = {"version": 1, "schedule": {"blocks": [1, 2], "keep_ratio": 0.5}}
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -126,6 +129,72 @@ class NotesAll(Host):
         return x
 
 
+COUNT = 0
+LAST: ContextVar[int] = ContextVar("LAST", default=0)
+
+
+@dataclass(slots=True)
+class Slots:
+    calls: int = 0
+
+
+SLOTS = Slots()
+
+
+def counter() -> tuple[Callable[[], None], Callable[[], int]]:
+    count = 0
+
+    def step() -> None:
+        nonlocal count
+        count += 1
+
+    return step, lambda: count
+
+
+STEP, STEPS = counter()
+
+
+def count_in_the_file() -> None:
+    global COUNT
+    COUNT += 1
+
+
+def count_in_slots() -> None:
+    SLOTS.calls += 1
+
+
+def count_in_the_class() -> None:
+    Calls.counted = getattr(Calls, "counted", 0) + 1  # type: ignore[attr-defined]
+
+
+class Calls(Host):
+    """Calls a function that changes something which no module holds."""
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def odd(self, x: Tensor) -> Tensor:
+        self.function()
+        return x
+
+
+# What the function changes, how it does, and what is there.
+ELSEWHERE: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
+    r"sets tests.*test_10_clean.COUNT": (count_in_the_file, lambda: COUNT),
+    r"sets Slots.calls": (count_in_slots, lambda: SLOTS.calls),
+    r"sets Calls.counted": (count_in_the_class, lambda: getattr(Calls, "counted", 0)),
+    r"sets ContextVar LAST": (lambda: LAST.set(1), LAST.get),
+}
+
+
+class Deletes(Host):
+    def odd(self, x: Tensor) -> Tensor:
+        if hasattr(self, "once"):
+            del self.once
+        return x
+
+
 class Alternates(Counts):
     def odd(self, x: Tensor) -> Tensor:
         self.steps += 1
@@ -172,6 +241,34 @@ def test_10_nothing_of_a_trace_remains(kind: type[Host], fails: bool) -> None:
         else:
             assert was == now
     assert "__getattribute__" not in vars(nn.Module)
+
+
+@pytest.mark.parametrize("said", ELSEWHERE)
+def test_10_what_a_program_does_not_repeat_is_said_and_put_back(said: str) -> None:
+    function, now = ELSEWHERE[said]
+    with pytest.warns(TokenPruneWarning, match=f"The forward of Calls {said}.*pruned call does"):
+        tokenprune.wrap(Calls(function).eval(), RECIPE, verify=False, train=False)
+    assert now() == 0
+
+
+def test_10_what_closures_count_and_what_is_printed_is_said(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for said, function in (("sets count", STEP), ("prints", lambda: print("called"))):
+        with pytest.warns(TokenPruneWarning, match=f"The forward of Calls {said} .*, which"):
+            tokenprune.wrap(Calls(function).eval(), RECIPE, verify=False, train=False)
+    assert STEPS() == 1  # of the one call that was traced
+    assert capsys.readouterr().out == "called\n"
+
+
+@torch.no_grad()
+def test_10_what_forward_deletes_is_deleted() -> None:
+    host: Any = Deletes().eval()
+    host.once = 1
+    model = tokenprune.wrap(host, RECIPE, verify=False, train=False)
+    assert host.once == 1
+    model(IMAGES)
+    assert not hasattr(host, "once")
 
 
 @torch.no_grad()

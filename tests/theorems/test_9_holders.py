@@ -3,14 +3,19 @@
 import array
 import io
 import itertools
+import logging
+import math
 import sys
 import threading
+import time
 import weakref
 from collections import ChainMap, Counter
 from collections.abc import Callable
+from enum import Enum
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType, ModuleType
+from time import perf_counter
+from types import MappingProxyType, ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,12 +23,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.theorems.test_9_places import IMAGES, Plain, check_it_is_seen, wrapped
+from tests.theorems.test_9_places import (
+    IMAGES,
+    Plain,
+    check_it_is_seen,
+    reads_all,
+    whole,
+    wrapped,
+)
 from tests.theorems.test_9_places import Place as Held
 from tests.toys.vit import Block, Vit
 from tokenprune.errors import HostError, TokenPruneWarning, TraceError
-
-EVERY = [torch.arange(65).expand(2, -1)] * 2
 
 
 def reader(config: Plain) -> Callable[[Any], float]:
@@ -66,10 +76,28 @@ def imported(s: Any) -> float:
     return settings_of_a_test.scale  # type: ignore[no-any-return]
 
 
+class Speaks(type):
+    @property
+    def own(cls) -> float:
+        return STORE[0]
+
+
+class OfMeta(metaclass=Speaks):
+    pass
+
+
+class Mode(Enum):
+    FAST = 1
+
+
+Mode.FAST.own = 1.0  # type: ignore[attr-defined]
+LOG = logging.getLogger("of a test")
+LOG.setLevel(logging.INFO)
 STORE, TABLE, CONFIG, OF_CLOSURE = [1.0], {"own": 1.0}, Plain(), Plain()
 MODULE: Any = ModuleType("settings_of_a_test")
 MODULE.scale = 1.0
 sys.modules["settings_of_a_test"] = MODULE
+DEEP = SimpleNamespace(a=SimpleNamespace(b=SimpleNamespace(c=SimpleNamespace(d=Plain()))))
 OF_LIST = [Plain() for _ in range(200)]
 
 
@@ -81,8 +109,20 @@ def scale(thing: Any) -> Callable[[Any, float], Any]:
     return lambda s, v: setattr(thing, "scale", v)
 
 
+def in_store(s: Any, v: float) -> None:
+    STORE[0] = v
+
+
 def in_table(s: Any, v: float) -> None:
     TABLE["own"] = v
+
+
+def level(s: Any, v: float) -> None:
+    LOG.setLevel(logging.INFO if v == 1 else logging.DEBUG)
+
+
+def marked(s: Any, v: float) -> None:
+    vars(s).pop("q_new") if v == 1 else setattr(s, "q_new", 1)
 
 
 def changed_dtype(s: Any, v: float) -> None:
@@ -110,7 +150,7 @@ HOLDERS: dict[str, Held] = {
         lambda s, v: s.held.set() if v > 1 else s.held.clear(),
     ),
     "partial_of_a_builtin": (partial(getattr, CONFIG, "own"), lambda s: s.held(), own(CONFIG)),
-    "made_up": (MakesUp(), lambda s: s.held.own, lambda s, v: STORE.__setitem__(0, v)),
+    "made_up": (MakesUp(), lambda s: s.held.own, in_store),
     "long_list": (OF_LIST, lambda s: s.held[150].own, own(OF_LIST[150])),
     "set": ({CONFIG}, lambda s: next(iter(s.held)).own, own(CONFIG)),
     "deep": (
@@ -122,20 +162,35 @@ HOLDERS: dict[str, Held] = {
     "module": (MODULE, lambda s: s.held.scale, scale(MODULE)),
     "module_by_a_word": (None, lambda s: getattr(MODULE, "scale"), scale(MODULE)),  # noqa: B009
     "module_imported_by_the_function": (None, imported, scale(MODULE)),
-    "globals": (None, lambda s: globals()["STORE"][0], lambda s, v: STORE.__setitem__(0, v)),
+    "globals": (None, lambda s: globals()["STORE"][0], in_store),
     "class": (Base, lambda s: s.held.scale, scale(Base)),
     "class_that_inherits": (None, lambda s: Derived.read(), scale(Derived)),
     "method_of_a_class": (Derived, lambda s: s.held.read(), scale(Derived)),
+    "property_of_a_metaclass": (None, lambda s: OfMeta.own, in_store),
+    "member_of_an_enum": (None, lambda s: Mode.FAST.own, own(Mode.FAST)),  # type: ignore[attr-defined]
+    "level_of_a_logger": (None, lambda s: 3.0 if LOG.isEnabledFor(logging.DEBUG) else 1.0, level),
+    "object_of_a_file_five_deep": (None, lambda s: DEEP.a.b.c.d.own, own(DEEP.a.b.c.d)),
+    "sign_of_zero": (
+        [0.0], lambda s: 2 - math.copysign(1, s.held[0]),
+        lambda s, v: s.held.__setitem__(0, 0.0 if v == 1 else -0.0),
+    ),
+    "names_by_dir": (None, lambda s: 1.0 + len([n for n in dir(s) if n[:2] == "q_"]), marked),
+    "names_by_vars": (None, lambda s: 1.0 + len([n for n in vars(s) if n[:2] == "q_"]), marked),
     "dtype_of_a_new_tensor": (
         None, lambda s: 3.0 if torch.tensor(1.0).dtype == torch.float64 else 1.0, changed_dtype
     ),
 }  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def reads_all_holders() -> Any:
+    return reads_all(HOLDERS)
+
+
 @pytest.mark.parametrize("name", HOLDERS)
 @torch.no_grad()
-def test_9_a_number_is_seen_whatever_holds_it(name: str) -> None:
-    check_it_is_seen(HOLDERS[name])
+def test_9_a_number_is_seen_whatever_holds_it(name: str, reads_all_holders: Any) -> None:
+    check_it_is_seen(reads_all_holders, name, HOLDERS[name])
 
 
 def odd(read: Callable[[Any, Tensor], Any], **attributes: Any) -> nn.Module:
@@ -151,11 +206,6 @@ def odd(read: Callable[[Any, Tensor], Any], **attributes: Any) -> nn.Module:
     for name, value in attributes.items():
         setattr(host.blocks[2], name, value)
     return host
-
-
-def whole(model: Any, images: Tensor = IMAGES) -> Tensor:
-    with torch.no_grad(), model.using("gather", keep_indices=EVERY):
-        return model(images)  # type: ignore[no-any-return]
 
 
 def rebound(s: Any, x: Tensor) -> Tensor:
@@ -292,6 +342,8 @@ UNSEEN: dict[str, tuple[str, Any, Read]] = {
     "buffer": ("Odd.held", io.StringIO("1"), lambda s, x: float(s.held.getvalue())),
     "file": ("builtins.open", None, from_a_file),
     "path": ("io.open", None, by_its_path),
+    "clock": ("time.time", 1.0, lambda s, x: 2.0 if time.time() < s.held else 1.0),
+    "clock_by_another_name": ("time.perf_counter", 1.0, lambda s, x: min(s.held, perf_counter())),
 }
 
 

@@ -79,7 +79,7 @@ class Converted:
         Args:
             verify: As for `wrap`.
         """
-        model = wrap(self.build_host(), self.recipe, verify=verify)
+        model = wrap(self.build_host(), self.recipe, verify=verify, train=False)
         model.load_state_dict(self.weights)
         return model.eval()
 
@@ -121,7 +121,7 @@ def convert_dynamicvit(
     done = Converted(host, recipe, weights)
     with torch.device("meta"):
         dense = done.build_host()
-    model = wrap(dense, recipe, verify=False)
+    model = wrap(dense, recipe, verify=False, train=False)
     head = _does_not_fit(source, f"{host} ({recipe.name})")
     check_fit(weights, model.state_dict(), source="file", head=head)
     if directory is None:

@@ -2,9 +2,11 @@
 
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
-from torch import fx
+from torch import Tensor, fx
+
+from tokenprune.tracing.proxy import ValueProxy
 
 __all__ = ["NUMBER", "ModuleCall", "RecordedCall", "calls_of"]
 
@@ -21,6 +23,16 @@ class RecordedCall(NamedTuple):
     output: fx.Node | None
     start: int
     stop: int
+
+    @classmethod
+    def of(cls, path: str, given: Iterable[Any], output: Any, *numbers: int) -> Self:
+        """A call that was `given` proxies of tensors, and other values, and returned `output`."""
+        first = output[0] if type(output) in (tuple, list) and output else output
+        made = first.node if type(first) is ValueProxy else None
+        proxies = (v for v in given if type(v) is ValueProxy)
+        return cls(
+            path, tuple(v.node for v in proxies if isinstance(v.val, Tensor)), made, *numbers
+        )
 
 
 class ModuleCall(NamedTuple):

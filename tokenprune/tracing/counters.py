@@ -2,11 +2,11 @@
 to trace again; that lists only grow."""
 
 from collections.abc import Callable, Iterable, Iterator
-from dis import Instruction, get_instructions
+from dis import Instruction, get_instructions, opmap
 from itertools import pairwise
 from types import CodeType
 
-__all__ = ["only_counted", "only_grown", "takes_out", "trims"]
+__all__ = ["only_counted", "only_grown", "sets_around", "sets_globally", "takes_out", "trims"]
 
 TAKE = {"clear", "pop", "popleft", "popitem", "remove", "discard"}
 MOVE = {"insert", "appendleft", "extendleft", "reverse", "sort", "rotate"}
@@ -37,6 +37,22 @@ def only_grown(codes: Iterable[CodeType], name: str) -> bool:
 def trims(codes: Iterable[CodeType], name: str) -> bool:
     """Whether any of these functions takes single things out of `x.name`, or changes its order."""
     return any(_takes(steps) for code in codes for steps in _reads(code, name))
+
+
+def sets_around(code: CodeType) -> list[str]:
+    """The names of the functions around it that some code sets (`nonlocal`)."""
+    return [n for n in _set_by(code, "STORE_DEREF") if n in code.co_freevars]
+
+
+def sets_globally(code: CodeType) -> list[str]:
+    """The names of its file that some code sets (`global`)."""
+    return _set_by(code, "STORE_GLOBAL")
+
+
+def _set_by(code: CodeType, step: str) -> list[str]:
+    if opmap[step] not in code.co_code[::2]:  # most code: it is not taken apart
+        return []
+    return [one.argval for one in get_instructions(code) if one.opname == step]
 
 
 def _takes(steps: list[Instruction]) -> bool:

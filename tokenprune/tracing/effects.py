@@ -12,6 +12,7 @@ __all__ = [
     "IN_PLACE",
     "Add",
     "Count",
+    "Delete",
     "Refill",
     "Store",
     "has_effect",
@@ -40,6 +41,13 @@ class Store:
     def held(self) -> Any:
         """The list, dict or set that is there: an attribute, or the owner itself."""
         return getattr(self.owner, self.name) if self.name else self.owner
+
+
+class Delete(Store):
+    """Takes an attribute away."""
+
+    def __call__(self, value: Any) -> None:
+        vars(self.owner).pop(self.name, None)
 
 
 class Count(Store):

@@ -15,11 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tokenprune.tracing.hooks import Hooks
-from tokenprune.tracing.names import codes_of, data_of, names_of, reached, value_of
-from tokenprune.tracing.reads import (
+from tokenprune.tracing.contents import (
     ABSENT,
-    Reads,
     kinds_of,
     may_be_watched,
     may_mislead,
@@ -27,6 +24,9 @@ from tokenprune.tracing.reads import (
     state_of,
     within,
 )
+from tokenprune.tracing.hooks import Hooks
+from tokenprune.tracing.names import Reached, data_of
+from tokenprune.tracing.reads import Reads
 from tokenprune.tracing.settings import setting, settings_named_by
 
 __all__ = ["Guards", "Watched"]
@@ -192,31 +192,33 @@ def _read(reads: Reads, functions: Iterable[Any]) -> Iterator[Watched]:
         places = (getattr(owner, kind, {}) for kind in ("__dict__", "_parameters", "_buffers"))
         table = next((place for place in places if name in place), {})
         yield Watched(owner, _of_tensor, table, name, _of_tensor(table, name, None))
-    functions = [*functions, *reads.held.values()]
-    for value in {id(v): v for v in (*reached(functions), *reads.held.values())}.values():
+    known = Reached([*functions, *reads.held.values()])
+    for value in {id(v): v for v in (*known.functions, *reads.held.values())}.values():
         for name in CONSTANT if isinstance(value, FunctionType) else ():
             yield Watched(value, getattr, value, name, snapshot(getattr(value, name)))
         yield from _contents(value, "state")
-    named = {name for code in codes_of(functions) for name in code.co_names}
-    for owner, name in settings_named_by(functions):
+    named = known.words()
+    for owner, name in settings_named_by(known):
         yield Watched(owner, setting, owner, name, setting(owner, name))
     for holders in reads.shared():
         yield Watched(holders[0][0], _are_one, holders, holders[0][1], True)
-    for place, name in names_of(functions):
+    for place, name in known.names:
         if isinstance(place, type):
             yield Watched(place, getattr, place, name, snapshot(getattr(place, name)))
         else:
             value = place[name]
             yield Watched(place, dict.get, place, name, snapshot(value))
             yield from _contents(value, name)
-    named_values = [*(value_of(*at) for at in names_of(functions)), *map(type, owners)]
+    named_values = [*known.values(), *map(type, owners)]
     read = {id(value): value for value in reads.values.values()}.values()
     data: list[tuple[Any, set[str]]] = [(v, data_of(v) & named) for v in named_values]
     data += [(v, data_of(v)) for v in read]
     data += [(v, named & vars(v).keys()) for v in read if isinstance(v, ModuleType)]
     for holder, held in data:  # `type(self).scale`, `self.config_module.scale`
         for each in held:
-            yield Watched(holder, getattr, holder, each, snapshot(getattr(holder, each)))
+            value = getattr(holder, each)
+            yield Watched(holder, getattr, holder, each, snapshot(value))
+            yield from _contents(value, each)
 
 
 def _contents(value: Any, name: str) -> Iterator[Watched]:

@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from tokenprune.tracing.hook_nodes import After, Before, Call, Hook, passed
 from tokenprune.tracing.proxy import ValueProxy
-from tokenprune.tracing.stand_ins import is_away
+from tokenprune.tracing.stand_ins import is_away, with_fakes
 from tokenprune.tracing.structure import Structure
 
 __all__ = [
@@ -252,7 +252,7 @@ def unhooked(module: nn.Module, args: Any, kwargs: Any) -> Any:
     held = {**vars(module)["_parameters"], **vars(module)["_buffers"]}
     alone = not vars(module)["_modules"]
     if alone and (fake.is_meta or not any(map(is_away, held.values()))):
-        return forward_of(module)(*args, **kwargs)
+        return forward_of(with_fakes(module, fake.fake_mode))(*args, **kwargs)
     held = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     away = {} if fake.is_meta else {name: t for name, t in held.items() if is_away(t)}
     there = {n: torch.empty(t.shape, dtype=t.dtype, device=fake.device) for n, t in away.items()}

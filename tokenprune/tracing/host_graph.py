@@ -1,6 +1,7 @@
 """One traced call of a host: its graph, and the stretch of it that each module call made."""
 
 from collections.abc import Mapping
+from contextvars import Context, copy_context
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -88,7 +89,7 @@ def trace(
         with unseen, stand_ins(host, mode), no_autocast_cache(), buffers_kept(host):
             tracer, generators = ValueTracer(host, mode), Generators(host)
             try:
-                graph = tracer.record(call, given)
+                graph = (context := copy_context()).run(tracer.record, call, given)
             except TokenPruneError:
                 raise
             except Exception as error:
@@ -126,6 +127,14 @@ def trace(
             "call tokenprune.clear_cache(model) after a change, or read it outside of forward.",
         )
     read, left = set(tracer.specialized), tracer.left
+    lost = [f"sets {what}" for what in (*left.lost, *_changed_in(context))]
+    for what in lost + [f"prints ({line})" for line in tracer.reads.prints]:
+        warn_once(
+            host,
+            f"does not repeat: {what}",
+            f"The forward of {type(host).__name__} {what}, which a pruned call does not. Keep a "
+            "value in an attribute of a module, which is set, or do it in a forward hook.",
+        )
     graph.eliminate_dead_code(lambda node: node in read or has_effect(node))
     first = next(node for node in graph.nodes if node.op == "placeholder")
     return HostGraph(
@@ -148,6 +157,12 @@ def _caches_emptied(tracer: ValueTracer, call: Any) -> bool:
     for cached in filled:
         cached.cache_clear()
     return bool(filled)
+
+
+def _changed_in(context: Context) -> list[str]:
+    """The context variables that have another value in a context than now."""
+    now = copy_context()
+    return [f"ContextVar {v.name}" for v, value in context.items() if now.get(v, now) is not value]
 
 
 def _refuse_draw(drawn: Drawn | None, host: nn.Module, arguments: Mapping[str, Any]) -> None:

@@ -9,16 +9,16 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 from torch._guards import active_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.node import map_aggregate, map_arg
 from torch.utils._pytree import tree_leaves
 
-from tokenprune.tracing.effects import Store, has_effect
+from tokenprune.tracing.effects import Store
 from tokenprune.tracing.hook_nodes import is_hook_node
 from tokenprune.tracing.hooks import calls_unhooked, unhooked
 from tokenprune.tracing.modes import MODES, entered
 from tokenprune.tracing.opaque import OPAQUE
 from tokenprune.tracing.proxy import ValueProxy
-from tokenprune.tracing.stand_ins import is_away
 
 __all__ = ["evaluate", "quiet_trials", "run", "run_again", "tensor_attribute", "tensors_in"]
 
@@ -56,12 +56,9 @@ def evaluate(root: nn.Module, node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
     """The value of one node (not a placeholder, not the output), its arguments taken from `env`,
     in the modes that the host sets there. No hook runs under fake tensors."""
     if node.op == "get_attr":
-        held = tensor_attribute(root, str(node.target))
-        if active_fake_mode() is None or not isinstance(held, Tensor):
-            return held
-        away = is_away(held) or held.grad_fn is not None  # made of others: no leaf to be faked
-        written = any(map(has_effect, node.users))  # which small tensors would be for real
-        return node.meta["val"] if away or written else held
+        mode, known = active_fake_mode(), node.meta.get("val")
+        faked = isinstance(known, FakeTensor) and known.fake_mode is mode
+        return known if faked else tensor_attribute(root, str(node.target))
     if MODES in node.meta:
         with entered(node.meta[MODES]):
             return _called(root, node, env)

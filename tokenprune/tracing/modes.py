@@ -6,7 +6,7 @@ is a part of the program (`node.meta[MODES]`). What Python read or changed is no
 then holds only for calls in the same modes (`HostGraph.ambient`).
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, NamedTuple, Protocol
 from unittest import mock
@@ -15,7 +15,7 @@ import torch
 from torch import fx, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tokenprune.tracing.names import names_of, value_of
+from tokenprune.tracing.names import Reached, value_of
 
 __all__ = [
     "LAYOUT",
@@ -215,11 +215,10 @@ def reads_noted(tracer: Recorder) -> Iterator[None]:
         yield
 
 
-def modes_named_by(functions: Iterable[Any]) -> set[str]:
+def modes_named_by(reached: Reached) -> set[str]:
     """The modes that functions may ask for by a name of their own (`from torch import
     is_grad_enabled`), which `reads_noted` does not see."""
-    names = [(place, name) for place, name in names_of(functions) if place is not vars(torch)]
-    values = [value_of(place, name) for place, name in names]
+    values = [value_of(place, name) for place, name in reached.names if place is not vars(torch)]
     return {_TELLS[id(value)] for value in values if id(value) in _TELLS}
 
 

@@ -2,21 +2,26 @@
 
 import sys
 from collections.abc import Iterable, Iterator
+from enum import Enum
 from functools import lru_cache
+from itertools import chain
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
+from tokenprune.tracing.provenance import of_python
+
 __all__ = [
+    "Name",
     "Namespace",
+    "Reached",
     "as_function",
     "caches_of",
-    "codes_of",
     "data_of",
-    "names_of",
     "value_of",
 ]
 
 Namespace = dict[str, Any] | type
+Name = tuple[Namespace, str]
 CALLED = (FunctionType, staticmethod, classmethod)
 CACHED = type(lru_cache(len))
 DATA = (bool, int, float, str, type(None), list, tuple, dict, set)
@@ -24,32 +29,49 @@ MOST = 100  # functions of a table that are followed
 NOT_FOLLOWED = ("torch", "numpy", "tokenprune", "builtins", "typing", "functools", "contextlib")
 
 
-def names_of(functions: Iterable[Any]) -> Iterator[tuple[Namespace, str]]:
-    """The names that these functions and those they call may look up, with where: in the globals
-    of a file, or in a class.
+class Reached:
+    """Functions and those that they may call, each with the names that it may look up, and where:
+    in the globals of a file, or in a class.
 
     Functions of torch and numpy are not looked into. A name that is only read on some other
     branch is among them: more is watched than was read, never less.
     """
-    for function in reached(functions):
-        yield from _looked_up(function)
 
+    def __init__(self, functions: Iterable[Any]) -> None:
+        waiting, self._names = list(functions), dict[FunctionType, list[Name]]()
+        while waiting:
+            function = _plain(waiting.pop())
+            if function is None or function in self._names or _foreign(function):
+                continue
+            self._names[function] = names = list(_looked_up(function))
+            waiting += _enclosed(function)
+            for place, name in names:
+                value = value_of(place, name)
+                waiting.append(value)
+                if isinstance(value, dict) and len(value) <= MOST:
+                    waiting += value.values()
 
-def reached(functions: Iterable[Any]) -> Iterator[FunctionType]:
-    """These functions and those that they may call, each once."""
-    waiting, seen = list(functions), set()
-    while waiting:
-        function = _plain(waiting.pop())
-        if function is None or function in seen or _foreign(function):
-            continue
-        seen.add(function)
-        yield function
-        waiting += _enclosed(function)
-        for place, name in _looked_up(function):
-            value = value_of(place, name)
-            waiting.append(value)
-            if isinstance(value, dict) and len(value) <= MOST:
-                waiting += value.values()
+    @property
+    def functions(self) -> list[FunctionType]:
+        """Each once."""
+        return list(self._names)
+
+    @property
+    def names(self) -> list[Name]:
+        """All names, with where."""
+        return list(chain.from_iterable(self._names.values()))
+
+    def values(self) -> list[Any]:
+        """What the names stand for."""
+        return [value_of(place, name) for place, name in self.names]
+
+    def codes(self) -> list[CodeType]:
+        """The code of the functions, and of those inside of them."""
+        return [code for function in self._names for code in _codes(function.__code__)]
+
+    def words(self) -> set[str]:
+        """The names in their code."""
+        return {name for code in self.codes() for name in code.co_names}
 
 
 def as_function(code: CodeType, around: dict[str, Any]) -> FunctionType:
@@ -57,22 +79,15 @@ def as_function(code: CodeType, around: dict[str, Any]) -> FunctionType:
     return FunctionType(code, around, closure=tuple(CellType() for _ in code.co_freevars))
 
 
-def codes_of(functions: Iterable[Any]) -> list[CodeType]:
-    """The code of these functions and of those that they may call."""
-    return [code for function in reached(functions) for code in _codes(function.__code__)]
-
-
 def caches_of(functions: Iterable[Any]) -> list[Any]:
     """Those with an `lru_cache` among functions and all that they may call."""
-    found = list(functions)
-    for function in reached(functions):
-        found += _enclosed(function)
-        found += [value_of(place, name) for place, name in _looked_up(function)]
-    return [function for function in found if isinstance(function, CACHED)]
+    found, known = list(functions), Reached(functions)
+    found += [each for function in known.functions for each in _enclosed(function)]
+    return [function for function in found + known.values() if isinstance(function, CACHED)]
 
 
 def value_of(place: Namespace, name: str) -> Any:
-    """What a name that `names_of` gives stands for."""
+    """What a name of `Reached` stands for."""
     if isinstance(place, dict):
         return place[name]
     return vars(place)[name] if name in vars(place) else getattr(place, name)
@@ -104,10 +119,15 @@ def _names_in(function: FunctionType) -> set[str]:
 
 
 def data_of(cls: Any) -> set[str]:
-    """The data among the attributes of a class, which code reads by the class (`Config.scale`)."""
-    own = [base for base in cls.__mro__ if _is_own(base)] if isinstance(cls, type) else ()
-    held = (item for base in own for item in dict(vars(base)).items())
-    return {name for name, value in held if name[:2] != "__" and isinstance(value, DATA)}
+    """The data among the attributes of a class, which code reads by the class (`Config.scale`):
+    members of an Enum and properties of its metaclass too."""
+    if not isinstance(cls, type):
+        return set()
+    held = (item for base in cls.__mro__ if _is_own(base) for item in dict(vars(base)).items())
+    data = {name for name, value in held if name[:2] != "__" and isinstance(value, DATA)}
+    data |= set(cls._member_names_) if issubclass(cls, Enum) else set()
+    metas = (item for meta in type.mro(type(cls)) if _is_own(meta) for item in vars(meta).items())
+    return data | {name for name, value in metas if isinstance(value, property)}
 
 
 def _called(cls: type) -> set[str]:
@@ -128,7 +148,10 @@ def _plain(value: Any) -> FunctionType | None:
 
 
 def _foreign(function: FunctionType) -> bool:
-    return (function.__module__ or "").partition(".")[0] in NOT_FOLLOWED
+    """Whether it is Python's, NumPy's, torch's or ours; `os` asks its environment."""
+    if (function.__module__ or "").partition(".")[0] in NOT_FOLLOWED:
+        return True
+    return of_python(function.__code__.co_filename) and function.__module__ != "os"
 
 
 def _enclosed(function: FunctionType) -> list[Any]:

@@ -2,12 +2,13 @@
 
 import sys
 import sysconfig
+from functools import cache
 from linecache import getline
 from traceback import walk_tb
 from types import CodeType, FrameType
 from typing import NamedTuple
 
-__all__ = ["Provenance", "failed_at", "frame_of_host", "of_host"]
+__all__ = ["Provenance", "failed_at", "frame_of_host", "of_host", "of_python"]
 
 OWN_FILES = ("/torch/", "/tokenprune/", "numpy/")
 STANDARD, INSTALLED = sysconfig.get_paths()["stdlib"], ("site-packages", "dist-packages")
@@ -42,8 +43,14 @@ def failed_at(error: BaseException, module: str) -> Provenance:
     return Provenance(module, file, line)
 
 
+@cache
 def of_host(file: str) -> bool:
     """Whether a source file is not Python's, NumPy's, torch's or ours."""
-    if file.startswith(STANDARD) and not any(part in file for part in INSTALLED):
-        return False
-    return not any(part in file for part in OWN_FILES) and not file.startswith("<")
+    ours = any(part in file for part in OWN_FILES)
+    return not (ours or of_python(file) or file.startswith("<"))
+
+
+@cache
+def of_python(file: str) -> bool:
+    """Whether a source file is of Python's own library."""
+    return file.startswith(STANDARD) and not any(part in file for part in INSTALLED)

@@ -12,11 +12,19 @@ from weakref import ref
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
-from tokenprune.tracing.counters import only_counted, only_grown, takes_out, trims
-from tokenprune.tracing.effects import Add, Count, Refill, Store, of_content, refill
+from tokenprune.tracing.contents import ABSENT, slots_of
+from tokenprune.tracing.counters import (
+    only_counted,
+    only_grown,
+    sets_around,
+    sets_globally,
+    takes_out,
+    trims,
+)
+from tokenprune.tracing.effects import Add, Count, Delete, Refill, Store, of_content, refill
+from tokenprune.tracing.names import Reached
 from tokenprune.tracing.provenance import Provenance
 from tokenprune.tracing.proxy import ValueProxy, concrete
-from tokenprune.tracing.reads import slots_of
 from tokenprune.tracing.state import Kept, Written
 
 __all__ = ["CannotRepeatError", "Remains", "nodes_in", "remains_of", "taken_out"]
@@ -34,10 +42,12 @@ class Remains:
     Attributes:
         counted: Attributes that it counts, or adds to, and nothing reads.
         elsewhere: Tensors that depend on the inputs, in lists and dicts that no module holds.
+        lost: Names of what it changes, which a program does not.
     """
 
     counted: set[Place] = field(default_factory=set)
     elsewhere: list[fx.Node] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
 
 
 class CannotRepeatError(NotImplementedError):
@@ -55,15 +65,18 @@ class CannotRepeatError(NotImplementedError):
         self.where = next(iter(nodes)).meta["where"] if nodes else None
 
 
-def remains_of(kept: Kept, graph: fx.Graph, codes: list[CodeType]) -> tuple[Remains, Effects]:
-    """What the forward that made `graph` has left, and what a program does to leave it too;
-    `codes` may have run.
+def remains_of(
+    kept: Kept, graph: fx.Graph, reached: Reached, ran: Iterable[CodeType]
+) -> tuple[Remains, Effects]:
+    """What the forward that made `graph` has left, and what a program does to leave it too; what is
+    `reached` may have run, the code in `ran` has.
 
     Left out are tensors that do not depend on what the inputs hold: those are computed again, and a
     pruned program may hold parts of them only. Where the forward has registered hooks, so is what
     holds no tensor: a note that hooks are there must not stay without the hooks.
     """
     found, effects, content, hooked = Remains(), Effects(), of_content(graph), kept.hooked()
+    codes = reached.codes()
     for entry in kept.written():
         place, nodes = (id(entry.owner), entry.name), nodes_in(entry.value)
         tensors = {node for node in nodes if isinstance(node.meta["val"], Tensor)}
@@ -78,6 +91,10 @@ def remains_of(kept: Kept, graph: fx.Graph, codes: list[CodeType]) -> tuple[Rema
                 found.counted.add(place)
             effects.append((target, value))
     found.elsewhere = [node for value in kept.shared() for node in nodes_in(value) & content]
+    found.lost = [name for name, value in kept.elsewhere() if not nodes_in(value)]
+    closed = [f for f in reached.functions if all(c != CellType() for c in f.__closure__ or ())]
+    found.lost += [f"{n} ({f.__qualname__})" for f in closed for n in sets_around(f.__code__)]
+    found.lost += [f"{n} ({code.co_qualname})" for code in ran for n in sets_globally(code)]
     return found, effects
 
 
@@ -127,6 +144,8 @@ def _counts(entry: Written, codes: list[CodeType]) -> bool:
 
 def _effect(entry: Written, codes: list[CodeType]) -> tuple[Store, Any]:
     """What a program does: set, add or refill."""
+    if entry.value is ABSENT:
+        return Delete(entry.owner, entry.name), None
     if entry.contents is None:
         return Store(entry.owner, entry.name), _contents(entry.value)
     added = _added(entry.value, entry.contents)

@@ -3,13 +3,13 @@
 Under torch.compile Dynamo watches them itself.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import backends
 
-from tokenprune.tracing.names import codes_of, names_of, value_of
+from tokenprune.tracing.names import Reached
 
 __all__ = ["Setting", "setting", "settings_named_by"]
 
@@ -38,13 +38,10 @@ FLAGS: tuple[Setting, ...] = (
 )
 
 
-def settings_named_by(functions: Iterable[Any]) -> Iterator[Setting]:
+def settings_named_by(reached: Reached) -> Iterator[Setting]:
     """The settings that functions may ask for, by torch's name or one of their own; and that of
     the dtype, which each new tensor tells."""
-    functions = list(functions)
-    named = {name for code in codes_of(functions) for name in code.co_names}
-    held = [value_of(*place) for place in names_of(functions)]
-    named.add("get_default_dtype")
+    named, held = reached.words() | {"get_default_dtype"}, reached.values()
     for owner, name in FUNCTIONS:
         if name in named or any(value is getattr(owner, name) for value in held):
             yield owner, name

@@ -23,8 +23,11 @@ __all__ = [
     "is_plain",
     "is_plain_subclass",
     "mark",
+    "original",
     "stand_ins",
+    "with_fakes",
 ]
+STANDS_FOR = "stands for"  # no name that Python could write
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -55,6 +58,25 @@ def fake_of(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
         return mode.from_tensor(tensor)
     with mode:
         return torch.empty(tuple(tensor.shape), dtype=tensor.dtype, device=tensor.device)
+
+
+def with_fakes(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    """A module of the same attributes, whose weights are fake: torch keeps the results of an
+    operator only where all its inputs are."""
+    alike = object.__new__(type(module))
+    vars(alike).update(vars(module) | {STANDS_FOR: module})
+    for kind in ("_parameters", "_buffers"):
+        held: dict[str, Any] = vars(module)[kind]
+        plain = {name: t for name, t in held.items() if isinstance(t, Tensor) and is_plain(t)}
+        vars(alike)[kind] = held | {name: fake_of(mode, t) for name, t in plain.items()}
+    return alike
+
+
+def original(module: Any) -> Any:
+    """The module that one of `with_fakes` stands for; any other thing itself."""
+    if not isinstance(module, nn.Module):
+        return module
+    return object.__getattribute__(module, "__dict__").get(STANDS_FOR, module)  # no read of a host
 
 
 def fake_near(mode: FakeTensorMode, tensor: Tensor, example: Tensor) -> Tensor:

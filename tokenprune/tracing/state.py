@@ -3,7 +3,7 @@
 import operator
 import sys
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -14,8 +14,15 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from tokenprune.tracing.contents import (
+    ABSENT,
+    MOST_BYTES,
+    has_slots_alone,
+    held_in_slots,
+    may_be_watched,
+)
 from tokenprune.tracing.effects import add, refill
-from tokenprune.tracing.reads import ABSENT, MOST_BYTES, OF_TORCH, may_be_watched
+from tokenprune.tracing.reads import OF_TORCH
 from tokenprune.tracing.stand_ins import is_plain
 
 __all__ = [
@@ -61,29 +68,35 @@ class Kept:
 
     def __init__(self, root: nn.Module) -> None:
         self._contents: dict[int, tuple[Any, Any]] = {}
+        self._slots: dict[int, tuple[Any, dict[str, Any]]] = {}
         self._shared: list[int] = []
         self._classes: list[tuple[type, dict[str, Any]]] = []
+        self._files: dict[str, dict[str, Any]] = {}
         self._modules = list(root.modules())
         self._owners: dict[int, Any] = {id(vars(module)): module for module in self._modules}
         for module in self._modules:
             self._keep(vars(module), depth=4)
-        owned = len(self._contents)
+        owned, self._owned_slots = len(self._contents), set(self._slots)
         for cls in {cls for module in self._modules for cls in type(module).__mro__}:
             if not cls.__module__.startswith(("torch", "builtins")):
-                values = {
-                    n: v for n, v in dict(vars(cls)).items() if n[:2] != "__" and not callable(v)
-                }
+                values = _data(vars(cls))
                 self._classes.append((cls, values))
                 self._keep(list(values.values()), depth=2)
-                self._keep(vars(sys.modules.get(cls.__module__, sys)), depth=2)
+                if cls.__module__ in sys.modules:
+                    self._files[cls.__module__] = vars(sys.modules[cls.__module__])
+                    self._keep(self._files[cls.__module__], depth=2)
         self._shared = list(self._contents)[owned:]
 
     def _keep(self, value: Any, depth: int) -> None:
         if may_be_watched(type(value)) or isinstance(value, SimpleNamespace):
             owner, value = value, vars(value)
             self._owners.setdefault(id(value), owner)
-        if id(value) in self._contents or not depth:
+        if id(value) in self._contents or id(value) in self._slots or not depth:
             return
+        if has_slots_alone(type(value)):
+            self._slots[id(value)] = value, held_in_slots(value)
+            for inner in self._slots[id(value)][1].values():
+                self._keep(inner, depth - 1)
         if isinstance(value, np.ndarray) and value.nbytes <= MOST_BYTES:
             self._contents[id(value)] = value, value.copy()
         elif isinstance(value, (*SEQUENCES, dict)):
@@ -94,6 +107,9 @@ class Kept:
 
     def written(self) -> Iterator[Written]:
         """What has been set since, or changed in place."""
+        for owner, name, before in self._set_in_slots():
+            if id(owner) in self._owned_slots:
+                yield Written(owner, name, before, getattr(owner, name, ABSENT), None)
         seen = set(self._shared)
         for holder, owner in self._owners.items():
             if holder in self._contents and holder not in seen:
@@ -109,12 +125,21 @@ class Kept:
         if isinstance(owner, nn.Module):
             yield from self._rebound(owner)
             values = {n: v for n, v in values.items() if n not in OF_TORCH and n != "_modules"}
+        for name in before.keys() - dict(vars(owner)).keys():
+            yield Written(owner, name, before[name], ABSENT, None)
         for name, value in values.items():
             kept, contents = self._contents.get(id(value), (value, value))
             if value is not before.get(name, ABSENT):
                 yield Written(owner, name, before.get(name), value, None)
             elif not _same(kept, contents) and id(value) not in self._owners:
                 yield Written(owner, name, value, value, contents)
+
+    def _set_in_slots(self) -> Iterator[tuple[Any, str, Any]]:
+        """The slots that hold something else: of which object, the name, and what was there."""
+        for owner, before in self._slots.values():
+            for name, value in before.items():
+                if getattr(owner, name, ABSENT) is not value:
+                    yield owner, name, value
 
     def _rebound(self, module: nn.Module) -> Iterator[Written]:
         """Buffers and parameters that are others now, or new."""
@@ -135,14 +160,36 @@ class Kept:
             if not _same(kept, contents):
                 yield kept
         for cls, values in self._classes:
-            yield from (v for n, v in dict(vars(cls)).items() if n in values and v is not values[n])
+            now = _data(vars(cls))
+            yield from (value for name, value in now.items() if value is not values.get(name))
+
+    def elsewhere(self) -> Iterator[tuple[str, Any]]:
+        """What of classes and files has been set or changed in place: its name, and what it is."""
+        held: list[tuple[str, Mapping[str, Any], dict[str, Any]]]
+        held = [(cls.__qualname__, vars(cls), values) for cls, values in self._classes]
+        held += [(name, file, self._contents[id(file)][1]) for name, file in self._files.items()]
+        for where, table, before in held:
+            for name, value in _data(table).items():
+                kept, contents = self._contents.get(id(value), (value, value))
+                if value is not before.get(name, ABSENT) or not _same(kept, contents):
+                    yield f"{where}.{name}", value
+        for owner, name, _ in self._set_in_slots():
+            if id(owner) not in self._owned_slots:
+                yield f"{type(owner).__qualname__}.{name}", getattr(owner, name, ABSENT)
 
     def put_back(self) -> None:
         """Make everything what it was; what is the same is not touched."""
         for cls, values in self._classes:
+            for name in _data(vars(cls)).keys() - values.keys():
+                delattr(cls, name)
             for name, value in values.items():
                 if vars(cls).get(name, ABSENT) is not value:
                     setattr(cls, name, value)
+        for owner, name, value in self._set_in_slots():
+            if value is ABSENT:
+                object.__delattr__(owner, name)
+            else:
+                object.__setattr__(owner, name, value)
         for kept, contents in self._contents.values():
             if _same(kept, contents):
                 continue
@@ -217,6 +264,11 @@ def no_autocast_cache() -> Iterator[None]:
         torch.set_autocast_cache_enabled(was)
 
 
+def _data(names: Mapping[str, Any]) -> dict[str, Any]:
+    """What in a class or a file is no function and no class."""
+    return {n: v for n, v in dict(names).items() if n[:2] != "__" and not callable(v)}
+
+
 def _staying(values: dict[Any, Any]) -> dict[Any, Any]:
     return {name: value for name, value in dict(values).items() if not isinstance(value, Passing)}
 
@@ -232,4 +284,4 @@ def _same(ours: Any, theirs: Any) -> bool:
     if not isinstance(ours, dict):
         return all(map(operator.is_, ours, theirs))
     ordered = not isinstance(ours, OrderedDict) or list(ours) == list(theirs)
-    return ordered and all(ours.get(key, ours) is value for key, value in theirs.items())
+    return ordered and all(dict.get(ours, key, ours) is value for key, value in theirs.items())

@@ -48,10 +48,10 @@ from tokenprune.tracing.modes import (
     reads_noted,
     state,
 )
-from tokenprune.tracing.names import as_function, codes_of
+from tokenprune.tracing.names import Reached, as_function
 from tokenprune.tracing.node_arguments import argument_of
 from tokenprune.tracing.opaque import DATA_DEPENDENT, OPAQUE, REASON, as_traced, reason_of
-from tokenprune.tracing.outside import outside_noted
+from tokenprune.tracing.outside import named_by, outside_noted
 from tokenprune.tracing.provenance import Provenance, failed_at, frame_of_host
 from tokenprune.tracing.proxy import CLASS, ValueProxy, concrete
 from tokenprune.tracing.reads import Reads
@@ -117,18 +117,21 @@ class ValueTracer(fx.Tracer):
         inputs = self._inputs(tensors)
         with ONE_AT_A_TIME, attributes_kept(self.root) as kept:
             empty_caches(self.root)
-            outside, checkpoints = outside_noted(self.reads.asked), checkpoints_recorded(self)
+            checkpoints, outside = checkpoints_recorded(self), outside_noted(self.reads.asked)
             with calls_recorded(self), reads_noted(self), checkpoints, outside:
                 output = example.with_tensors(inputs).call(forward)
                 result = self.create_arg(output)
             self.reads.forget(lambda value: bool(nodes_in(value)))
             self.functions = [forward, *self.reads.functions()]
             self.functions += [as_function(code, around) for code, around in self._ran.items()]
-            for mode in modes_named_by(self.functions):
+            reached = Reached(self.functions)
+            for asked in named_by(reached):
+                self.reads.asked(*asked)
+            for mode in modes_named_by(reached):
                 self.note_ambient(mode)
             if self.reads.tables:  # all parameters, and what they say
                 self.note_ambient(REQUIRES_GRAD)
-            self.left, effects = remains_of(kept, self.graph, codes_of(self.functions))
+            self.left, effects = remains_of(kept, self.graph, reached, self._ran)
             for target, value in effects:
                 node = self.create_node("call_function", target, (self.create_arg(value),), {})
                 node.meta["val"] = None
@@ -351,11 +354,8 @@ class ValueTracer(fx.Tracer):
             raise
         finally:
             self._modules_entered.pop()
-        first = output[0] if type(output) in (tuple, list) and output else output
-        made = first.node if type(first) is ValueProxy else None
-        given = [v for v in (*args, *kwargs.values()) if type(v) is ValueProxy]
-        tensors = tuple(v.node for v in given if isinstance(v.val, torch.Tensor))
-        self.calls.append(RecordedCall(path, tensors, made, start, self._count))
+        given = (*args, *kwargs.values())
+        self.calls.append(RecordedCall.of(path, given, output, start, self._count))
         return output
 
     def _inside(

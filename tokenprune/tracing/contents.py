@@ -1,0 +1,196 @@
+"""What an object holds that no attribute access shows, and what `==` does not tell of it."""
+
+import logging
+import math
+import threading
+from array import array
+from collections import ChainMap, UserDict, UserList, deque
+from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
+from enum import Enum
+from functools import partial
+from numbers import Number
+from types import CellType, FunctionType, MappingProxyType, MethodType, SimpleNamespace
+from typing import Any
+from weakref import WeakValueDictionary, ref
+
+import numpy as np
+import torch
+from torch import nn
+
+__all__ = [
+    "ABSENT",
+    "MOST_BYTES",
+    "has_slots_alone",
+    "held_in_slots",
+    "kinds_of",
+    "may_be_watched",
+    "may_mislead",
+    "slots_of",
+    "snapshot",
+    "state_of",
+    "within",
+]
+
+ABSENT = object()
+"""Stands for an attribute that there is not."""
+MOST_BYTES = 1 << 20  # of an array whose values are watched
+PLAIN = {bool, int, float, str, type(None)}
+ATOMS = PLAIN | {bytes, complex, slice, torch.dtype, torch.device, torch.Size, type, nn.Parameter}
+CLOSED = (torch.Tensor, nn.Module, str, type)  # objects that are not looked into
+NEVER_WATCHED = (nn.Module, torch.Tensor, type, Enum, FunctionType, MethodType)
+HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class whose attributes can be set
+NOT_WATCHED = {"torch", "numpy", "collections", "functools", "logging", "threading", "typing"}
+NOT_WATCHED |= {"weakref", "contextlib"}  # what torch itself uses while it traces
+OURS = ("tokenprune.tracing.", "tokenprune.runtime.")
+
+
+def snapshot(value: Any) -> Any:
+    """A value that later equals `value` as long as nothing in its lists, sets and dicts changes."""
+    if type(value) in (list, tuple, set, deque):
+        return type(value)(map(snapshot, value)) if value else type(value)()
+    if isinstance(value, list):
+        return list(map(snapshot, value))
+    if isinstance(value, dict):
+        return {key: snapshot(entry) for key, entry in dict(value).items()}  # threads may add some
+    return value
+
+
+def kinds_of(value: Any) -> Any:
+    """What `==` does not compare: types (`[1] == [1.0]`), the order of a dict, the sign of 0.0, and
+    which object of a class of the host's own it is. A type if there is no more to say."""
+    if isinstance(value, dict):
+        return [*value, *map(kinds_of, value.values())]
+    if isinstance(value, list | tuple | deque):
+        types = list(map(type, value))
+        plain = PLAIN.issuperset(types) and not (float in types and 0 in value)
+        return types if plain else [*types, *map(kinds_of, value)]
+    if isinstance(value, set | frozenset):
+        return set(map(type, value))
+    if type(value) is float:
+        return math.copysign(1, value) if value == 0 else float
+    return id(value) if _compares(type(value)) else type(value)
+
+
+def may_mislead(value: Any) -> bool:
+    """Whether something may equal a value that is not the same to a host's code."""
+    if isinstance(value, dict):
+        return len(value) > 1 or any(map(_misleads_inside, value.values()))
+    if isinstance(value, list | tuple | deque | set | frozenset):
+        return any(map(_misleads_inside, value))
+    return _compares(type(value)) or (type(value) is float and value == 0)
+
+
+def _misleads_inside(value: Any) -> bool:
+    return isinstance(value, Number | np.generic) or may_mislead(value)
+
+
+def _compares(cls: Any) -> bool:
+    """Whether a class of the host's own says itself which of its objects are equal."""
+    plain = cls.__eq__ is object.__eq__ or not cls.__flags__ & HEAP_TYPE
+    return not plain and not issubclass(cls, Enum | type) and _is_own(cls)
+
+
+def state_of(value: Any) -> Any:
+    """What an object says that is no attribute access of a class that can be watched: of a
+    function its closure and attributes. ABSENT if it is of no such kind."""
+    if type(value) in ATOMS:
+        return ABSENT
+    if isinstance(value, FunctionType):
+        cells = [cell.cell_contents for cell in value.__closure__ or () if cell != CellType()]
+        return [cells, vars(value), value.__defaults__ or (), value.__kwdefaults__ or {}]
+    if isinstance(value, partial):
+        return [value.func, value.args, value.keywords]
+    if isinstance(value, SimpleNamespace | threading.local):
+        return vars(value)
+    if isinstance(value, UserDict | UserList):
+        return value.data
+    if isinstance(value, MappingProxyType | WeakValueDictionary):
+        return dict(value)
+    if isinstance(value, ChainMap):
+        return list(value.maps)
+    if isinstance(value, bytearray | array):
+        return [bytes(value)]
+    if isinstance(value, ref):
+        return [value()]
+    if isinstance(value, Enum):  # its name and value do not change
+        return {name: held for name, held in vars(value).items() if name[:1] != "_"}
+    if isinstance(value, logging.Logger):
+        return [value.getEffectiveLevel()]
+    if isinstance(value, threading.Event):
+        return [value.is_set()]
+    if isinstance(value, ContextVar):
+        return [value.get(ABSENT)]
+    if isinstance(value, np.ndarray):
+        return value.shape, value.tobytes() if value.nbytes <= MOST_BYTES else id(value)
+    if has_slots_alone(type(value)):
+        return held_in_slots(value)
+    return ABSENT
+
+
+def has_slots_alone(cls: type) -> bool:
+    """Whether objects of a host's own class keep what they hold in slots, and nowhere else."""
+    heap = bool(cls.__flags__ & HEAP_TYPE)
+    return heap and not cls.__dictoffset__ and bool(slots_of(cls)) and _is_own(cls)
+
+
+def held_in_slots(value: Any) -> dict[str, Any]:
+    """What is in the slots of an object."""
+    return {name: getattr(value, name, ABSENT) for name in slots_of(type(value))}
+
+
+def slots_of(cls: type) -> set[str]:
+    """The attributes that objects of a class have room for."""
+    found = [vars(base).get("__slots__", ()) for base in cls.__mro__]
+    return {name for given in found for name in ((given,) if isinstance(given, str) else given)}
+
+
+def within(value: Any, depth: int = 7, most: int = 100) -> Iterator[Any]:
+    """A value, and what containers, plain objects, functions and references in it hold: `depth`
+    steps deep, and `most` objects."""
+    if type(value) in ATOMS:
+        yield value
+        return
+    seen, level = {id(value)}, [value]
+    for _ in range(depth + 1):
+        yield from level
+        inner = list[Any]()
+        for each in (held for one in level for held in _inside(one)):
+            if id(each) not in seen and len(seen) < most:
+                seen.add(id(each))
+                inner.append(each)
+        level = inner
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    if type(value) in ATOMS or isinstance(value, CLOSED):
+        return ()
+    if may_be_watched(type(value)):
+        return list(vars(value).values())
+    if isinstance(value, MethodType):
+        return value.__self__, value.__func__
+    if isinstance(value, list | tuple | set | frozenset | deque):
+        return value
+    state = {"": value} if isinstance(value, dict) else state_of(value)
+    if state is ABSENT:
+        return ()
+    held = state.values() if isinstance(state, dict) else state
+    return [v for each in held for v in (each.values() if isinstance(each, dict) else _flat(each))]
+
+
+def _flat(value: Any) -> Iterable[Any]:
+    return value if isinstance(value, list | tuple) else (value,)
+
+
+def may_be_watched(cls: type) -> bool:
+    """Whether objects of a class are a host's own: a config, say, which its code reads."""
+    plain = issubclass(cls, NEVER_WATCHED)
+    if plain or not cls.__flags__ & HEAP_TYPE or not hasattr(cls, "__dict__"):
+        return False
+    has_dict = cls.__dictoffset__ != 0
+    return has_dict and _is_own(cls)
+
+
+def _is_own(cls: type) -> bool:
+    file = cls.__module__
+    return file.partition(".")[0] not in NOT_WATCHED and not file.startswith(OURS)
