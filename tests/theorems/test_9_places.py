@@ -145,6 +145,10 @@ PLACES: dict[str, Place] = {
         [[1.0]], lambda s: 1.0 if type(s.held[0][0]) is float else 3.0,
         lambda s, v: s.held[0].__setitem__(0, 1.0 if v == 1 else 1),
     ),
+    "type_of_a_number": (
+        1, lambda s: 1.0 if type(s.held) is int else 3.0,
+        lambda s, v: setattr(s, "held", 1 if v == 1 else True),
+    ),
     "order_of_a_dict": (
         {"a": 1, "b": 2}, lambda s: 1.0 if next(iter(s.held)) == "a" else 3.0,
         lambda s, v: setattr(s, "held", {"a": 1, "b": 2} if v == 1 else {"b": 2, "a": 1}),

@@ -21,8 +21,10 @@ from torch import nn
 __all__ = [
     "ABSENT",
     "MOST_BYTES",
+    "has_kinds",
     "has_slots_alone",
     "held_in_slots",
+    "is_constant",
     "kinds_of",
     "may_be_watched",
     "may_mislead",
@@ -37,6 +39,7 @@ ABSENT = object()
 MOST_BYTES = 1 << 20  # of an array whose values are watched
 PLAIN = {bool, int, float, str, type(None)}
 ATOMS = PLAIN | {bytes, complex, slice, torch.dtype, torch.device, torch.Size, type, nn.Parameter}
+CONTAINERS = (list, tuple, deque, set, frozenset, dict)
 CLOSED = (torch.Tensor, nn.Module, str, type)  # objects that are not looked into
 NEVER_WATCHED = (nn.Module, torch.Tensor, type, Enum, FunctionType, MethodType)
 HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class whose attributes can be set
@@ -79,6 +82,18 @@ def may_mislead(value: Any) -> bool:
     if isinstance(value, list | tuple | deque | set | frozenset):
         return any(map(_misleads_inside, value))
     return _compares(type(value)) or (type(value) is float and value == 0)
+
+
+def has_kinds(value: Any) -> bool:
+    """Whether something of another kind may equal a value, or it may get another class."""
+    if isinstance(value, (Number, np.generic, *CONTAINERS)) or type(value) is str:
+        return True
+    return bool(type(value).__flags__ & HEAP_TYPE) and not isinstance(value, NEVER_WATCHED)
+
+
+def is_constant(value: Any) -> bool:
+    """Whether nothing in a value can change: a number, or a tuple of numbers and words."""
+    return type(value) in PLAIN or (type(value) is tuple and PLAIN.issuperset(map(type, value)))
 
 
 def _misleads_inside(value: Any) -> bool:

@@ -8,7 +8,7 @@ what is looked up in one way is one list, which C code builds and compares with 
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from inspect import isdatadescriptor
 from itertools import chain, repeat
-from operator import attrgetter
+from operator import attrgetter, is_not
 from types import FunctionType, ModuleType
 from typing import Any, NamedTuple
 
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from tokenprune.tracing.contents import (
     ABSENT,
+    has_kinds,
+    is_constant,
     kinds_of,
     may_be_watched,
     may_mislead,
@@ -84,10 +86,19 @@ class Alike:
         self._names = [one.name for one in watched]
         self._expected = [one.expected for one in watched]
         now = list(map(self._look, self._tables, self._names, repeat(ABSENT)))
-        self._types = list(map(type, now))
         # what `==` may call equal though it is not
-        stored = [n for n, one in enumerate(watched) if one.stored and may_mislead(now[n])]
-        self._kinds = [(n, kinds_of(now[n])) for n in stored]
+        mislead = () if self._look is _of_tensor else (n for n, v in enumerate(now) if has_kinds(v))
+        kinds = {n: self._kind(n, now) for n in mislead}
+        # the very same number or word is of the same kind
+        self._constant = [n for n in kinds if is_constant(now[n])]
+        self._held = [now[n] for n in self._constant]
+        self._kinds = list(kinds.items())
+        self._others = [(n, kind) for n, kind in self._kinds if not is_constant(now[n])]
+
+    def _kind(self, n: int, now: list[Any]) -> Any:
+        value = now[n]
+        stored = self.watched[n].stored and may_mislead(value)
+        return type(value), kinds_of(value) if stored else None
 
     def same(self) -> bool:
         """Whether all are as they were."""
@@ -95,9 +106,11 @@ class Alike:
             if self._look is _is_empty:
                 return not any(self._tables)
             now = list(map(self._look, self._tables, self._names, repeat(ABSENT)))
-            if not (now == self._expected and list(map(type, now)) == self._types):
+            if now != self._expected:
                 return False
-            return all(kinds_of(now[n]) == kinds for n, kinds in self._kinds)
+            held = not any(map(is_not, map(now.__getitem__, self._constant), self._held))
+            kinds = self._others if held else self._kinds
+            return all(self._kind(n, now) == kind for n, kind in kinds)
         except DIFFERS:
             return False
 
