@@ -5,6 +5,7 @@ import io
 import itertools
 import logging
 import math
+import re
 import sys
 import threading
 import time
@@ -23,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import tokenprune
 from tests.theorems.test_9_places import (
     IMAGES,
     Plain,
@@ -355,6 +357,18 @@ def test_9_what_nobody_can_watch_is_said(name: str, tmp_path: Path) -> None:
     host = odd(read, held=str(path) if held is None else held)
     with pytest.warns(TokenPruneWarning, match=f"cannot watch {what}: The forward of Vit"):
         wrapped(host)
+
+
+@torch.no_grad()
+def test_9_what_pythons_library_keeps_for_itself_is_no_matter() -> None:
+    model = wrapped(odd(lambda s, x: 1.0 if re.match(s.held, "a") else 2.0, held="a"))
+    before = whole(model)
+    re.compile("a pattern that nobody has compiled")
+    sys.modules["of_another_test"] = ModuleType("of_another_test")
+    traced = tokenprune.cache_info(model).traced
+    assert torch.equal(whole(model), before)
+    assert tokenprune.cache_info(model).traced == traced
+    del sys.modules["of_another_test"]
 
 
 def test_9_a_file_that_is_only_written_is_no_matter(tmp_path: Path) -> None:
