@@ -150,6 +150,15 @@ def a_copied_block(model: Any, path: str) -> None:
 
 
 @change
+def a_block_restored_from_another(model: Any, path: str) -> None:
+    block = model.get_submodule(path)
+    other = copy.deepcopy(block)
+    for parameter in other.parameters():
+        parameter.data.mul_(1.5)
+    block.__dict__.update(other.__dict__)
+
+
+@change
 def an_own_forward_of_a_block(model: Any, path: str) -> None:
     block = model.get_submodule(path)
     run = block.forward

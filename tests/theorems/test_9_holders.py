@@ -65,6 +65,11 @@ class Derived(Base):
     pass
 
 
+class Called:
+    def __call__(self) -> float:
+        return 1.0
+
+
 class Slots:
     __slots__ = ("inner", "own")
 
@@ -170,6 +175,9 @@ HOLDERS: dict[str, Held] = {
     "method_of_a_class": (Derived, lambda s: s.held.read(), scale(Derived)),
     "property_of_a_metaclass": (None, lambda s: OfMeta.own, in_store),
     "member_of_an_enum": (None, lambda s: Mode.FAST.own, own(Mode.FAST)),  # type: ignore[attr-defined]
+    "call_of_an_object": (
+        Called(), lambda s: s.held(), lambda s, v: setattr(Called, "__call__", lambda self: v)
+    ),
     "level_of_a_logger": (None, lambda s: 3.0 if LOG.isEnabledFor(logging.DEBUG) else 1.0, level),
     "object_of_a_file_five_deep": (None, lambda s: DEEP.a.b.c.d.own, own(DEEP.a.b.c.d)),
     "sign_of_zero": (

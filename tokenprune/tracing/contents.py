@@ -52,8 +52,8 @@ def snapshot(value: Any) -> Any:
     """A value that later equals `value` as long as nothing in its lists, sets and dicts changes."""
     if type(value) in (list, tuple, set, deque):
         return type(value)(map(snapshot, value)) if value else type(value)()
-    if isinstance(value, list):
-        return list(map(snapshot, value))
+    if isinstance(value, list | tuple):  # a NamedTuple equals a tuple
+        return (tuple if isinstance(value, tuple) else list)(map(snapshot, value))
     if isinstance(value, dict):
         return {key: snapshot(entry) for key, entry in dict(value).items()}  # threads may add some
     return value

@@ -5,6 +5,7 @@ functions look up. All of it is looked at again before a program runs, and that 
 what is looked up in one way is one list, which C code builds and compares with that of the trace.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from inspect import isdatadescriptor
 from itertools import chain, repeat
@@ -33,6 +34,13 @@ from tokenprune.tracing.settings import setting, settings_named_by
 
 __all__ = ["Guards", "Watched"]
 
+BY_TYPE: tuple[str, ...] = (
+    *("__call__", "__getattr__", "__getitem__", "__iter__", "__contains__", "__len__"),
+    *("__bool__", "__int__", "__float__", "__index__"),
+)
+"""Methods that Python finds by the class alone."""
+WHOLE = ("__dict__", "_modules")
+"""Tables that are watched in place: a module may get others, by `__setstate__` say."""
 DIFFERS = (RuntimeError, ValueError, TypeError, AttributeError)
 """What a comparison of tensors or arrays raises, and the look at something that is gone."""
 
@@ -90,13 +98,18 @@ class Alike:
         mislead = () if self._look is _of_tensor else (n for n, v in enumerate(now) if has_kinds(v))
         kinds = {n: self._kind(n, now) for n in mislead}
         # the very same number or word is of the same kind
-        self._constant = [n for n in kinds if is_constant(now[n])]
+        self._constant = [n for n in kinds if is_constant(now[n]) or self._is_table(n, now[n])]
         self._held = [now[n] for n in self._constant]
-        self._kinds = list(kinds.items())
-        self._others = [(n, kind) for n, kind in self._kinds if not is_constant(now[n])]
+        self._kinds, constant = list(kinds.items()), set(self._constant)
+        self._others = [(n, kind) for n, kind in self._kinds if n not in constant]
+
+    def _is_table(self, n: int, value: Any) -> bool:
+        return type(value) in (dict, OrderedDict) and self.watched[n].name in WHOLE
 
     def _kind(self, n: int, now: list[Any]) -> Any:
         value = now[n]
+        if self._is_table(n, value):
+            return id(value)
         stored = self.watched[n].stored and may_mislead(value)
         return type(value), kinds_of(value) if stored else None
 
@@ -163,7 +176,7 @@ def _watched(reads: Reads, functions: Iterable[Any]) -> Iterator[Watched]:
     tied: dict[int, Tensor] = {}
     for watched in _read(reads, functions):
         yield watched
-        for inner in within(watched.expected):
+        for inner in () if watched.name in WHOLE else within(watched.expected):
             if id(inner) in reads.places:
                 tied[id(inner)] = inner
     for tensor_id, tensor in tied.items():
@@ -197,6 +210,17 @@ def _read(reads: Reads, functions: Iterable[Any]) -> Iterator[Watched]:
         yield Watched(owner, _names_in, owner, name, names)
     for owner in owners:
         yield Watched(owner, getattr, owner, "__class__", type(owner))
+        leaf = isinstance(owner, nn.Module) and not owner._modules
+        if not leaf and hasattr(owner, "__dict__") and not isinstance(owner, type):
+            yield Watched(owner, getattr, owner, "__dict__", vars(owner))
+        if not leaf and isinstance(owner, nn.Module):
+            yield Watched(owner, dict.get, vars(owner), "_modules", owner._modules)
+    of_modules = {type(owner): BY_TYPE[:2] for owner in owners if isinstance(owner, nn.Module)}
+    inside = (type(inner) for value in reads.values.values() for inner in within(value))
+    plain = {cls: BY_TYPE for cls in chain(map(type, owners), inside) if may_be_watched(cls)}
+    for cls, methods in (of_modules | plain).items():
+        for method in methods:
+            yield Watched(cls, _by_type, cls, method, _by_type(cls, method, None))
     for (owner_id, name), child in reads.children.items():
         owner = reads.objects[owner_id]
         yield Watched(owner, dict.get, owner._modules, name, child)
@@ -282,6 +306,16 @@ def _itself(table: Any, _name: str, _absent: Any) -> Any:
 
 def _names_in(owner: Any, name: str, _absent: Any) -> list[str]:
     return list(getattr(owner, name))
+
+
+def _by_type(cls: type, name: str, _absent: Any) -> Any:
+    """A method of a class, if it is not torch's: traces put others there."""
+    for base in cls.__mro__:
+        if base in (nn.Module, object):
+            return None
+        if name in vars(base):
+            return vars(base)[name]
+    return None
 
 
 def _state(value: Any, _name: str, _absent: Any) -> Any:
