@@ -30,11 +30,9 @@ SLOW_FILES = {
     *("cost/test_profile.py", "rewrite/test_outputs.py", "theorems/test_padding.py"),
 }
 SLOW_TESTS = {
-    *(
-        "test_one_compiled_graph_serves_every_batch",
-        "test_inf_and_nan_of_dropped_tokens_reach_nobody",
-    ),
-    *("test_the_adapter_finds_the_facts_and_the_certificate_holds",),
+    "test_one_compiled_graph_serves_every_batch",
+    "test_inf_and_nan_of_dropped_tokens_reach_nobody",
+    "test_the_adapter_finds_the_facts_and_the_certificate_holds",
     *("test_a_hierarchical_host_is_bypassed_by_name", "test_gradcheck"),
     *("test_training_runs_the_gather_path_and_the_state_has_no_new_key", "test_it_exports"),
     *("test_a_budget_is_replaced_and_the_structure_never_is", "test_nothing_is_changed"),
