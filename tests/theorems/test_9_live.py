@@ -85,7 +85,7 @@ def agree(model: Any, images: Tensor, again: bool = True) -> None:
 
 
 def changes() -> Iterator[Any]:
-    """Each change on each host; every third may be fast, on one of the hosts (tests/conftest.py)."""
+    """Each change on each host; every third may be fast, on one host (tests/conftest.py)."""
     for number, name in enumerate([*CHANGES, *UNDONE]):
         for place, host in enumerate(HOSTS):
             fast = number % 9 == 3 * place
