@@ -102,15 +102,18 @@ class _Run:
         self.passed[node] = self.latest
         if node in self.markers:
             return self._enter(node, self.markers[node], base)
-        if node in self.length_of:
-            self._note(node, follows_tokens=True, length_of=self.length_of[node])
-            return torch.Size(_with_extra(base, self.length_of[node]))
+        length = self._length(node)
+        if length is not None:
+            self._note(node, follows_tokens=True, length_of=length)
+            return torch.Size(_with_extra(base, length))
         sources = [self.follows[n] for n in node.all_input_nodes if n in self.follows]
         counted = None if sources or self.latest < 0 else self._counted(node)
         if counted is not None:
             self.follows[node] = self.latest
             self._note(node, gathers=counted, counts_real=True)
             return self._evaluate(node, env, counted)
+        if all(env[n] is n.meta["val"] for n in node.all_input_nodes):
+            return base  # nothing that goes in has another size
         any_length = kind_of(self.root, node) is Kind.ANY_LENGTH
         plain = holds_no_tensor(base)
         if sources and (any_length or not plain):
@@ -128,6 +131,16 @@ class _Run:
         if plain and value != base:
             self._note(node, follows_tokens=True)
         return value
+
+    def _length(self, node: fx.Node) -> dict[int, TokenDim] | None:
+        """Which dims of a table's shape follow the tokens: as said of this node, or of one before
+        that read the shape of the same table (each block its own)."""
+        if node not in self.length_of:
+            read = (node.op, node.target, node.args, node.kwargs)
+            for known, dims in self.length_of.items():
+                if self.latest >= 0 and read == (known.op, known.target, known.args, known.kwargs):
+                    return {d: dim._replace(stage=self.latest) for d, dim in dims.items()}
+        return self.length_of.get(node)
 
     def _counted(self, node: fx.Node) -> dict[fx.Node, Aligned] | None:
         """How to gather what `node` adds up, if it counts real tokens: those that left are none."""

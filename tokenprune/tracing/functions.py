@@ -7,7 +7,7 @@ first and takes a proxy for the tensor or the number that it says it is.
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import wraps
 from types import BuiltinFunctionType, MethodDescriptorType
 from typing import Any, Protocol
@@ -16,11 +16,17 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import Tensor, autograd
-from torch.overrides import TorchFunctionMode, handle_torch_function, is_tensor_method_or_property
+from torch.overrides import (
+    TorchFunctionMode,
+    _get_current_function_mode,
+    _pop_mode_temporarily,
+    handle_torch_function,
+    is_tensor_method_or_property,
+)
 
 from tokenprune.tracing.proxy import ValueProxy
 
-__all__ = ["functions_recorded"]
+__all__ = ["calls_let_through", "functions_recorded"]
 
 # Functions that make a tensor out of plain numbers: their C argument parser would turn a symbolic
 # size into an int before any mode sees the call. Recorded whatever they are given.
@@ -86,6 +92,12 @@ class _Calls(TorchFunctionMode):
         if is_tensor_method_or_property(func):
             return self.tracer.create_proxy("call_method", name, args, kwargs)
         return self.tracer.create_proxy("call_function", func, args, kwargs)
+
+
+def calls_let_through() -> AbstractContextManager[Any]:
+    """Compute values without asking the trace at each call, which costs more than many a call."""
+    ours = isinstance(_get_current_function_mode(), _Calls)
+    return _pop_mode_temporarily() if ours else nullcontext()
 
 
 def _check_own(function: Any) -> None:

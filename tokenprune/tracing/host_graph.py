@@ -82,6 +82,9 @@ def trace(
     """
     refuse_packed(host)
     call, given = getattr(host, entry), as_arguments(type(host).__name__, arguments)
+    emptied = caches_of([call, *{type(module).forward for module in host.modules()}])
+    for cached in emptied:  # it may have values of calls before
+        cached.cache_clear()
     for again in (True, False):
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         # a mode of the caller (a counter of operations, say) is not to see the trace
@@ -93,7 +96,7 @@ def trace(
             except TokenPruneError:
                 raise
             except Exception as error:
-                if not (_caches_emptied(tracer, call) and again):
+                if not (_filled_before(emptied, tracer, call) and again):
                     raise _explained(error, tracer, host, arguments) from error
                 continue
             finally:
@@ -102,7 +105,7 @@ def trace(
             if moved:
                 repeated = partial(ValueTracer(host, mode).record, call, given)
                 _refuse_draw(generators.first_draw(repeated), host, arguments)
-        if not (_caches_emptied(tracer, call) and again):
+        if not (_filled_before(emptied, tracer, call) and again):
             break
     kept = tracer.leaked()
     if kept is not None:
@@ -149,14 +152,14 @@ def trace(
     )
 
 
-def _caches_emptied(tracer: ValueTracer, call: Any) -> bool:
-    """Empty each `lru_cache` that the host's code uses: it may hold values of the trace, and may
-    have given it values of a call before. Whether there was anything in one."""
+def _filled_before(emptied: list[Any], tracer: ValueTracer, call: Any) -> bool:
+    """Empty each `lru_cache` that the host's code uses: it may hold values of the trace. Whether
+    one that was not `emptied` may have given it values of a call before."""
     used = caches_of(tracer.functions or [call, *tracer.reads.functions()])
     filled = [cached for cached in used if cached.cache_info().currsize]
     for cached in filled:
         cached.cache_clear()
-    return bool(filled)
+    return any(cached not in emptied for cached in filled)
 
 
 def _changed_in(context: Context) -> list[str]:

@@ -28,6 +28,7 @@ from tokenprune.tracing.checkpoints import CHECKPOINT, Checkpoint, checkpoints_r
 from tokenprune.tracing.constants import find, look_up, named_tensors
 from tokenprune.tracing.decompose import is_leaf
 from tokenprune.tracing.draws import DrawRead, certain, is_drawn, possible_number
+from tokenprune.tracing.functions import calls_let_through
 from tokenprune.tracing.gradients import GradientRun
 from tokenprune.tracing.hooks import (
     Hooks,
@@ -166,7 +167,7 @@ class ValueTracer(fx.Tracer):
         moved = torch.is_inference_mode_enabled() != self.caller.inference
         try:
             inference = torch.inference_mode(self.caller.inference) if moved else nullcontext()
-            with inference, torch.no_grad():
+            with calls_let_through(), inference, torch.no_grad():
                 yield
         finally:
             self._executing = was
@@ -381,8 +382,7 @@ class ValueTracer(fx.Tracer):
                 raise
         output = self.create_proxy("call_module", path, args, kwargs, value)
         output.node.meta |= {OPAQUE: refusal, REASON: reason}
-        rest = tuple(value.shape[1:])
-        return self.create_proxy("call_function", as_traced, (output, rest), {})
+        return self.create_proxy("call_function", as_traced, (output, tuple(value.shape[1:])), {})
 
     def _forget(self, start: int, specialized: int) -> None:
         """Take back what was recorded from node number `start` on."""
