@@ -6,9 +6,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import timm  # noqa: F401  for gc.freeze
+import timm  # noqa: F401  before what is below is counted
 import torch
-import transformers  # noqa: F401  for gc.freeze
+import transformers  # noqa: F401
 from hypothesis import settings
 
 if not torch.cuda.is_available():
@@ -18,9 +18,6 @@ settings.register_profile("dev", max_examples=25, deadline=None)
 settings.register_profile("ci", max_examples=25, deadline=None, derandomize=True, print_blob=True)
 settings.register_profile("fast", max_examples=5, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
-
-# Leave libraries out of every garbage collection, and of each trace's search for generators.
-gc.freeze()
 
 TESTS = Path(__file__).parent
 PRODUCT = TESTS / "product"
@@ -60,6 +57,13 @@ SAMPLED = {
 }
 # How many hosts are fast, where it is not the first one alone.
 CERTIFIED = {"test_the_certificate_holds": 3}
+
+
+def pytest_collection_finish() -> None:
+    """Leave libraries and tests out of every garbage collection, and of each trace's search for
+    generators of random numbers."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import weakref
-from collections import ChainMap, Counter
+from collections import ChainMap, Counter, OrderedDict
 from collections.abc import Callable
 from enum import Enum
 from functools import partial
@@ -287,8 +287,8 @@ def test_9_another_forward_of_the_hosts_class_is_seen(monkeypatch: pytest.Monkey
 
     model = wrapped(Own().eval())
     before = model(IMAGES)
-    monkeypatch.setattr(Own, "forward", lambda self, x: Vit.forward(self, x) * 2)
-    assert torch.equal(model(IMAGES), 2 * before)
+    monkeypatch.setattr(Own, "forward", lambda self, a, x: Vit.forward(self, x) * a)
+    assert torch.equal(model(2, IMAGES), 2 * before)
 
 
 def test_9_a_hook_that_changes_what_is_read_later_is_refused() -> None:
@@ -297,8 +297,30 @@ def test_9_a_hook_that_changes_what_is_read_later_is_refused() -> None:
     host.blocks[0].register_forward_hook(lambda *_: setattr(host.blocks[2], "k", 2.0))
     with pytest.raises(HostError, match="A hook inside of Vit changed 'k' of a Odd"):
         whole(model)
-    host.blocks[0]._forward_hooks.clear()
+    host.blocks[0]._forward_hooks = OrderedDict()  # as good as `clear`
     whole(model)
+    seen = list[Tensor]()
+    host.blocks[0].register_forward_hook(lambda _m, _a, output: seen.append(output))
+    whole(model)
+    assert len(seen) == 1
+
+
+def test_9_a_pair_of_hooks_that_changes_a_number_and_restores_it_is_refused() -> None:
+    host = odd(lambda s, x: s.k, k=1.0)
+    model = wrapped(host)
+    host.blocks[2].register_forward_pre_hook(lambda block, _: setattr(block, "k", 2.0))
+    host.blocks[2].register_forward_hook(lambda block, *_: setattr(block, "k", 1.0))
+    with pytest.raises(HostError, match="A hook inside of Vit changed 'k' of a Odd"):
+        whole(model)
+    assert host.blocks[2].k == 2.0
+
+
+def test_9_a_comparison_of_types_is_said_to_be_false() -> None:
+    def compare(s: Any, x: Tensor) -> float:
+        return 1.0 if type(s.gamma1) is nn.Parameter else 2.0
+
+    with pytest.warns(TokenPruneWarning, match=r"compares type\(...\) with a class of tensors at"):
+        wrapped(odd(compare))
 
 
 @torch.no_grad()

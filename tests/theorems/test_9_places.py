@@ -8,7 +8,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -68,6 +68,14 @@ def of_closure() -> tuple[Callable[[], float], Callable[[float], None]]:
         held = value
 
     return lambda: held, change
+
+
+class Named(NamedTuple):
+    own: list[float]
+
+
+class Special(nn.Parameter):
+    pass
 
 
 def one(state: dict[str, float]) -> float:
@@ -167,6 +175,21 @@ PLACES: dict[str, Place] = {
     "flag_of_a_backend": (
         None, lambda s: 3.0 if torch.backends.cudnn.benchmark else 1.0,
         lambda s, v: setattr(torch.backends.cudnn, "benchmark", v > 1),
+    ),
+    "list_in_a_named_tuple": (
+        Named([1.0]), lambda s: s.held.own[0], lambda s, v: s.held.own.__setitem__(0, v)
+    ),
+    "strides_of_a_tensor": (
+        torch.ones(4, 3), lambda s: 1.0 if s.held.is_contiguous() else 3.0,
+        lambda s, v: setattr(s, "held", torch.ones(4, 3) if v == 1 else torch.ones(3, 4).t()),
+    ),
+    "class_of_a_parameter": (
+        None, lambda s: 3.0 if isinstance(s.gamma1, Special) else 1.0,
+        lambda s, v: setattr(s, "gamma1", (nn.Parameter if v == 1 else Special)(s.gamma1.data)),
+    ),
+    "requires_grad_of_a_tensor": (
+        torch.ones(()), lambda s: 3.0 if s.held.requires_grad else 1.0,
+        lambda s, v: s.held.requires_grad_(v > 1),
     ),
     "table_of_buffers": (
         None, lambda s: 1.0 + len(s._buffers),

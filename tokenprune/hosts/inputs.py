@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -69,6 +70,11 @@ class CallSignature:
     rest: str | None
     accepts_any: bool
 
+    @staticmethod
+    def now(host: Any, method: str = "forward") -> "CallSignature":
+        """`of`, computed once for each function that a class has there."""
+        return _signature(host, method, getattr(host, method))
+
     @classmethod
     def of(cls, host: type[nn.Module], method: str = "forward") -> "CallSignature":
         """The signature of a method of a class."""
@@ -118,6 +124,11 @@ class CallSignature:
             if name not in names:
                 bound[name] = name, value
         return flatten(self.host, bound)
+
+
+@lru_cache(maxsize=64)
+def _signature(host: Any, method: str, _function: Any) -> CallSignature:
+    return CallSignature.of(host, method)
 
 
 def named_inputs(

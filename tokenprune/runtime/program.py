@@ -64,17 +64,18 @@ class Programs:
     _made: dict[PathName, Program] = field(default_factory=dict)
     _looks: int = LOOKS
 
-    def check_hooks(self, host: str) -> None:
-        """To be called after a call that ran hooks.
+    def check_hooks(self, host: str, of: nn.Module | None = None) -> None:
+        """To be called after a call that ran hooks, or in one after the pre-hooks `of` a module,
+        whose forward hooks may restore what those changed.
 
         Raises:
             HostError: One has changed what the host's code reads, perhaps later in that call.
         """
-        if self.guards.hold():
+        if of is None and self.guards.hold():
             return
+        changed = self.guards.changed(of)
         targets = (node.target for node in self.analysis.traced.graph.nodes)
         own = {(id(t.owner), t.name) for t in targets if isinstance(t, Store)}
-        changed = next((w for w in self.guards if not w.same()), None)
         if changed is not None and (id(changed.owner), changed.name) not in own:
             raise HostError(
                 f"A hook inside of {host} changed {changed.name!r} of a "

@@ -1,8 +1,9 @@
 """The pruning side of a wrapped model: everything that is not the host's."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from threading import get_ident
 from types import GeneratorType
 from typing import Any
@@ -34,6 +35,7 @@ from tokenprune.runtime.program import Programs
 from tokenprune.runtime.watch import Watch
 from tokenprune.scorers.protocol import PREDICTORS
 from tokenprune.tracing.arguments import Arguments, as_arguments
+from tokenprune.tracing.hook_nodes import hooks_told
 from tokenprune.tracing.host_graph import HostGraph, trace
 from tokenprune.tracing.stand_ins import forget_weights, is_plain, stand_ins
 from tokenprune.tracing.state import buffers_kept, no_autocast_cache
@@ -177,9 +179,9 @@ class Pruning:
                 "program by shapes and modes, which such a trace would freeze in silence. Use "
                 "tokenprune.export(model, ...) for a program or an ONNX file."
             )
-        call = self.call if entry == "forward" else CallSignature.of(type(self.host), entry)
-        arguments = call.bind(args, kwargs)
         if torch.compiler.is_dynamo_compiling():
+            call = self.call if entry == "forward" else CallSignature.of(type(self.host), entry)
+            arguments = call.bind(args, kwargs)
             leaves = arguments.leaves
             given = arguments.places, tuple(leaves), *leaves.values()
             number = _prepare(self.handle, path, entry, *given)
@@ -188,6 +190,7 @@ class Pruning:
             signature = signature_of(arguments, entry, self.host.training)
             programs = self.cache.numbered(number, signature)
         else:
+            arguments = CallSignature.now(type(self.host), entry).bind(args, kwargs)
             programs = self.programs(arguments, entry)
         name = self.path_name(path)
         if name == "jagged" and torch.compiler.is_exporting():
@@ -198,9 +201,12 @@ class Pruning:
             )
         program = programs.get(self.host, name)
         settings = self.settings(path, programs, arguments, model.training)
-        output, records, tokens, real = program.run(model, settings, **arguments.tensors)
-        if program.hooked and not torch.compiler.is_compiling() and not self.cache.frozen:
-            programs.check_hooks(type(self.host).__name__)
+        hooked = program.hooked and not torch.compiler.is_compiling() and not self.cache.frozen
+        check = partial(programs.check_hooks, type(self.host).__name__)
+        with hooks_told(check) if hooked else nullcontext():
+            output, records, tokens, real = program.run(model, settings, **arguments.tensors)
+        if hooked:
+            check()
         programs.look_after()
         if settings.sample and not torch.compiler.is_compiling():
             scorers, targets = model.get_submodule(PREDICTORS), self.budget.keep_ratios
@@ -354,6 +360,12 @@ def _prepare(
     """Build the program before Dynamo traces the call, on real tensors and outside of what is
     compiled; its number."""
     pruning = handle.pruning
+    if (now := CallSignature.now(type(pruning.host))) != pruning.call:
+        pruning.call = now
+        raise HostError(
+            f"The forward of {now.host}, which takes ({', '.join(now.names)}), was put in the "
+            "place of one with other arguments after torch.compile. Call the model again."
+        )
     programs = pruning.programs(Arguments(dict(zip(names, values, strict=True)), places), entry)
     programs.get(pruning.host, path)
     pruning.seen = Seen(programs, pruning.cache)

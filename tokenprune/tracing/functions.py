@@ -96,7 +96,7 @@ class _Calls(TorchFunctionMode):
 
 def calls_let_through() -> AbstractContextManager[Any]:
     """Compute values without asking the trace at each call, which costs more than many a call."""
-    ours = isinstance(_get_current_function_mode(), _Calls)
+    ours = isinstance(_get_current_function_mode(), _Calls)  # type: ignore[no-untyped-call]
     return _pop_mode_temporarily() if ours else nullcontext()
 
 

@@ -7,14 +7,17 @@ what is looked up in one way is one list, which C code builds and compares with 
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from functools import cache
 from inspect import isdatadescriptor
 from itertools import chain, repeat
 from operator import attrgetter, is_not
 from types import FunctionType, ModuleType
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from tokenprune.tracing.contents import (
     ABSENT,
@@ -28,7 +31,7 @@ from tokenprune.tracing.contents import (
     within,
 )
 from tokenprune.tracing.hooks import Hooks
-from tokenprune.tracing.names import Reached, data_of
+from tokenprune.tracing.names import Reached, data_of, is_foreign
 from tokenprune.tracing.reads import Reads
 from tokenprune.tracing.settings import setting, settings_named_by
 
@@ -64,7 +67,7 @@ class Watched(NamedTuple):
         """Whether it is as it was."""
         try:
             now = self.look(self.table, self.name, ABSENT)
-            alike = type(now) is type(self.expected) or isinstance(now, list | dict | set)
+            alike = type(now) is type(self.expected) or isinstance(now, list | dict | set | tuple)
             if not (alike and bool(now == self.expected)):
                 return False
             return not self.stored or kinds_of(now) == kinds_of(self.expected)
@@ -102,6 +105,15 @@ class Alike:
         self._held = [now[n] for n in self._constant]
         self._kinds, constant = list(kinds.items()), set(self._constant)
         self._others = [(n, kind) for n, kind in self._kinds if n not in constant]
+        self._tensors = self._facts_of_tensors() if self._look is _of_tensor else None
+
+    def _facts_of_tensors(self) -> tuple[list[Any], list[Any]]:
+        tensors = list(map(dict.get, self._tables, self._names))
+        return list(map(type, tensors)), list(map(OF_TENSOR, tensors))
+
+    def _same_tensors(self) -> bool:
+        """Whether tensors are as they were, of torch's very classes too: by C code alone."""
+        return self._facts_of_tensors() == self._tensors
 
     def _is_table(self, n: int, value: Any) -> bool:
         return type(value) in (dict, OrderedDict) and self.watched[n].name in WHOLE
@@ -116,8 +128,14 @@ class Alike:
     def same(self) -> bool:
         """Whether all are as they were."""
         try:
-            if self._look is _is_empty:
-                return not any(self._tables)
+            if self._look is _none_of_gradients and not torch.is_grad_enabled():
+                return True
+            if self._look in (_none_in, _none_of_gradients):
+                return not any(map(dict.get, self._tables, self._names))
+            if self._look is _of_tensor and self._same_tensors():
+                return True
+            if self._look is _class_of:
+                return list(map(type, self._tables)) == self._expected
             now = list(map(self._look, self._tables, self._names, repeat(ABSENT)))
             if now != self._expected:
                 return False
@@ -155,6 +173,7 @@ class Guards:
                 place = (id(watched.table), watched.name)
                 alike.setdefault(watched.look, {})[place] = watched
         self._alike = [Alike(list(group.values())) for group in alike.values()]
+        self._near = WeakKeyDictionary[nn.Module, list[Watched]]()
 
     def hold(self) -> bool:
         """Whether a trace made now would read the same."""
@@ -166,9 +185,15 @@ class Guards:
         for group in self._alike:
             yield from group.watched
 
-    def changed(self) -> Watched | None:
-        """The first value that is not what it was."""
-        return next((watched for watched in self if not watched.same()), None)
+    def changed(self, near: nn.Module | None = None) -> Watched | None:
+        """The first value that is not what it was: of all, or of those that a module and what is in
+        it hold, less weights, which hooks of accelerate and FSDP move."""
+        if near is not None and near not in self._near:
+            held = {id(v) for m in near.modules() for v in (m, *vars(m).values())}
+            kept = (w for w in self if w.look in (dict.get, getattr, _state, _itself))
+            self._near[near] = [w for w in kept if id(w.owner) in held]
+        known = self if near is None else self._near[near]
+        return next((watched for watched in known if not watched.same()), None)
 
 
 def _watched(reads: Reads, functions: Iterable[Any]) -> Iterator[Watched]:
@@ -209,7 +234,7 @@ def _read(reads: Reads, functions: Iterable[Any]) -> Iterator[Watched]:
         owner = reads.objects[owner_id]
         yield Watched(owner, _names_in, owner, name, names)
     for owner in owners:
-        yield Watched(owner, getattr, owner, "__class__", type(owner))
+        yield Watched(owner, _class_of, owner, "__class__", type(owner))
         leaf = isinstance(owner, nn.Module) and not owner._modules
         if not leaf and hasattr(owner, "__dict__") and not isinstance(owner, type):
             yield Watched(owner, getattr, owner, "__dict__", vars(owner))
@@ -219,8 +244,10 @@ def _read(reads: Reads, functions: Iterable[Any]) -> Iterator[Watched]:
     inside = (type(inner) for value in reads.values.values() for inner in within(value))
     plain = {cls: BY_TYPE for cls in chain(map(type, owners), inside) if may_be_watched(cls)}
     for cls, methods in (of_modules | plain).items():
-        for method in methods:
-            yield Watched(cls, _by_type, cls, method, _by_type(cls, method, None))
+        of_all = cls.__mro__.index(nn.Module if issubclass(cls, nn.Module) else object)
+        for base in cls.__mro__[:of_all]:
+            for method in methods:
+                yield Watched(base, _of_class, base, method, vars(base).get(method, ABSENT))
     for (owner_id, name), child in reads.children.items():
         owner = reads.objects[owner_id]
         yield Watched(owner, dict.get, owner._modules, name, child)
@@ -228,11 +255,13 @@ def _read(reads: Reads, functions: Iterable[Any]) -> Iterator[Watched]:
         owner = reads.objects[owner_id]
         places = (getattr(owner, kind, {}) for kind in ("__dict__", "_parameters", "_buffers"))
         table = next((place for place in places if name in place), {})
-        yield Watched(owner, _of_tensor, table, name, _of_tensor(table, name, None))
+        look = dict.get if table.get(name) is None else _of_tensor
+        yield Watched(owner, look, table, name, look(table, name, None))
     known = Reached([*functions, *reads.held.values()])
     for value in {id(v): v for v in (*known.functions, *reads.held.values())}.values():
         for name in CONSTANT if isinstance(value, FunctionType) else ():
-            yield Watched(value, getattr, value, name, snapshot(getattr(value, name)))
+            if getattr(value, name) is not None:  # a first default changes no call that was made
+                yield Watched(value, getattr, value, name, snapshot(getattr(value, name)))
         yield from _contents(value, "state")
     named = known.words()
     for owner, name in settings_named_by(known):
@@ -262,7 +291,8 @@ def _contents(value: Any, name: str) -> Iterator[Watched]:
     """What is kept in something that is no attribute of a module."""
     for inner in within(value):
         state = state_of(inner)
-        if state is ABSENT or (isinstance(inner, FunctionType) and not any(state[:2])):
+        plain = isinstance(inner, FunctionType) and (is_foreign(inner) or not any(state[:2]))
+        if state is ABSENT or plain:
             continue
         yield Watched(inner, _state, inner, name, snapshot(state))
     if kept := _kept_by(value):  # of a registry, say of attention functions
@@ -276,17 +306,18 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 def _watched_hooks(hooks: Hooks, modules: Iterable[nn.Module]) -> Iterator[Watched]:
     """Whether there are any: those that run are looked up in each call."""
-    of_all = {f"_global{n}": getattr(torch.nn.modules.module, f"_global{n}") for n in HOOKS}
+    of_all = {f"_global{n}": vars(torch_module)[f"_global{n}"] for n in HOOKS}
     for name, table in of_all.items():
         if not table:
-            yield Watched(torch.nn.modules.module, _is_empty, table, name, True)
+            yield Watched(torch_module, _none_in, vars(torch_module), name, True)
     for module in modules:
         tables = [getattr(module, name) for name in HOOKS]
         if any(tables) or any(of_all.values()):
             yield Watched(module, hooks.look, module, "hooks", hooks.look(module, "", None))
         else:
-            for name, table in zip(HOOKS, tables, strict=True):
-                yield Watched(module, _is_empty, table, name, True)
+            for name in HOOKS:
+                look = _none_of_gradients if "backward" in name else _none_in
+                yield Watched(module, look, vars(module), name, True)
 
 
 def _items(children: dict[str, nn.Module], _name: str, _absent: Any) -> list[Any]:
@@ -297,7 +328,14 @@ OF_TENSOR = attrgetter("dtype", "device", "shape")
 
 
 def _of_tensor(table: dict[str, Tensor], name: str, _absent: Any) -> Any:
-    return OF_TENSOR(table[name]) if table.get(name) is not None else None
+    tensor = table[name]
+    return OF_TENSOR(tensor), _own_class(type(tensor))
+
+
+@cache
+def _own_class(cls: type) -> type | None:
+    """A class of the host's own; torch changes those of its own, to shard weights say."""
+    return None if cls.__module__.partition(".")[0] == "torch" else cls
 
 
 def _itself(table: Any, _name: str, _absent: Any) -> Any:
@@ -308,14 +346,13 @@ def _names_in(owner: Any, name: str, _absent: Any) -> list[str]:
     return list(getattr(owner, name))
 
 
-def _by_type(cls: type, name: str, _absent: Any) -> Any:
-    """A method of a class, if it is not torch's: traces put others there."""
-    for base in cls.__mro__:
-        if base in (nn.Module, object):
-            return None
-        if name in vars(base):
-            return vars(base)[name]
-    return None
+def _of_class(cls: type, name: str, absent: Any) -> Any:
+    """A method that a class itself defines; traces put others into torch's classes."""
+    return vars(cls).get(name, absent)
+
+
+def _class_of(owner: Any, _name: str, _absent: Any) -> type:
+    return type(owner)
 
 
 def _state(value: Any, _name: str, _absent: Any) -> Any:
@@ -342,8 +379,12 @@ def _holds(place: tuple[Any, Tensor], name: str, _absent: Any) -> bool:
     return getattr(owner, name, None) is tensor
 
 
-def _is_empty(table: Any, _name: str, _absent: Any) -> Any:
-    return not table
+def _none_in(table: dict[str, Any], name: str, _absent: Any) -> bool:
+    return not table.get(name)
+
+
+def _none_of_gradients(table: dict[str, Any], name: str, absent: Any) -> bool:
+    return _none_in(table, name, absent)
 
 
 def _kept_by(value: Any) -> list[Any]:

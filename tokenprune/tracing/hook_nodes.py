@@ -12,7 +12,8 @@ module has then. To all analysis they are identities: they are not run on fake t
 """
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial, wraps
 from typing import Any, NoReturn
@@ -26,16 +27,18 @@ from tokenprune.errors import HostError
 from tokenprune.notices import warn_once
 from tokenprune.tracing.structure import Structure
 
-__all__ = ["After", "Before", "Call", "closing", "is_hook_node", "passed"]
+__all__ = ["After", "Before", "Call", "closing", "hooks_told", "is_hook_node", "passed"]
 
 Hook = Callable[..., Any]
 
 
 class _OpenCalls(threading.local):
-    """Records of hooked modules that are running in this thread, outermost first."""
+    """Records of hooked modules that are running in this thread, outermost first; and who is told
+    of each whose pre-hooks have run."""
 
     def __init__(self) -> None:
         self.records: list[Record] = []
+        self.told: list[Callable[[nn.Module], None]] = []
 
 
 OPEN = _OpenCalls()
@@ -144,7 +147,8 @@ class Before(_Node):
         record = Record(self.call, module, args, kwargs)
         OPEN.records.append(record)
         known = torch_module._global_forward_pre_hooks, module._forward_pre_hooks
-        for number, hook in _called(self.call, *known):
+        called = _called(self.call, *known)
+        for number, hook in called:
             given: Any
             if number in module._forward_pre_hooks_with_kwargs:
                 given = hook(module, args, kwargs)
@@ -154,6 +158,8 @@ class Before(_Node):
                 args = given if isinstance(given, tuple) else (given,)
             leaves = self.checked((args, kwargs), leaves, hook)
             self.check_same(leaves, hook)
+        for tell in OPEN.told[-1:] if called else ():
+            tell(module)
         running: Any = module
         full, pre = running._get_backward_hooks()[0], running._get_backward_pre_hooks()
         if full or pre:
@@ -212,6 +218,16 @@ class After(_Node):
 def is_hook_node(node: fx.Node) -> bool:
     """Whether a node runs hooks: it must stay though nobody reads it, and holds a record."""
     return isinstance(node.target, _Node)
+
+
+@contextmanager
+def hooks_told(tell: Callable[[nn.Module], None]) -> Iterator[None]:
+    """Call `tell` with each module of this thread whose pre-hooks have run."""
+    OPEN.told.append(tell)
+    try:
+        yield
+    finally:
+        OPEN.told.pop()
 
 
 def closing(run: Callable[..., Any]) -> Callable[..., Any]:

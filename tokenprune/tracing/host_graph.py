@@ -138,6 +138,13 @@ def trace(
             f"The forward of {type(host).__name__} {what}, which a pruned call does not. Keep a "
             "value in an attribute of a module, which is set, or do it in a forward hook.",
         )
+    for line in tracer.reads.types:
+        warn_once(
+            host,
+            f"compares types: {line}",
+            f"The forward of {type(host).__name__} compares type(...) with a class of tensors at "
+            f"{line}, which is never true in a trace. Use isinstance(...) there.",
+        )
     graph.eliminate_dead_code(lambda node: node in read or has_effect(node))
     first = next(node for node in graph.nodes if node.op == "placeholder")
     return HostGraph(

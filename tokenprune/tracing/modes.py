@@ -232,16 +232,18 @@ def _noted(tracer: Recorder, name: str, original: Callable[..., Any]) -> Callabl
 
 
 def of_call(name: str, host: nn.Module, arguments: Mapping[str, Any]) -> Any:
-    """What Python may ask about the tensors of a call and the parameters: which require gradients
+    """What Python may ask about the tensors of a call and of the modules: which require gradients
     (`REQUIRES_GRAD`), how they lie in memory (`LAYOUT`), what an owner has set on inputs (`MARKS`).
     """
     inputs = [value for value in arguments.values() if isinstance(value, torch.Tensor)]
-    if name == REQUIRES_GRAD:
-        weights = [weight.requires_grad for weight in host.parameters()]
-        return *weights, *[(tensor.requires_grad, tensor.is_leaf) for tensor in inputs]
     if name == MARKS:
         return tuple([_marks(tensor) for tensor in inputs])
-    tensors = (*inputs, *host.parameters())
+    plain = [v for m in host.modules() for v in vars(m).values() if isinstance(v, torch.Tensor)]
+    if name == REQUIRES_GRAD:
+        weights = [weight.requires_grad for weight in host.parameters()]
+        others = (*inputs, *host.buffers(), *plain)
+        return *weights, *[(tensor.requires_grad, tensor.is_leaf) for tensor in others]
+    tensors = (*inputs, *host.parameters(), *host.buffers(), *plain)
     return tuple([_layout(tensor) for tensor in tensors if tensor.layout is torch.strided])
 
 

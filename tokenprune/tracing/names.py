@@ -1,5 +1,6 @@
 """The names that functions look up outside of themselves: what else a trace depends on."""
 
+import dis
 import sys
 from collections.abc import Iterable, Iterator
 from enum import Enum
@@ -16,7 +17,9 @@ __all__ = [
     "Reached",
     "as_function",
     "caches_of",
+    "compared_types",
     "data_of",
+    "is_foreign",
     "value_of",
 ]
 
@@ -25,6 +28,8 @@ Name = tuple[Namespace, str]
 CALLED = (FunctionType, staticmethod, classmethod)
 CACHED = type(lru_cache(len))
 DATA = (bool, int, float, str, type(None), list, tuple, dict, set)
+COMPARES = ("COMPARE_OP", "IS_OP")
+TENSORS = {"Tensor", "Parameter"}
 MOST = 100  # functions of a table that are followed
 NOT_FOLLOWED = ("torch", "numpy", "tokenprune", "builtins", "typing", "functools", "contextlib")
 
@@ -41,7 +46,7 @@ class Reached:
         waiting, self._names = list(functions), dict[FunctionType, list[Name]]()
         while waiting:
             function = _plain(waiting.pop())
-            if function is None or function in self._names or _foreign(function):
+            if function is None or function in self._names or is_foreign(function):
                 continue
             self._names[function] = names = list(_looked_up(function))
             waiting += _enclosed(function)
@@ -84,6 +89,21 @@ def caches_of(functions: Iterable[Any]) -> list[Any]:
     found, known = list(functions), Reached(functions)
     found += [each for function in known.functions for each in _enclosed(function)]
     return [function for function in found + known.values() if isinstance(function, CACHED)]
+
+
+def compared_types(codes: Iterable[CodeType]) -> list[str]:
+    """Lines that compare `type(x)` with a class of tensors, of which the tensors of a trace seem to
+    be (`isinstance`) and are not."""
+    asking = [c for c in codes if "type" in c.co_names and TENSORS & set(c.co_names)]
+    lines = list[str]()
+    for code in asking:
+        steps, line = list(dis.get_instructions(code)), code.co_firstlineno
+        for at, step in enumerate(steps):
+            line = (step.positions.lineno if step.positions else None) or line
+            before = [each.argval for each in steps[max(at - 8, 0) : at]]
+            if step.opname in COMPARES and before and before[-1] in TENSORS:
+                lines += [f"{code.co_filename}:{line}"] if "type" in before else []
+    return lines
 
 
 def value_of(place: Namespace, name: str) -> Any:
@@ -147,7 +167,7 @@ def _plain(value: Any) -> FunctionType | None:
     return value if isinstance(value, FunctionType) else None
 
 
-def _foreign(function: FunctionType) -> bool:
+def is_foreign(function: FunctionType) -> bool:
     """Whether it is Python's, NumPy's, torch's or ours; `os` asks its environment."""
     if (function.__module__ or "").partition(".")[0] in NOT_FOLLOWED:
         return True

@@ -31,7 +31,7 @@ OF_LAYOUT = frozenset(
 # What changes from call to call without that anybody sets it.
 OF_STEPS = frozenset({"grad", "_version", "_base", "data_ptr", "untyped_storage"})
 
-CLASS = "class"
+CLASS = "its class"  # no name that Python could write
 """Key in the `meta` of an input that is of a class derived from Tensor: that class."""
 
 

@@ -37,6 +37,8 @@ WALKS = frozenset(
 LOOKUP = "__getattribute__"
 MOST = 2000  # how many objects that a value holds are watched
 
+OF_DROPOUT = ("p", "training")  # it runs itself
+
 
 class Reads:
     """The first value of everything that was read, before the host's own code changed it.
@@ -66,6 +68,7 @@ class Reads:
         self.held: dict[int, Any] = {}
         self.opaque: dict[str, str] = {}
         self.prints: list[str] = []
+        self.types: list[str] = []
         self.tables: dict[tuple[int, str], list[str]] = {}
         self.places: dict[int, list[tuple[nn.Module, str]]] = {}
         self._patches = ExitStack()
@@ -158,7 +161,7 @@ class Reads:
             places = self.places.get(id(value), [])
             if places and (owner, name) not in places:
                 places.append((owner, name))
-        elif key not in self.values:
+        elif key not in self.values and not (type(owner) is nn.Dropout and name in OF_DROPOUT):
             self.values[key] = snapshot(value)
 
     def _hold(self, value: Any) -> None:

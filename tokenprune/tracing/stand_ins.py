@@ -10,10 +10,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.parameter import is_lazy
+
+from tokenprune.tracing.proxy import CLASS
 
 __all__ = [
     "fake_near",
@@ -109,6 +111,8 @@ def stand_ins(root: nn.Module, mode: FakeTensorMode) -> Iterator[None]:
                     fake = fake_of(mode, tensor)
                     is_parameter = isinstance(tensor, nn.Parameter)
                     made[id(tensor)] = nn.Parameter(fake, False) if is_parameter else fake
+                    if is_plain_subclass(type(tensor)):
+                        vars(made[id(tensor)]).update(vars(tensor) | {CLASS: type(tensor)})
                 tensors[name] = made[id(tensor)]
             yield
         finally:
@@ -123,7 +127,10 @@ def forget_weights(mode: FakeTensorMode) -> None:
     converter.describer.lookup_tensor.clear()
 
 
-def mark(stand_in: Tensor, tensor: Tensor) -> None:
-    """Give a fake tensor an owner's marks on the real one."""
-    marks = vars(tensor)
+def mark(node: fx.Node, tensor: Tensor) -> None:
+    """Give the fake tensor of a node an owner's marks on the real one, and the node its class."""
+    stand_in, marks = node.meta["val"], vars(tensor)
     vars(stand_in).update({name: marks[name] for name in marks.keys() - vars(stand_in).keys()})
+    cls = marks.get(CLASS, type(tensor))
+    if is_plain_subclass(cls):
+        node.meta[CLASS] = cls

@@ -49,16 +49,16 @@ from tokenprune.tracing.modes import (
     reads_noted,
     state,
 )
-from tokenprune.tracing.names import Reached, as_function
+from tokenprune.tracing.names import Reached, as_function, compared_types
 from tokenprune.tracing.node_arguments import argument_of
 from tokenprune.tracing.opaque import DATA_DEPENDENT, OPAQUE, REASON, as_traced, reason_of
 from tokenprune.tracing.outside import named_by, outside_noted
 from tokenprune.tracing.provenance import Provenance, failed_at, frame_of_host
-from tokenprune.tracing.proxy import CLASS, ValueProxy, concrete
+from tokenprune.tracing.proxy import ValueProxy, concrete
 from tokenprune.tracing.reads import Reads
 from tokenprune.tracing.recording import calls_recorded
 from tokenprune.tracing.remains import Remains, nodes_in, remains_of, taken_out
-from tokenprune.tracing.stand_ins import fake_near, fake_of, is_plain_subclass, mark
+from tokenprune.tracing.stand_ins import fake_near, fake_of, mark
 from tokenprune.tracing.state import attributes_kept, empty_caches
 
 __all__ = ["ValueTracer"]
@@ -132,6 +132,7 @@ class ValueTracer(fx.Tracer):
                 self.note_ambient(mode)
             if self.reads.tables:  # all parameters, and what they say
                 self.note_ambient(REQUIRES_GRAD)
+            self.reads.types = compared_types(reached.codes())
             self.left, effects = remains_of(kept, self.graph, reached, self._ran)
             for target, value in effects:
                 node = self.create_node("call_function", target, (self.create_arg(value),), {})
@@ -144,9 +145,7 @@ class ValueTracer(fx.Tracer):
         inputs = dict[str, Any]()
         for name, tensor in tensors.items():
             proxy = self.create_proxy("placeholder", name, (), {}, tensor)
-            if is_plain_subclass(type(tensor)):
-                proxy.node.meta[CLASS] = type(tensor)
-            mark(proxy.val, tensor)
+            mark(proxy.node, tensor)
             inputs[name] = next((inputs[n] for n in inputs if tensors[n] is tensor), proxy)
         return inputs
 
@@ -216,7 +215,7 @@ class ValueTracer(fx.Tracer):
             return tensor
         if name not in self._attributes:
             proxy = self._attributes[name] = self.create_proxy("get_attr", name, (), {})
-            mark(proxy.node.meta["val"], tensor)
+            mark(proxy.node, tensor)
         return self._attributes[name]
 
     def forget_attributes(self) -> None:
