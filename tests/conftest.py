@@ -6,9 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import timm  # noqa: F401  before what is below is counted
 import torch
-import transformers  # noqa: F401
 from hypothesis import settings
 
 if not torch.cuda.is_available():
