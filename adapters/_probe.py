@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from tokenprune.hosts.spec import ExampleInput
+from tokenprune.private import tree_leaves
 
 __all__ = ["BATCH", "Watched", "watch"]
 

@@ -1,5 +1,6 @@
 """Learned token pruning for vision transformers that somebody else wrote."""
 
+import tokenprune.versions  # noqa: F401  # isort: split
 from tokenprune import errors, losses
 from tokenprune.checkpoints.directory import load, save
 from tokenprune.checkpoints.dynamicvit import convert_dynamicvit, load_dynamicvit

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils._pytree import tree_leaves
 
 from tokenprune.analysis.facts import NodeFacts
 from tokenprune.analysis.nodes import holds_no_tensor, shape_of
+from tokenprune.private import tree_leaves
 from tokenprune.tracing.host_graph import HostGraph
 from tokenprune.tracing.interpret import run
 

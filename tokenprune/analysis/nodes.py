@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils._pytree import tree_leaves
+
+from tokenprune.private import tree_leaves
 
 __all__ = ["holds_no_tensor", "makers", "shape_of"]
 

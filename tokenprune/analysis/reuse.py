@@ -10,9 +10,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.fx.node import map_arg
-from torch.utils._pytree import tree_map
 
 from tokenprune.analysis.facts import Facts
+from tokenprune.private import tree_map
 from tokenprune.tracing.effects import Store
 
 __all__ = ["facts_for"]

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
 
 from tokenprune.checks.certificate import Check
 from tokenprune.checks.trainable import requiring_grad
@@ -18,6 +17,7 @@ from tokenprune.hosts.inputs import first_floating
 from tokenprune.ops.jagged import blank_padding
 from tokenprune.ops.moving import gather_aligned
 from tokenprune.ops.selection import in_order
+from tokenprune.private import tree_leaves
 from tokenprune.reductions import Proof
 from tokenprune.rewrite.settings import SETTINGS, CallSettings, PathName
 from tokenprune.runtime.jagged.buckets import filled

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from tokenprune.analysis.analysis import Analysis
+from tokenprune.private import TorchDispatchMode
 from tokenprune.scorers.protocol import PREDICTORS
 from tokenprune.tracing.interpret import evaluate, run
 from tokenprune.tracing.stand_ins import stand_ins

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tokenprune.ops.align import dropped_along, finite_if_dropped, is_kept, no_autocast
+from tokenprune.private import transforms_active
 
 __all__ = ["MappableAttention", "MaskedAttention"]
 
@@ -162,7 +163,7 @@ class MaskedAttention(torch.autograd.Function):
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
         given = grad, *ctx.saved_tensors, ctx.scale, ctx.own_key, ctx.needs_input_grad[4]
-        mapped = torch._C._are_functorch_transforms_active()
+        mapped = transforms_active()
         return *(_Gradients.apply(*given) if mapped else _Gradients.forward(*given)), None, None
 
 

@@ -13,6 +13,7 @@ from tokenprune.ops.align import autocast_dtype
 from tokenprune.ops.kernels.attention import FusedMaskedAttention, can_fuse
 from tokenprune.ops.pooling import hide_dropped
 from tokenprune.ops.softmax import masked_softmax
+from tokenprune.private import transforms_active
 
 __all__ = ["hide_dropped", "masked_attention", "masked_softmax"]
 
@@ -106,7 +107,7 @@ def masked_attention(
         out, _ = FusedMaskedAttention.apply(q, k, v, policy, mask, scale, own_key)
     else:
         given = q, k, v, policy, mask, scale, own_key
-        mapped = torch._C._are_functorch_transforms_active()
+        mapped = transforms_active()
         out = MappableAttention.apply(*given)[0] if mapped else MaskedAttention.apply(*given)
     return out.reshape(*leading, *out.shape[-2:])
 

@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from tokenprune.errors import LeakError
 from tokenprune.ops.align import diagonal, dropped_along, finite_if_dropped, token_dim
+from tokenprune.private import transforms_active
 
 __all__ = ["masked_softmax"]
 
@@ -64,7 +65,7 @@ def masked_softmax(
     if dtype is None:  # whether autocast runs softmax in fp32 depends on the backend
         dtype = torch.softmax(scores.new_zeros(1), 0).dtype
     given = scores, policy, dim, query_dim, dtype
-    if torch._C._are_functorch_transforms_active():
+    if transforms_active():
         return _MappableSoftmax.apply(*given)[0]  # type: ignore[no-any-return]
     return _MaskedSoftmax.apply(*given)  # type: ignore[no-any-return]
 

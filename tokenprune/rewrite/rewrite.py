@@ -4,11 +4,11 @@ from collections.abc import Callable, Container, Hashable
 from typing import Any, NamedTuple, cast
 
 from torch import fx, nn
-from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from tokenprune.analysis.analysis import Analysis
 from tokenprune.analysis.facts import NO_FACTS, Aligned, NodeFacts, TokenDim
 from tokenprune.ops.selection import real_patches
+from tokenprune.private import keystr, tree_flatten_with_path
 from tokenprune.rewrite.settings import SETTINGS
 from tokenprune.tracing.checkpoints import CHECKPOINT
 from tokenprune.tracing.modes import MODES

@@ -6,8 +6,7 @@ it takes classes that are registered as constants. An equal object is one whose 
 
 from typing import Any
 
-from torch.utils._pytree import register_constant
-
+from tokenprune.private import register_constant
 from tokenprune.runtime.cache import ProgramCache
 from tokenprune.runtime.program import Programs
 from tokenprune.tracing.modes import modes_hold

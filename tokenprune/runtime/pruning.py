@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
 
 from tokenprune.analysis.analysis import analyse
 from tokenprune.analysis.blocks import Blocks, find_blocks
@@ -21,6 +20,7 @@ from tokenprune.hosts.registry import describe
 from tokenprune.hosts.spec import ArchSpec
 from tokenprune.methods import Method
 from tokenprune.ops.kept_sets import check_keep_indices
+from tokenprune.private import jit_tracing, without_modes
 from tokenprune.recipe import Recipe
 from tokenprune.reductions import MODES
 from tokenprune.rewrite.kept import KEPT_SETS
@@ -172,7 +172,7 @@ class Pruning:
         path = self.path(model.training)
         if self.runs_host(path) and not return_trace:
             return getattr(self.host, entry)(*args, **kwargs)
-        if torch._C._get_tracing_state():  # of torch.jit
+        if jit_tracing():  # of torch.jit
             raise HostError(
                 f"torch.jit.trace (or the old torch.onnx exporter) was run on a "
                 f"{type(self.host).__name__} that tokenprune wrapped: its forward chooses a "
@@ -251,7 +251,7 @@ class Pruning:
                 traced = trace(host, arguments, entry)
                 blocks = find_blocks(host, traced, self.spec)
             leave = self.method.reduction.removes
-            plain, unseen = stand_ins(host, traced.fake_mode), _disable_current_modes()
+            plain, unseen = stand_ins(host, traced.fake_mode), without_modes()
             with unseen, plain, no_autocast_cache(), buffers_kept(host):
                 known = analyse(
                     host,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.notices import warn_once
+from tokenprune.private import jit_tracing, transforms_active
 
 __all__ = ["Watch"]
 
@@ -146,7 +147,7 @@ def _observable(decision: Tensor) -> bool:
     """Whether values may be kept: not those of a tracer, a transform of functions, a CUDA graph."""
     if not torch.is_grad_enabled() or type(decision) is not Tensor or decision.is_meta:
         return False
-    if torch._C._get_tracing_state() or torch._C._are_functorch_transforms_active():
+    if jit_tracing() or transforms_active():
         return False
     return not (decision.is_cuda and torch.cuda.is_current_stream_capturing())
 

@@ -15,15 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import (
-    TreeSpec,
-    keystr,
-    tree_flatten_with_path,
-    tree_leaves,
-    tree_unflatten,
-)
 
 from tokenprune.errors import HostError
+from tokenprune.private import TreeSpec, keystr, tree_flatten_with_path, tree_leaves, tree_unflatten
 
 __all__ = ["Arguments", "as_arguments", "flatten", "plain_key"]
 

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import DataDependentOutputException
+
+from tokenprune.private import DataDependentOutputException
 
 __all__ = ["DRAW", "DrawRead", "certain", "is_drawn", "possible_number"]
 

@@ -18,12 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, autograd
 from torch.overrides import (
     TorchFunctionMode,
-    _get_current_function_mode,
-    _pop_mode_temporarily,
     handle_torch_function,
     is_tensor_method_or_property,
 )
 
+from tokenprune.private import TensorBase, built_in_functions, function_mode, without_function_mode
 from tokenprune.tracing.proxy import ValueProxy
 
 __all__ = ["calls_let_through", "functions_recorded"]
@@ -39,7 +38,7 @@ FACTORIES = (
 # place, their C argument parser believes a proxy that it is a tensor, reads it, and crashes.
 BUILT_IN = tuple(
     name
-    for name in dir(torch._C._VariableFunctions)
+    for name in dir(built_in_functions)
     if not name.startswith(("_", "is_", "get_"))
     and name not in (*FACTORIES, "result_type", "can_cast", "promote_types")
     and isinstance(getattr(torch, name, None), BuiltinFunctionType)
@@ -52,7 +51,7 @@ METHODS = (
     *("__getitem__", "__setitem__"),
     *(
         name
-        for name, method in vars(torch._C.TensorBase).items()
+        for name, method in vars(TensorBase).items()
         if isinstance(method, MethodDescriptorType)
         and not name.startswith(("_", *UNRECORDED_PREFIXES))
         and name not in UNRECORDED
@@ -96,8 +95,8 @@ class _Calls(TorchFunctionMode):
 
 def calls_let_through() -> AbstractContextManager[Any]:
     """Compute values without asking the trace at each call, which costs more than many a call."""
-    ours = isinstance(_get_current_function_mode(), _Calls)  # type: ignore[no-untyped-call]
-    return _pop_mode_temporarily() if ours else nullcontext()
+    ours = isinstance(function_mode(), _Calls)  # type: ignore[no-untyped-call]
+    return without_function_mode() if ours else nullcontext()
 
 
 def _check_own(function: Any) -> None:
@@ -164,7 +163,7 @@ def _replaced(owner: Any, attributes: dict[str, Any]) -> Iterator[None]:
 
 
 def _recorded_method(tracer: Recorder, name: str) -> Callable[..., Any]:
-    original = getattr(torch._C.TensorBase, name)
+    original = getattr(TensorBase, name)
 
     @wraps(original)
     def record(*args: Any, **kwargs: Any) -> Any:

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from tokenprune.private import FakeTensorMode
 from tokenprune.tracing.interpret import Environment, evaluate
 
 __all__ = ["GradientRun"]

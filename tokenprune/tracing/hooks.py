@@ -13,12 +13,11 @@ from unittest import mock
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.func import functional_call
 from torch.nn.modules import module as torch_module
-from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
+from tokenprune.private import FakeTensor, tree_leaves
 from tokenprune.tracing.hook_nodes import After, Before, Call, Hook, passed
 from tokenprune.tracing.proxy import ValueProxy
 from tokenprune.tracing.stand_ins import is_away, with_fakes

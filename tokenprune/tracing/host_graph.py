@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import _disable_current_modes
 
 from tokenprune.errors import HostError, TokenPruneError, TraceError
 from tokenprune.notices import warn_once
+from tokenprune.private import FakeTensorMode, without_modes
 from tokenprune.tracing.arguments import Arguments, as_arguments
 from tokenprune.tracing.calls import ModuleCall, calls_of
 from tokenprune.tracing.effects import has_effect
@@ -88,7 +87,7 @@ def trace(
     for again in (True, False):
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         # a mode of the caller (a counter of operations, say) is not to see the trace
-        unseen = _disable_current_modes()
+        unseen = without_modes()
         with unseen, stand_ins(host, mode), no_autocast_cache(), buffers_kept(host):
             tracer, generators = ValueTracer(host, mode), Generators(host)
             try:

@@ -8,11 +8,9 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from torch import Tensor, fx, nn
-from torch._guards import active_fake_mode
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.node import map_aggregate, map_arg
-from torch.utils._pytree import tree_leaves
 
+from tokenprune.private import FakeTensor, active_fake_mode, tree_leaves
 from tokenprune.tracing.effects import Store
 from tokenprune.tracing.hook_nodes import is_hook_node
 from tokenprune.tracing.hooks import calls_unhooked, unhooked

@@ -15,6 +15,7 @@ import torch
 from torch import fx, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from tokenprune.private import attention_order
 from tokenprune.tracing.names import Reached, value_of
 
 __all__ = [
@@ -58,7 +59,7 @@ _backends = {getter: name for getter, name in _backends.items() if hasattr(torch
 # Bound here, since the names in torch are patched during a trace.
 _is_enabled = {getattr(SDPBackend, n): getattr(torch._C, g) for g, n in _backends.items()}
 _by_number = {backend.value: backend for backend in _is_enabled}
-_priority = torch._C._get_sdp_priority_order
+_priority = attention_order
 _autocasts, _autocast_dtype = torch.is_autocast_enabled, torch.get_autocast_dtype
 
 

@@ -5,9 +5,9 @@ each image). Under fake tensors they cannot run; their output has the example's 
 """
 
 from torch import Tensor
-from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from tokenprune.errors import HostError
+from tokenprune.private import DataDependentOutputException
 from tokenprune.tracing.draws import DRAW, DrawRead
 
 __all__ = ["DATA_DEPENDENT", "OPAQUE", "REASON", "as_traced", "reason_of"]

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import torch
 from torch import nn
-from torch.utils._python_dispatch import _disable_current_modes
 
+from tokenprune.private import DisableTorchFunction, without_modes
 from tokenprune.tracing.provenance import of_host
 
 __all__ = ["Drawn", "Generators", "torch_generators_kept"]
@@ -107,7 +107,7 @@ def _state(generator: Any) -> Any:
         return pickle.dumps(generator.get_state(legacy=False))
     if isinstance(generator, np.random.Generator):
         return pickle.dumps(generator.bit_generator.state)
-    with _disable_current_modes(), torch._C.DisableTorchFunction():  # a trace may be running
+    with without_modes(), DisableTorchFunction():  # a trace may be running
         return generator.get_state().numpy().tobytes()
 
 

@@ -10,8 +10,8 @@ from typing import Any, cast
 from weakref import ref
 
 from torch import Tensor, fx
-from torch.utils._pytree import tree_leaves
 
+from tokenprune.private import tree_leaves
 from tokenprune.tracing.contents import ABSENT, slots_of
 from tokenprune.tracing.counters import (
     only_counted,

@@ -11,10 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.parameter import is_lazy
 
+from tokenprune.private import (
+    FakeTensor,
+    FakeTensorMode,
+    is_functorch_wrapped_tensor,
+    temporarily_clear_interpreter_stack,
+)
 from tokenprune.tracing.proxy import CLASS
 
 __all__ = [
@@ -35,7 +39,7 @@ STANDS_FOR = "stands for"  # no name that Python could write
 def is_plain(tensor: Tensor) -> bool:
     """Whether a tensor is `torch.Tensor` or `nn.Parameter` itself, and nothing wraps it."""
     own = type(tensor) in (Tensor, nn.Parameter)
-    return own and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return own and not is_functorch_wrapped_tensor(tensor)
 
 
 def is_plain_subclass(cls: Any) -> bool:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from tokenprune.private import TreeSpec, tree_flatten, tree_unflatten
 
 __all__ = ["Structure"]
 

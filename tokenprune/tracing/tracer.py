@@ -15,13 +15,13 @@ from typing import Any, cast
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import (
+from torch.fx.node import map_aggregate
+
+from tokenprune.private import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensorMode,
 )
-from torch.fx.node import map_aggregate
-
 from tokenprune.tracing.arguments import Arguments
 from tokenprune.tracing.calls import NUMBER, RecordedCall
 from tokenprune.tracing.checkpoints import CHECKPOINT, Checkpoint, checkpoints_recorded

@@ -1,0 +1,62 @@
+"""All names of torch that are not public and that tokenprune uses; seen in 2.8, 2.11 and 2.14.
+
+A trace runs on torch's fake tensors, steps aside from its modes and reads its switches, for which
+torch has no public names.
+"""
+
+from torch._C import DisableTorchFunction, TensorBase
+from torch._C import _are_functorch_transforms_active as transforms_active
+from torch._C import _get_sdp_priority_order as attention_order
+from torch._C import _get_tracing_state as jit_tracing
+from torch._C import _VariableFunctions as built_in_functions
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch._guards import active_fake_mode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
+from torch.overrides import _get_current_function_mode as function_mode
+from torch.overrides import _pop_mode_temporarily as without_function_mode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import _disable_current_modes as without_modes
+from torch.utils._pytree import (
+    TreeSpec,
+    keystr,
+    register_constant,
+    tree_flatten,
+    tree_flatten_with_path,
+    tree_leaves,
+    tree_map,
+    tree_unflatten,
+)
+
+__all__ = [
+    "DataDependentOutputException",
+    "DisableTorchFunction",
+    "DynamicOutputShapeException",
+    "FakeTensor",
+    "FakeTensorMode",
+    "TensorBase",
+    "TorchDispatchMode",
+    "TreeSpec",
+    "active_fake_mode",
+    "attention_order",
+    "built_in_functions",
+    "function_mode",
+    "is_functorch_wrapped_tensor",
+    "jit_tracing",
+    "keystr",
+    "register_constant",
+    "temporarily_clear_interpreter_stack",
+    "transforms_active",
+    "tree_flatten",
+    "tree_flatten_with_path",
+    "tree_leaves",
+    "tree_map",
+    "tree_unflatten",
+    "without_function_mode",
+    "without_modes",
+]
