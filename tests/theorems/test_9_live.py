@@ -46,10 +46,11 @@ def hf_vit() -> nn.Module:
     return transformers.ViTForImageClassification(config)
 
 
+NEW = hasattr(transformers.ViTModel(transformers.ViTConfig(num_hidden_layers=0)), "layers")
 HOSTS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "timm_vit": (timm_vit, "blocks.2"),
     "timm_eva": (timm_eva, "blocks.2"),
-    "hf_vit": (hf_vit, "vit.layers.2"),
+    "hf_vit": (hf_vit, "vit.layers.2" if NEW else "vit.encoder.layer.2"),
 }
 
 

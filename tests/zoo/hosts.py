@@ -168,6 +168,7 @@ def _hf(name: str, prefix: int, model: str, family: str | None = None, **rest: A
 
 
 TWO_SIZES = (32, 48)
+NEWER_BLOCKS = range(hasattr(vit, "DiffParallelScalingBlock"))  # none before timm 1.0.23
 ROPE = "vit_small_patch16_rope_224"
 
 ZOO: tuple[Row, ...] = (
@@ -194,7 +195,7 @@ ZOO: tuple[Row, ...] = (
     _vit("res_post", 1, block_fn=vit.ResPostBlock, init_values=1e-5),
     _vit("parallel_scaling", 1, block_fn=vit.ParallelScalingBlock),
     _vit("parallel_things", 1, block_fn=vit.ParallelThingsBlock),
-    _vit("differential", 1, block_fn=vit.DiffParallelScalingBlock),
+    *(_vit("differential", 1, block_fn=vit.DiffParallelScalingBlock) for _ in NEWER_BLOCKS),
     _row("hybrid_stem", "timm/vision_transformer", 1, hybrid),
     # timm: eva
     _timm("eva", "eva", 1, "eva_giant_patch14_224"),
