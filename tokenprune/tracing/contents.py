@@ -207,5 +207,7 @@ def may_be_watched(cls: type) -> bool:
 
 
 def _is_own(cls: type) -> bool:
-    file = cls.__module__
+    file: Any = cls.__module__
+    if not isinstance(file, str):  # of Cython's functions it is each function's own
+        return False
     return file.partition(".")[0] not in NOT_WATCHED and not file.startswith(OURS)

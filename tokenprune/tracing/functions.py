@@ -43,6 +43,8 @@ BUILT_IN = tuple(
     and name not in (*FACTORIES, "result_type", "can_cast", "promote_types")
     and isinstance(getattr(torch, name, None), BuiltinFunctionType)
 )
+# The same of those whose numbers and flags torch 2.8 looks at before any mode sees the call.
+OF_F = tuple(name for name in dir(F) if isinstance(getattr(F, name), BuiltinFunctionType))
 # Never nodes: answers about a tensor that are plain Python, properties of a real tensor, modes.
 UNRECORDED = ("dim", "__get__", "__set__", "_set_grad_enabled", "_parse_to")
 UNRECORDED_PREFIXES = ("is_", "_has", "get_")
@@ -119,11 +121,13 @@ def functions_recorded(tracer: Recorder) -> Iterator[None]:
     """Make nodes of `tracer` of the calls of torch's functions."""
     is_tensor_method_or_property(Tensor.add)  # torch keeps a list of its functions: not of patches
     with ExitStack() as stack:
-        functions = {name: _recorded(tracer, name) for name in (*FACTORIES, *BUILT_IN)}
+        functions = {name: _recorded(tracer, torch, name) for name in (*FACTORIES, *BUILT_IN)}
+        of_f = {name: _recorded(tracer, F, name) for name in OF_F}
         # methods are of a class of C: attributes of `Tensor` hide them
         hidden = [name for name in METHODS if name not in vars(Tensor)]
         methods = {name: _recorded_method(tracer, name) for name in hidden}
         stack.enter_context(_replaced(torch, functions))
+        stack.enter_context(_replaced(F, of_f))
         stack.enter_context(_replaced(Tensor, methods))
         stack.enter_context(mock.patch.object(F, ATTENTION.__name__, _attention_opened(tracer)))
         stack.enter_context(mock.patch.object(torch, "_check_with", _check_with))
@@ -135,8 +139,8 @@ def functions_recorded(tracer: Recorder) -> Iterator[None]:
         yield
 
 
-def _recorded(tracer: Recorder, name: str) -> Callable[..., Any]:
-    original, makes = getattr(torch, name), name in FACTORIES
+def _recorded(tracer: Recorder, owner: Any, name: str) -> Callable[..., Any]:
+    original, makes = getattr(owner, name), name in FACTORIES
 
     def record(*args: Any, **kwargs: Any) -> Any:
         if tracer.executing or not (makes or _holds_proxy(args) or _holds_proxy(kwargs)):

@@ -157,7 +157,7 @@ def _called(cls: type) -> set[str]:
 
 
 def _is_own(cls: type) -> bool:
-    return cls.__module__.partition(".")[0] not in NOT_FOLLOWED
+    return str(cls.__module__).partition(".")[0] not in NOT_FOLLOWED
 
 
 def _plain(value: Any) -> FunctionType | None:
