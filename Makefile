@@ -18,7 +18,9 @@ test-fast: $(STAMP)
 		$(BIN)/python -m pytest -n 2 --dist worksteal -q -m "not slow"
 
 # The same on the oldest torch and transformers that pyproject.toml allows, in a folder of its own.
+# Every family is certified there, but for what those versions do not have.
 OLDEST := .venv-oldest
+NEWER := prr or rope_grouped_queries or videoprism
 test-oldest: links
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install -q torch==2.8.0 torchvision==0.23.0 transformers==5.0.0 \
@@ -26,6 +28,9 @@ test-oldest: links
 		pytest-xdist hypothesis beartype
 	HYPOTHESIS_PROFILE=fast OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) \
 		$(OLDEST)/bin/python -m pytest -n 2 --dist worksteal -q -m "not slow" tests
+	HYPOTHESIS_PROFILE=fast OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) \
+		$(OLDEST)/bin/python -m pytest -n 2 --dist worksteal -q tests/zoo/test_zoo.py \
+		-k "certificate_holds and not ($(NEWER))"
 
 check: $(STAMP) links
 	$(BIN)/ruff check
