@@ -235,6 +235,11 @@ def infinite_weight() -> Any:
             r"at least one tensor, found \['x'\]",
         ),
         (
+            lambda: wrapped(example_inputs=torch.zeros(0, 3, 32, 32)),
+            HostError,
+            r"hold an empty batch \(x\)\. Give at least one image",
+        ),
+        (
             lambda: wrapped(example_inputs={"x": torch.zeros(1, 3, 32, 32), "y": 1}),
             HostError,
             r"takes \(x, .*\), but was called with \(x, y\)",

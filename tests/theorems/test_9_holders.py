@@ -35,7 +35,14 @@ from tests.theorems.test_9_places import (
 )
 from tests.theorems.test_9_places import Place as Held
 from tests.toys.vit import Block, Vit
-from tokenprune.errors import HostError, TokenPruneWarning, TraceError
+from tokenprune.errors import (
+    AlreadyWrappedError,
+    HostError,
+    PlanError,
+    TokenPruneWarning,
+    TraceError,
+    UnsupportedHostError,
+)
 
 
 def reader(config: Plain) -> Callable[[Any], float]:
@@ -75,6 +82,18 @@ class Slots:
 
     def __init__(self, inner: Any = None) -> None:
         self.inner, self.own = inner, 1.0
+
+
+class Lazy(OrderedDict[str, Any]):
+    """As the tables of models in transformers, which import what they hold."""
+
+    def items(self) -> Any:
+        raise ImportError("a trace looked into it")
+
+    keys = values = __iter__ = items
+
+
+LAZY = Lazy(a=1)  # every test here traces a host of this file
 
 
 def imported(s: Any) -> float:
@@ -303,6 +322,55 @@ def test_9_a_hook_that_changes_what_is_read_later_is_refused() -> None:
     host.blocks[0].register_forward_hook(lambda _m, _a, output: seen.append(output))
     whole(model)
     assert len(seen) == 1
+
+
+def test_9_what_adapters_read_is_watched_too() -> None:
+    host = Vit().eval()
+    host.num_prefix_tokens = 1
+    model = wrapped(host)
+    model(IMAGES)
+    host.num_prefix_tokens = 3
+    model(IMAGES)
+    assert model._pruning.plan.num_prefix == 3
+
+
+def test_9_another_kind_of_module_at_the_same_place_is_looked_at_anew() -> None:
+    class Mixes(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.local: nn.Module = nn.Identity()
+
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+            x = super().forward(x)
+            return x + self.local(x.transpose(1, 2)).transpose(1, 2)
+
+    host = Vit(block=Mixes).eval()
+    model = wrapped(host)
+    host.blocks[2].local = nn.BatchNorm1d(16).eval()  # per channel
+    whole(model)
+    host.blocks[2].local = nn.AdaptiveAvgPool1d(65)  # of the tokens there are
+    with pytest.raises(UnsupportedHostError, match="cannot run with fewer tokens"):
+        whole(model)
+    for block in host.blocks:
+        block.local = nn.Conv1d(16, 16, 3, padding=1)
+    with pytest.raises(PlanError, match="it keeps a grid of tokens"):
+        whole(model)
+
+
+def test_9_a_part_that_is_wrapped_as_well_is_refused() -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.vit = Vit()
+
+        def forward(self, x: Tensor) -> Any:
+            return self.vit(x)
+
+    host = Outer().eval()
+    model = wrapped(host)
+    host.vit = wrapped(host.vit)
+    with pytest.raises(AlreadyWrappedError, match="This Vit is wrapped, and is a part of a model"):
+        model(IMAGES)
 
 
 def test_9_a_pair_of_hooks_that_changes_a_number_and_restores_it_is_refused() -> None:

@@ -13,6 +13,7 @@ from torch.fx.node import map_arg
 
 from tokenprune.analysis.facts import Facts
 from tokenprune.private import tree_map
+from tokenprune.tracing.calls import MODULE
 from tokenprune.tracing.effects import Store
 
 __all__ = ["facts_for"]
@@ -39,6 +40,8 @@ def facts_for(known: Facts, old: fx.Graph, new: fx.Graph) -> Facts | None:
 def _alike(before: fx.Node, after: fx.Node, pairs: Mapping[fx.Node, fx.Node]) -> bool:
     store = isinstance(before.target, Store) and type(before.target) is type(after.target)
     if before.op != after.op or not (before.target == after.target or store):
+        return False
+    if before.meta.get(MODULE) != after.meta.get(MODULE):
         return False
     read = map_arg((before.args, before.kwargs), pairs.__getitem__)
     reads = (after.args, after.kwargs)

@@ -147,4 +147,10 @@ def named_inputs(
         raise HostError(
             f"example_inputs must hold at least one tensor, found {sorted(arguments) or 'nothing'}."
         )
+    empty = [name for name, tensor in arguments.tensors.items() if tensor.shape[:1] == (0,)]
+    if empty:
+        raise HostError(
+            f"example_inputs hold an empty batch ({', '.join(empty)}). Give at least one image; "
+            "the wrapped model takes empty batches too."
+        )
     return arguments

@@ -15,10 +15,11 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, fx, nn
 
-from tokenprune.errors import HostError, NotWrappedError, UnsupportedHostError
+from tokenprune.errors import AlreadyWrappedError, HostError, NotWrappedError, UnsupportedHostError
 from tokenprune.rewrite.settings import Path
 from tokenprune.runtime.entries import methods_of
 from tokenprune.runtime.pruning import Pruning, added_names
+from tokenprune.tracing.proxy import ValueProxy
 
 __all__ = ["PUBLIC", "PrunedModel", "as_host", "pruned_class", "pruning_of", "wrapper_of"]
 
@@ -231,7 +232,13 @@ def pruned_class(host_class: type[nn.Module]) -> type[PrunedModel]:
     at = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
 
     def forward(self: PrunedModel, *args: Any, **kwargs: Any) -> Any:
-        if _of_fx(args, kwargs) or _of_fx(*args, *kwargs.values()):
+        given = (*args, *kwargs.values())
+        if any(type(value) is ValueProxy for value in given):
+            raise AlreadyWrappedError(
+                f"This {type(self).__name__} is wrapped, and is a part of a model that is wrapped "
+                "too. Use tokenprune.unwrap on it, or on the outer model."
+            )
+        if _of_fx(args, kwargs) or _of_fx(*given):
             raise HostError(FX_TRACED.format(type(self).__name__))
         return PrunedModel.forward(self, *args, **kwargs)
 

@@ -18,7 +18,7 @@ from tokenprune.errors import HostError, PlanError
 from tokenprune.hosts.inputs import CallSignature, ExampleInputs, first_floating, named_inputs
 from tokenprune.hosts.registry import describe
 from tokenprune.hosts.spec import ArchSpec
-from tokenprune.methods import Method
+from tokenprune.methods import Method, method_of
 from tokenprune.ops.kept_sets import check_keep_indices
 from tokenprune.private import jit_tracing, without_modes
 from tokenprune.recipe import Recipe
@@ -245,6 +245,7 @@ class Pruning:
             self._check_added()
             if traced is None or blocks is None:
                 self.spec = describe(host, self.adapter)  # it may have other blocks, or tokens, now
+                method_of(self.recipe, self.spec)  # it may keep a grid now
                 self.plan, _ = bind(self.recipe, self.spec)
                 if not signature.batch_size:
                     arguments = _with_images(arguments)

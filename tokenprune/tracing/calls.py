@@ -8,10 +8,13 @@ from torch import Tensor, fx
 
 from tokenprune.tracing.proxy import ValueProxy
 
-__all__ = ["NUMBER", "ModuleCall", "RecordedCall", "calls_of"]
+__all__ = ["MODULE", "NUMBER", "ModuleCall", "RecordedCall", "calls_of"]
 
 NUMBER = "number"
 """Key in a node's `meta`: nodes are numbered in the order in which the host made them."""
+
+MODULE = "module"
+"""Key in the `meta` of a node that is a module's call: the class and the settings of the module."""
 
 
 class RecordedCall(NamedTuple):

@@ -128,6 +128,8 @@ def trace(
             "constant of what wrap has made, and nothing can see that it would be another now: "
             "call tokenprune.clear_cache(model) after a change, or read it outside of forward.",
         )
+    for module in (host, *host.children()):
+        tracer.reads.stated(module, "num_prefix_tokens")
     read, left = set(tracer.specialized), tracer.left
     lost = [f"sets {what}" for what in (*left.lost, *_changed_in(context))]
     for what in lost + [f"prints ({line})" for line in tracer.reads.prints]:

@@ -121,6 +121,14 @@ class Reads:
             self.objects[id(owner)] = owner
             self.missing[id(owner), name] = None
 
+    def stated(self, owner: Any, name: str) -> None:
+        """Record an attribute that adapters read, if the forward does or not."""
+        if name in vars(owner):
+            self.objects[id(owner)] = owner
+            self.values.setdefault((id(owner), name), vars(owner)[name])
+        else:
+            (self.inherits if hasattr(type(owner), name) else self.lacked)(owner, name)
+
     def shared(self) -> list[list[tuple[nn.Module, str]]]:
         """The attributes that hold one tensor, of which one was read: a trace reads it in one
         place."""

@@ -283,5 +283,6 @@ def _same(ours: Any, theirs: Any) -> bool:
         return set(map(id, ours)) == set(map(id, theirs))
     if not isinstance(ours, dict):
         return all(map(operator.is_, ours, theirs))
-    ordered = not isinstance(ours, OrderedDict) or list(ours) == list(theirs)
-    return ordered and all(dict.get(ours, key, ours) is value for key, value in theirs.items())
+    # by dict's own methods: those of a class of the host's may import what it holds
+    ordered = not isinstance(ours, OrderedDict) or list(dict.keys(ours)) == list(dict.keys(theirs))
+    return ordered and all(dict.get(ours, key, ours) is v for key, v in dict.items(theirs))

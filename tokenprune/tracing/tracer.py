@@ -23,7 +23,7 @@ from tokenprune.private import (
     FakeTensorMode,
 )
 from tokenprune.tracing.arguments import Arguments
-from tokenprune.tracing.calls import NUMBER, RecordedCall
+from tokenprune.tracing.calls import MODULE, NUMBER, RecordedCall
 from tokenprune.tracing.checkpoints import CHECKPOINT, Checkpoint, checkpoints_recorded
 from tokenprune.tracing.constants import find, look_up, named_tensors
 from tokenprune.tracing.decompose import is_leaf
@@ -249,7 +249,7 @@ class ValueTracer(fx.Tracer):
             with self._unrecorded():
                 return convert(node.meta["val"])
         except NEEDS_VALUES as error:
-            raise self._value_error(node, error) from error
+            raise (DrawRead() if is_drawn(node) else error) from error
 
     def proxy(self, node: fx.Node) -> ValueProxy:
         made = ValueProxy(node, self)
@@ -269,6 +269,9 @@ class ValueTracer(fx.Tracer):
     ) -> Any:
         """A node and its value: of `value`, a real tensor, or else of what the node calls."""
         proxy = super().create_proxy(kind, target, args, kwargs, **options)
+        if kind == "call_module":
+            module = self.root.get_submodule(target)
+            proxy.node.meta[MODULE] = type(module), repr(module)
         try:
             proxy.node.meta["val"] = self._evaluate(kind, target, args, kwargs, value)
         except NEEDS_VALUES as error:
@@ -276,13 +279,10 @@ class ValueTracer(fx.Tracer):
             if target == "item" and known is not None:
                 return known
             if target != "item" or number is None:
-                raise self._value_error(proxy.node, error) from error
+                raise (DrawRead() if is_drawn(proxy.node) else error) from error
             proxy.node.meta["val"] = number
             self._reads_draws = True
         return proxy
-
-    def _value_error(self, node: fx.Node, error: Exception) -> Exception:
-        return DrawRead() if is_drawn(node) else error
 
     def _evaluate(self, kind: str, target: Any, args: Args, kwargs: Kwargs, value: Any) -> Any:
         with self._unrecorded():
