@@ -13,7 +13,7 @@ from tokenprune.errors import HostError, TokenPruneError, TraceError
 from tokenprune.notices import warn_once
 from tokenprune.private import FakeTensorMode, without_modes
 from tokenprune.tracing.arguments import Arguments, as_arguments
-from tokenprune.tracing.calls import ModuleCall, calls_of
+from tokenprune.tracing.calls import MODULE, ModuleCall, calls_of
 from tokenprune.tracing.effects import has_effect
 from tokenprune.tracing.guards import Guards
 from tokenprune.tracing.hooks import Hooks
@@ -147,6 +147,9 @@ def trace(
             f"{line}, which is never true in a trace. Use isinstance(...) there.",
         )
     graph.eliminate_dead_code(lambda node: node in read or has_effect(node))
+    for node in graph.find_nodes(op="call_module"):
+        module = host.get_submodule(str(node.target))
+        node.meta[MODULE] = type(module), repr(module)
     first = next(node for node in graph.nodes if node.op == "placeholder")
     return HostGraph(
         host=type(host).__name__,

@@ -23,7 +23,7 @@ from tokenprune.private import (
     FakeTensorMode,
 )
 from tokenprune.tracing.arguments import Arguments
-from tokenprune.tracing.calls import MODULE, NUMBER, RecordedCall
+from tokenprune.tracing.calls import NUMBER, RecordedCall
 from tokenprune.tracing.checkpoints import CHECKPOINT, Checkpoint, checkpoints_recorded
 from tokenprune.tracing.constants import find, look_up, named_tensors
 from tokenprune.tracing.decompose import is_leaf
@@ -269,9 +269,6 @@ class ValueTracer(fx.Tracer):
     ) -> Any:
         """A node and its value: of `value`, a real tensor, or else of what the node calls."""
         proxy = super().create_proxy(kind, target, args, kwargs, **options)
-        if kind == "call_module":
-            module = self.root.get_submodule(target)
-            proxy.node.meta[MODULE] = type(module), repr(module)
         try:
             proxy.node.meta["val"] = self._evaluate(kind, target, args, kwargs, value)
         except NEEDS_VALUES as error:
