@@ -232,7 +232,7 @@ def pruned_class(host_class: type[nn.Module]) -> type[PrunedModel]:
     at = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
 
     def forward(self: PrunedModel, *args: Any, **kwargs: Any) -> Any:
-        given = (*args, *kwargs.values())
+        given = () if _of_fx(args, kwargs) else (*args, *kwargs.values())
         if any(type(value) is ValueProxy for value in given):
             raise AlreadyWrappedError(
                 f"This {type(self).__name__} is wrapped, and is a part of a model that is wrapped "

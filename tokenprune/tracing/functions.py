@@ -44,7 +44,11 @@ BUILT_IN = tuple(
     and isinstance(getattr(torch, name, None), BuiltinFunctionType)
 )
 # The same of those whose numbers and flags torch 2.8 looks at before any mode sees the call.
-OF_F = tuple(name for name in dir(F) if isinstance(getattr(F, name), BuiltinFunctionType))
+OF_F = tuple(
+    name
+    for name in dir(F)
+    if isinstance(getattr(F, name), BuiltinFunctionType) and not name.startswith(("_", "has_"))
+)
 # Never nodes: answers about a tensor that are plain Python, properties of a real tensor, modes.
 UNRECORDED = ("dim", "__get__", "__set__", "_set_grad_enabled", "_parse_to")
 UNRECORDED_PREFIXES = ("is_", "_has", "get_")
