@@ -21,7 +21,7 @@ from tokenprune.adapters._probe import BATCH, Watched, watch
 from tokenprune.adapters._signals import image_side, signal_inputs
 from tokenprune.adapters._transformers import config_inputs, nearest_config
 from tokenprune.errors import UnsupportedHostError
-from tokenprune.hosts.registry import GENERIC
+from tokenprune.hosts.registry import GENERIC, STATED
 from tokenprune.hosts.spec import ArchSpec, ExampleInput
 
 __all__ = ["ADAPTERS", "Generic"]
@@ -159,9 +159,9 @@ def _prefix(
     path = block
     while path:
         path = parent(path)
-        stated = getattr(host.get_submodule(path), "num_prefix_tokens", None)
+        stated = getattr(host.get_submodule(path), STATED, None)
         if isinstance(stated, int):
-            return stated, f"{join(path, 'num_prefix_tokens')} says so"
+            return stated, f"{join(path, STATED)} says so"
     if "input_ids" in inputs and "pixel_values" not in inputs:
         return 1, "text encoders pool the first token"
     tokens = {n: p for n, p in host.named_parameters() if PREFIX.fullmatch(n.rpartition(".")[2])}

@@ -1,7 +1,8 @@
-"""All names of torch that are not public and that tokenprune uses; seen in 2.8, 2.11 and 2.14.
+"""The names of torch that are imported and are not public; seen in torch 2.8 and 2.14.
 
 A trace runs on torch's fake tensors, steps aside from its modes and reads its switches, for which
-torch has no public names.
+torch has no public names. `tracing/modes.py` and `tracing/functions.py` look some more up by name:
+switches that not every version has, and functions that are patched during a trace.
 """
 
 from torch._C import DisableTorchFunction, TensorBase

@@ -16,7 +16,7 @@ from tokenprune.errors import (
     UnsupportedHostError,
 )
 from tokenprune.hosts.inputs import CallSignature, ExampleInputs, first_floating, named_inputs
-from tokenprune.hosts.registry import describe
+from tokenprune.hosts.registry import describe, stated_by
 from tokenprune.hosts.spec import ArchSpec
 from tokenprune.methods import method_of, with_default_stages
 from tokenprune.notices import warn_once
@@ -115,7 +115,7 @@ def wrap(
     example = named_inputs(call, spec, model, example_inputs)
     with kept_modes(model):
         model.eval()
-        traced = trace(model, example)
+        traced = trace(model, example, stated=stated_by(model, spec))
         blocks = find_blocks(model, traced, spec)
         chosen = with_default_stages(chosen, model, spec, traced, blocks)
         plan, budget = bind(chosen, spec)

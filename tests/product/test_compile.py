@@ -149,3 +149,18 @@ def test_9_a_compiled_model_sees_it_too() -> None:
         torch.testing.assert_close(run(IMAGES), before, rtol=1e-4, atol=1e-4)
     finally:
         change(reader, 1.0)
+
+
+@torch.no_grad()
+def test_a_forward_with_other_arguments_is_refused_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Own(Vit):
+        def forward(self, x: torch.Tensor, a: float = 1.0) -> Any:
+            return super().forward(x) * a
+
+    model = places.wrapped(Own().eval())
+    run, before = compiled(model), model(IMAGES)
+    assert_same(run(IMAGES), before)
+    monkeypatch.setattr(Own, "forward", lambda self, a, x: Vit.forward(self, x) * a)
+    with pytest.raises(Exception, match=r"takes \(a, x\), was put in the place of one with other"):
+        run(2.0, IMAGES)
+    assert_same(run(2.0, IMAGES), before * 2)

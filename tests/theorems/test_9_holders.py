@@ -324,6 +324,31 @@ def test_9_a_hook_that_changes_what_is_read_later_is_refused() -> None:
     assert len(seen) == 1
 
 
+def test_9_a_rate_of_dropout_that_the_host_reads_is_seen() -> None:
+    host = odd(lambda s, x: 1.0 + s.drop(x) * 0 + s.drop.p, drop=nn.Dropout(0.0))
+    model = wrapped(host)
+    before = whole(model)
+    host.blocks[2].drop.p = 0.5
+    with torch.no_grad():
+        torch.testing.assert_close(whole(model), host(IMAGES))
+    assert not torch.equal(whole(model), before)
+
+
+def test_9_an_attention_that_was_put_in_the_place_of_torchs_is_traced_through(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def explicit(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
+        return torch.softmax(q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5, dim=-1) @ v
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", explicit)
+    host = odd(lambda s, x: 1.0 + F.scaled_dot_product_attention(x, x, x))
+    host.num_prefix_tokens = 1  # type: ignore[assignment]
+    model = wrapped(host)
+    tokenprune.verify(model, IMAGES)  # raises
+    targets = [n.target for n in next(iter(model._pruning.cache)).analysis.traced.graph.nodes]
+    assert explicit not in targets
+
+
 def test_9_what_adapters_read_is_watched_too() -> None:
     host = Vit().eval()
     host.num_prefix_tokens = 1

@@ -12,10 +12,12 @@ from torch import nn
 from tokenprune.errors import AdapterError, UnknownAdapterError, UnsupportedHostError, did_you_mean
 from tokenprune.hosts.spec import ArchSpec
 
-__all__ = ["Adapter", "describe", "list_adapters", "register_adapter"]
+__all__ = ["Adapter", "describe", "list_adapters", "register_adapter", "stated_by"]
 
 ENTRY_POINTS = "tokenprune.adapters"
 GENERIC = "generic"
+STATED = "num_prefix_tokens"
+"""The attribute by which hosts of timm, and others, say how many prefix tokens they have."""
 
 
 @runtime_checkable
@@ -99,6 +101,15 @@ def describe(host: nn.Module, adapter: str | ArchSpec | None = None) -> ArchSpec
             f"{missing or 'no blocks at all'}. Pass adapter=ArchSpec(...) with the right paths."
         )
     return spec
+
+
+def stated_by(host: nn.Module, spec: ArchSpec) -> list[tuple[nn.Module, str]]:
+    """Where a host may state a fact that adapters read and its forward need not: the modules
+    around its blocks, each with the attribute's name."""
+    path, around = spec.blocks[0], [host]
+    while path := path.rpartition(".")[0]:
+        around.append(host.get_submodule(path))
+    return [(module, STATED) for module in around]
 
 
 def _adapter(host: nn.Module, name: str | None) -> Adapter:

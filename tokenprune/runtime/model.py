@@ -232,13 +232,14 @@ def pruned_class(host_class: type[nn.Module]) -> type[PrunedModel]:
     at = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
 
     def forward(self: PrunedModel, *args: Any, **kwargs: Any) -> Any:
-        given = () if _of_fx(args, kwargs) else (*args, *kwargs.values())
+        whole = _of_fx(args, kwargs)  # torch.fx may hand `*args` over as one
+        given = () if whole else (*args, *kwargs.values())
         if any(type(value) is ValueProxy for value in given):
             raise AlreadyWrappedError(
                 f"This {type(self).__name__} is wrapped, and is a part of a model that is wrapped "
                 "too. Use tokenprune.unwrap on it, or on the outer model."
             )
-        if _of_fx(args, kwargs) or _of_fx(*given):
+        if whole or _of_fx(*given):
             raise HostError(FX_TRACED.format(type(self).__name__))
         return PrunedModel.forward(self, *args, **kwargs)
 

@@ -74,9 +74,11 @@ class Programs:
         if of is None and self.guards.hold():
             return
         changed = self.guards.changed(of)
+        if changed is None:
+            return
         targets = (node.target for node in self.analysis.traced.graph.nodes)
         own = {(id(t.owner), t.name) for t in targets if isinstance(t, Store)}
-        if changed is not None and (id(changed.owner), changed.name) not in own:
+        if (id(changed.owner), changed.name) not in own:
             raise HostError(
                 f"A hook inside of {host} changed {changed.name!r} of a "
                 f"{type(changed.owner).__name__}, which the host's code reads. A call runs what "

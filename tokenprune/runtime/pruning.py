@@ -16,7 +16,7 @@ from tokenprune.analysis.blocks import Blocks, find_blocks
 from tokenprune.analysis.plan import Budget, Plan, bind
 from tokenprune.errors import HostError, PlanError
 from tokenprune.hosts.inputs import CallSignature, ExampleInputs, first_floating, named_inputs
-from tokenprune.hosts.registry import describe
+from tokenprune.hosts.registry import describe, stated_by
 from tokenprune.hosts.spec import ArchSpec
 from tokenprune.methods import Method, method_of
 from tokenprune.ops.kept_sets import check_keep_indices
@@ -249,7 +249,7 @@ class Pruning:
                 self.plan, _ = bind(self.recipe, self.spec)
                 if not signature.batch_size:
                     arguments = _with_images(arguments)
-                traced = trace(host, arguments, entry)
+                traced = trace(host, arguments, entry, stated=stated_by(host, self.spec))
                 blocks = find_blocks(host, traced, self.spec)
             leave = self.method.reduction.removes
             plain, unseen = stand_ins(host, traced.fake_mode), without_modes()

@@ -16,11 +16,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import Tensor, autograd
-from torch.overrides import (
-    TorchFunctionMode,
-    handle_torch_function,
-    is_tensor_method_or_property,
-)
+from torch.overrides import TorchFunctionMode, handle_torch_function, is_tensor_method_or_property
 
 from tokenprune.private import TensorBase, built_in_functions, function_mode, without_function_mode
 from tokenprune.tracing.proxy import ValueProxy
@@ -100,7 +96,7 @@ class _Calls(TorchFunctionMode):
 
 
 def calls_let_through() -> AbstractContextManager[Any]:
-    """Compute values without asking the trace at each call, which costs more than many a call."""
+    """Leave out the mode that records calls while values are computed: being asked costs time."""
     ours = isinstance(function_mode(), _Calls)  # type: ignore[no-untyped-call]
     return without_function_mode() if ours else nullcontext()
 
@@ -125,8 +121,10 @@ def functions_recorded(tracer: Recorder) -> Iterator[None]:
     """Make nodes of `tracer` of the calls of torch's functions."""
     is_tensor_method_or_property(Tensor.add)  # torch keeps a list of its functions: not of patches
     with ExitStack() as stack:
-        functions = {name: _recorded(tracer, torch, name) for name in (*FACTORIES, *BUILT_IN)}
-        of_f = {name: _recorded(tracer, F, name) for name in OF_F}
+        # what an owner has put in their place is Python code, and is traced through
+        built_in = [name for name in BUILT_IN if _is_built_in(torch, name)]
+        functions = {name: _recorded(tracer, torch, name) for name in (*FACTORIES, *built_in)}
+        of_f = {name: _recorded(tracer, F, name) for name in OF_F if _is_built_in(F, name)}
         # methods are of a class of C: attributes of `Tensor` hide them
         hidden = [name for name in METHODS if name not in vars(Tensor)]
         methods = {name: _recorded_method(tracer, name) for name in hidden}
@@ -141,6 +139,10 @@ def functions_recorded(tracer: Recorder) -> Iterator[None]:
         stack.enter_context(mock.patch.object(autograd.Function, "apply", no_gradient))
         stack.enter_context(_Calls(tracer))
         yield
+
+
+def _is_built_in(owner: Any, name: str) -> bool:
+    return isinstance(getattr(owner, name, None), BuiltinFunctionType)
 
 
 def _recorded(tracer: Recorder, owner: Any, name: str) -> Callable[..., Any]:

@@ -7,7 +7,6 @@ what is looked up in one way is one list, which C code builds and compares with 
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
-from functools import cache
 from inspect import isdatadescriptor
 from itertools import chain, repeat
 from operator import attrgetter, is_not
@@ -332,10 +331,9 @@ def _of_tensor(table: dict[str, Tensor], name: str, _absent: Any) -> Any:
     return OF_TENSOR(tensor), _own_class(type(tensor))
 
 
-@cache
 def _own_class(cls: type) -> type | None:
     """A class of the host's own; torch changes those of its own, to shard weights say."""
-    return None if cls.__module__.partition(".")[0] == "torch" else cls
+    return None if str(cls.__module__).partition(".")[0] == "torch" else cls
 
 
 def _itself(table: Any, _name: str, _absent: Any) -> Any:
@@ -384,7 +382,8 @@ def _none_in(table: dict[str, Any], name: str, _absent: Any) -> bool:
 
 
 def _none_of_gradients(table: dict[str, Any], name: str, absent: Any) -> bool:
-    return _none_in(table, name, absent)
+    """Hooks of the backward pass are no matter where there is none."""
+    return not torch.is_grad_enabled() or _none_in(table, name, absent)
 
 
 def _kept_by(value: Any) -> list[Any]:

@@ -1,6 +1,6 @@
 """One traced call of a host: its graph, and the stretch of it that each module call made."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextvars import Context, copy_context
 from dataclasses import dataclass
 from functools import partial
@@ -67,12 +67,17 @@ class HostGraph:
 
 
 def trace(
-    host: nn.Module, arguments: Arguments | Mapping[str, Any], entry: str = "forward"
+    host: nn.Module,
+    arguments: Arguments | Mapping[str, Any],
+    entry: str = "forward",
+    *,
+    stated: Iterable[tuple[nn.Module, str]] = (),
 ) -> HostGraph:
     """Trace a call of the method `entry` of a host, which is left as it was.
 
     Args:
         arguments: Of the call, by name. Tensors become inputs, everything else is specialized on.
+        stated: Attributes that are watched though the host's code may not read them.
 
     Raises:
         HostError: The host itself refuses these arguments, or returns no tensor.
@@ -128,8 +133,8 @@ def trace(
             "constant of what wrap has made, and nothing can see that it would be another now: "
             "call tokenprune.clear_cache(model) after a change, or read it outside of forward.",
         )
-    for module in (host, *host.children()):
-        tracer.reads.stated(module, "num_prefix_tokens")
+    for owner, name in stated:
+        tracer.reads.stated(owner, name)
     read, left = set(tracer.specialized), tracer.left
     lost = [f"sets {what}" for what in (*left.lost, *_changed_in(context))]
     for what in lost + [f"prints ({line})" for line in tracer.reads.prints]:

@@ -59,7 +59,6 @@ _backends = {getter: name for getter, name in _backends.items() if hasattr(torch
 # Bound here, since the names in torch are patched during a trace.
 _is_enabled = {getattr(SDPBackend, n): getattr(torch._C, g) for g, n in _backends.items()}
 _by_number = {backend.value: backend for backend in _is_enabled}
-_priority = attention_order
 _autocasts, _autocast_dtype = torch.is_autocast_enabled, torch.get_autocast_dtype
 
 
@@ -69,7 +68,9 @@ def _autocast() -> tuple[torch.dtype | None, ...]:
 
 def _attention() -> tuple[SDPBackend, ...]:
     # torch 2.8 names some twice
-    known = dict.fromkeys(_by_number[number] for number in _priority() if number in _by_number)
+    known = dict.fromkeys(
+        _by_number[number] for number in attention_order() if number in _by_number
+    )
     return tuple([backend for backend in known if _is_enabled[backend]()])
 
 

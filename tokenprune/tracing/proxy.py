@@ -32,7 +32,7 @@ OF_LAYOUT = frozenset(
 OF_STEPS = frozenset({"grad", "_version", "_base", "data_ptr", "untyped_storage"})
 
 CLASS = "its class"  # no name that Python could write
-"""Key in the `meta` of an input that is of a class derived from Tensor: that class."""
+"""Key in the `meta` of an input or a weight of a class derived from Tensor: that class."""
 
 
 class ValueProxy(fx.Proxy):

@@ -36,8 +36,8 @@ WALKS = frozenset(
 )
 LOOKUP = "__getattribute__"
 MOST = 2000  # how many objects that a value holds are watched
-
-OF_DROPOUT = ("p", "training")  # it runs itself
+OF_DROPOUT = ("p", "training")
+"""What `nn.Dropout` reads and no shape depends on."""
 
 
 class Reads:
@@ -55,6 +55,7 @@ class Reads:
         opaque: what nobody can watch: name of an attribute -> the type of what is in it; function
             that asks the system -> the line of the host that calls it.
         prints: Lines of the host that print.
+        types: Lines that compare `type(...)` with a class of tensors.
         places: id of a tensor -> all attributes of modules that hold it.
     """
 
@@ -122,7 +123,7 @@ class Reads:
             self.missing[id(owner), name] = None
 
     def stated(self, owner: Any, name: str) -> None:
-        """Record an attribute that adapters read, if the forward does or not."""
+        """Record an attribute, whether the forward reads it or not."""
         if name in vars(owner):
             self.objects[id(owner)] = owner
             self.values.setdefault((id(owner), name), vars(owner)[name])
@@ -150,6 +151,8 @@ class Reads:
         self.values = {key: value for key, value in self.values.items() if not of_trace(value)}
 
     def _add(self, owner: Any, name: str, value: Any) -> None:
+        # in its own forward, which runs in each call: a stand-in reads there
+        of_itself = owner is not original(owner)
         owner = original(owner)
         self.objects[id(owner)] = owner
         key, own = (id(owner), name), object.__getattribute__(owner, "__dict__")
@@ -169,7 +172,9 @@ class Reads:
             places = self.places.get(id(value), [])
             if places and (owner, name) not in places:
                 places.append((owner, name))
-        elif key not in self.values and not (type(owner) is nn.Dropout and name in OF_DROPOUT):
+        elif of_itself and type(owner) is nn.Dropout and name in OF_DROPOUT:
+            return
+        elif key not in self.values:
             self.values[key] = snapshot(value)
 
     def _hold(self, value: Any) -> None:
