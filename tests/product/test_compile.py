@@ -154,13 +154,14 @@ def test_9_a_compiled_model_sees_it_too() -> None:
 @torch.no_grad()
 def test_a_forward_with_other_arguments_is_refused_once(monkeypatch: pytest.MonkeyPatch) -> None:
     class Own(Vit):
-        def forward(self, x: torch.Tensor, a: float = 1.0) -> Any:
-            return super().forward(x) * a
+        def forward(self, x: torch.Tensor, scale: torch.Tensor | None = None) -> Any:
+            return super().forward(x)
 
     model = places.wrapped(Own().eval())
     run, before = compiled(model), model(IMAGES)
     assert_same(run(IMAGES), before)
-    monkeypatch.setattr(Own, "forward", lambda self, a, x: Vit.forward(self, x) * a)
-    with pytest.raises(Exception, match=r"takes \(a, x\), was put in the place of one with other"):
-        run(2.0, IMAGES)
-    assert_same(run(2.0, IMAGES), before * 2)
+    monkeypatch.setattr(Own, "forward", lambda self, scale, x: Vit.forward(self, x) * scale)
+    given = torch.full((2, 1), 2.0), IMAGES
+    with pytest.raises(Exception, match=r"takes \(scale, x\), was put in the place of one with"):
+        run(*given)
+    assert_same(run(*given), before * 2)
