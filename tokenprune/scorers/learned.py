@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tokenprune.ops.kernels.scores import can_finish, finish
 from tokenprune.ops.pooling import hide_dropped, masked_mean
 from tokenprune.recipe.schema import PredictorSection
 from tokenprune.scorers.protocol import SCORERS, Mask, Scorer, Scores, Tokens
@@ -80,7 +81,10 @@ class TokenPredictor(Scorer):
             own, common = first.weight.tensor_split((local.shape[-1],), dim=1)
             rows = features.flatten(0, 1)[:, : local.shape[-1]]  # of a slice of 3-D it makes a copy
             logits = F.linear(rows, own).view(*local.shape[:2], own.shape[0])
-            logits = logits + F.linear(context, common, first.bias)
+            of_image = F.linear(context, common, first.bias)
+            if all(map(_unchanged, rest)) and can_finish(logits, rest):
+                return finish(logits, of_image, rest)
+            logits = logits + of_image
         else:
             both = [local, context.expand(-1, local.shape[1], -1)]
             logits = first(torch.cat(both, dim=-1))
@@ -92,6 +96,10 @@ class TokenPredictor(Scorer):
 
 def _is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether it is the linear layer we made: not quantised, adapted, pruned or hooked since."""
+    return type(layer) is nn.Linear and _unchanged(layer)
+
+
+def _unchanged(layer: nn.Module) -> bool:
     hooked = layer._forward_hooks or layer._forward_pre_hooks
     hooked = hooked or layer._backward_hooks or layer._backward_pre_hooks
-    return type(layer) is nn.Linear and not hooked and "forward" not in layer.__dict__
+    return not hooked and "forward" not in layer.__dict__

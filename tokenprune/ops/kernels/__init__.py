@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 __all__ = ["INTERPRETED", "define", "kernels_run_on"]
 
@@ -22,12 +23,20 @@ _TRITON = find_spec("triton") is not None and torch.version.hip is None
 
 
 def kernels_run_on(x: Tensor) -> bool:
-    """Whether Triton is there for the device of `x`."""
-    return _TRITON and (x.is_cuda or INTERPRETED)
+    """Whether Triton is there for the device of `x`; a file to be exported holds no kernel of
+    ours."""
+    return _TRITON and (x.is_cuda or INTERPRETED) and not torch.compiler.is_exporting()
 
 
-def define(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Register `torch.ops.tokenprune.name`: `run` is what it does, `fake` makes empty results.
+def define(
+    name: str,
+    schema: str,
+    run: Callable[..., Any],
+    fake: Callable[..., Any],
+    flops: Callable[..., int] | None = None,
+) -> Any:
+    """Register `torch.ops.tokenprune.name`: `run` is what it does, `fake` makes empty results,
+    `flops` counts its FLOPs from the shapes of its arguments.
 
     Returns:
         The operator.
@@ -36,4 +45,7 @@ def define(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., 
     for device in ("CUDA", "CPU"):  # CPU is Triton's interpreter
         _LIBRARY.impl(name, run, device)
     torch.library.register_fake(f"tokenprune::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.tokenprune, name).default
+    packet = getattr(torch.ops.tokenprune, name)
+    if flops is not None:
+        register_flop_formula(packet)(flops)
+    return packet.default

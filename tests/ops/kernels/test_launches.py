@@ -1,0 +1,54 @@
+"""How many kernels a stage launches, counted as operators that make a new tensor."""
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import tokenprune
+
+MORE = {"tokenprune::keep_best": 1}  # kernels of an operator beyond its first
+NONE = {"aten::promote_types"}
+
+
+class Launches(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names = Counter[str]()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        held = {x.untyped_storage().data_ptr() for x in args if isinstance(x, Tensor)}
+        made = result if isinstance(result, list | tuple) else [result]
+        new = any(
+            isinstance(x, Tensor) and x.untyped_storage().data_ptr() not in held for x in made
+        )
+        name = func.name().partition(".")[0]
+        if name not in NONE and "empty" not in name and (new or func._schema.is_mutable):
+            self.names[name] += 1 + MORE.get(name, 0)
+        return result
+
+
+def launched(device: torch.device, blocks: list[int]) -> Counter[str]:
+    host = timm.models.VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2, num_classes=4
+    )
+    recipe = {"version": 1, "schedule": {"blocks": blocks, "keep_ratio": 0.7}}
+    model: Any = tokenprune.wrap(host.to(device).eval(), recipe, verify=False, train=False)
+    tokenprune.freeze_guards(model)
+    images = torch.randn(2, 3, 32, 32, device=device)
+    with torch.no_grad(), Launches() as launches:
+        model(images)
+    return launches.names
+
+
+def test_a_stage_launches_ten_kernels_at_most(device: torch.device) -> None:
+    more = launched(device, [1, 2]) - launched(device, [1])
+    assert 0 < more.total() <= 10, more
+    assert more["tokenprune::keep_best"] == 2
