@@ -12,7 +12,6 @@ checkpoint.
 import argparse
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +33,14 @@ DOCS = Path(__file__).parents[1] / "docs"
 RECIPE = "demo-digits-k0.7"
 # Keep probabilities; skipped where the last stage keeps almost no or almost all tokens.
 THRESHOLDS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.9, 0.95)
-BUCKETS = (1, 2, 4, 8)
 HEAD = """
 # Jagged pruning: images that keep different numbers of tokens
 
 With `sampling.selection: threshold` (or `model.set_threshold`) each image keeps the tokens whose
 keep probability is above a threshold. The tables compare that with fixed counts of the same model
 at the same mean cost. Costs count each image alone (`tokenprune.ImageMacs`), without padding.
-The bound is the speed-up if time were proportional to the mean cost; padding, masks, smaller
-batches, sorting and the predictors' small layers keep it from being reached.
+The bound is the speed-up if time were proportional to the mean cost; attention of single images,
+packing and the predictors' small layers keep it from being reached.
 """
 
 
@@ -108,7 +106,7 @@ def accuracies(model: Any, data: DataBundle) -> list[dict[str, Any]]:
 
 
 def speeds(model: Any, images: Tensor, row: dict[str, Any], rounds: int) -> dict[str, Any]:
-    """Dense host, fixed counts and the threshold with several numbers of buckets, interleaved."""
+    """Dense host, fixed counts and the threshold, interleaved."""
     costs, pruning = tokenprune.ImageMacs(model), pruning_of(model)
     patches = tokenprune.profile(model).patches_per_stage
     host = tokenprune.unwrap(model).eval()
@@ -124,8 +122,11 @@ def speeds(model: Any, images: Tensor, row: dict[str, Any], rounds: int) -> dict
 
         return run
 
-    calls = {"dense": lambda: host(images), "fixed": running(fixed)}
-    calls |= {f"{n}": running(replace(by_threshold, buckets=n)) for n in BUCKETS}
+    calls = {
+        "dense": lambda: host(images),
+        "fixed": running(fixed),
+        "threshold": running(by_threshold),
+    }
     with torch.no_grad():
         pruning.budget = by_threshold
         _, trace = model(images, return_trace=True)
@@ -208,10 +209,9 @@ def _in_short(rows: list[dict[str, Any]]) -> str:
 def _speed(speed: dict[str, Any]) -> str:
     took = speed["milliseconds"]
     rows = [["dense", f"{took['dense']:.1f}", "", "", ""]]
-    for name in ("fixed", *map(str, BUCKETS)):
+    for name, called in (("fixed", "fixed counts"), ("threshold", "threshold")):
         gain = took["dense"] / took[name]
         bound = speed["fixed_bound" if name == "fixed" else "bound"]
-        called = "fixed counts" if name == "fixed" else f"threshold, buckets: {name}"
         share = f"{100 * gain / bound:.0f} %"
         rows.append([called, f"{took[name]:.1f}", f"{gain:.2f}x", f"{bound:.2f}x", share])
     head = ["", "ms a batch", "speed-up", "bound (dense / mean MACs)", "reached"]

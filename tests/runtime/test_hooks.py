@@ -91,7 +91,7 @@ def test_hooks_on_every_module_change_nothing_and_run_as_in_the_host(name: str) 
         for path in PATHS:
             calls.clear()
             found = output(model, path, inputs)
-            if path == "jagged":  # without hooks it may run in buckets
+            if path == "jagged":  # without hooks tokens are packed
                 for a, b in zip(tree_leaves(found), tree_leaves(wanted[path]), strict=True):
                     torch.testing.assert_close(a, b)
             else:

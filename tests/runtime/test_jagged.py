@@ -1,8 +1,8 @@
 """`selection: threshold` on tiny models of the libraries, and what surrounds it."""
 
-import copy
 from functools import partial
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import timm
@@ -248,7 +248,7 @@ def test_messages(deit: Any) -> None:
         torch.export.export(model, (x,))
 
 
-def test_a_host_that_mixes_images_runs_in_one_bucket() -> None:
+def test_a_host_that_mixes_images() -> None:
     class Mixes(nn.Module):
         def __init__(self, block: nn.Module) -> None:
             super().__init__()
@@ -278,18 +278,34 @@ def test_forced_sets_may_have_more_padding_than_any_image_needs(deit: Any) -> No
     assert [stage.keep_indices.shape[1] for stage in trace.stages] == [4, 2]
 
 
-def test_a_cut_program_learns_nothing_from_its_calls() -> None:
-    """Copies and threads share it; what one batch is like must not decide about another."""
+def test_tokens_are_packed_unless_a_module_has_hooks(
+    deit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, shapes = images(5), list[tuple[int, ...]]()
+    output, trace = halve(deit, x=x)
+    longest = 1 + int(trace.stages[-1].decision.sum(1).max())
+    jagged = next(iter(deit._pruning.cache)).get(deit, "jagged").run
+    padded, packed = (Mock(wraps=getattr(jagged, name)) for name in ("padded", "packed"))
+    monkeypatch.setattr(jagged, "padded", padded)
+    monkeypatch.setattr(jagged, "packed", packed)
+    layer = deit.blocks[3].mlp.fc1
+    handle = layer.register_forward_pre_hook(lambda m, args: shapes.append(tuple(args[0].shape)))
+    with torch.no_grad():
+        assert difference(deit(x), output) < 1e-5
+    handle.remove()
+    assert shapes == [(5, longest, 32)]
+    assert (padded.call_count, packed.call_count) == (1, 0)
+    with torch.no_grad():
+        assert torch.equal(deit(x), output)
+    assert (padded.call_count, packed.call_count) == (1, 1)
+
+
+@torch.no_grad()
+def test_what_one_batch_is_like_decides_nothing_about_another() -> None:
     model = made(from_timm("eva02_tiny_patch14_224", patch_size=8), verify=False).eval()
     x = images(4)
-    with torch.no_grad():
-        model(x)
-        programs, *_ = model._pruning.cache
-        cut = programs.get(model, "jagged").run
-        before = {name: copy.deepcopy(v) for name, v in vars(cut).items() if name != "segments"}
-        for batch in (1, 2, 5):
-            model(images(batch))
-        assert {name: v for name, v in vars(cut).items() if name != "segments"} == before
-        alone = [model(image[None]) for image in x]
-    together = model(x)
-    torch.testing.assert_close(together, torch.cat(alone))
+    halve(model, x=x)
+    for batch in (1, 2, 5):
+        model(images(batch))
+    alone = [model(image[None]) for image in x]
+    torch.testing.assert_close(model(x), torch.cat(alone))

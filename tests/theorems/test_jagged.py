@@ -1,6 +1,5 @@
 """`selection: threshold`: images keep different numbers of tokens, each what it keeps alone."""
 
-from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -15,7 +14,6 @@ from tests.theorems.case import BOUNDS, SEED, difference, tensors
 from tests.toys.table import TOYS, Toy
 from tests.toys.vit import randomize_weights
 from tokenprune.ops.selection import above_threshold, in_order, kept_first, one_hot
-from tokenprune.runtime.jagged.buckets import divide
 
 NAMES = (
     *("prefix_2", "rope_by_length", "relative_bias", "causal", "additive_mask"),
@@ -69,13 +67,12 @@ def counts(trace: Any) -> list[list[int]]:
 
 @toys
 @settings(max_examples=2)
-@given(seed=SEED, place=st.floats(0.1, 0.9), batch=st.integers(3, 6), buckets=st.integers(1, 2))
+@given(seed=SEED, place=st.floats(0.1, 0.9), batch=st.integers(3, 6))
 def test_a_batch_is_each_image_alone_and_what_the_mask_path_says(
-    toy: Toy, seed: int, place: float, batch: int, buckets: int
+    toy: Toy, seed: int, place: float, batch: int
 ) -> None:
     inputs = toy.inputs(batch, seed=seed)
     model = started(toy, seed, place, inputs)
-    model._pruning.budget = replace(model._pruning.budget, buckets=buckets)
     output, trace = run(model, inputs)
     masked, mask_trace = run(model, inputs, "mask")
     assume(_clear(model, mask_trace))
@@ -103,31 +100,6 @@ def test_images_do_differ_and_the_trace_can_be_forced_again(toy: Toy) -> None:
         assert float(stage.num_tokens) == pytest.approx(sum(kept) / 6)
     with torch.no_grad(), model.using(keep_indices=[s.keep_indices.flip(1) for s in trace.stages]):
         assert difference(tensors(model(**inputs)), output) < BOUNDS[toy.dtype]
-
-
-@settings(max_examples=50)
-@given(st.lists(st.integers(1, 30), min_size=1, max_size=20), st.integers(1, 6))
-def test_buckets_hold_every_image_once_and_pad_least(sizes: list[int], most: int) -> None:
-    buckets = divide(sizes, most)
-    assert sorted(image for bucket in buckets for image in bucket.images) == list(range(len(sizes)))
-    assert len(buckets) <= min(most, len(set(sizes)))
-    assert all(b.longest == max(sizes[i] for i in b.images) for b in buckets)
-    found = sum(bucket.longest * len(bucket.images) for bucket in buckets)
-    assert found == _least_padded(sorted(sizes), most)
-
-
-def _least_padded(ascending: list[int], most: int) -> int:
-    if most == 1 or len(ascending) == 1:
-        return ascending[-1] * len(ascending)
-    whole = ascending[-1] * len(ascending)
-    cuts = range(1, len(ascending))
-    return min(
-        whole,
-        *(
-            ascending[-1] * (len(ascending) - cut) + _least_padded(ascending[:cut], most - 1)
-            for cut in cuts
-        ),
-    )
 
 
 @given(st.integers(0, 2**16), st.floats(0.01, 0.99))

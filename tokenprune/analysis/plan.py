@@ -40,13 +40,11 @@ class Budget:
         rounding: How a share of N becomes a count.
         threshold: Keep probability above which a token stays in eval, whatever the ratios say; None
             keeps the best tokens of each image, as many as the ratios say.
-        buckets: With a threshold, into how many groups of similar length a batch is sorted at most.
     """
 
     keep_ratios: tuple[float, ...]
     rounding: Rounding = "floor"
     threshold: float | None = None
-    buckets: int = 4
 
     @property
     def keeps_all(self) -> bool:
@@ -114,4 +112,4 @@ def bind(recipe: Recipe, spec: ArchSpec) -> tuple[Plan, Budget]:
     plan = Plan(tuple(Site(stage.block, recipe.place) for stage in stages), spec.num_prefix_tokens)
     ratios = tuple(stage.keep_ratio for stage in stages)
     threshold = sampling.threshold if sampling.selection == "threshold" else None
-    return plan, Budget(ratios, sampling.rounding, threshold, sampling.buckets)
+    return plan, Budget(ratios, sampling.rounding, threshold)

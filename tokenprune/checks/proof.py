@@ -14,13 +14,12 @@ from tokenprune.checks.certificate import Check
 from tokenprune.checks.trainable import requiring_grad
 from tokenprune.errors import VerificationError
 from tokenprune.hosts.inputs import first_floating
-from tokenprune.ops.jagged import blank_padding
+from tokenprune.ops.jagged import blank_padding, filled
 from tokenprune.ops.moving import gather_aligned
 from tokenprune.ops.selection import in_order
 from tokenprune.private import tree_leaves
 from tokenprune.reductions import Proof
 from tokenprune.rewrite.settings import SETTINGS, CallSettings, PathName
-from tokenprune.runtime.jagged.buckets import filled
 from tokenprune.runtime.model import pruning_of
 from tokenprune.runtime.program import Program, Programs
 from tokenprune.runtime.pruning import added_names

@@ -4,6 +4,7 @@ The numbers of an image's kept tokens are a row of [B, K]: its own first, ascend
 the longest row of the batch. So a row says by itself which of its places hold a token.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from tokenprune.ops.selection import has_padding
 
 __all__ = [
     "blank_padding",
+    "filled",
     "gather_table_jagged",
     "kept_policy",
     "padded_attention",
@@ -105,3 +107,9 @@ def blank_padding(
     if policy is None:
         return x
     return x.masked_fill(dropped_along(policy, x.ndim, dim), 0.0)
+
+
+def filled(x: Shaped[Tensor, "B ..."], sizes: Sequence[int]) -> Shaped[Tensor, "B ..."]:
+    """`x` made as long as `sizes` say, along all dims but the first, with 0."""
+    more = [max(size - has, 0) for size, has in zip(sizes, x.shape[1:], strict=True)]
+    return F.pad(x, [n for extra in reversed(more) for n in (0, extra)]) if any(more) else x

@@ -145,7 +145,7 @@ class SamplingSection(Section):
             the target of training; with `loss.ratio_per_image: false` for the batch mean.
         threshold: with `selection: threshold`, keep probability above which a token is kept; the
             best token of an image is always kept.
-        buckets: with `selection: threshold`, largest number of groups of similar length in a batch.
+        buckets: has no meaning any more; recipes of older versions name it.
     """
 
     temperature: Annotated[float, Field(gt=0)] = 1.0

@@ -26,7 +26,6 @@ class CallSettings:
         sample: Draw decisions with Gumbel noise (training).
         threshold: Without noise, each image keeps the tokens whose keep probability is above this;
             None takes the top K of every image.
-        buckets: Into how many groups of similar length the images of a batch are sorted at most.
         temperature: Of the Gumbel-softmax.
         hard: 0/1 decisions.
         keep_indices: Kept sets forced from outside, per stage: [B, K] in original numbering,
@@ -39,7 +38,6 @@ class CallSettings:
     num_keep: tuple[int, ...]
     sample: bool
     threshold: float | None = None
-    buckets: int = 4
     temperature: float = 1.0
     hard: bool = True
     keep_indices: tuple[Tensor, ...] | None = None

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from tokenprune.analysis.analysis import Analysis
 from tokenprune.errors import HostError
 from tokenprune.reductions import Reduction
+from tokenprune.rewrite.pack_rows import PackRows
 from tokenprune.rewrite.passes import run_passes
 from tokenprune.rewrite.rewrite import Rewrite
 from tokenprune.rewrite.settings import PathName
 from tokenprune.runtime.function import as_function
-from tokenprune.runtime.jagged.buckets import Bucketed
+from tokenprune.runtime.jagged import Jagged
 from tokenprune.scorers import Scorer
 from tokenprune.tracing.effects import Store
 from tokenprune.tracing.guards import Guards, Watched
@@ -115,10 +116,13 @@ class Programs:
             UnsupportedHostError: No rewrite serves this host; the node is named.
         """
         if path not in self._made:
+            passes = self.reduction.passes(path, self.scorer, self.restore)
             rewrite = Rewrite(root, self.analysis)
-            run_passes(rewrite, self.reduction.passes(path, self.scorer, self.restore))
-            cut = path == "jagged" and self.reduction.removes  # images leave a stage in buckets
-            run = Bucketed(rewrite) if cut else as_function(rewrite.graph)
+            run: Callable[..., Returned] = as_function(run_passes(rewrite, passes))
+            if path == "jagged" and self.reduction.removes:
+                packed = Rewrite(root, self.analysis)
+                run_passes(packed, [*passes, PackRows()])
+                run = Jagged(run, as_function(packed.graph), rewrite.graph)
             forget_weights(self.analysis.traced.fake_mode)
             hooked = any(map(is_hook_node, rewrite.graph.nodes))
             self._made[path] = Program(rewrite, closing(run) if hooked else run, hooked)

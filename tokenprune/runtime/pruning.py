@@ -306,7 +306,6 @@ class Pruning:
             num_keep=self.budget.counts(programs.num_patches),
             sample=path == "mask" and training and self.method.scorer.probabilistic,
             threshold=self.budget.threshold,
-            buckets=self.budget.buckets,
             temperature=sampling.temperature,
             hard=sampling.hard,
             keep_indices=forced,

@@ -1,1 +1,0 @@
-"""Calls in which images keep different numbers of tokens."""
