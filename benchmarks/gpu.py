@@ -33,7 +33,7 @@ from tokenprune.errors import TokenPruneError
 __all__ = ["GpuRow", "main"]
 
 ROOT = Path(__file__).parents[1]
-HOWS = ("eager", "graph", "compile", "train")
+HOWS = ("eager", "graph", "compile", "train", "jagged")
 HEAD = """# Speed on a GPU
 
 {machine}. Eval in bfloat16, training steps (forward and backward) in float32 weights under bfloat16
@@ -44,6 +44,8 @@ numbers are medians of {rounds} rounds. Made by `python -m benchmarks.gpu`.
 best that is possible without any selection; it is not there for bypass, and for hosts with tables
 of positions inside their blocks. *Frozen* is the wrapped model after `freeze_guards`; *of the
 replay* is the replay's time over that of *wrapped* or *frozen*, whichever is faster.
+In mode *jagged* images keep from 0.6 to 1.4 times as many tokens as the recipe says,
+forced from outside, and *replay* is the wrapped model with the recipe's counts.
 *Memory* is the peak of a training step, relative to dense. *Bound* is dense MACs / pruned MACs.
 """
 
@@ -93,7 +95,10 @@ def measure(
         if train:
             sides = {n: partial(_step, call.func, images) for n, call in sides.items()}  # type: ignore[attr-defined]
         with nullcontext() if train else torch.inference_mode():
-            replay = _replay(dense, wrapped, images) if not train and host.plain else None
+            plain = host.plain and how not in ("train", "jagged")
+            replay = _replay(dense, wrapped, images) if plain else None
+            if how == "jagged":
+                sides |= {"pruned": _Jagged(wrapped, images), "replay": partial(wrapped, images)}
             if replay is not None:
                 sides["replay"] = partial(replay, images)
             if how == "compile":
@@ -130,6 +135,31 @@ class _Frozen:
             self.model(self.images)
         finally:
             tokenprune.freeze_guards(self.model, False)
+
+
+class _Jagged:
+    """Calls in which image i keeps from 0.6 to 1.4 times as many tokens."""
+
+    def __init__(self, model: Any, images: Tensor) -> None:
+        self.model, self.images = model, images
+        _, trace = model(images, return_trace=True)
+        batch, device = len(images), images.device
+        share = torch.linspace(0.6, 1.4, batch, device=device) if batch > 1 else torch.ones(1)
+        drawn = torch.rand_like(trace.stages[0].decision.float()).argsort(dim=1)
+        self.sets = []
+        for stage in trace.stages:
+            counts = (share.to(device) * stage.num_tokens).long()[:, None]
+            row = torch.arange(int(counts.max()), device=device)
+            kept = drawn[:, : len(row)].masked_fill(row >= counts, drawn.shape[1])
+            self.sets.append(kept.sort(dim=1).values.masked_fill(row >= counts, -1))
+
+    def __call__(self) -> None:
+        self.model.set_threshold(0.5)
+        try:
+            with self.model.using(keep_indices=self.sets):
+                self.model(self.images)
+        finally:
+            self.model.set_threshold(None)
 
 
 def _step(model: nn.Module, images: Tensor) -> None:
