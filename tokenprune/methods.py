@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from torch import nn
 
 from tokenprune.analysis.blocks import Blocks
+from tokenprune.analysis.nodes import shape_of
 from tokenprune.errors import PlanError
 from tokenprune.hosts.spec import ArchSpec
 from tokenprune.recipe import Recipe
+from tokenprune.recipe.schema import ScheduleSection
 from tokenprune.reductions import MODES, Reduction
 from tokenprune.rewrite.settings import Path
 from tokenprune.scorers import SCORERS, Scorer
@@ -58,6 +60,12 @@ def method_of(recipe: Recipe, spec: ArchSpec) -> Method:
             f"{named} has `place: {recipe.place}`, but stages of `mode: {recipe.mode}` can be at "
             f"{' or '.join(sorted(method.reduction.places))} only. Change the one or the other."
         )
+    if not issubclass(method.scorer, method.reduction.scorers):
+        fitting = [n for n in SCORERS if issubclass(SCORERS[n], method.reduction.scorers)]
+        raise PlanError(
+            f"{named} has `scorer: {recipe.scorer}`, but `mode: {recipe.mode}` needs one that says "
+            f"which tokens are alike: {', '.join(fitting)}. Change the one or the other."
+        )
     if recipe.sampling.selection == "threshold":
         method.check_threshold(recipe.sampling.threshold)
     return method
@@ -82,6 +90,7 @@ def with_default_stages(
     if recipe is not None and recipe.resolved_stages:
         return recipe
     recipe = recipe or Recipe.parse({"version": 1, "schedule": {"keep_ratio": KEEP_RATIO}})
+    schedule = recipe.schedule or ScheduleSection(keep_ratio=KEEP_RATIO)
     mode = _mode(recipe, spec)
     reduction: type[Reduction] = MODES[mode]
     candidates, needed = reduction.candidates(host, traced, blocks, spec)
@@ -91,12 +100,20 @@ def with_default_stages(
             f"that adapter {spec.adapter!r} found in {type(host).__name__} there are "
             f"{len(candidates)}."
         )
-    places = (max(reduction.skipped, len(candidates) * part // 4) for part in (1, 2, 3))
-    chosen = sorted({candidates[place] for place in places})
-    keep_ratio = KEEP_RATIO if recipe.schedule is None else recipe.schedule.keep_ratio
-    ratios = reduction.ratios(keep_ratio, len(chosen))
-    stages = [
-        {"block": b, "keep_ratio": float(f"{r:.3g}")} for b, r in zip(chosen, ratios, strict=True)
-    ]
+    if schedule.r is None and not schedule.falling:
+        places = (max(reduction.skipped, len(candidates) * part // 4) for part in (1, 2, 3))
+        chosen = sorted({candidates[place] for place in places})
+        ratios = [
+            float(f"{r:.3g}") for r in reduction.ratios(schedule.keep_ratio or 1.0, len(chosen))
+        ]
+    else:
+        chosen = list(schedule.blocks or candidates)
+        patches = shape_of(blocks[chosen[0]].entry)[1] - spec.num_prefix_tokens
+        try:
+            ratios = list(schedule.ratios(len(chosen), patches))
+        except ValueError as error:
+            raise PlanError(f"{recipe.name or 'the recipe'}: {error}.") from error
+    stages = [{"block": b, "keep_ratio": r} for b, r in zip(chosen, ratios, strict=True)]
     mapping = recipe.model_dump(mode="json", exclude_none=True, exclude={"schedule"})
-    return Recipe.parse({**mapping, "mode": mode, "stages": stages})
+    place = reduction.place(recipe.place, [blocks[number] for number in chosen])
+    return Recipe.parse({**mapping, "mode": mode, "place": place, "stages": stages})

@@ -56,7 +56,7 @@ class Theorems:
         self.pruned = pruning.path_name("gather")
         self.jagged = pruning.budget.threshold is not None
         self.sets = self._random_sets()
-        self.settings = CallSettings(num_keep=(), sample=False, keep_indices=self.sets)
+        self.settings = self._settings_for(self.sets)
         self.dtype = first_floating(model).dtype
         casts = autocast_dtypes(self.programs.analysis.traced.graph)
         self.bound = max(
@@ -82,6 +82,10 @@ class Theorems:
             sets.append(kept.to(device))
         return tuple(sets)
 
+    def _settings_for(self, sets: Sequence[Tensor]) -> CallSettings:
+        forced = self.programs.reduction.forced(sets, self.num_patches)
+        return CallSettings(num_keep=(), sample=False, **forced)
+
     def _shortened(self, kept: Tensor) -> Tensor:
         """Every other image keeps a quarter less, if images may differ."""
         if not self.jagged:
@@ -96,7 +100,7 @@ class Theorems:
         if settings is None and path in self.outputs:
             return self.outputs[path]
         tensors = self._output(path, settings or self.settings, self.tensors)
-        tensors = self.comparable(tensors) if path == "mask" else tensors
+        tensors = self.comparable(tensors) if path in ("mask", "expanded") else tensors
         if settings is None:
             self.outputs[path] = tensors
         return tensors
@@ -168,6 +172,8 @@ class Theorems:
 
     def contents(self) -> Iterator[Check]:
         """Theorem 3: what dropped tokens (bypass: branches not taken) hold is not read."""
+        if not self.programs.reduction.hides:
+            return
         yield self._compared(
             "dropped tokens may hold NaN and inf",
             lambda proof: difference(
@@ -225,15 +231,14 @@ class Theorems:
         """The gather path's output for the last image alone, of those that keep fewest tokens."""
         one = self.tensors | {n: v[-1:] for n, v in self.batched().items()}
         sets = tuple(kept[-1:, kept[-1] >= 0] for kept in self.sets)
-        return self._output(self.pruned, replace(self.settings, keep_indices=sets), one)
+        return self._output(self.pruned, self._settings_for(sets), one)
 
     def _beside_another(self) -> list[Tensor]:
         """The gather path's output for the one image and, as a second one, its mirror image."""
         both = {n: torch.cat([v, v.flip(-1)]) for n, v in self.batched().items()}
         pairs = zip(self.sets, self.num_patches, strict=True)
         sets = tuple(torch.cat([kept, patches - 1 - kept.flip(1)]) for kept, patches in pairs)
-        settings = replace(self.settings, keep_indices=sets)
-        return self._output(self.pruned, settings, self.tensors | both)
+        return self._output(self.pruned, self._settings_for(sets), self.tensors | both)
 
     def images_alike(self) -> bool:
         """Whether the two images that were beside each other are equal, so that mixing them would

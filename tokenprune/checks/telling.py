@@ -18,8 +18,8 @@ from tokenprune.checks.proof import Theorems, difference
 from tokenprune.checks.trainable import requiring_grad
 from tokenprune.ops.layout import flat_tokens
 from tokenprune.ops.pooling import hide_dropped, masked_amax
+from tokenprune.rewrite.kept.token_ops import masked_max
 from tokenprune.rewrite.rewrite import POLICY
-from tokenprune.rewrite.rules import masked_max
 from tokenprune.rewrite.settings import SETTINGS
 from tokenprune.tracing.interpret import evaluate, run, tensors_in
 
@@ -140,7 +140,8 @@ class _Tap(NamedTuple):
 
 def _follow(proof: Theorems) -> tuple[list[Leak], list[bool]]:
     """Leaks of each operator, and whether the outputs teach each decision."""
-    rewrite = proof.programs.get(proof.host, "mask").rewrite
+    hides = proof.programs.reduction.hides
+    rewrite = proof.programs.get(proof.host, "mask" if hides else "gather").rewrite
     stages = {record.kept: stage for stage, record in enumerate(rewrite.records)}
     first = rewrite.records[0].entering
     start = first.all_input_nodes[0] if first.target is flat_tokens else first
@@ -149,7 +150,7 @@ def _follow(proof: Theorems) -> tuple[list[Leak], list[bool]]:
 
     def step(node: fx.Node, env: dict[fx.Node, Any]) -> Any:
         value = evaluate(proof.model, node, env)
-        if node in stages:  # gradients start here
+        if node in stages and hides:  # gradients start here
             decisions[stages[node]] = value = value.detach().requires_grad_()
         elif node is start:
             value = value.detach().requires_grad_().clone()  # the host may write to it
@@ -161,7 +162,8 @@ def _follow(proof: Theorems) -> tuple[list[Leak], list[bool]]:
     try:
         with requiring_grad(proof.model.parameters(), False), torch.enable_grad():
             *_, (_, returned) = run(proof.model, rewrite.graph, inputs, step)
-            outputs = proof.comparable(tensors_in(returned[0]))
+            outputs = tensors_in(returned[0])
+            outputs = proof.comparable(outputs) if hides else outputs
             grads = _gradients(outputs, [*(tap.edge for tap in taps), *decisions.values()])
     except RuntimeError as error:  # of a custom operator, or no memory for activations
         raise _NoGradientError from error
@@ -182,7 +184,7 @@ def _taps(
 ) -> Iterator[_Tap]:
     """What a node that reads a policy would return without it."""
     for policy in node.all_input_nodes:
-        if POLICY not in policy.meta or bool((env[policy] > 0.5).all()):
+        if POLICY not in policy.meta or env[policy] is None or bool((env[policy] == 1).all()):
             continue
         with torch.no_grad():
             read = {used: env[used] for used in node.all_input_nodes}

@@ -54,8 +54,9 @@ class Recipe(Section):
         description: one line for `tokenprune recipes`.
         source: the paper or measurement that the recipe comes from.
         mode: `remove` gathers dropped tokens away; `bypass` keeps the grid, and dropped tokens skip
-            the MLP.
-        scorer: what says which tokens stay; `learned` is DynamicViT's predictor.
+            the MLP; `merge` lets tokens that are alike become their mean.
+        scorer: what says which tokens stay; `learned` is DynamicViT's predictor, `similarity` (the
+            default of `merge`) ToMe's matching.
         place: where in its block a stage is: `entry`, or `middle` after attention's residual
             sum.
         stages: pruning points, blocks strictly increasing, ratios never growing.
@@ -82,6 +83,14 @@ class Recipe(Section):
     loss: LossSection = LossSection()
     train: TrainSection = TrainSection()
     host: HostSection | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_mode(cls, given: Any) -> Any:
+        mode = given.get("mode") if isinstance(given, Mapping) else None
+        if not (isinstance(mode, str) and mode in MODES):
+            return given
+        return {**MODES[mode].defaults, **given}
 
     @field_validator("mode", "scorer")
     @classmethod

@@ -7,9 +7,9 @@ weight averaging are off unless a recipe asks for them.
 
 import math
 from itertools import pairwise
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from tokenprune.recipe.counting import Rounding
 
@@ -102,25 +102,67 @@ Stages = Annotated[tuple[Stage, ...], Field(strict=False), AfterValidator(_check
 
 
 class ScheduleSection(Section):
-    """Stages that each keep the same share of what the stage before kept: r, r^2, r^3, ...
+    """Stages by a rule; give one of `keep_ratio` and `r`.
 
     Attributes:
         blocks: where the stages stand, strictly increasing. Left out, `wrap` puts three stages at
-            a quarter, a half and three quarters of the host's blocks.
-        keep_ratio: r, in (0, 1].
+            a quarter, a half and three quarters of the host's blocks; with `r` or `falling`, one
+            at every block.
+        keep_ratio: each stage keeps this share of what the stage before kept: q, q^2, q^3, ...
+        falling: with `keep_ratio` q and no `blocks`, q^3 of the tokens are left in the end, and the
+            number that leaves at a block falls evenly to 0 in the last one.
+        r: how many tokens leave at each stage, of the image size that the host is wrapped with;
+            half of those that are there at most (ToMe).
     """
 
     blocks: _Blocks | None = None
-    keep_ratio: _Ratio
+    keep_ratio: _Ratio | None = None
+    falling: bool = False
+    r: Annotated[int, Field(ge=1)] | None = None
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> Self:
+        if (self.keep_ratio is None) == (self.r is None):
+            raise ValueError("give exactly one of `keep_ratio` and `r`")
+        if self.falling and (self.r is not None or self.blocks is not None):
+            raise ValueError("`falling` goes with `keep_ratio` alone, without `blocks`")
+        return self
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        """The stages written out; none if the blocks are left to the host."""
+        """The stages written out; none if the host decides where they are, or how many leave."""
+        if self.keep_ratio is None or self.blocks is None:
+            return ()
         return tuple(
             # twelve digits: 0.7 ** 2 is 0.48999999999999994, and a recipe means 0.49
             Stage(block=block, keep_ratio=float(f"{self.keep_ratio ** (index + 1):.12g}"))
-            for index, block in enumerate(self.blocks or ())
+            for index, block in enumerate(self.blocks)
         )
+
+    def ratios(self, stages: int, patches: int) -> tuple[float, ...]:
+        """Kept share of `patches` tokens after each stage, where the blocks of `r` or `falling` are
+        known: ValueError if `r` tokens cannot leave the first."""
+        if self.r is None:
+            return _falling((self.keep_ratio or 1.0) ** 3, stages)
+        if self.r > patches // 2:
+            raise ValueError(
+                f"`r: {self.r}` tokens cannot leave {patches} at once; half of them can, "
+                f"{patches // 2}"
+            )
+        left = [patches]
+        for _ in range(stages):
+            left.append(left[-1] - min(self.r, left[-1] // 2))
+        return tuple(float(f"{count / patches:.12g}") for count in left[1:])
+
+
+def _falling(end: float, stages: int) -> tuple[float, ...]:
+    """Shares that are left after each stage: what leaves falls evenly to 0."""
+    whole, kept = stages * (stages - 1) / 2 or 1, 1.0
+    shares = []
+    for stage in range(stages):
+        kept -= (1 - end) * (stages - 1 - stage) / whole
+        shares.append(float(f"{kept:.12g}"))
+    return tuple(shares)
 
 
 class PredictorSection(Section):

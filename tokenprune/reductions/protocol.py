@@ -7,13 +7,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from tokenprune.analysis.analysis import Analysis
-from tokenprune.analysis.blocks import Blocks
+from tokenprune.analysis.blocks import Block, Blocks
 from tokenprune.analysis.plan import Budget
 from tokenprune.hosts.spec import ArchSpec
 from tokenprune.recipe.names import MODES
+from tokenprune.rewrite.kept import KEPT_SETS, KeptSet
 from tokenprune.rewrite.passes import Pass
 from tokenprune.rewrite.settings import PathName
 from tokenprune.scorers import Scorer
@@ -40,6 +41,10 @@ class Reduction(ABC):
         removes: Tensors have fewer tokens after a stage. Where not, every host can be served.
         skipped: How many of its `candidates` a default recipe leaves out at the front.
         added: State-dict prefixes of the modules it adds beside the scorers.
+        defaults: What a recipe means that names the reduction alone: `scorer`, `place`.
+        scorers: What it can ask.
+        kept_sets: How each of its paths says which tokens are left.
+        hides: There is a mask path, on which dropped tokens are hidden.
         proofs: Paths that must agree.
     """
 
@@ -49,6 +54,10 @@ class Reduction(ABC):
     removes: ClassVar[bool]
     skipped: ClassVar[int] = 0
     added: ClassVar[tuple[str, ...]] = ()
+    scorers: ClassVar[tuple[type, ...]] = (Scorer,)
+    kept_sets: ClassVar[Mapping[PathName, KeptSet]] = KEPT_SETS
+    defaults: ClassVar[Mapping[str, str]] = {}
+    hides: ClassVar[bool] = True
     proofs: ClassVar[tuple[Proof, ...]] = (
         Proof("mask = gather on random kept sets", "mask", "gather"),
     )
@@ -74,6 +83,11 @@ class Reduction(ABC):
     def ratios(cls, keep_ratio: float, stages: int) -> list[float]:
         """Keep ratios of the stages of a default recipe."""
 
+    @classmethod
+    def place(cls, asked: str, blocks: Sequence[Block]) -> str:
+        """Where in `blocks` the stages of a default recipe are."""
+        return asked
+
     @abstractmethod
     def passes(self, path: PathName, scorer: type[Scorer], restore: bool | None) -> Sequence[Pass]:
         """The edits that make a path's graph of the host's.
@@ -82,6 +96,10 @@ class Reduction(ABC):
             restore: Outputs that hold tokens come back in place (True), or hold the kept ones only
                 (False); None refuses them.
         """
+
+    def forced(self, sets: Sequence[Tensor], num_patches: Sequence[int]) -> Mapping[str, Any]:
+        """Fields of `CallSettings` that force a choice which keeps these sets, [B, K] a stage."""
+        return {"keep_indices": tuple(sets)}
 
     @abstractmethod
     def modules(self, **like: Any) -> Mapping[str, nn.Module]:

@@ -54,7 +54,7 @@ class Remove(Reduction):
         emit = Emit(tokens_allowed=restore is not None)
         if not kept.removes:
             return [*select, HideDropped(kept), outputs, emit]
-        gather = (ResizeTables(), HideDropped(kept), GatherAligned(kept))
+        gather = (ResizeTables(kept), HideDropped(kept), GatherAligned(kept))
         return [KeepTablesWhole(), *select, *gather, outputs, emit]
 
     def modules(self, **like: Any) -> Mapping[str, nn.Module]:

@@ -1,4 +1,4 @@
-"""Hide tokens that are there but must not be read."""
+"""Hide tokens that must not be read, and count those that stand for several."""
 
 from dataclasses import dataclass
 
@@ -12,14 +12,14 @@ __all__ = ["HideDropped"]
 
 @dataclass
 class HideDropped(Pass):
-    """Apply the rule of every operator that mixes tokens; nothing to do where none are hidden."""
+    """Apply the rule of every operator that mixes tokens; nothing to do where each counts once."""
 
     kept: KeptSet
 
     def apply(self, rewrite: Rewrite) -> None:
-        if self.kept.attention is None:
+        if self.kept.ops is None:
             return
-        hiding = Hiding(rewrite, self.kept, self.kept.attention)
+        hiding = Hiding(rewrite, self.kept, self.kept.ops)
         for node in rewrite.nodes():
             rule = rule_for(rewrite.root, node)
             if rule is not None:

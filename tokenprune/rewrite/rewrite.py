@@ -1,5 +1,6 @@
 """The working copy of a graph that passes edit."""
 
+import operator
 from collections.abc import Callable, Container, Hashable
 from typing import Any, NamedTuple, cast
 
@@ -150,6 +151,10 @@ class Rewrite:
             node = self.graph.call_function(target, args, kw)
         _inherit(node, before)
         return node
+
+    def item(self, before: fx.Node, several: fx.Node, place: int) -> fx.Node:
+        """One of several values that a node holds."""
+        return self.insert(before, operator.getitem, several, place)
 
     def insert_after(self, after: fx.Node, target: Callable[..., Any], *args: Any) -> fx.Node:
         """Put a call of `target` after a node."""

@@ -13,7 +13,7 @@ An operator of your own, in one file:
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -21,15 +21,8 @@ from torch import fx, nn
 from tokenprune.analysis.facts import TokenDim
 from tokenprune.analysis.operators import Kind, argument, kind_of, known_kind, set_kind
 from tokenprune.errors import LeakError, RegistrationError
-from tokenprune.ops.pooling import (
-    hide_dropped,
-    masked_amax,
-    masked_contraction_operand,
-    masked_mean,
-    masked_sum,
-)
-from tokenprune.ops.softmax import masked_softmax
 from tokenprune.rewrite.kept import KeptSet
+from tokenprune.rewrite.kept.token_ops import TokenOps
 from tokenprune.rewrite.rewrite import Rewrite
 
 __all__ = ["Hiding", "OperatorRule", "hide_in_reduction", "rule", "rule_for"]
@@ -101,13 +94,13 @@ class Hiding:
     Attributes:
         rewrite: The graph.
         kept: Says which tokens are there.
-        attention: `masked_attention`, or its like for this path.
+        ops: What replaces operators that mix tokens.
         zeroed: Nodes that are exactly zero at dropped keys (masked attention weights).
     """
 
     rewrite: Rewrite
     kept: KeptSet
-    attention: Callable[..., torch.Tensor]
+    ops: TokenOps
     zeroed: set[fx.Node] = field(default_factory=set)
 
     def policy(self, node: fx.Node, dim: TokenDim, *sources: fx.Node) -> fx.Node:
@@ -146,7 +139,9 @@ def _attention(hiding: Hiding, node: fx.Node) -> None:
         "enable_gqa": node.kwargs.get("enable_gqa", False),
     }
     own_key = rewrite.facts(query).dims.get(rewrite.rank(query) - 2) == dim
-    hiding.replace(node, hiding.attention, query, key, value, policy, own_key=own_key, **options)
+    hiding.replace(
+        node, hiding.ops.attention, query, key, value, policy, own_key=own_key, **options
+    )
 
 
 @rule(kind=Kind.SOFTMAX)
@@ -163,7 +158,9 @@ def _softmax(hiding: Hiding, node: fx.Node) -> None:
     policy = hiding.policy(node, dims[axis], scores)
     queries = [d for d, dim in dims.items() if d != axis and dim == dims[axis]]
     options = {"query_dim": queries[0] if queries else None, "dtype": dtype}
-    hiding.zeroed.add(hiding.replace(node, masked_softmax, scores, policy, axis, **options))
+    weights = hiding.replace(node, hiding.ops.softmax, scores, policy, axis, **options)
+    if not hiding.ops.weighs:
+        hiding.zeroed.add(weights)
 
 
 @rule(kind=Kind.PASSES_ZEROS)
@@ -184,33 +181,31 @@ def _contraction(hiding: Hiding, node: fx.Node) -> None:
     if dim is None:
         return
     policy = hiding.policy(node, dim, left, right)
-    if left in hiding.zeroed:
-        node.args = (left, rewrite.insert(node, hide_dropped, right, policy, right_axis))
-    elif right in hiding.zeroed:
-        node.args = (rewrite.insert(node, hide_dropped, left, policy, left_axis), right)
-    else:
-        hidden = rewrite.insert(node, hide_dropped, left, policy, left_axis)
-        kept = rewrite.insert(node, masked_contraction_operand, right, policy, right_axis)
-        node.args = (hidden, kept)
+    ops, zeroed = hiding.ops, hiding.zeroed
+    of_weights = left in zeroed or right in zeroed
+    if left not in zeroed and ops.hide is not None:
+        left = rewrite.insert(node, ops.hide, left, policy, left_axis)
+    if right not in zeroed:
+        other = ops.hide if of_weights and ops.hide is not None else ops.operand
+        right = rewrite.insert(node, other, right, policy, right_axis)
+    node.args = (left, right)
     node.kwargs = {}
 
 
-class Maximum(NamedTuple):
-    """What `torch.max(x, dim)` returns, without positions."""
+def hide_in_reduction(
+    masked: Callable[..., Any], weighted: Callable[..., Any] | None = None
+) -> Hide:
+    """The rule of a reduction over one dim.
 
-    values: torch.Tensor
-    indices: None = None
+    Args:
+        masked: (x, policy [B, L] of 1 and 0, dim, keepdim) -> the reduction over kept tokens.
+        weighted: (x, sizes [B, L], dim, keepdim) -> that over merged tokens; without it a host that
+            calls the operator cannot be merged.
+    """
+    return _in_reduction(lambda ops: weighted if ops.weighs else masked)
 
 
-def masked_max(x: torch.Tensor, policy: torch.Tensor, dim: int, keepdim: bool = False) -> Maximum:
-    """`torch.max(x, dim)` over kept tokens. Positions are not formed: a host that reads them fails
-    by name instead of getting positions among all tokens."""
-    return Maximum(masked_amax(x, policy, dim, keepdim))
-
-
-def hide_in_reduction(masked: Callable[..., Any]) -> Hide:
-    """The rule of a reduction over one dim: `masked(x, policy, dim, keepdim)` replaces it."""
-
+def _in_reduction(choose: Callable[[TokenOps], Callable[..., Any] | None]) -> Hide:
     def hide(hiding: Hiding, node: fx.Node) -> None:
         rewrite, source = hiding.rewrite, argument(node, 0, "input")
         dims = rewrite.dims_read(node, source)
@@ -227,11 +222,17 @@ def hide_in_reduction(masked: Callable[..., Any]) -> Hide:
                 f"{rewrite.where(node)} reduces dims {over} at once, among them tokens; only a "
                 "reduction over the token dim alone can be masked."
             )
+        reduction = choose(hiding.ops)
+        if reduction is None:
+            raise LeakError(
+                f"{rewrite.where(node)} reduces over tokens, and its rule does not say how merged "
+                "tokens count. Give `hide_in_reduction` a `weighted` form, or use `mode: remove`."
+            )
         policy = hiding.policy(node, dims[over[0]], source)
         keepdim = argument(node, 2, "keepdim", default=False)
         if node.kwargs.get("dtype") is not None:
             source = rewrite.insert(node, torch.Tensor.to, source, node.kwargs["dtype"])
-        hiding.replace(node, masked, source, policy, over[0], keepdim)
+        hiding.replace(node, reduction, source, policy, over[0], keepdim)
 
     return hide
 
@@ -249,12 +250,14 @@ def _average_pool(hiding: Hiding, node: fx.Node) -> None:
         raise LeakError(
             f"{rewrite.where(node)} pools tokens into {size} bins; only 1 can be masked."
         )
-    hiding.replace(node, masked_mean, source, hiding.policy(node, dim, source), axis, True)
+    hiding.replace(node, hiding.ops.mean, source, hiding.policy(node, dim, source), axis, True)
 
 
 @rule(kind=Kind.BATCH_STATISTIC)
 def _batch_norm(hiding: Hiding, node: fx.Node) -> None:
     rewrite, facts = hiding.rewrite, hiding.rewrite.facts(argument(node, 0, "input"))
+    if hiding.ops.weighs:
+        return
     if (facts.dims or facts.folded) and rewrite.traced_module(node).training:
         raise LeakError(
             f"{rewrite.where(node)} takes batch statistics over dropped tokens too. Put it in eval "
@@ -262,7 +265,7 @@ def _batch_norm(hiding: Hiding, node: fx.Node) -> None:
         )
 
 
-rule(kind=Kind.MEAN)(hide_in_reduction(masked_mean))
-rule(kind=Kind.SUM)(hide_in_reduction(masked_sum))
-rule(kind=Kind.AMAX)(hide_in_reduction(masked_amax))
-rule(kind=Kind.MAX)(hide_in_reduction(masked_max))
+rule(kind=Kind.MEAN)(_in_reduction(lambda ops: ops.mean))
+rule(kind=Kind.SUM)(_in_reduction(lambda ops: ops.sum))
+rule(kind=Kind.AMAX)(_in_reduction(lambda ops: ops.amax))
+rule(kind=Kind.MAX)(_in_reduction(lambda ops: ops.max))

@@ -11,7 +11,7 @@ from tokenprune.ops.layout import flat_tokens
 from tokenprune.rewrite.kept import KeptSet, StagePoint
 from tokenprune.rewrite.passes import Pass
 from tokenprune.rewrite.rewrite import Rewrite, StageRecord
-from tokenprune.rewrite.stages import patch_keys, score
+from tokenprune.rewrite.stages import patch_keys
 from tokenprune.scorers import Need, Scorer
 from tokenprune.scorers.protocol import PREDICTORS
 
@@ -40,24 +40,22 @@ class SelectAtSites(Pass):
                 layout = rewrite.analysis.grids[stage].layout
                 tokens = rewrite.insert(marker, flat_tokens, tokens, layout)
             bound = rewrite.records[-1].kept if self.tokens_leave and rewrite.records else None
-            point = StagePoint(stage, marker, tokens, bound)
             scorer = rewrite.module(marker, f"{PREDICTORS}.{stage}")
-            given = (scorer, tokens, self.kept.present(rewrite, point), rewrite.num_prefix)
-            needed = self._needed(rewrite, point)
-            keep_logits = rewrite.insert(marker, score, *given, **needed)
-            left, kept = self.kept.select(rewrite, point, keep_logits)
+            needed = self._needed(rewrite, stage, marker)
+            point = StagePoint(stage, marker, tokens, bound, scorer, needed)
+            left, keep_logits, kept = self.kept.choose(rewrite, point)
             rewrite.records.append(StageRecord(tokens, keep_logits, kept))
             if self.tokens_leave:
                 rewrite.replace(marker, left)
 
-    def _needed(self, rewrite: Rewrite, stage: StagePoint) -> dict[str, fx.Node]:
+    def _needed(self, rewrite: Rewrite, stage: int, at: fx.Node) -> dict[str, fx.Node]:
         """What the scorer reads beside the tokens."""
         needed = {}
         if Need.NOISE in self.scorer.needs:
-            needed["generator"] = rewrite.insert(stage.at, getattr, rewrite.settings, "generator")
+            needed["generator"] = rewrite.insert(at, getattr, rewrite.settings, "generator")
         if Need.KEYS in self.scorer.needs:
-            key, *how = nearest_keys(rewrite.analysis, stage.number)
-            needed["keys"] = rewrite.insert(stage.at, patch_keys, rewrite.copy_of(key), *how)
+            key, *how = nearest_keys(rewrite.analysis, stage)
+            needed["keys"] = rewrite.insert(at, patch_keys, rewrite.copy_of(key), *how)
         return needed
 
 

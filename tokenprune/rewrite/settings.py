@@ -10,8 +10,9 @@ __all__ = ["PATHS", "SETTINGS", "CallSettings", "Path", "PathName"]
 
 Path = Literal["dense", "mask", "gather"]
 PATHS: tuple[Path, ...] = ("dense", "mask", "gather")
-PathName = Path | Literal["jagged"]
-"""`jagged` is the gather path where images keep different numbers of tokens."""
+PathName = Path | Literal["jagged", "expanded"]
+"""`jagged` is the gather path where images keep different numbers of tokens; on `expanded` every
+member of a group of merged tokens stays, which proves the merged path."""
 
 SETTINGS = "tokenprune_settings"
 """Name of the placeholder; no host has such an argument."""
@@ -30,6 +31,8 @@ class CallSettings:
         hard: 0/1 decisions.
         keep_indices: Kept sets forced from outside, per stage: [B, K] in original numbering,
             ascending, then -1 where an image has fewer.
+        groups: Groups of merged tokens forced from outside, per stage: [B, N] for each patch the
+            number of the one that stands for it.
         generator: Source of the noise.
         poison: `verify` only: overwrite dropped tokens with NaN and inf, to see that nobody reads
             them.
@@ -41,5 +44,6 @@ class CallSettings:
     temperature: float = 1.0
     hard: bool = True
     keep_indices: tuple[Tensor, ...] | None = None
+    groups: tuple[Tensor, ...] | None = None
     generator: torch.Generator | None = None
     poison: bool = False

@@ -44,14 +44,17 @@ def _traced_size(rewrite: Rewrite, at: fx.Node, used: fx.Node) -> Any:
     return (rewrite.insert(at, operator.getitem, used, 0), *value[1:])
 
 
+@dataclass
 class ResizeTables(Pass):
     """Where a host reads the length of an aligned table, give it the gathered length."""
+
+    kept: KeptSet
 
     def apply(self, rewrite: Rewrite) -> None:
         for node in rewrite.nodes():
             dims = rewrite.facts(node).length_of
             if dims:
-                kept = rewrite.records[max(dim.stage for dim in dims.values())].kept
+                kept = self.kept.numbers(rewrite, max(dim.stage for dim in dims.values()))
                 along = tuple((d, dim.prefix) for d, dim in dims.items())
                 rewrite.map_output(node, length_after, kept, along)
 

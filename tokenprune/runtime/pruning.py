@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tokenprune.analysis.analysis import analyse
 from tokenprune.analysis.blocks import Blocks, find_blocks
 from tokenprune.analysis.plan import Budget, Plan, bind
-from tokenprune.errors import HostError, PlanError
+from tokenprune.errors import HostError, KeepIndicesError, PlanError
 from tokenprune.hosts.inputs import CallSignature, ExampleInputs, first_floating, named_inputs
 from tokenprune.hosts.registry import describe, stated_by
 from tokenprune.hosts.spec import ArchSpec
@@ -23,7 +23,6 @@ from tokenprune.ops.kept_sets import check_keep_indices
 from tokenprune.private import jit_tracing, without_modes
 from tokenprune.recipe import Recipe
 from tokenprune.reductions import MODES
-from tokenprune.rewrite.kept import KEPT_SETS
 from tokenprune.rewrite.kept.pruning_trace import PruningTrace
 from tokenprune.rewrite.settings import PATHS, CallSettings, Path, PathName
 from tokenprune.runtime.cache import ProgramCache, signature_of
@@ -217,7 +216,9 @@ class Pruning:
         if name == "dense":
             return output, PruningTrace([], tokens, real)
         nested = self.method.reduction.nested
-        stages = KEPT_SETS[name].stage_traces(records, programs.num_patches, nested)
+        stages = self.method.reduction.kept_sets[name].stage_traces(
+            records, programs.num_patches, nested
+        )
         return output, PruningTrace(stages, tokens, real)
 
     def path_name(self, path: Path) -> PathName:
@@ -322,6 +323,18 @@ class Pruning:
         """See `PrunedModel.using`."""
         if path is not None and path not in PATHS:
             raise HostError(f"There is no path {path!r}. Choose one of {', '.join(PATHS)}.")
+        reduction = self.method.reduction
+        there = [p for p in PATHS if p == "dense" or p in reduction.kept_sets]
+        if path is not None and path not in there:
+            raise HostError(
+                f"`mode: {reduction.name}` has no {path} path: it trains on the path that eval "
+                f"runs. Choose one of {', '.join(there)}."
+            )
+        if keep_indices is not None and not reduction.hides:
+            raise KeepIndicesError(
+                f"`mode: {reduction.name}` keeps no tokens that could be named: each that is left "
+                "is the mean of several. Leave `keep_indices` out."
+            )
         was, forced, thread = self.forced, None, get_ident()
         if keep_indices is not None:
             nested, padded = self.method.reduction.nested, self.budget.threshold is not None

@@ -2,16 +2,19 @@
 
 from tokenprune.scorers.key_norm import KeyNorm
 from tokenprune.scorers.learned import TokenPredictor
-from tokenprune.scorers.protocol import SCORERS, Need, Scorer, as_keep_logits
+from tokenprune.scorers.protocol import SCORERS, Matcher, Need, Scorer, as_keep_logits
 from tokenprune.scorers.random import Random
+from tokenprune.scorers.similarity import Similarity
 from tokenprune.scorers.token_norm import TokenNorm
 
 __all__ = [
     "SCORERS",
     "KeyNorm",
+    "Matcher",
     "Need",
     "Random",
     "Scorer",
+    "Similarity",
     "TokenNorm",
     "TokenPredictor",
     "as_keep_logits",

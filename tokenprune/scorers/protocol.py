@@ -9,9 +9,10 @@ from enum import Flag, auto
 from typing import Any, ClassVar, Self
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from tokenprune.ops.matching import Groups
 from tokenprune.recipe.names import SCORERS
 from tokenprune.recipe.schema import PredictorSection
 
@@ -19,6 +20,7 @@ __all__ = [
     "PREDICTORS",
     "SCORERS",
     "Mask",
+    "Matcher",
     "Need",
     "Predictors",
     "Scorer",
@@ -79,6 +81,29 @@ class Scorer(nn.Module, ABC):
             tokens: patch tokens; no prefix tokens are among them.
             present: 1 for tokens that are there and real, 0 for dropped and padded ones; None if
                 all are. Scores of present tokens must not depend on what the others hold.
+            needed: what `needs` asks for.
+        """
+
+
+class Matcher(Scorer):
+    """A scorer that also says which token each one that leaves is like: what merging asks."""
+
+    @abstractmethod
+    def match(
+        self,
+        tokens: Tokens,
+        real: Bool[Tensor, "B N"] | None,
+        first: int,
+        num_keep: int,
+        **needed: Any,
+    ) -> Groups:
+        """Sort N patches into `num_keep` groups.
+
+        Args:
+            tokens: patch tokens that are there; each may stand for several already.
+            real: False where one is padding; None if none is.
+            first: place of the first patch in the sequence.
+            num_keep: K, from 1 to N.
             needed: what `needs` asks for.
         """
 

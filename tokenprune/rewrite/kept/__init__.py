@@ -3,9 +3,21 @@
 from tokenprune.rewrite.kept.gathered import Gathered
 from tokenprune.rewrite.kept.jagged import Jagged
 from tokenprune.rewrite.kept.masked import Masked
+from tokenprune.rewrite.kept.merged import ExpandedSet, MergedSet
 from tokenprune.rewrite.kept.protocol import KeptSet, StagePoint
 from tokenprune.rewrite.settings import PathName
 
-__all__ = ["KEPT_SETS", "Gathered", "Jagged", "KeptSet", "Masked", "StagePoint"]
+__all__ = [
+    "KEPT_SETS",
+    "MERGED_SETS",
+    "ExpandedSet",
+    "Gathered",
+    "Jagged",
+    "KeptSet",
+    "Masked",
+    "MergedSet",
+    "StagePoint",
+]
 
 KEPT_SETS: dict[PathName, KeptSet] = {kept.name: kept for kept in (Masked(), Gathered(), Jagged())}
+MERGED_SETS: dict[PathName, KeptSet] = {kept.name: kept for kept in (MergedSet(), ExpandedSet())}

@@ -1,18 +1,16 @@
 """The gather path: dropped tokens leave, the same number of every image."""
 
-import operator
-
 from torch import fx
 
 from tokenprune.ops.moving import gather_table, put_back
-from tokenprune.rewrite.kept.protocol import KeptSet, StagePoint
+from tokenprune.rewrite.kept.protocol import Selecting, StagePoint
 from tokenprune.rewrite.rewrite import Rewrite
 from tokenprune.rewrite.stages import present_gathered, select_gathered
 
 __all__ = ["Gathered"]
 
 
-class Gathered(KeptSet):
+class Gathered(Selecting):
     """`kept` holds the original numbers [B, K] of the tokens that are left, ascending."""
 
     name = "gather"
@@ -23,5 +21,5 @@ class Gathered(KeptSet):
     def select(self, rw: Rewrite, stage: StagePoint, logits: fx.Node) -> tuple[fx.Node, fx.Node]:
         how = (stage.previous, rw.settings, stage.number, rw.num_prefix, rw.real_patches())
         chosen = rw.insert(stage.at, select_gathered, stage.tokens, logits, *how)
-        left, kept = (rw.insert(stage.at, operator.getitem, chosen, i) for i in range(2))
+        left, kept = (rw.item(stage.at, chosen, place) for place in range(2))
         return left, kept

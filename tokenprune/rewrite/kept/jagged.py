@@ -4,24 +4,23 @@ Rows are as long as those of the image that keeps most; what is padding in a row
 that mixes tokens, as dropped tokens are on the mask path.
 """
 
-import operator
-
 from torch import fx
 
 from tokenprune.ops import jagged
-from tokenprune.rewrite.kept.protocol import KeptSet, StagePoint
+from tokenprune.rewrite.kept.protocol import Selecting, StagePoint
+from tokenprune.rewrite.kept.token_ops import MASKED
 from tokenprune.rewrite.rewrite import Rewrite
 from tokenprune.rewrite.stages import forced_set, present_jagged, select_jagged
 
 __all__ = ["Jagged"]
 
 
-class Jagged(KeptSet):
+class Jagged(Selecting):
     """`kept` holds original numbers [B, K], then -1 where an image has fewer tokens than K."""
 
     name = "jagged"
     seen = staticmethod(present_jagged)
-    attention = staticmethod(jagged.padded_attention)
+    ops = MASKED._replace(attention=jagged.padded_attention)
     table_gather = staticmethod(jagged.gather_table_jagged)
     restore = staticmethod(jagged.put_back_jagged)
 
@@ -31,7 +30,7 @@ class Jagged(KeptSet):
         forced = rw.insert_after(last_input, forced_set, rw.settings, stage.number)
         how = (stage.previous, rw.settings, stage.number, rw.real_patches(), forced)
         chosen = rw.insert(stage.at, select_jagged, logits, *how)
-        places, numbers = (rw.insert(stage.at, operator.getitem, chosen, i) for i in range(2))
+        places, numbers = (rw.item(stage.at, chosen, place) for place in range(2))
         return rw.insert(stage.at, jagged.take_chosen, stage.tokens, places, rw.num_prefix), numbers
 
     def policy(self, rw: Rewrite, stage: int, prefix: int, rows_per_image: int) -> fx.Node:

@@ -7,23 +7,23 @@ import torch
 from torch import fx
 
 from tokenprune.ops.align import policy_of
-from tokenprune.ops.attention import masked_attention
 from tokenprune.ops.moving import put_back_masked
-from tokenprune.rewrite.kept.protocol import KeptSet, StagePoint
+from tokenprune.rewrite.kept.protocol import Selecting, StagePoint
 from tokenprune.rewrite.kept.pruning_trace import StageTrace
+from tokenprune.rewrite.kept.token_ops import MASKED
 from tokenprune.rewrite.rewrite import POLICY, Rewrite
 from tokenprune.rewrite.stages import decide, fill_dropped, present_masked
 
 __all__ = ["Masked"]
 
 
-class Masked(KeptSet):
+class Masked(Selecting):
     """`kept` is the decision [B, N], with its straight-through gradient."""
 
     name = "mask"
     removes = False
     seen = staticmethod(present_masked)
-    attention = staticmethod(masked_attention)
+    ops = MASKED
     restore = staticmethod(put_back_masked)
 
     def select(self, rw: Rewrite, stage: StagePoint, logits: fx.Node) -> tuple[fx.Node, fx.Node]:

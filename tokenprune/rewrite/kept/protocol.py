@@ -5,7 +5,7 @@ left. Only the path's kept set knows which, and what else follows from it.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -14,10 +14,12 @@ from torch import Tensor, fx
 from tokenprune.analysis.facts import Aligned
 from tokenprune.ops.selection import one_hot
 from tokenprune.rewrite.kept.pruning_trace import StageTrace
+from tokenprune.rewrite.kept.token_ops import TokenOps
 from tokenprune.rewrite.rewrite import Rewrite
 from tokenprune.rewrite.settings import PathName
+from tokenprune.rewrite.stages import score
 
-__all__ = ["KeptSet", "StagePoint"]
+__all__ = ["KeptSet", "Selecting", "StagePoint"]
 
 
 class StagePoint(NamedTuple):
@@ -28,12 +30,16 @@ class StagePoint(NamedTuple):
         at: Where nodes are put in.
         tokens: [B, P + N', D] that come in.
         previous: `kept` of the stage before, if it bounds what this one can choose.
+        scorer: The module that is asked.
+        needed: What it reads beside the tokens.
     """
 
     number: int
     at: fx.Node
     tokens: fx.Node
     previous: fx.Node | None
+    scorer: fx.Node
+    needed: Mapping[str, fx.Node]
 
 
 class KeptSet(ABC):
@@ -42,9 +48,7 @@ class KeptSet(ABC):
     Attributes:
         name: Of the path.
         removes: Dropped tokens are no longer in the tensors.
-        seen: (previous, real, tokens) -> what the scorer may see; see `present`.
-        attention: What attends to tokens some of which are hidden; None if all that are there are
-            seen.
+        ops: What replaces operators that mix tokens; None if all that are there count once.
         table_gather: (table, kept, dims, prefix, rank, rows_per_image) -> the table for the tokens
             that are there.
         restore: (full, tokens, kept, num_prefix) -> `full` with the kept tokens replaced.
@@ -52,22 +56,17 @@ class KeptSet(ABC):
 
     name: ClassVar[PathName]
     removes: ClassVar[bool] = True
-    seen: ClassVar[Callable[..., Tensor | None]]
-    attention: ClassVar[Callable[..., Tensor] | None] = None
+    ops: ClassVar[TokenOps | None] = None
     table_gather: ClassVar[Callable[..., Tensor]]
     restore: ClassVar[Callable[..., Tensor]]
 
-    def present(self, rw: Rewrite, stage: StagePoint) -> fx.Node | None:
-        """What the scorer may see: [B, N'] 1 or 0; None for all tokens."""
-        hidden = stage.previous if self.attention is not None else None
-        real = rw.real_patches()
-        if hidden is None and real is None:
-            return None
-        return rw.insert(stage.at, type(self).seen, stage.previous, real, stage.tokens)
-
     @abstractmethod
-    def select(self, rw: Rewrite, stage: StagePoint, logits: fx.Node) -> tuple[fx.Node, fx.Node]:
-        """The tokens that go on, and `kept`."""
+    def choose(self, rw: Rewrite, stage: StagePoint) -> tuple[fx.Node, fx.Node, fx.Node]:
+        """The tokens that go on, the scores of those that came in, and `kept`."""
+
+    def numbers(self, rw: Rewrite, stage: int) -> fx.Node:
+        """A node with as many columns as patches are left after a stage."""
+        return rw.records[stage].kept
 
     def policy(self, rw: Rewrite, stage: int, prefix: int, rows_per_image: int) -> fx.Node:
         """[B * rows, L]: 1 at prefix tokens and tokens that are kept, 0 at hidden ones."""
@@ -106,7 +105,7 @@ class KeptSet(ABC):
             if before is not None and nested:
                 logits = _spread(logits, before, patches)
             decision = one_hot(kept, logits.new_zeros(logits.shape[0], patches))
-            same = self.attention is None  # else images keep different numbers of tokens
+            same = self.ops is None  # else images keep different numbers of tokens
             count = kept.shape[1] if same else decision.sum(dim=1).mean()
             stages.append(StageTrace(logits, decision, kept, count))
             before = kept
@@ -120,3 +119,31 @@ def _spread(logits: Tensor, kept: Tensor, num_patches: int) -> Tensor:
     places = torch.where(kept < 0, num_patches, kept)  # padding goes to one more place
     spread = everyone.scatter(1, places.unsqueeze(-1).expand(-1, -1, 2), logits)
     return spread[:, :num_patches]
+
+
+class Selecting(KeptSet):
+    """One that keeps the tokens with the best scores.
+
+    Attributes:
+        seen: (previous, real, tokens) -> what the scorer may see; see `present`.
+    """
+
+    seen: ClassVar[Callable[..., Tensor | None]]
+
+    def choose(self, rw: Rewrite, stage: StagePoint) -> tuple[fx.Node, fx.Node, fx.Node]:
+        given = (stage.scorer, stage.tokens, self.present(rw, stage), rw.num_prefix)
+        keep_logits = rw.insert(stage.at, score, *given, **stage.needed)
+        left, kept = self.select(rw, stage, keep_logits)
+        return left, keep_logits, kept
+
+    def present(self, rw: Rewrite, stage: StagePoint) -> fx.Node | None:
+        """What the scorer may see: [B, N'] 1 or 0; None for all tokens."""
+        hidden = stage.previous if self.ops is not None else None
+        real = rw.real_patches()
+        if hidden is None and real is None:
+            return None
+        return rw.insert(stage.at, type(self).seen, stage.previous, real, stage.tokens)
+
+    @abstractmethod
+    def select(self, rw: Rewrite, stage: StagePoint, logits: fx.Node) -> tuple[fx.Node, fx.Node]:
+        """The tokens that go on, and `kept`."""

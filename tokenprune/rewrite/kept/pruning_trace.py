@@ -29,6 +29,8 @@ class StageTrace:
     decision: Tensor
     keep_indices: Tensor | None
     num_tokens: Tensor | int
+    groups: Tensor | None = None
+    sizes: Tensor | None = None
 
 
 @dataclass

@@ -1,0 +1,91 @@
+"""Merge: tokens that are alike become one, their mean (ToMe, Bolya et al., 2023)."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from tokenprune.analysis.blocks import Block, Blocks
+from tokenprune.analysis.plan import Budget
+from tokenprune.hosts.spec import ArchSpec
+from tokenprune.reductions.protocol import MODES, Proof, Reduction
+from tokenprune.rewrite.counts import CountRealTokens
+from tokenprune.rewrite.emit import Emit
+from tokenprune.rewrite.kept import MERGED_SETS, KeptSet
+from tokenprune.rewrite.mix import HideDropped
+from tokenprune.rewrite.outputs import RestoreOutputs
+from tokenprune.rewrite.passes import Pass
+from tokenprune.rewrite.select import SelectAtSites
+from tokenprune.rewrite.settings import PathName
+from tokenprune.rewrite.tables import GatherAligned, KeepTablesWhole, ResizeTables
+from tokenprune.scorers import Matcher, Scorer
+from tokenprune.tracing.host_graph import HostGraph
+
+__all__ = ["Merge"]
+
+
+@MODES.register("merge")
+class Merge(Reduction):
+    """Needs no training: a token that stands for n counts as n in attention and in means."""
+
+    name: ClassVar[str] = "merge"
+    places: ClassVar[frozenset[str]] = frozenset({"entry", "middle"})
+    nested: ClassVar[bool] = True
+    removes: ClassVar[bool] = True
+    hides: ClassVar[bool] = False
+    defaults: ClassVar[Mapping[str, str]] = {"scorer": "similarity", "place": "middle"}
+    scorers: ClassVar[tuple[type, ...]] = (Matcher,)
+    kept_sets: ClassVar[Mapping[PathName, KeptSet]] = MERGED_SETS
+    proofs: ClassVar[tuple[Proof, ...]] = (
+        Proof("merged = expanded on random groups", "expanded", "gather"),
+    )
+
+    @classmethod
+    def candidates(
+        cls, root: nn.Module, traced: HostGraph, blocks: Blocks, spec: ArchSpec
+    ) -> tuple[Sequence[int], str]:
+        middles = [number for number, block in blocks.items() if block.middle is not None]
+        return middles or list(blocks)[1:], "two blocks"
+
+    @classmethod
+    def place(cls, asked: str, blocks: Sequence[Block]) -> str:
+        """At the entry where a block has no middle; the keys are those of the block before."""
+        return asked if all(block.middle is not None for block in blocks) else "entry"
+
+    @classmethod
+    def ratios(cls, keep_ratio: float, stages: int) -> list[float]:
+        """r, r^2, r^3, ..."""
+        return [keep_ratio ** (stage + 1) for stage in range(stages)]
+
+    def passes(self, path: PathName, scorer: type[Scorer], restore: bool | None) -> Sequence[Pass]:
+        emit = Emit(tokens_allowed=restore is not None)
+        if path == "dense":
+            return [Emit(tokens_allowed=True)]
+        kept = self.kept_sets[path]
+        select = SelectAtSites(kept, scorer, tokens_leave=True)
+        if not kept.removes:
+            return [select, GatherAligned(kept), emit]
+        tables = (ResizeTables(kept), HideDropped(kept), GatherAligned(kept))
+        outputs = (RestoreOutputs(kept),) if restore else ()
+        return [KeepTablesWhole(), select, CountRealTokens(), *tables, *outputs, emit]
+
+    def modules(self, **like: Any) -> Mapping[str, nn.Module]:
+        return {}
+
+    def tokens_in(self, budget: Budget) -> Mapping[int, int]:
+        return {}  # the shapes tell
+
+    def forced(self, sets: Sequence[Tensor], num_patches: Sequence[int]) -> Mapping[str, Any]:
+        """Groups that random kept sets stand for: each patch joins one of them by its number."""
+        groups, rows = list[Tensor](), None
+        for kept, patches in zip(sets, num_patches, strict=True):
+            everyone = torch.arange(patches, device=kept.device).expand(len(kept), -1)
+            now = everyone if rows is None else rows
+            joins = kept.gather(1, (now * 7 + 3) % kept.shape[1])
+            stays = torch.zeros_like(everyone).scatter(1, kept, 1) > 0
+            group = torch.where(stays, everyone, joins)
+            group = group if rows is None else group.gather(1, rows)
+            groups.append(group)
+            rows = group
+        return {"groups": tuple(groups)}
