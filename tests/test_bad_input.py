@@ -81,22 +81,22 @@ def wrap_file(text: str) -> Callable[[nn.Module, Path], Any]:
 
 
 def wrap_twice(host: nn.Module, _: Path) -> Any:
-    return tokenprune.wrap(tokenprune.wrap(host, RECIPE, verify=False), RECIPE)
+    return tokenprune.wrap(tokenprune.wrap(host, RECIPE, verify=False, train=False), RECIPE)
 
 
 def wrap_around(host: nn.Module, _: Path) -> Any:
     return tokenprune.wrap(
-        nn.Sequential(tokenprune.wrap(host, RECIPE, verify=False), nn.ReLU()), RECIPE
+        nn.Sequential(tokenprune.wrap(host, RECIPE, verify=False, train=False), nn.ReLU()), RECIPE
     )
 
 
 def call(images: Tensor) -> Callable[[nn.Module, Path], Any]:
-    return lambda host, _: tokenprune.wrap(host, RECIPE, verify=False)(images)
+    return lambda host, _: tokenprune.wrap(host, RECIPE, verify=False, train=False)(images)
 
 
 def force(*sets: list[list[int]]) -> Callable[[nn.Module, Path], Any]:
     def act(host: nn.Module, _: Path) -> Any:
-        model = tokenprune.wrap(host, RECIPE, verify=False)
+        model = tokenprune.wrap(host, RECIPE, verify=False, train=False)
         with model.using(keep_indices=[torch.tensor(kept) for kept in sets]):
             return model(IMAGES)
 

@@ -3,8 +3,10 @@
 That a host which was refused stays as it was is in `test_bad_input.py`.
 """
 
+import copy
 import inspect
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,13 @@ def vit(**changes: Any) -> nn.Module:
     return timm.models.vision_transformer.VisionTransformer(**{**shape, **changes}).eval()
 
 
+@cache
+def _wrapped() -> Any:
+    return tokenprune.wrap(vit(), RECIPE, verify=False, train=False).eval()
+
+
 def wrapped() -> Any:
-    return tokenprune.wrap(vit(), RECIPE, verify=False).eval()
+    return copy.deepcopy(_wrapped())
 
 
 def with_recipe(**changes: Any) -> Callable[[], Any]:

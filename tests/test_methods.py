@@ -30,14 +30,14 @@ def vit(depth: int) -> nn.Module:
 def test_tokens_leave_at_a_quarter_a_half_and_three_quarters(
     depth: int, expected: list[tuple[int, float]]
 ) -> None:
-    assert stages(tokenprune.wrap(vit(depth), verify=False)) == expected
+    assert stages(tokenprune.wrap(vit(depth), verify=False, train=False)) == expected
 
 
 def test_a_grid_is_bypassed_where_its_longest_stretch_is() -> None:
     torch.manual_seed(0)
     host = SWIN(img_size=32, patch_size=2, window_size=4, embed_dim=8, depths=(1, 4, 1),
                 num_heads=(2, 2, 2), num_classes=3)  # fmt: skip
-    model = tokenprune.wrap(host, verify=False)
+    model = tokenprune.wrap(host, verify=False, train=False)
     assert pruning_of(model).method.reduction.name == "bypass"
     assert stages(model) == [(2, 0.7), (3, 0.5), (4, 0.3)]
 

@@ -18,11 +18,12 @@ PLAIN = [row for row in ZOO if row.mode == "remove" and not row.refused]
 @pytest.mark.parametrize("row", [pytest.param(row, id=row.name) for row in PLAIN if row.core])
 def test_stages_at_a_middle_are_certified(row: Row) -> None:
     recipe = {**row.recipe, "place": "middle"}
-    model = tokenprune.wrap(row.build(5.0), recipe, example_inputs=row.inputs())
+    options = {"example_inputs": row.inputs(), "verify": False, "train": False}
+    model = tokenprune.wrap(row.build(5.0), recipe, **options)
     assert all(check.passed for check in tokenprune.verify(model, row.inputs()).checks)
     # the attention of the first staged block still sees every token
     block = row.recipe["schedule"]["blocks"][0]
-    entry = tokenprune.wrap(row.build(5.0), row.recipe, example_inputs=row.inputs(), verify=False)
+    entry = tokenprune.wrap(row.build(5.0), row.recipe, **options)
     macs = [tokenprune.profile(m).macs_per_block[block] for m in (model, entry)]
     assert macs[0] > macs[1]
 
@@ -63,7 +64,9 @@ def test_a_block_that_hands_its_input_on_is_read_from_its_marker() -> None:
     )
     recipe = {"version": 1, "schedule": {"blocks": [0, 1], "keep_ratio": 0.5}}
     x = torch.randn(2, 9, 4)
-    model = tokenprune.wrap(Host(), recipe, adapter=spec, example_inputs=x, verify=False).eval()
+    model = tokenprune.wrap(
+        Host(), recipe, adapter=spec, example_inputs=x, verify=False, train=False
+    ).eval()
     sets = [torch.tensor([[0, 2, 5]] * 2), torch.tensor([[2, 5]] * 2)]
     with torch.no_grad(), model.using("gather", keep_indices=sets):
         output, trace_ = model(x, return_trace=True)

@@ -55,7 +55,9 @@ def wrapped(step: Step, between: Step | None = None) -> Any:
     )
     example = torch.randn(2, PREFIX + PATCHES, WIDTH)
     host = Host(step, between).eval()
-    return tokenprune.wrap(host, RECIPE, adapter=spec, example_inputs=example, verify=False)
+    return tokenprune.wrap(
+        host, RECIPE, adapter=spec, example_inputs=example, verify=False, train=False
+    )
 
 
 def probed(step: Step, between: Step | None = None) -> tuple[Analysis, dict[str, NodeFacts]]:

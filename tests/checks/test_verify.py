@@ -41,7 +41,9 @@ class Vit(timm.models.vision_transformer.VisionTransformer):
 
 def wrapped(host: nn.Module | None = None, **options: Any) -> Any:
     torch.manual_seed(0)
-    return tokenprune.wrap(host or Vit(), RECIPE, **{"verify": False, **options}).eval()
+    return tokenprune.wrap(
+        host or Vit(), RECIPE, **{"verify": False, "train": False, **options}
+    ).eval()
 
 
 def names(certificate: Certificate) -> list[str]:
@@ -194,7 +196,7 @@ def test_nothing_is_changed(refused: bool, monkeypatch: pytest.MonkeyPatch) -> N
     host = Vit(counting).train()
     host.blocks[0].eval()
     torch.manual_seed(0)
-    model = tokenprune.wrap(host, RECIPE, verify=False)
+    model = tokenprune.wrap(host, RECIPE, verify=False, train=False)
     buffer, modes = host.seen, [module.training for module in model.modules()]
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     attributes, noise = set(vars(host)), torch.get_rng_state()

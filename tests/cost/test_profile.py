@@ -24,7 +24,7 @@ def vit(**options: Any) -> nn.Module:
 
 
 def wrapped(host: nn.Module, recipe: Any = STAGES, **options: Any) -> Any:
-    return tokenprune.wrap(host, recipe, verify=False, **options)
+    return tokenprune.wrap(host, recipe, verify=False, train=False, **options)
 
 
 @pytest.fixture(scope="module")

@@ -11,13 +11,13 @@ import tokenprune
 
 __all__ = ["IMAGES", "RECIPE", "hf_vit", "keeping_all", "logits", "rewrapped", "vit", "wrapped"]
 
-RECIPE: dict[str, Any] = {"version": 1, "schedule": {"blocks": [1, 2], "keep_ratio": 0.5}}
+RECIPE: dict[str, Any] = {"version": 1, "schedule": {"blocks": [0, 1], "keep_ratio": 0.5}}
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
 def vit(seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
-    small = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2}
+    small = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
     return timm.models.vision_transformer.VisionTransformer(num_classes=5, **small).eval()
 
 
@@ -28,7 +28,7 @@ def hf_vit(seed: int = 0) -> Any:
         patch_size=8,
         hidden_size=16,
         intermediate_size=32,
-        num_hidden_layers=3,
+        num_hidden_layers=2,
         num_attention_heads=2,
         num_labels=5,
     )
@@ -38,7 +38,7 @@ def hf_vit(seed: int = 0) -> Any:
 def wrapped(host: nn.Module, seed: int = 1) -> Any:
     """In eval mode."""
     torch.manual_seed(seed)
-    return tokenprune.wrap(host, RECIPE, verify=False).eval()
+    return tokenprune.wrap(host, RECIPE, verify=False, train=False).eval()
 
 
 def rewrapped(host: nn.Module, model: Any) -> Any:

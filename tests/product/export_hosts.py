@@ -59,7 +59,7 @@ def _wrapped(name: str) -> Any:
     torch.manual_seed(0)
     host = HOSTS[name].make().eval()
     randomize_weights(host, 20.0)
-    model = tokenprune.wrap(host, HOSTS[name].recipe, verify=False)
+    model = tokenprune.wrap(host, HOSTS[name].recipe, verify=False, train=False)
     with torch.no_grad():
         for module in model.token_predictors.modules():
             if isinstance(module, nn.Linear):  # as drawn, all tokens score nearly alike

@@ -84,7 +84,7 @@ def logits(output: Any) -> Tensor:
 @pytest.fixture(scope="module")
 def model() -> Any:
     """A wrapped host; no test changes it."""
-    return tokenprune.wrap(vit(), STAGES, verify=False)
+    return tokenprune.wrap(vit(), STAGES, verify=False, train=False)
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ def test_three_files_and_no_pickle(saved: Path) -> None:
 
 
 def test_keep_ratios_in_force_are_saved(tmp_path: Path) -> None:
-    model = tokenprune.wrap(vit(), STAGES, verify=False)
+    model = tokenprune.wrap(vit(), STAGES, verify=False, train=False)
     model.set_keep_ratio([0.5, 0.25])
     again = load(save(model, tmp_path), vit(seed=1), verify=False)
     assert pruning_of(again).budget.keep_ratios == (0.5, 0.25)
@@ -136,7 +136,9 @@ def test_keep_ratios_in_force_are_saved(tmp_path: Path) -> None:
 
 
 def test_options_of_wrap_are_kept(tmp_path: Path) -> None:
-    model = tokenprune.wrap(vit(), STAGES, adapter="generic", restore=True, verify=False)
+    model = tokenprune.wrap(
+        vit(), STAGES, adapter="generic", restore=True, verify=False, train=False
+    )
     again = pruning_of(load(save(model, tmp_path), vit(seed=1), verify=False))
     assert (again.spec.adapter, again.restore) == ("generic", True)
 
@@ -146,7 +148,9 @@ def test_an_unknown_adapter_is_replaced_by_the_one_that_matches(tmp_path: Path) 
         adapter="by hand", blocks=("blocks.0", "blocks.1", "blocks.2"), num_prefix_tokens=1
     )
     images = torch.zeros(2, 3, 32, 32)
-    model = tokenprune.wrap(vit(), STAGES, adapter=spec, example_inputs=images, verify=False)
+    model = tokenprune.wrap(
+        vit(), STAGES, adapter=spec, example_inputs=images, verify=False, train=False
+    )
     save(model, tmp_path)
     again = pruning_of(load(tmp_path, vit(seed=1), verify=False))
     assert again.spec.adapter == "timm/vision_transformer"
@@ -158,7 +162,7 @@ def test_shared_parameters_are_stored_once(tmp_path: Path) -> None:
         host.blocks[2].mlp.fc1.weight = host.blocks[0].mlp.fc1.weight
         return host
 
-    model = tokenprune.wrap(tied(0), STAGES, verify=False)
+    model = tokenprune.wrap(tied(0), STAGES, verify=False, train=False)
     save(model, tmp_path)
     aliases = json.loads((tmp_path / FACTS).read_text())["aliases"]
     assert aliases == {"blocks.2.mlp.fc1.weight": "blocks.0.mlp.fc1.weight"}
@@ -174,14 +178,14 @@ def test_views_into_a_larger_tensor_are_stored_alone(tmp_path: Path) -> None:
     host = vit()
     both = torch.randn(2, 16)
     host.norm.weight.data, host.norm.bias.data = both[0], both[1]  # type: ignore[union-attr]
-    model = tokenprune.wrap(host, STAGES, verify=False)
+    model = tokenprune.wrap(host, STAGES, verify=False, train=False)
     again = load(save(model, tmp_path), vit(seed=1), verify=False)
     assert same(again.state_dict(), model.state_dict())
 
 
 def test_saving_again_replaces_and_leaves_other_files(saved: Path) -> None:
     (saved / "notes.txt").write_text("mine")
-    model = tokenprune.wrap(vit(seed=3), STAGES, verify=False)
+    model = tokenprune.wrap(vit(seed=3), STAGES, verify=False, train=False)
     save(model, saved)
     assert (saved / "notes.txt").read_text() == "mine"
     assert same(load(saved, vit(), verify=False).state_dict(), model.state_dict())
@@ -218,7 +222,9 @@ def test_a_crash_leaves_no_half_directory(
 
 
 def test_a_crash_between_the_moves_is_seen(saved: Path, tmp_path: Path) -> None:
-    newer = save(tokenprune.wrap(vit(seed=1), STAGES, verify=False), tmp_path / "newer")
+    newer = save(
+        tokenprune.wrap(vit(seed=1), STAGES, verify=False, train=False), tmp_path / "newer"
+    )
     (newer / WEIGHTS).replace(saved / WEIGHTS)
     with pytest.raises(CheckpointError, match=r"checksum is not the one.*cut off"):
         load(saved, vit())
@@ -240,7 +246,7 @@ def test_a_state_that_is_no_tensor(tmp_path: Path) -> None:
         def get_extra_state(self) -> Any:
             return {"calls": 0}
 
-    model = tokenprune.wrap(vit(), STAGES, verify=False)
+    model = tokenprune.wrap(vit(), STAGES, verify=False, train=False)
     model.norm = Counting(16)
     with pytest.raises(CheckpointError, match=r"norm\._extra_state.*it is dict"):
         save(model, tmp_path / "run")
@@ -349,7 +355,7 @@ def test_a_host_without_memory(saved: Path) -> None:
 
 
 def test_nan_in_the_saved_weights(tmp_path: Path) -> None:
-    model = tokenprune.wrap(vit(), STAGES, verify=False)
+    model = tokenprune.wrap(vit(), STAGES, verify=False, train=False)
     model.norm.weight.data[3] = float("nan")
     save(model, tmp_path)
     host = vit(seed=1)

@@ -59,7 +59,7 @@ def test_load_says_how_to_read_a_folder_of_transformers(folder: Path) -> None:
     with pytest.raises(CheckpointError, match=r"by tokenprune\.save\(model, folder\)\. To load"):
         tokenprune.load(folder, host)
     host = ViTForImageClassification.from_pretrained(folder)
-    model = tokenprune.wrap(host, RECIPE, verify=False).eval()
+    model = tokenprune.wrap(host, RECIPE, verify=False, train=False).eval()
     model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
     assert torch.equal(logits(model), logits(wrapped(hf_vit())))
     tokenprune.save(model, folder)

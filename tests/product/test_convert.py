@@ -184,7 +184,7 @@ def test_written_by_the_command_and_loaded(tmp_path: Path, write: Callable[[Any]
     with torch.random.fork_rng():
         torch.manual_seed(0)
         host = timm.create_model("deit_tiny_patch16_224", num_classes=5, img_size=32)
-        model = tokenprune.wrap(host, "dynamicvit-deit-tiny-k0.5", verify=False).eval()
+        model = tokenprune.wrap(host, "dynamicvit-deit-tiny-k0.5", verify=False, train=False).eval()
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     path = write({"model": their_names(model.state_dict(), "deit-tiny")})
 
@@ -219,7 +219,7 @@ def small() -> Any:
         "deit_tiny_patch16_224", img_size=8, patch_size=2, embed_dim=8, depth=3, num_heads=2
     )
     recipe = {"version": 1, "schedule": {"blocks": [1, 2], "keep_ratio": 0.7}}
-    return tokenprune.wrap(host, recipe, verify=False)
+    return tokenprune.wrap(host, recipe, verify=False, train=False)
 
 
 def test_predictors_alone(small: Any, write: Callable[[Any], Path]) -> None:

@@ -94,7 +94,7 @@ def test_two_inputs_share_the_batch_size() -> None:
     one_layer = transformers.BertConfig(**{**TEXT, "num_hidden_layers": 1})
     host = transformers.BertForSequenceClassification(one_layer).eval()
     given = texts(3, 8, "input_ids")
-    model = tokenprune.wrap(host, HALF, example_inputs=given, verify=False).eval()
+    model = tokenprune.wrap(host, HALF, example_inputs=given, verify=False, train=False).eval()
     with torch.no_grad():
         program, outputs = export_module._export(model, given)
         program.run_decompositions()  # fails on a check that names no input
@@ -191,7 +191,7 @@ def test_what_export_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         patch.setattr(programs, "analysis", bound)
         with pytest.raises(ExportError, match=r"depends on the batch size"):
             tokenprune.export(model, file)
-    narrow = tokenprune.wrap(HOSTS["deit"].make().bfloat16(), HALF, verify=False)
+    narrow = tokenprune.wrap(HOSTS["deit"].make().bfloat16(), HALF, verify=False, train=False)
     with pytest.raises(ExportError, match=r"is bfloat16, which onnxruntime cannot run"):
         tokenprune.export(narrow, file)
     with pytest.raises(ExportError, match=r"on the meta device and holds no weights"):
@@ -226,7 +226,7 @@ def test_what_the_check_sees(change: Callable[[Tensor], Any], message: str) -> N
 
 def test_a_model_that_is_not_decided_is_said_to_be_so() -> None:
     """All tokens score alike: a file that rounds otherwise keeps others, and nothing can tell."""
-    model = tokenprune.wrap(HOSTS["deit"].make(), HALF, verify=False).eval()
+    model = tokenprune.wrap(HOSTS["deit"].make(), HALF, verify=False, train=False).eval()
     last = [module for module in model.token_predictors.modules() if isinstance(module, nn.Linear)]
     nn.init.zeros_(last[-1].weight)
     with torch.no_grad():
@@ -293,7 +293,9 @@ def test_the_command(tmp_path: Path) -> None:
 def test_the_command_on_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     host = {"library": "timm", "model": "deit_tiny_patch16_224", "kwargs": TINY}
     recipe = {**HALF, "host": host}
-    tokenprune.save(tokenprune.wrap(HOSTS["deit"].make(), recipe, verify=False), tmp_path / "run")
+    tokenprune.save(
+        tokenprune.wrap(HOSTS["deit"].make(), recipe, verify=False, train=False), tmp_path / "run"
+    )
     monkeypatch.chdir(tmp_path)
     result = run("run", "--format", "pt2", "--rounds", "0", "--keep-ratio", "0.25")
     monkeypatch.setattr(export_module, "open_exported", lambda *given: eager(wrapped("deit")))

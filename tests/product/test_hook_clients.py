@@ -34,7 +34,7 @@ def host() -> nn.Module:
 
 @pytest.fixture
 def model(host: nn.Module) -> Any:
-    return tokenprune.wrap(host, RECIPE, verify=False).eval()
+    return tokenprune.wrap(host, RECIPE, verify=False, train=False).eval()
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def test_outputs_that_transformers_collects_by_hooks(hooked_before: bool) -> Non
     with torch.no_grad():
         if hooked_before:
             host(images, output_hidden_states=True)
-        model = tokenprune.wrap(host, RECIPE, restore=True, verify=False).eval()
+        model = tokenprune.wrap(host, RECIPE, restore=True, verify=False, train=False).eval()
         plain = model(images, output_hidden_states=True)
         assert [state.shape for state in plain.hidden_states] == [(2, 17, 32)] * 5
         seen: list[Tensor] = []
@@ -154,7 +154,7 @@ def test_torch_fx_is_refused(model: Any, tracer: Any) -> None:
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_a_compiled_model_runs_hooks_that_come_and_go() -> None:
     toy = TOYS["prefix_1"]
-    model = toy.wrap(verify=False)
+    model = toy.wrap(verify=False, train=False)
     images, block, seen = toy.inputs()["x"], model.blocks[2], list[str]()
 
     def forward(module: Any, args: Any, output: Tensor) -> Tensor:

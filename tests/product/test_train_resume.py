@@ -38,18 +38,19 @@ RECIPE = {
     },
 }
 
-def job(folder, out, kill_at=0, kill_in="never", save_every="epoch"):
-    recipe = tokenprune.Recipe.parse(RECIPE)
-    whole = load_data(None, 16, train=recipe.train)
-    def some(images, count):
-        return ImageSet(
-            images.images[:count], images.labels[:count], images.transform,
-            augments=images.augments,
-        )
-    data = DataBundle(
-        train=some(whole.train, 56), eval=some(whole.eval, 20),
-        class_names=whole.class_names, image_size=16,
+def some(images, count):
+    return ImageSet(
+        images.images[:count], images.labels[:count], images.transform, augments=images.augments,
     )
+
+recipe = tokenprune.Recipe.parse(RECIPE)
+whole = load_data(None, 16, train=recipe.train)  # once for all jobs
+data = DataBundle(
+    train=some(whole.train, 56), eval=some(whole.eval, 20),
+    class_names=whole.class_names, image_size=16,
+)
+
+def job(folder, out, kill_at=0, kill_in="never", save_every="epoch"):
     torch.manual_seed(1)
     host = timm.create_model(
         "vit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=16, depth=3, num_heads=2,

@@ -31,7 +31,7 @@ def host() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def model(host: nn.Module) -> nn.Module:
-    return tokenprune.wrap(host, RECIPE, verify=False).eval()
+    return tokenprune.wrap(host, RECIPE, verify=False, train=False).eval()
 
 
 def test_merging_gives_each_token_the_branch_it_took() -> None:
@@ -156,7 +156,7 @@ def test_a_grid_host_names_the_mode_it_needs(host: nn.Module) -> None:
 def test_a_plain_host_may_be_bypassed_and_its_prefix_tokens_take_the_mlp() -> None:
     vit = timm.models.vision_transformer.VisionTransformer
     plain = vit(img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2, num_classes=3)
-    model = tokenprune.wrap(plain, RECIPE).eval()
+    model = tokenprune.wrap(plain, RECIPE, train=False).eval()
     _, trace = model(torch.randn(2, 3, 32, 32), return_trace=True)
     assert [stage.num_tokens for stage in trace.stages] == [11, 8]
     assert trace.patch_tokens.shape == (2, 16, 32)
@@ -164,7 +164,7 @@ def test_a_plain_host_may_be_bypassed_and_its_prefix_tokens_take_the_mlp() -> No
 
 def test_each_stage_sees_the_grid_it_stands_on(host: nn.Module) -> None:
     recipe = {"version": 1, "mode": "bypass", "schedule": {"blocks": [0, 2], "keep_ratio": 0.5}}
-    model = tokenprune.wrap(host, recipe).eval()
+    model = tokenprune.wrap(host, recipe, train=False).eval()
     programs = model._pruning.programs({"x": torch.randn(2, 3, 64, 64)})
     assert programs.num_patches == (256, 64)
     assert {block: tail.stage for block, tail in programs.reduction.tails.items()} == {
@@ -233,7 +233,7 @@ def test_a_cube_of_tokens_is_read_as_its_block_reads_it(
     host = timm.create_model(name, **options).eval()
     recipe = {"version": 1, "mode": "bypass", "stages": [{"block": block, "keep_ratio": 0.5}]}
     images = {"x": torch.zeros(2, 3, 128, 128)}
-    wrapped = tokenprune.wrap(host, recipe, example_inputs=images, verify=False)
+    wrapped = tokenprune.wrap(host, recipe, example_inputs=images, verify=False, train=False)
     programs, *_ = pruning_of(wrapped).cache
     (marker,) = programs.analysis.markers
     assert len(set(marker.meta["val"].shape[1:])) == 1
@@ -244,7 +244,7 @@ def test_a_cube_of_tokens_is_read_as_its_block_reads_it(
 @torch.no_grad()
 def test_the_margin_of_stages_on_two_grids(host: nn.Module) -> None:
     recipe = {"version": 1, "mode": "bypass", "schedule": {"blocks": [0, 2], "keep_ratio": 0.5}}
-    model = tokenprune.wrap(host, recipe, verify=False).eval()
+    model = tokenprune.wrap(host, recipe, verify=False, train=False).eval()
     inputs = {"x": torch.randn(2, 3, 64, 64)}
     _, trace = model(**inputs, return_trace=True)
     gaps = []

@@ -46,7 +46,7 @@ def test_a_token_output_is_refused_by_name_until_the_caller_says_what_it_wants(
 def test_restored_tokens_hold_the_value_they_were_dropped_with(
     host: ViTModel, pixels: Tensor
 ) -> None:
-    model = tokenprune.wrap(host, RECIPE, restore=True, verify=False).eval()
+    model = tokenprune.wrap(host, RECIPE, restore=True, verify=False, train=False).eval()
     # what enters the last stage's block, every token of it
     with model.using("gather", keep_indices=kept_sets(3)), torch.no_grad():
         out = model(pixels, output_hidden_states=True)
@@ -61,7 +61,7 @@ def test_restored_tokens_hold_the_value_they_were_dropped_with(
 
 @pytest.mark.parametrize("restore", [True, False])
 def test_paths_agree_on_token_outputs(host: ViTModel, pixels: Tensor, restore: bool) -> None:
-    model = tokenprune.wrap(host, RECIPE, restore=restore, verify=False).eval()
+    model = tokenprune.wrap(host, RECIPE, restore=restore, verify=False, train=False).eval()
     inputs = {"pixel_values": pixels, "output_hidden_states": True}
     assert tokenprune.verify(model, inputs).mask_vs_gather < 1e-4
     with model.using("mask", keep_indices=kept_sets(3)), torch.no_grad():

@@ -28,12 +28,12 @@ EVERY: dict[str, Callable[[], tuple[nn.Module, Any, dict[str, Tensor]]]] = {}
 
 def _toy(toy: Toy) -> tuple[nn.Module, Any, dict[str, Tensor]]:
     host = toy.build()
-    return host, toy.wrap(host, verify=False), toy.inputs()
+    return host, toy.wrap(host, verify=False, train=False), toy.inputs()
 
 
 def _row(row: Any) -> tuple[nn.Module, Any, dict[str, Tensor]]:
     host, inputs = row.build(1.0), row.inputs()
-    model = tokenprune.wrap(host, row.recipe, example_inputs=inputs, verify=False)
+    model = tokenprune.wrap(host, row.recipe, example_inputs=inputs, verify=False, train=False)
     return host, model, inputs
 
 
@@ -113,7 +113,7 @@ def toy() -> Toy:
 
 @pytest.fixture(scope="module")
 def wrapped(toy: Toy) -> Any:
-    return toy.wrap(verify=False)
+    return toy.wrap(verify=False, train=False)
 
 
 @pytest.fixture
@@ -160,7 +160,7 @@ class _Twice(nn.Module):
 def test_what_hooks_return_goes_on(toy: Toy, model: Any, path: str) -> None:
     written = copy.deepcopy(model._pruning.host)
     written.blocks[2] = _Twice(written.blocks[2])
-    other = toy.wrap(written, verify=False)
+    other = toy.wrap(written, verify=False, train=False)
     other.token_predictors.load_state_dict(model.token_predictors.state_dict())
     block = model.blocks[2]
     before = block.register_forward_pre_hook(lambda m, args: args[0] * 0.5)
@@ -268,7 +268,7 @@ def test_a_hook_that_cannot_be_served_is_refused(
 def test_a_hook_that_changes_a_flag_is_refused() -> None:
     """The way to attention maps of `nn.MultiheadAttention`: its weights are not formed here."""
     toy = TOYS["torchs"]
-    model = toy.wrap(verify=False)
+    model = toy.wrap(verify=False, train=False)
 
     def ask(module: Any, args: Any, kwargs: Any) -> Any:
         return args, {**kwargs, "need_weights": True}

@@ -72,7 +72,7 @@ def images(batch: int) -> Tensor:
 def made(host: nn.Module, recipe: Any = RECIPE, **options: Any) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = tokenprune.wrap(host, recipe, **options).eval()
+        model = tokenprune.wrap(host, recipe, train=False, **options).eval()
         randomize_weights(model, 3.0)
     return model
 

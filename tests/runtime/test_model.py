@@ -36,7 +36,7 @@ def build(cls: type[nn.Module] = timm.models.vision_transformer.VisionTransforme
 
 @pytest.fixture(scope="module")
 def shared() -> Any:
-    return tokenprune.wrap(build(), RECIPE, verify=False)
+    return tokenprune.wrap(build(), RECIPE, verify=False, train=False)
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def model(shared: Any) -> Any:
 
 @pytest.fixture
 def own_model() -> Any:
-    return tokenprune.wrap(build(), RECIPE, verify=False).eval()
+    return tokenprune.wrap(build(), RECIPE, verify=False, train=False).eval()
 
 
 @pytest.fixture(autouse=True)
@@ -192,7 +192,7 @@ def test_ratios_of_a_bypass_host_mean_the_same() -> None:
         img_size=32, patch_size=2, embed_dim=16, depths=(3, 1), num_heads=(2, 2), window_size=4
     )
     recipe = {"version": 1, "mode": "bypass", "schedule": {"blocks": [1, 2], "keep_ratio": 0.9}}
-    model = tokenprune.wrap(host, recipe, verify=False).eval()
+    model = tokenprune.wrap(host, recipe, verify=False, train=False).eval()
     for ratio, counts in ((0.5, [128, 64]), ([0.7, 0.7 - 0.2], [179, 128])):
         model.set_keep_ratio(ratio)
         _, trace = model(torch.zeros(1, 3, 32, 32), return_trace=True)
@@ -241,7 +241,7 @@ def test_calls_that_the_host_does_not_know(model: Any, args: Any, kwargs: Any, s
 
 
 def test_arguments_that_are_no_tensor() -> None:
-    model = tokenprune.wrap(build(Vit), RECIPE, verify=False).eval()
+    model = tokenprune.wrap(build(Vit), RECIPE, verify=False, train=False).eval()
     plain = model(IMAGES)
     torch.testing.assert_close(model(IMAGES, 2.0), plain * 2)
     torch.testing.assert_close(model(IMAGES, scale=3.0, names=None, extra="any"), plain * 3)
@@ -283,10 +283,10 @@ class KeepsItsTable(timm.models.vision_transformer.VisionTransformer):
 @pytest.mark.slow
 def test_what_the_host_kept_from_a_call_of_its_own_is_no_part_of_a_trace() -> None:
     host = build(KeepsItsTable).eval()
-    model = tokenprune.wrap(host, RECIPE, verify=False)
+    model = tokenprune.wrap(host, RECIPE, verify=False, train=False)
     larger = torch.randn(2, 3, 48, 48)
     wanted = model(larger)
-    again = tokenprune.wrap(build(KeepsItsTable).eval(), RECIPE, verify=False)
+    again = tokenprune.wrap(build(KeepsItsTable).eval(), RECIPE, verify=False, train=False)
     again.load_state_dict(model.state_dict())
     pruning_of(again).host(larger)
     kept = pruning_of(again).host.table
@@ -307,7 +307,7 @@ class NamedLikeOurs(timm.models.vision_transformer.VisionTransformer):
 
 
 def test_names_that_begin_as_ours_are_the_hosts() -> None:
-    model = tokenprune.wrap(build(NamedLikeOurs), RECIPE, verify=False).eval()
+    model = tokenprune.wrap(build(NamedLikeOurs), RECIPE, verify=False, train=False).eval()
     plain = model(IMAGES)
     model.forward_scale = 2.0
     assert tokenprune.unwrap(model).forward_scale == 2.0
@@ -342,7 +342,7 @@ def test_an_attribute_that_changes_is_read_in_every_mode(own_model: Any) -> None
 
 
 def test_loading_weights_of_another_mode(model: Any) -> None:
-    bypassed = tokenprune.wrap(build(), {**RECIPE, "mode": "bypass"}, verify=False)
+    bypassed = tokenprune.wrap(build(), {**RECIPE, "mode": "bypass"}, verify=False, train=False)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with torch.no_grad():
         bypassed.cls_token.add_(1)

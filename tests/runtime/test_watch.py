@@ -4,6 +4,7 @@ import copy
 import pickle
 import warnings
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -22,9 +23,16 @@ LABELS = torch.tensor([0, 1, 2, 3])
 Loss = Callable[[Any, Tensor], Tensor]
 
 
-def wrapped(**options: Any) -> Any:
+@cache
+def _fresh() -> Any:
     torch.manual_seed(0)
-    return TOYS["prefix_1"].wrap(verify=False, **options).train()
+    return TOYS["prefix_1"].wrap(verify=False).train()
+
+
+def wrapped() -> Any:
+    """A model of which nothing has been seen yet."""
+    torch.manual_seed(0)
+    return copy.deepcopy(_fresh())
 
 
 def plain(model: Any, x: Tensor) -> Tensor:

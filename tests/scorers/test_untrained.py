@@ -54,14 +54,14 @@ def test_key_norm_reads_the_block_before_at_an_entry_and_its_own_at_a_middle() -
     for place, block in (("entry", 0), ("middle", 1)):
         recipe = {"version": 1, "scorer": "key-norm", "place": place}
         recipe |= {"stages": [{"block": 1, "keep_ratio": 0.5}]}
-        model = tokenprune.wrap(vit(), recipe).eval()
+        model = tokenprune.wrap(vit(), recipe, train=False).eval()
         norms = seen[block].reshape(2, 17, 3, 2, 8)[:, 1:, 1].norm(dim=-1).mean(-1)
         smallest = norms.argsort(dim=1)[:, :8].sort(dim=1).values
         assert torch.equal(kept(model), smallest)
 
 
 def test_random_draws_again_in_each_call_and_follows_a_generator() -> None:
-    model = tokenprune.wrap(vit(), "random-k0.5").eval()
+    model = tokenprune.wrap(vit(), "random-k0.5", train=False).eval()
     assert not torch.equal(kept(model), kept(model))
     one, other = (kept(model, generator=torch.Generator().manual_seed(3)) for _ in range(2))
     assert torch.equal(one, other)
@@ -88,7 +88,7 @@ def test_a_hierarchical_host_is_bypassed_by_name(tmp_path: Any) -> None:
         torch.manual_seed(0)
         return swin(**small, depths=(1, 4), num_heads=(2, 2)).eval()
 
-    model = tokenprune.wrap(host(), "token-norm-k0.4").eval()
+    model = tokenprune.wrap(host(), "token-norm-k0.4", train=False).eval()
     assert pruning_of(model).recipe.mode == "bypass"
     assert [s.keep_ratio for s in pruning_of(model).recipe.resolved_stages] == [0.4, 0.2, 0.1]
     again = tokenprune.load(tokenprune.save(model, tmp_path / "saved"), host())
@@ -109,7 +109,7 @@ def test_names_of_recipes_for_any_host() -> None:
 
 
 def test_what_has_no_probabilities_takes_no_threshold() -> None:
-    model = tokenprune.wrap(vit(), "token-norm-k0.7").eval()
+    model = tokenprune.wrap(vit(), "token-norm-k0.7", train=False).eval()
     before = pruning_of(model).budget
     with pytest.raises(PlanError, match=r"threshold=0.5, but the scores of TokenNorm are no prob"):
         model.set_threshold(0.5)
@@ -143,5 +143,5 @@ def test_a_scorer_of_ones_own_is_one_class(monkeypatch: pytest.MonkeyPatch) -> N
             return torch.stack([score, -score], dim=-1)
 
     SCORERS.register("middle-of-the-image", replace=True)(Middle)
-    model = tokenprune.wrap(vit(), "middle-of-the-image-k0.5").eval()
+    model = tokenprune.wrap(vit(), "middle-of-the-image-k0.5", train=False).eval()
     assert kept(model).tolist() == [[4, 5, 6, 7, 8, 9, 10, 11]] * 2

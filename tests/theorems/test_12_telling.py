@@ -87,7 +87,9 @@ def silent(name: str, recipe: dict[str, Any] | None = None) -> tuple[Any, Tensor
     blocks = [2] if name == "zero last block" else [1, 2]
     recipe = recipe or {"version": 1, "schedule": {"blocks": blocks, "keep_ratio": 0.6}}
     facts = TOYS[f"prefix_{prefix}"].facts
-    return tokenprune.wrap(host, recipe, adapter=facts, example_inputs=x, verify=False).eval(), x
+    return tokenprune.wrap(
+        host, recipe, adapter=facts, example_inputs=x, verify=False, train=False
+    ).eval(), x
 
 
 def leaking(query: Tensor, key: Tensor, value: Tensor, policy: Tensor, **rest: Any) -> Tensor:
@@ -162,7 +164,7 @@ def test_12_a_wrong_branch_in_a_silent_bypass_host_is_seen(
 
 @pytest.mark.parametrize("toy", [TOYS[name] for name in LIVELY], ids=LIVELY)
 def test_12_a_lively_host_is_not_copied(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = toy.wrap(verify=False)
+    model = toy.wrap(verify=False, train=False)
 
     def no_copy(model: Any) -> Any:
         raise AssertionError("a host in which leaks show was copied")
@@ -177,11 +179,11 @@ def test_12_a_lively_host_is_not_copied(toy: Toy, monkeypatch: pytest.MonkeyPatc
 def test_12_the_measured_leak_is_the_real_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """A leak of a tenth at every operator changes the output by about what was measured."""
     toy = TOYS["timm_vit"]
-    honest = Theorems(toy.wrap(verify=False), toy.inputs())
+    honest = Theorems(toy.wrap(verify=False, train=False), toy.inputs())
     honest.checks(gradients=False)
     measured = sum(leak.size**2 for leak in telling(honest).leaks) ** 0.5
     monkeypatch.setattr(Masked, "attention", staticmethod(leaking))
-    proof = Theorems(toy.wrap(copy.deepcopy(toy.build()), verify=False), toy.inputs())
+    proof = Theorems(toy.wrap(copy.deepcopy(toy.build()), verify=False, train=False), toy.inputs())
     with torch.no_grad():
         (ours,), (theirs,) = proof._run("mask"), honest._run("mask")
     real = float((ours - theirs).square().mean().sqrt() / theirs.abs().max()) * 10
@@ -231,7 +233,9 @@ def test_12_where_nothing_can_be_seen_there_is_no_certificate() -> None:
 
 def test_12_what_float32_cannot_see_float64_can(monkeypatch: pytest.MonkeyPatch) -> None:
     toy = TOYS["prefix_1"]
-    certificate = tokenprune.verify(toy.wrap(host_of(Faint), verify=False), toy.inputs())
+    certificate = tokenprune.verify(
+        toy.wrap(host_of(Faint), verify=False, train=False), toy.inputs()
+    )
     assert [c.bound for c in certificate.checks if c.name.startswith("mask = gather")] == [
         1e-4,
         1e-9,
@@ -244,7 +248,11 @@ def test_12_what_float32_cannot_see_float64_can(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("images", [1, 2])
 def test_12_equal_images_do_not_hide_that_a_host_mixes_them(images: int) -> None:
     x = torch.ones(images, 3, 16, 16)
-    model = TOYS["prefix_1"].wrap(host_of(MixesImages), example_inputs=x, verify=False).eval()
+    model = (
+        TOYS["prefix_1"]
+        .wrap(host_of(MixesImages), example_inputs=x, verify=False, train=False)
+        .eval()
+    )
     Theorems(model, {"x": x}).checks(gradients=False)
     with pytest.raises(VerificationError, match="depends on the other images of its batch"):
         tokenprune.verify(model, x)
@@ -252,7 +260,7 @@ def test_12_equal_images_do_not_hide_that_a_host_mixes_them(images: int) -> None
 
 def test_12_without_gradients_all_leaks_are_measured_together() -> None:
     toy = TOYS["prefix_1"]
-    proof = Theorems(toy.wrap(host_of(Detached), verify=False).eval(), toy.inputs())
+    proof = Theorems(toy.wrap(host_of(Detached), verify=False, train=False).eval(), toy.inputs())
     proof.checks(gradients=False)
     found = telling(proof)
     assert [leak.stage for leak in found.leaks] == [None]
@@ -262,7 +270,7 @@ def test_12_without_gradients_all_leaks_are_measured_together() -> None:
 
 def test_12_low_precision_is_proven_in_float32() -> None:
     toy = TOYS["bfloat16"]
-    certificate = tokenprune.verify(toy.wrap(verify=False), toy.inputs())
+    certificate = tokenprune.verify(toy.wrap(verify=False, train=False), toy.inputs())
     assert certificate.enlivened
     bounds = {c.bound for c in certificate.checks if c.name.startswith("mask = gather")}
     assert bounds == {5e-2, 1e-4}

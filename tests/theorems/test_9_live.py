@@ -21,36 +21,36 @@ from tests.theorems.changes import CHANGES, UNDONE, NotHereError
 from tests.zoo.rows import randomize_weights
 from tokenprune.errors import HostError, TokenPruneError
 
-RECIPE: dict[str, Any] = {"version": 1, "schedule": {"blocks": [1, 2], "keep_ratio": 0.5}}
+RECIPE: dict[str, Any] = {"version": 1, "schedule": {"blocks": [0, 1], "keep_ratio": 0.5}}
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 EVERY: dict[str, Any] = {"path": "gather", "keep_indices": [torch.arange(16).expand(2, -1)] * 2}
 
 
 def timm_vit(**options: Any) -> nn.Module:
     return timm.models.VisionTransformer(
-        img_size=32, patch_size=8, embed_dim=16, depth=4, num_heads=2, num_classes=5, **options
+        img_size=32, patch_size=8, embed_dim=16, depth=3, num_heads=2, num_classes=5, **options
     )
 
 
 def timm_eva() -> nn.Module:
     return timm.models.Eva(
-        img_size=32, patch_size=8, embed_dim=16, depth=4, num_heads=2, num_classes=5
+        img_size=32, patch_size=8, embed_dim=16, depth=3, num_heads=2, num_classes=5
     )
 
 
 def hf_vit() -> nn.Module:
     config = transformers.ViTConfig(
         image_size=32, patch_size=8, hidden_size=16, intermediate_size=32, num_labels=5,
-        num_hidden_layers=4, num_attention_heads=2,
+        num_hidden_layers=3, num_attention_heads=2,
     )  # fmt: skip
     return transformers.ViTForImageClassification(config)
 
 
 NEW = hasattr(transformers.ViTModel(transformers.ViTConfig(num_hidden_layers=0)), "layers")
 HOSTS: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "timm_vit": (timm_vit, "blocks.2"),
-    "timm_eva": (timm_eva, "blocks.2"),
-    "hf_vit": (hf_vit, "vit.layers.2" if NEW else "vit.encoder.layer.2"),
+    "timm_vit": (timm_vit, "blocks.1"),
+    "timm_eva": (timm_eva, "blocks.1"),
+    "hf_vit": (hf_vit, "vit.layers.1" if NEW else "vit.encoder.layer.1"),
 }
 
 
@@ -127,7 +127,7 @@ def test_9_what_the_host_alone_was_moved_to_is_refused() -> None:
 
 def test_9_toggling_traces_once_for_each_state() -> None:
     model = wrapped(timm_vit)
-    CHANGES["a_lora_layer"](model, "blocks.2")
+    CHANGES["a_lora_layer"](model, "blocks.1")
     layer = next(m for m in model.modules() if type(m).__name__ == "LowRank")
     before = tokenprune.cache_info(model).traced
     for _ in range(10):
@@ -151,7 +151,7 @@ def test_9_frozen_guards_see_modes_and_weights_alone() -> None:
     model = wrapped(timm_vit)
     before = model(IMAGES)
     tokenprune.freeze_guards(model)
-    CHANGES["an_own_forward_of_a_block"](model, "blocks.2")
+    CHANGES["an_own_forward_of_a_block"](model, "blocks.1")
     assert torch.equal(model(IMAGES), before)
     with torch.no_grad():
         model.head.weight.mul_(2)
@@ -167,7 +167,7 @@ def test_9_two_wrappers_of_one_host_see_each_others_changes() -> None:
     assert other(IMAGES).shape == (2, 3)
     del other.blocks[-1]
     agree(model, IMAGES)
-    assert len(tokenprune.unwrap(model).blocks) == 3
+    assert len(tokenprune.unwrap(model).blocks) == 2
 
 
 class Life(RuleBasedStateMachine):

@@ -43,7 +43,7 @@ def model(request: pytest.FixtureRequest) -> Any:
     torch.manual_seed(0)
     host = request.param().eval()
     randomize_weights(host, 20.0)
-    wrapped = tokenprune.wrap(host, RECIPE, verify=False)
+    wrapped = tokenprune.wrap(host, RECIPE, verify=False, train=False)
     randomize_weights(wrapped.token_predictors, 1.0)
     return wrapped
 

@@ -19,15 +19,15 @@ from timm.models.vision_transformer_hybrid import ConvStem
 from torch import Tensor, nn
 
 from tests.zoo.images import ODD_IMAGES
-from tests.zoo.rows import BYPASS, CLASSES, THREE, Row
+from tests.zoo.rows import APART, BYPASS, CLASSES, THREE, Row
 from tests.zoo.sequences import SEQUENCES
 from tokenprune.models.lvvit import LVViT
 
 __all__ = ["HF", "TEXT", "ZOO", "plain_vit", "registry"]
 
-TIMM = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
+TIMM = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 HF = {"image_size": 32, "patch_size": 8, "hidden_size": 32, "intermediate_size": 64}
-HF |= {"num_hidden_layers": 4, "num_attention_heads": 2}
+HF |= {"num_hidden_layers": 2, "num_attention_heads": 2}
 TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 50}
 TEXT |= {"num_attention_heads": 2, "max_position_embeddings": 8, "bos_token_id": 48}
 TEXT |= {"eos_token_id": 49}
@@ -50,9 +50,9 @@ def hybrid() -> nn.Module:
 
 
 def windowed(model: str, **options: Any) -> nn.Module:
-    """A Swin of timm's registry, made small: one block on 256 tokens, three on 64."""
+    """A Swin of timm's registry, made small: one block on 256 tokens, two on 64."""
     small = {"img_size": 32, "patch_size": 2, "embed_dim": 16, "window_size": 4}
-    small |= {"depths": (1, 3), "num_heads": (2, 4)}
+    small |= {"depths": (1, 2), "num_heads": (2, 4)}
     return timm.create_model(model, num_classes=CLASSES, **{**small, **options})
 
 
@@ -92,7 +92,7 @@ def hf_dinov3() -> nn.Module:
 def hf_windowed(model: str) -> nn.Module:
     """A Swin of transformers, made small."""
     small = {"image_size": 32, "patch_size": 2, "embed_dim": 16, "window_size": 4}
-    small |= {"depths": [1, 3], "num_heads": [2, 4], "num_labels": CLASSES}
+    small |= {"depths": [1, 2], "num_heads": [2, 4], "num_labels": CLASSES}
     cls = getattr(transformers, model)
     return cls(cls.config_class(**small))
 
@@ -110,7 +110,7 @@ def torchvision_vit() -> nn.Module:
     return torchvision.models.VisionTransformer(
         image_size=32,
         patch_size=8,
-        num_layers=4,
+        num_layers=2,
         num_heads=2,
         hidden_dim=32,
         mlp_dim=64,
@@ -151,6 +151,7 @@ def _swin(name: str, family: str, make: Callable[..., nn.Module], **rest: Any) -
         family,
         0,
         make,
+        num_blocks=3,
         mode="bypass",
         recipe=BYPASS,
         patch=4,
@@ -170,10 +171,12 @@ def _hf(name: str, prefix: int, model: str, family: str | None = None, **rest: A
 TWO_SIZES = (32, 48)
 NEWER_BLOCKS = range(hasattr(vit, "DiffParallelScalingBlock"))  # none before timm 1.0.23
 ROPE = "vit_small_patch16_rope_224"
+CORE: dict[str, Any] = {"depth": 4, "num_blocks": 4, "core": True}
+HF_CORE: dict[str, Any] = {"num_hidden_layers": 4, "num_blocks": 4, "core": True}
 
 ZOO: tuple[Row, ...] = (
     # timm: vision_transformer
-    _vit("deit", 1, "deit_tiny_patch16_224", recipe=THREE, core=True),
+    _vit("deit", 1, "deit_tiny_patch16_224", recipe=THREE, **CORE),
     _vit("deit_dynamic", 1, "deit_tiny_patch16_224", dynamic_img_size=True, sizes=TWO_SIZES),
     _vit("deit_distilled", 2, "deit_tiny_distilled_patch16_224"),
     _vit("deit3", 1, "deit3_small_patch16_224"),
@@ -199,9 +202,9 @@ ZOO: tuple[Row, ...] = (
     _row("hybrid_stem", "timm/vision_transformer", 1, hybrid),
     # timm: eva
     _timm("eva", "eva", 1, "eva_giant_patch14_224"),
-    _timm("eva02", "eva", 1, "eva02_tiny_patch14_224", recipe=THREE),
+    _timm("eva02", "eva", 1, "eva02_tiny_patch14_224"),
     _timm("eva02_post_norm", "eva", 1, "eva02_tiny_patch14_224", use_post_norm=True),
-    _timm("dinov3", "eva", 5, "vit_small_patch16_dinov3", sizes=TWO_SIZES, core=True),
+    _timm("dinov3", "eva", 5, "vit_small_patch16_dinov3", sizes=TWO_SIZES, recipe=APART, **CORE),
     _timm("rope", "eva", 1, ROPE),
     _timm("rope_mixed", "eva", 1, "vit_small_patch16_rope_mixed_224"),
     _timm("rope_ape", "eva", 1, "vit_small_patch16_rope_ape_224"),
@@ -209,7 +212,7 @@ ZOO: tuple[Row, ...] = (
     _timm("rope_grouped_queries", "eva", 1, ROPE, num_kv_heads=1, qkv_fused=False),
     _timm("perception_encoder", "eva", 1, "vit_pe_core_tiny_patch16_384", attn_pool_num_heads=2),
     # timm: beit
-    _timm("beit", "beit", 1, "beit_base_patch16_224", recipe=THREE, core=True),
+    _timm("beit", "beit", 1, "beit_base_patch16_224", recipe=THREE, **CORE),
     _timm("beit_v2", "beit", 1, "beitv2_base_patch16_224"),
     _row(
         "beit_shared_bias",
@@ -245,7 +248,7 @@ ZOO: tuple[Row, ...] = (
         one_patch_one_token=False,
     ),
     # transformers
-    _hf("vit", 1, "ViTForImageClassification", recipe=THREE, core=True),
+    _hf("vit", 1, "ViTForImageClassification", recipe=THREE, **HF_CORE),
     _hf(
         "vit_eager", 1, "ViTForImageClassification", "vit", attention="eager", exact_in_double=False
     ),
@@ -290,7 +293,8 @@ ZOO: tuple[Row, ...] = (
         draw=patches,
         one_patch_one_token=False,
         exact_in_double=False,
-        core=True,
+        recipe=APART,
+        **HF_CORE,
     ),
     _hf("vit_msn", 1, "ViTMSNForImageClassification"),
     _hf("ijepa", 0, "IJepaForImageClassification"),

@@ -20,9 +20,9 @@ from tests.zoo.rows import CLASSES, Row
 
 __all__ = ["GRID"]
 
-FOUR: dict[str, Any] = {"depths": (1, 1, 3, 1), "num_heads": (1, 2, 2, 2)}
+FOUR: dict[str, Any] = {"depths": (1, 1, 2, 1), "num_heads": (1, 2, 2, 2)}
 DIMS = (8, 16, 16, 16)
-COLUMN = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
+COLUMN = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
 
 
 def registry(model: str, size: int, **options: Any) -> nn.Module:
@@ -41,14 +41,14 @@ def direct(kind: Callable[..., nn.Module], size: int, **options: Any) -> nn.Modu
 def swiftformer(size: int) -> nn.Module:
     """SwiftFormer of transformers: additive attention, one block of it a stage."""
     config = transformers.SwiftFormerConfig(
-        num_labels=CLASSES, image_size=size, depths=[1, 1, 3, 1], embed_dims=[8, 16, 16, 32]
+        num_labels=CLASSES, image_size=size, depths=[1, 1, 2, 1], embed_dims=[8, 16, 16, 32]
     )
     return transformers.SwiftFormerForImageClassification(config)
 
 
 def mvitv2(size: int) -> nn.Module:
     """Multi-scale ViT: it pools its queries inside of blocks."""
-    depths, dims = (1, 1, 3, 1), (8, 16, 16, 32)
+    depths, dims = (1, 1, 2, 1), (8, 16, 16, 32)
     cfg = MultiScaleVitCfg(depths=depths, embed_dim=dims, num_heads=(1, 2, 2, 4))
     host = MultiScaleVit(cfg, img_size=(size, size), num_classes=CLASSES)
     host.default_cfg = {"input_size": (3, size, size)}
@@ -74,18 +74,18 @@ GRID: tuple[Row, ...] = (
         family="timm/vision_transformer", mode="remove",
     ),
     _timm(
-        "vit_hybrid", 4, "vit_tiny_r_s16_p8_224", 64, img_size=64, embed_dim=32, depth=4,
+        "vit_hybrid", 3, "vit_tiny_r_s16_p8_224", 64, img_size=64, embed_dim=32, depth=3,
         num_heads=2, num_prefix=1, family="timm/vision_transformer", mode="remove",
     ),
     _timm(
-        "naflexvit", 4, "naflexvit_base_patch16_gap", 64, img_size=64, embed_dim=32, depth=4,
+        "naflexvit", 3, "naflexvit_base_patch16_gap", 64, img_size=64, embed_dim=32, depth=3,
         num_heads=2, num_prefix=4, mode="remove",
     ),
     _timm(
-        "gemma4_vit", 4, "gemma4_vit_167m", 96, img_size=96, embed_dim=32, depth=4, num_heads=2,
+        "gemma4_vit", 3, "gemma4_vit_167m", 96, img_size=96, embed_dim=32, depth=3, num_heads=2,
         mode="remove",
     ),
-    _timm("cait", 4, "cait_xxs24_224", 32, **COLUMN, mode="remove"),
+    _timm("cait", 3, "cait_xxs24_224", 32, **COLUMN, mode="remove"),
     _timm(
         "levit", 3, "levit_128s", 224, embed_dim=(16, 32, 48), num_heads=(2, 2, 3),
         depth=(1, 2, 3), family="timm/levit", mode="remove",
@@ -96,18 +96,18 @@ GRID: tuple[Row, ...] = (
     ),
     # a sequence that has to stay whole
     _timm(
-        "deepseek_vit", 4, "deepseek_vit_412m", 84, img_size=84, embed_dim=32, depth=4,
+        "deepseek_vit", 3, "deepseek_vit_412m", 84, img_size=84, embed_dim=32, depth=3,
         num_heads=2, family="timm/deepseek_vit",
     ),
     _timm(
-        "qwen3_vit", 4, "qwen3_vit_88m", 64, img_size=64, embed_dim=32, depth=4, num_heads=2,
+        "qwen3_vit", 3, "qwen3_vit_88m", 64, img_size=64, embed_dim=32, depth=3, num_heads=2,
         family="timm/qwen3_vit",
     ),
     _timm(
-        "xcit", 4, "xcit_nano_12_p8_224", 32, img_size=32, embed_dim=32, depth=4, num_heads=2,
+        "xcit", 3, "xcit_nano_12_p8_224", 32, img_size=32, embed_dim=32, depth=3, num_heads=2,
         family="timm/xcit",
     ),
-    _timm("convit", 4, "convit_tiny", 32, **COLUMN, local_up_to_layer=3),
+    _timm("convit", 3, "convit_tiny", 32, **COLUMN, local_up_to_layer=2),
     _timm(
         "crossvit", 4, "crossvit_tiny_240", 240, embed_dim=(16, 32), num_heads=(2, 2),
         depth=((1, 3, 0),), num_prefix=1, family="timm/crossvit",
@@ -122,7 +122,7 @@ GRID: tuple[Row, ...] = (
     ),
     # grids
     _row(
-        "volo", 5, partial(direct, VOLO), 64, img_size=64, layers=(1, 3, 1, 1),
+        "volo", 4, partial(direct, VOLO), 64, img_size=64, layers=(1, 2, 1, 1),
         embed_dims=(16, 32, 32, 32), num_heads=(2, 2, 2, 2), stem_hidden_dim=8, family="timm/volo",
     ),
     _timm(
@@ -134,31 +134,31 @@ GRID: tuple[Row, ...] = (
         depth=3, num_heads=2, window_size=4, global_attn_indexes=(2,), neck_chans=16,
     ),
     _timm(
-        "hieradet_sam2", 6, "hieradet_small", 64, embed_dim=8, num_heads=1, stages=(1, 1, 3, 1),
+        "hieradet_sam2", 5, "hieradet_small", 64, embed_dim=8, num_heads=1, stages=(1, 1, 2, 1),
         global_att_blocks=(3,), global_pos_size=(4, 4),
     ),
     _timm(
-        "hiera", 6, "hiera_tiny_224", 64, img_size=(64, 64), embed_dim=8, num_heads=1,
-        stages=(1, 1, 3, 1),
+        "hiera", 5, "hiera_tiny_224", 64, img_size=(64, 64), embed_dim=8, num_heads=1,
+        stages=(1, 1, 2, 1),
     ),
     _timm(
-        "twins", 6, "twins_svt_small", 64, img_size=64, embed_dims=DIMS, wss=(4, 4, 4, 2), **FOUR
+        "twins", 5, "twins_svt_small", 64, img_size=64, embed_dims=DIMS, wss=(4, 4, 4, 2), **FOUR
     ),
-    _timm("pvt_v2", 6, "pvt_v2_b0", 64, embed_dims=DIMS, **FOUR),
-    _row("mvitv2", 6, mvitv2, 64),
-    _timm("davit", 12, "davit_tiny", 64, embed_dims=DIMS, window_size=4, **FOUR),
-    _row("gcvit", 6, partial(direct, GlobalContextVit), 64, img_size=64, embed_dim=8, **FOUR),
+    _timm("pvt_v2", 5, "pvt_v2_b0", 64, embed_dims=DIMS, **FOUR),
+    _row("mvitv2", 5, mvitv2, 64),
+    _timm("davit", 10, "davit_tiny", 64, embed_dims=DIMS, window_size=4, **FOUR),
+    _row("gcvit", 5, partial(direct, GlobalContextVit), 64, img_size=64, embed_dim=8, **FOUR),
     _row(
-        "nest", 5, partial(direct, Nest), 32, img_size=32, patch_size=2, embed_dims=(8, 16, 16),
-        num_heads=(1, 2, 2), depths=(1, 1, 3),
+        "nest", 4, partial(direct, Nest), 32, img_size=32, patch_size=2, embed_dims=(8, 16, 16),
+        num_heads=(1, 2, 2), depths=(1, 1, 2),
     ),
     _timm(
-        "coat", 6, "coat_lite_tiny", 64, img_size=64, embed_dims=(16, 16, 16, 16),
-        serial_depths=(1, 3, 1, 1), num_prefix=1,
+        "coat", 5, "coat_lite_tiny", 64, img_size=64, embed_dims=(16, 16, 16, 16),
+        serial_depths=(1, 2, 1, 1), num_prefix=1,
     ),
     _timm(
-        "coatnet", 4, "coatnet_nano_rw_224", 64, img_size=64, embed_dim=(32, 32, 32, 32),
-        depths=(1, 1, 3, 1), stem_width=(8, 8),
+        "coatnet", 3, "coatnet_nano_rw_224", 64, img_size=64, embed_dim=(32, 32, 32, 32),
+        depths=(1, 1, 2, 1), stem_width=(8, 8),
     ),
     _timm(
         "maxvit", 5, "maxvit_nano_rw_256", 64, img_size=64, embed_dim=(32, 32, 32, 32),
@@ -177,16 +177,16 @@ GRID: tuple[Row, ...] = (
         embed_dims=(8, 8, 16, 16), num_vit=2,
     ),
     _timm(
-        "tiny_vit", 5, "tiny_vit_5m_224", 64, embed_dims=(8, 16, 16, 32),
+        "tiny_vit", 4, "tiny_vit_5m_224", 64, embed_dims=(8, 16, 16, 32),
         window_sizes=(4, 4, 4, 2), **FOUR,
     ),
     _row(
         "nextvit", 8, partial(direct, NextViT), 64, in_chans=3, depths=(1, 1, 5, 1),
         stem_chs=(8, 8, 8),
     ),
-    _row("focalnet", 6, partial(direct, FocalNet), 64, embed_dim=8, depths=FOUR["depths"]),
+    _row("focalnet", 5, partial(direct, FocalNet), 64, embed_dim=8, depths=FOUR["depths"]),
     _row(
-        "metaformer", 6, partial(direct, MetaFormer), 64, in_chans=3, dims=DIMS,
+        "metaformer", 5, partial(direct, MetaFormer), 64, in_chans=3, dims=DIMS,
         depths=FOUR["depths"],
     ),
     _row("swiftformer", 4, swiftformer, 64, argument="pixel_values"),

@@ -8,21 +8,21 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from tests.zoo.rows import BYPASS, CLASSES, THREE, Row
+from tests.zoo.rows import BYPASS, CLASSES, THREE, TWO, Row
 
 __all__ = ["SEQUENCES"]
 
 LENGTH, WORDS = 16, 60
-TEXT: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4}
+TEXT: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
 TEXT |= {"num_attention_heads": 2, "vocab_size": WORDS, "max_position_embeddings": 40}
 SPECIAL = {"pad_token_id": 1, "bos_token_id": 2, "cls_token_id": 2}
 SPECIAL |= {"eos_token_id": 3, "sep_token_id": 3}
 DISENTANGLED = {"relative_attention": True, "position_buckets": 8, "norm_rel_ebd": "layer_norm"}
 DISENTANGLED |= {"pos_att_type": ["p2c", "c2p"], "share_att_key": True}
 MODERN = {**SPECIAL, "local_attention": 8, "classifier_pooling": "mean"}
-DISTIL = {"dim": 32, "hidden_dim": 48, "n_layers": 4, "n_heads": 2, "vocab_size": WORDS}
+DISTIL = {"dim": 32, "hidden_dim": 48, "n_layers": 3, "n_heads": 2, "vocab_size": WORDS}
 
-BLOCKS = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4}
+BLOCKS = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
 BLOCKS |= {"num_attention_heads": 2}
 SOUND: dict[str, Any] = {**BLOCKS, "conv_dim": (16, 16), "conv_stride": (5, 4)}
 SOUND |= {"conv_kernel": (8, 4), "num_feat_extract_layers": 2, "num_conv_pos_embeddings": 16}
@@ -68,7 +68,7 @@ def sounds(batch: int, size: int, argument: str) -> dict[str, Tensor]:
 
 def _row(name: str, tokens: int, prefix: int, make: Callable[..., nn.Module], **rest: Any) -> Row:
     own = {key: rest.pop(key) for key in list(rest) if key in Row.__dataclass_fields__}
-    own = {"family": "generic", "recipe": THREE, **own}
+    own = {"family": "generic", "recipe": TWO, "num_blocks": 3, **own}
     if own.get("mode") == "bypass":
         own["recipe"] = BYPASS
     return Row(
@@ -108,7 +108,15 @@ SEQUENCES: tuple[Row, ...] = (
     _text("albert", "Albert", embedding_size=16),
     _text("deberta_v2", "DebertaV2", **DISENTANGLED),
     _text("deberta_v2_plain", "DebertaV2"),
-    _text("modernbert", "ModernBert", **MODERN, core=True),
+    _text(
+        "modernbert",
+        "ModernBert",
+        **MODERN,
+        num_hidden_layers=4,
+        num_blocks=4,
+        recipe=THREE,
+        core=True,
+    ),
     # sounds
     _sound("wav2vec2", "Wav2Vec2"),
     _sound("wav2vec2_stable", "Wav2Vec2", do_stable_layer_norm=True, feat_extract_norm="layer"),
@@ -157,7 +165,7 @@ SEQUENCES: tuple[Row, ...] = (
         argument="input_features",
         draw=_shaped(8, 40),
         d_model=32,
-        encoder_layers=4,
+        encoder_layers=3,
         encoder_attention_heads=2,
         encoder_ffn_dim=48,
         num_mel_bins=8,
@@ -196,7 +204,7 @@ SEQUENCES: tuple[Row, ...] = (
         0,
         argument="pixel_values_videos",
         hidden_size=36,
-        num_hidden_layers=4,
+        num_hidden_layers=3,
         num_attention_heads=2,
         mlp_ratio=2,
         patch_size=8,
@@ -214,7 +222,7 @@ SEQUENCES: tuple[Row, ...] = (
         0,
         argument="pixel_values_videos",
         **{**CLIP, "tubelet_size": [1, 8, 8]},
-        num_spatial_layers=4,
+        num_spatial_layers=3,
         num_temporal_layers=1,
         mode="bypass",
         family="transformers/videoprism",

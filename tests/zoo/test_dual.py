@@ -13,7 +13,7 @@ from tests.zoo.rows import randomize_weights
 from tokenprune.errors import UnsupportedHostError, VerificationError
 
 pytestmark = pytest.mark.slow
-RECIPE = {"version": 1, "schedule": {"blocks": [1, 2], "keep_ratio": 0.6}}
+RECIPE = {"version": 1, "schedule": {"blocks": [0, 1], "keep_ratio": 0.6}}
 
 
 def dual(model: str) -> Any:

@@ -14,13 +14,14 @@ from tests.zoo.sequences import CLIP, DISENTANGLED, SAMPLES, SOUND, SPECIAL, TEX
 
 pytestmark = pytest.mark.slow
 RECIPE = {"version": 1, "schedule": {"blocks": [1, 2], "keep_ratio": 0.6}}
+IMAGES = {**HF, "num_hidden_layers": 3}
 MODERN = {**TEXT, **SPECIAL, "local_attention": 8}
 HEADLESS: dict[str, dict[str, Any]] = {
-    "ViTModel": HF,
-    "BeitModel": {**HF, "use_relative_position_bias": True},
-    "Dinov2Model": HF,
-    "DINOv3ViTModel": {**HF, "num_register_tokens": 4},
-    "SiglipVisionModel": HF,
+    "ViTModel": IMAGES,
+    "BeitModel": {**IMAGES, "use_relative_position_bias": True},
+    "Dinov2Model": IMAGES,
+    "DINOv3ViTModel": {**IMAGES, "num_register_tokens": 4},
+    "SiglipVisionModel": IMAGES,
     "VideoMAEModel": CLIP,
     "BertModel": TEXT,
     "ModernBertModel": MODERN,
@@ -52,7 +53,7 @@ def test_tokens_come_back_in_place_or_short(name: str) -> None:
     given = inputs(host)
     found, dense = {}, host(**given).last_hidden_state
     for restore in (True, False):
-        model = tokenprune.wrap(host, RECIPE, example_inputs=given, restore=restore).eval()
+        model = tokenprune.wrap(host, RECIPE, example_inputs=given, restore=restore, train=False)
         if restore:
             predictors = model.token_predictors.state_dict()
         model.token_predictors.load_state_dict(predictors)

@@ -32,6 +32,8 @@ STAGE_FIRST = [
     row for row in CORE if row.one_patch_one_token and row.recipe["schedule"]["blocks"][0] == 0
 ]
 RESIZED = [row for row in RUN if len(row.sizes) > 1]
+# Blocks that add attention and feed-forward to the same stream, so there is nothing in between.
+PARALLEL = {"parallel_scaling", "differential"}
 
 
 class Case(NamedTuple):
@@ -82,6 +84,18 @@ def test_the_certificate_holds(row: Row) -> None:
     assert certificate.adapter == row.family
     assert certificate.num_prefix_tokens == row.num_prefix
     assert certificate.num_patches == row.num_patches()
+
+
+@over([row for row in RUN if row.mode == "remove"])
+def test_each_block_has_keys_of_every_token_and_a_middle(row: Row) -> None:
+    """What scorers without parameters read, and where stages may be."""
+    programs = next(iter(case_of(row).model._pruning.cache))
+    blocks, length = programs.analysis.blocks, programs.analysis.grids[0].length
+    assert list(blocks) == list(range(row.num_blocks))
+    for block in blocks.values():
+        assert block.attention is not None
+        assert block.attention.key.meta["val"].shape[block.attention.key_dim] == length
+        assert (block.middle is None) == (row.name in PARALLEL)
 
 
 @over(CORE)
