@@ -63,8 +63,9 @@ def wrap(
             transformer blocks.
         recipe: A shipped recipe's name, a path, a mapping or a `Recipe`. If None, one is made for
             the host: three stages that keep 0.7 of the tokens each, in the mode that serves it.
-            `random-k0.7`, `token-norm-k0.7` and `key-norm-k0.7` (any ratio) choose tokens without
-            a learned predictor, on any host.
+            Without training, on any host: `merge-k0.7` (any ratio) lets tokens that are alike
+            become their mean, `tome-r13` merges 13 in every block; `random-k0.7`,
+            `token-norm-k0.7`, `key-norm-k0.7` and `similarity-k0.7` choose tokens to remove.
         example_inputs: A tensor, several, or the arguments by name; drawn at random in the shape
             the host was built for if None.
         adapter: An adapter's name, or an `ArchSpec`; found by itself if None.

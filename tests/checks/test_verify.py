@@ -18,8 +18,8 @@ from tokenprune.errors import (
     UnsupportedHostError,
     VerificationError,
 )
-from tokenprune.rewrite import rules
 from tokenprune.rewrite.kept import gathered, masked
+from tokenprune.rewrite.kept.token_ops import MASKED
 from tokenprune.runtime.model import pruning_of
 
 RECIPE: dict[str, Any] = {"version": 1, "schedule": {"blocks": [1, 2], "keep_ratio": 0.7}}
@@ -103,6 +103,9 @@ def read_as_they_are(x: Tensor, policy: Tensor | None, dim: int) -> Tensor:
     return x
 
 
+READS_ALL = MASKED._replace(hide=read_as_they_are)
+
+
 def everyone_is_seen(decision: Tensor, num_prefix: int) -> Tensor:
     return decision.new_ones(decision.shape[0], num_prefix + decision.shape[1])
 
@@ -117,7 +120,7 @@ def everyone_is_seen(decision: Tensor, num_prefix: int) -> Tensor:
             everyone_is_seen,
             "gather path differ first at node '.*softmax",
         ),
-        (rules, "hide_dropped", read_as_they_are, "contents of dropped tokens reach the output"),
+        (masked.Masked, "ops", READS_ALL, "contents of dropped tokens reach the output"),
         (masked, "decide", detached, r"predictors cannot be trained.*difference 2\.00e\+01"),
     ],
     ids=["identity", "paths", "contents", "gradients"],

@@ -38,7 +38,8 @@ PUBLISHED_NAMES = [
 def test_every_shipped_file_is_found_and_nothing_else() -> None:
     names = list_recipes()
     assert names[: len(SHIPPED)] == SHIPPED
-    assert names[len(SHIPPED) :] == ["key-norm-k0.7", "random-k0.7", "token-norm-k0.7"]
+    ratios = ("key-norm", "merge-falling", "merge", "random", "similarity", "token-norm")
+    assert names[len(SHIPPED) :] == [*(f"{name}-k0.7" for name in ratios), "tome-r13"]
     assert len(PUBLISHED_NAMES) == 30
     assert {name for _, _, name in PUBLISHED_NAMES} <= set(SHIPPED)
     assert all(path.parent == FOLDER for path in FOLDER.rglob("*.yaml")), "keep recipes/ flat"
@@ -244,7 +245,7 @@ SCHEDULE = "version: 1\nschedule: {blocks: [3], keep_ratio: 0.7}\n"
         ),
         (
             SCHEDULE + "mode: drop",
-            "mode: There is no mode named 'drop'. Known names: bypass, remove.",
+            "mode: There is no mode named 'drop'. Known names: bypass, merge, remove.",
         ),
         (SCHEDULE + "sampling: {rounding: up}", "sampling.rounding: should be 'floor', 'ceil' or"),
         (

@@ -1,6 +1,7 @@
 """Merging: ToMe as published, without parameters, on the path that eval runs."""
 
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,8 @@ def tome(host: Any, x: Tensor, r: int) -> Tensor:
         mixed = (scores.softmax(-1) @ v).transpose(1, 2).reshape(batch, length, dim)
         x = x + block.ls1(attention.proj(mixed))
         metric = F.normalize(k.mean(1), dim=-1)
-        x, size = zip(*(merged(*image, r, prefix) for image in zip(x, metric, size, strict=True)))
-        x, size = torch.stack(x), torch.stack(size)
+        each = [merged(*image, r, prefix) for image in zip(x, metric, size, strict=True)]
+        x, size = (torch.stack(parts) for parts in zip(*each, strict=True))
         x = x + block.ls2(block.mlp(block.norm2(x)))
     return host.forward_head(host.norm(x))
 
@@ -141,7 +142,7 @@ def test_macs_count_what_is_left_and_the_matching() -> None:
     assert all(macs > 0 for macs in counted.predictor_macs)
     falling = tokenprune.wrap(vit(depth=6), "merge-falling-k0.7", verify=False, train=False)
     left = tokenprune.profile(falling).tokens_per_block
-    drops = [a - b for a, b in zip(left, left[1:], strict=False)]
+    drops = [a - b for a, b in pairwise(left)]
     assert drops == sorted(drops, reverse=True)
     assert falling._pruning.budget.keep_ratios[-1] == pytest.approx(0.343)
 

@@ -98,7 +98,7 @@ def test_a_hierarchical_host_is_bypassed_by_name(tmp_path: Any) -> None:
 
 
 def test_names_of_recipes_for_any_host() -> None:
-    assert [name for name in list_recipes() if "-k0.7" in name][-3:] == [f"{n}-k0.7" for n in NAMES]
+    assert {f"{name}-k0.7" for name in NAMES} <= set(list_recipes())
     recipe = load_recipe("random-k0.35")
     assert (recipe.scorer, recipe.schedule.keep_ratio) == ("random", 0.35)  # type: ignore[union-attr]
     assert recipe.resolved_stages == ()

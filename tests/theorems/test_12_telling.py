@@ -19,6 +19,7 @@ from tokenprune.ops.attention import masked_attention
 from tokenprune.reductions.bypass import SPLITS
 from tokenprune.rewrite.kept import gathered
 from tokenprune.rewrite.kept.masked import Masked
+from tokenprune.rewrite.kept.token_ops import MASKED
 
 LIVELY = ("timm_vit", "eager", "mean_and_max", "relative_bias")
 BYPASS = {"version": 1, "schedule": {"blocks": [1, 2], "keep_ratio": 0.6}, "mode": "bypass"}
@@ -131,7 +132,7 @@ def test_12_a_leak_in_a_silent_host_is_seen(name: str, monkeypatch: pytest.Monke
     if name == "equal patches":  # whatever else dropped tokens may hold shows there too
         monkeypatch.setattr(gathered, "select_gathered", other_tokens)
     else:
-        monkeypatch.setattr(Masked, "attention", staticmethod(leaking))
+        monkeypatch.setattr(Masked, "ops", MASKED._replace(attention=leaking))
     model, x = silent(name)
     Theorems(model, {"x": x}).checks(gradients=False)  # says nothing
     with pytest.raises(VerificationError, match="mask and gather path differ"):
@@ -142,7 +143,7 @@ def test_12_a_leak_in_a_silent_host_is_seen(name: str, monkeypatch: pytest.Monke
 def test_12_a_decision_that_nothing_teaches_is_seen(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Masked, "attention", staticmethod(without_gradient))
+    monkeypatch.setattr(Masked, "ops", MASKED._replace(attention=without_gradient))
     model, x = silent(name)
     Theorems(model, {"x": x}).checks(gradients=True)
     with pytest.raises(VerificationError, match="outputs do not teach the decision of stage 0"):
@@ -182,7 +183,7 @@ def test_12_the_measured_leak_is_the_real_one(monkeypatch: pytest.MonkeyPatch) -
     honest = Theorems(toy.wrap(verify=False, train=False), toy.inputs())
     honest.checks(gradients=False)
     measured = sum(leak.size**2 for leak in telling(honest).leaks) ** 0.5
-    monkeypatch.setattr(Masked, "attention", staticmethod(leaking))
+    monkeypatch.setattr(Masked, "ops", MASKED._replace(attention=leaking))
     proof = Theorems(toy.wrap(copy.deepcopy(toy.build()), verify=False, train=False), toy.inputs())
     with torch.no_grad():
         (ours,), (theirs,) = proof._run("mask"), honest._run("mask")
@@ -240,7 +241,7 @@ def test_12_what_float32_cannot_see_float64_can(monkeypatch: pytest.MonkeyPatch)
         1e-4,
         1e-9,
     ]
-    monkeypatch.setattr(Masked, "attention", staticmethod(leaking))
+    monkeypatch.setattr(Masked, "ops", MASKED._replace(attention=leaking))
     with pytest.raises(VerificationError, match="mask and gather path differ"):
         toy.wrap(host_of(Faint))
 

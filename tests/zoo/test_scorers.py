@@ -1,4 +1,4 @@
-"""Scorers that need no training, by name, on hosts of the zoo: what they read of a host, and that
+"""Methods that need no training, by name, on hosts of the zoo: what they read of a host, and that
 tokens leave by it."""
 
 import pytest
@@ -9,15 +9,25 @@ from tests.zoo.hosts import ZOO
 from tests.zoo.rows import Row
 from tokenprune.recipe.names import named_recipes
 
-NAMES = ["key-norm-k0.7", "random-k0.7", "token-norm-k0.7"]
+NAMES = ["merge-k0.7", "key-norm-k0.7", "random-k0.7", "token-norm-k0.7", "similarity-k0.7"]
 # The core rows, and one row for each other way to write attention. The rest of the zoo has the
 # attention of one of these with other prefix tokens, positions or heads; `test_zoo.py` finds the
-# keys of every row. Random numbers and norms of tokens read nothing that a learned scorer does not.
+# keys of every row. Merging reads keys, and attention, means and tables must know of its sizes;
+# what the others read is among that, or what a learned scorer reads.
 OTHER_KEYS = {
     *("qk_norm", "parallel_scaling", "parallel_things", "differential", "lvvit", "torchvision_vit"),
     *("eva02", "rope_mixed", "rope_grouped_queries", "relpos", "beit_shared_bias"),
     *("vit_eager", "deit_hf", "beit_hf", "data2vec_vision", "dinov2_hf", "dinov3_vit", "clip_hf"),
-    *("bert", "distilbert", "electra", "albert", "deberta_v2", "perceiver", "wav2vec2", "wavlm"),
+    *(
+        "bert",
+        "distilbert",
+        "electra",
+        "albert",
+        "deberta_v2_plain",
+        "perceiver",
+        "wav2vec2",
+        "wavlm",
+    ),
     *("data2vec_audio", "whisper", "spectrogram", "timesformer_joint", "videomae", "vjepa2"),
 }
 CORE = [row for row in ZOO if row.core and row.mode == "remove"]

@@ -194,10 +194,13 @@ def weighted_softmax(
     """
     if sizes is None:
         return torch.softmax(scores, dim, dtype=dtype)
-    wide = sizes.to(torch.promote_types(scores.dtype, torch.float32))
-    counts = along(wide, scores.ndim, token_dim(scores, sizes, dim))
-    shares = torch.softmax((scores + counts.log()).to(scores.dtype), dim, dtype=dtype)
-    return shares / counts.to(shares.dtype)
+    if dtype is None:  # whether autocast runs softmax in fp32 depends on the backend
+        dtype = torch.softmax(scores.new_zeros(1), 0).dtype
+    wide = scores.to(torch.promote_types(dtype, torch.float32))
+    counts = along(sizes.to(wide.dtype), scores.ndim, token_dim(scores, sizes, dim))
+    # not softmax(scores + log(n)): that is lost beside a mask's most negative number
+    parts = (wide - wide.detach().amax(dim, keepdim=True)).exp()
+    return (parts / (parts * counts).sum(dim, keepdim=True)).to(dtype)
 
 
 def weighted_operand(x: Tensor, sizes: Tensor | None, dim: int) -> Tensor:

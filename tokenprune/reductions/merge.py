@@ -77,12 +77,13 @@ class Merge(Reduction):
         return {}  # the shapes tell
 
     def forced(self, sets: Sequence[Tensor], num_patches: Sequence[int]) -> Mapping[str, Any]:
-        """Groups that random kept sets stand for: each patch joins one of them by its number."""
+        """Groups that random kept sets stand for: each patch joins one of them by its number, and
+        every other one the first, so that sizes differ."""
         groups, rows = list[Tensor](), None
         for kept, patches in zip(sets, num_patches, strict=True):
             everyone = torch.arange(patches, device=kept.device).expand(len(kept), -1)
             now = everyone if rows is None else rows
-            joins = kept.gather(1, (now * 7 + 3) % kept.shape[1])
+            joins = kept.gather(1, (now * 7 + 3) % kept.shape[1] * (now % 2))
             stays = torch.zeros_like(everyone).scatter(1, kept, 1) > 0
             group = torch.where(stays, everyone, joins)
             group = group if rows is None else group.gather(1, rows)
