@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
 
 import tokenprune
@@ -182,6 +183,33 @@ def test_what_a_merged_model_cannot_be_asked() -> None:
         model.using(keep_indices=[torch.zeros(1, 3, dtype=torch.int64)] * 3).__enter__()
     with pytest.raises(PlanError, match="no probabilities"):
         model.set_threshold(0.5)
+
+
+@torch.no_grad()
+def test_other_sizes_types_and_no_image() -> None:
+    model = tokenprune.wrap(vit(dynamic_img_size=True), "tome-r9", verify=False, train=False).eval()
+    _, trace = model(torch.randn(1, 3, 48, 48), return_trace=True)
+    assert [stage.num_tokens for stage in trace.stages] == [123, 103, 83, 63]  # 9 of 64 each time
+    with torch.autocast("cpu", torch.bfloat16):
+        low = model(images())
+    assert float((low - model(images())).abs().max() / low.abs().max()) < 0.1
+    model.set_keep_ratio(1.0)
+    assert torch.equal(model(images()), tokenprune.unwrap(model)(images()))
+    fixed = tokenprune.wrap(vit(), "merge-k0.5", verify=False, train=False).eval()
+    assert fixed(images()[:0]).shape == (0, CLASSES)
+
+
+def test_a_text_merges_its_padding_with_padding() -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "vocab_size": 50}
+    config = transformers.BertConfig(**sizes, num_hidden_layers=4, num_attention_heads=2)
+    host = transformers.BertModel(config, add_pooling_layer=False).eval()
+    real = torch.ones(2, 16, dtype=torch.int64)
+    real[1, 9:] = 0
+    given = {"input_ids": torch.arange(32).view(2, 16), "attention_mask": real}
+    model = tokenprune.wrap(host, "merge-k0.6", example_inputs=given, restore=True).eval()
+    _, trace = model(**given, return_trace=True)
+    for stage in trace.stages:
+        assert torch.equal(real[:, 1:].gather(1, stage.groups), real[:, 1:])
 
 
 def test_names_of_recipes() -> None:

@@ -74,7 +74,8 @@ def merge_groups(
     sizes = weights.new_zeros(batch * count).index_add(0, flat, weights.flatten())
     weighted = (given * weights.unsqueeze(-1)).flatten(0, 1)
     merged = weighted.new_zeros(batch * count, weighted.shape[-1]).index_add(0, flat, weighted)
-    merged = (merged / sizes.unsqueeze(-1)).to(tokens.dtype).reshape(batch, count, -1)
+    merged = (merged / sizes.unsqueeze(-1)).to(tokens.dtype)
+    merged = merged.reshape(batch, count, tokens.shape[-1])  # not -1: there may be no image
     after = Merged(
         before.numbers.gather(1, groups.kept),
         groups.of.gather(1, before.rows),
