@@ -24,6 +24,7 @@ OF_INDUCTOR = "ignore:`torch._prims_common.check` is deprecated:FutureWarning"
 pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.filterwarnings(OF_INDUCTOR)]
 BOUND = 1e-3  # of the output's scale: a card adds in another order
 RECIPE: dict[str, Any] = {"version": 1, "schedule": {"blocks": [1, 3], "keep_ratio": 0.6}}
+MERGE: dict[str, Any] = {**RECIPE, "mode": "merge"}
 SIZE, PATCHES = 72, 81  # with a class token no multiple of any tile
 
 
@@ -56,16 +57,19 @@ def hf_vit() -> nn.Module:
     return transformers.ViTForImageClassification(config)
 
 
+METHODS = pytest.mark.parametrize("recipe", [RECIPE, MERGE], ids=["remove", "merge"])
 HOSTS = pytest.mark.parametrize("make", [timm_vit, timm_eva, hf_vit])
 
 
-def wrapped(make: Callable[[], nn.Module], device: torch.device, dtype: torch.dtype) -> Any:
+def wrapped(
+    make: Callable[[], nn.Module], device: torch.device, dtype: torch.dtype, recipe: Any = RECIPE
+) -> Any:
     torch.manual_seed(0)
     host = make().eval()
     randomize_weights(host, 2.0)
     host.to(device, dtype)
     return tokenprune.wrap(
-        host, RECIPE, example_inputs=images(2, device, dtype), verify=False
+        host, recipe, example_inputs=images(2, device, dtype), verify=False
     ).eval()
 
 
@@ -97,9 +101,10 @@ def as_without_tests(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @HOSTS
+@METHODS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_certificate(make: Any, device: torch.device, dtype: torch.dtype) -> None:
-    model = wrapped(make, device, dtype)
+def test_certificate(make: Any, device: torch.device, dtype: torch.dtype, recipe: Any) -> None:
+    model = wrapped(make, device, dtype, recipe)
     certificate = tokenprune.verify(model, images(2, device, dtype))
     assert all(check.passed for check in certificate.checks), str(certificate)
 
@@ -171,11 +176,13 @@ def test_one_graph_when_compiled(make: Any, device: torch.device) -> None:
 
 
 @HOSTS
+@METHODS
 @torch.no_grad()
-def test_a_cuda_graph_captures_eval(make: Any, device: torch.device) -> None:
+def test_a_cuda_graph_captures_eval(make: Any, device: torch.device, recipe: Any) -> None:
     if device.type != "cuda":
         pytest.skip(f"CUDA graphs are of CUDA devices, this is {device.type}")
-    model, given = wrapped(make, device, torch.bfloat16), images(4, device, torch.bfloat16)
+    dtype = torch.bfloat16
+    model, given = wrapped(make, device, dtype, recipe), images(4, device, dtype)
     tokenprune.freeze_guards(model)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
