@@ -1,6 +1,7 @@
 """`wrap` and `unwrap`: the public entry points."""
 
 import inspect
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ from tokenprune.scorers.protocol import PREDICTORS, Predictors
 from tokenprune.tracing.arguments import Arguments
 from tokenprune.tracing.host_graph import trace
 from tokenprune.tracing.stand_ins import is_plain
-from tokenprune.tracing.state import kept_modes
+from tokenprune.tracing.state import in_mode
 
 __all__ = ["unwrap", "wrap"]
 
@@ -113,8 +114,7 @@ def wrap(
 
     call = CallSignature.of(type(model))
     example = named_inputs(call, spec, model, example_inputs)
-    with kept_modes(model):
-        model.eval()
+    with in_mode(model, training=False):
         traced = trace(model, example, stated=stated_by(model, spec))
         blocks = find_blocks(model, traced, spec)
         chosen = with_default_stages(chosen, model, spec, traced, blocks)
@@ -152,9 +152,7 @@ def _trace_training(pruning: Pruning, example: Arguments) -> None:
     """Make the program of the first training step; warn if a host in eval mode cannot train."""
     host = pruning.host
     training = host.training
-    with kept_modes(host):
-        if not training:
-            host.train()
+    with in_mode(host, training=True) if not training else nullcontext():
         try:
             path = pruning.path_name(pruning.method.path(training=True))
             pruning.programs(example).get(host, path)
