@@ -125,7 +125,12 @@ def trace(
             f"{type(host).__name__} returns no tensor for the input {_shapes(arguments)}. Wrap a "
             "model whose output is a tensor, or holds some in tuples, dicts or dataclasses."
         )
-    for what, which in tracer.reads.opaque.items():
+    for owner, name in stated:
+        tracer.reads.stated(owner, name)
+    left = tracer.left
+    guards = Guards(tracer.reads, tracer.functions, left.counted, tracer.opened, Hooks(host))
+    opaque = {f"{type(w.owner).__name__}.{w.name}": "another each time" for w in guards.unsteady}
+    for what, which in (tracer.reads.opaque | opaque).items():
         warn_once(
             host,
             f"cannot watch {what}",
@@ -133,9 +138,7 @@ def trace(
             "constant of what wrap has made, and nothing can see that it would be another now: "
             "call tokenprune.clear_cache(model) after a change, or read it outside of forward.",
         )
-    for owner, name in stated:
-        tracer.reads.stated(owner, name)
-    read, left = set(tracer.specialized), tracer.left
+    read = set(tracer.specialized)
     lost = [f"sets {what}" for what in (*left.lost, *_changed_in(context))]
     for what in lost + [f"prints ({line})" for line in tracer.reads.prints]:
         warn_once(
@@ -164,7 +167,7 @@ def trace(
         specialized=tuple(tracer.specialized),
         ambient=dict(tracer.ambient),
         calls=calls_of(graph, tracer.calls),
-        guards=Guards(tracer.reads, tracer.functions, left.counted, tracer.opened, Hooks(host)),
+        guards=guards,
     )
 
 

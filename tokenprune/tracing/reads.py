@@ -16,6 +16,7 @@ from torch import nn
 from tokenprune.tracing.contents import (
     ABSENT,
     MOST_BYTES,
+    in_class,
     may_be_watched,
     snapshot,
     state_of,
@@ -116,11 +117,13 @@ class Reads:
             self.opaque[function] = f"{file}:{line}"
 
     def lacked(self, owner: Any, name: str) -> None:
-        """Record that an object has no such attribute."""
+        """Record that an object has no such attribute; its class may have an empty slot for it, or
+        a property that raises."""
         owner = original(owner)
         if not name.startswith("__"):
             self.objects[id(owner)] = owner
-            self.missing[id(owner), name] = None
+            of_class = in_class(type(owner), name, ABSENT) is not ABSENT
+            (self.inherited if of_class else self.missing)[id(owner), name] = None
 
     def stated(self, owner: Any, name: str) -> None:
         """Record an attribute, whether the forward reads it or not."""
@@ -128,7 +131,7 @@ class Reads:
             self.objects[id(owner)] = owner
             self.values.setdefault((id(owner), name), vars(owner)[name])
         else:
-            (self.inherits if hasattr(type(owner), name) else self.lacked)(owner, name)
+            self.lacked(owner, name)
 
     def shared(self) -> list[list[tuple[nn.Module, str]]]:
         """The attributes that hold one tensor, of which one was read: a trace reads it in one
@@ -144,7 +147,7 @@ class Reads:
     def functions(self) -> list[Any]:
         """What of it may have been called: methods, and functions kept in attributes."""
         classes = {(type(self.objects[i]), name) for i, name in self.inherited}
-        return [getattr(cls, name, None) for cls, name in classes] + list(self.values.values())
+        return [in_class(*each, None) for each in classes] + list(self.values.values())
 
     def forget(self, of_trace: Callable[[Any], bool]) -> None:
         """Leave out values that hold something of the trace: the forward had written those."""
