@@ -14,12 +14,12 @@ from tokenprune.notices import warn_once
 from tokenprune.private import FakeTensorMode, without_modes
 from tokenprune.tracing.arguments import Arguments, as_arguments
 from tokenprune.tracing.calls import MODULE, ModuleCall, calls_of
+from tokenprune.tracing.contents import in_class
 from tokenprune.tracing.effects import has_effect
 from tokenprune.tracing.guards import Guards
 from tokenprune.tracing.hooks import Hooks
 from tokenprune.tracing.names import caches_of
 from tokenprune.tracing.opaque import reason_of
-from tokenprune.tracing.packed import refuse_packed
 from tokenprune.tracing.provenance import Provenance
 from tokenprune.tracing.randomness import Drawn, Generators
 from tokenprune.tracing.remains import CannotRepeatError
@@ -81,12 +81,10 @@ def trace(
 
     Raises:
         HostError: The host itself refuses these arguments, or returns no tensor.
-        UnsupportedHostError: torch.ao has quantized a module of it.
         TraceError: Its code cannot be traced; the line of its source is named.
     """
-    refuse_packed(host)
     call, given = getattr(host, entry), as_arguments(type(host).__name__, arguments)
-    emptied = caches_of([call, *{type(module).forward for module in host.modules()}])
+    emptied = caches_of([call, *{in_class(type(m), "forward", None) for m in host.modules()}])
     for cached in emptied:  # it may have values of calls before
         cached.cache_clear()
     for again in (True, False):
