@@ -162,6 +162,9 @@ CLASSES: dict[str, Held] = {
     "metaclass_of_a_class_in_a_closure": (
         None, closed_over(BY_META, lambda s: s.number), lambda s, v: setattr(BY_META, "kept", v)
     ),
+    "own_name_like_pythons": (
+        None, lambda s: getattr(s, "__gain__", 1.0), lambda s, v: setattr(s, "__gain__", v)
+    ),
     "nan": (
         math.nan, lambda s: 1.0 if math.isnan(s.held) else 3.0,
         lambda s, v: setattr(s, "held", math.nan if v == 1 else v),

@@ -1,5 +1,6 @@
 """Which attributes of modules, and of what they hold, Python reads while a host is traced."""
 
+import builtins
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -29,6 +30,13 @@ __all__ = ["OF_TORCH", "Reads"]
 
 # What torch itself keeps on a module. Hooks and tensors are watched in ways of their own.
 OF_TORCH = frozenset(vars(nn.Module())) - {"training", "_modules"} | {"_compiled_call_impl"}
+OF_PYTHON = frozenset(
+    name
+    for cls in vars(builtins).values()
+    for name in (dir(cls) if isinstance(cls, type) else ())
+    if name[:2] == "__"
+)
+"""What Python itself asks objects for, by their class; another name like `__gain__` is their own."""
 TABLES = ("_parameters", "_buffers")
 # Methods of torch that go through those tables.
 WALKS = frozenset(
@@ -120,7 +128,7 @@ class Reads:
         """Record that an object has no such attribute; its class may have an empty slot for it, or
         a property that raises."""
         owner = original(owner)
-        if not name.startswith("__"):
+        if name not in OF_PYTHON:
             self.objects[id(owner)] = owner
             of_class = in_class(type(owner), name, ABSENT) is not ABSENT
             (self.inherited if of_class else self.missing)[id(owner), name] = None
@@ -204,7 +212,7 @@ class Reads:
                 value = read(owner, name)
             except AttributeError:
                 if not isinstance(owner, nn.Module) and not self._paused():
-                    made_up = hasattr(type(owner), "__getattr__") and name[:2] != "__"
+                    made_up = hasattr(type(owner), "__getattr__") and name not in OF_PYTHON
                     (self.inherits if made_up else self.lacked)(owner, name)
                 raise
             if name == "__dict__" and not self._paused() and _asked_by_host(through=WALKS):
@@ -215,7 +223,7 @@ class Reads:
             if name in TABLES and not self._paused() and _asked_by_host(through=WALKS):
                 self.objects[id(owner)] = owner
                 self.tables[id(owner), name] = list(value)
-            if not (name.startswith("__") or name in OF_TORCH or self._paused()):
+            if not (name in OF_PYTHON or name in OF_TORCH or self._paused()):
                 self._add(owner, name, value)
                 return self._handed(value) if isinstance(owner, nn.Module) else value
             return value
