@@ -36,7 +36,7 @@ OF_PYTHON = frozenset(
     for name in (dir(cls) if isinstance(cls, type) else ())
     if name[:2] == "__"
 )
-"""What Python itself asks objects for, by their class; another name like `__gain__` is their own."""
+"""What Python itself asks objects for; another name like `__gain__` is their own."""
 TABLES = ("_parameters", "_buffers")
 # Methods of torch that go through those tables.
 WALKS = frozenset(
