@@ -1,11 +1,11 @@
 """Small facts about a host, read from its classes, attributes and configuration."""
 
-import inspect
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
 
+from tokenprune.hosts.inputs import parameters_of
 from tokenprune.hosts.spec import ExampleInput
 
 __all__ = [
@@ -66,7 +66,7 @@ def climb(host: nn.Module, path: str, name: str) -> str | None:
 
 def first_argument(host: nn.Module) -> str:
     """Name of the first argument of `host.forward`."""
-    return next(iter(inspect.signature(host.forward).parameters))
+    return parameters_of(host.forward, type(host))[0].name
 
 
 def image_example(channels: int, size: Any) -> ExampleInput | None:

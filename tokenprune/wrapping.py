@@ -1,6 +1,6 @@
 """`wrap` and `unwrap`: the public entry points."""
 
-import inspect
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -32,9 +32,11 @@ from tokenprune.runtime.model import (
 from tokenprune.runtime.pruning import Pruning, added_names
 from tokenprune.scorers.protocol import PREDICTORS, Predictors
 from tokenprune.tracing.arguments import Arguments
+from tokenprune.tracing.closed import refuse_closed
+from tokenprune.tracing.contents import slots_of
 from tokenprune.tracing.host_graph import trace
 from tokenprune.tracing.stand_ins import is_plain
-from tokenprune.tracing.state import kept_modes
+from tokenprune.tracing.state import in_mode
 
 __all__ = ["unwrap", "wrap"]
 
@@ -114,8 +116,7 @@ def wrap(
 
     call = CallSignature.of(type(model))
     example = named_inputs(call, spec, model, example_inputs)
-    with kept_modes(model):
-        model.eval()
+    with in_mode(model, training=False):
         traced = trace(model, example, stated=stated_by(model, spec))
         blocks = find_blocks(model, traced, spec)
         chosen = with_default_stages(chosen, model, spec, traced, blocks)
@@ -153,9 +154,7 @@ def _trace_training(pruning: Pruning, example: Arguments) -> None:
     """Make the program of the first training step; warn if a host in eval mode cannot train."""
     host = pruning.host
     training = host.training
-    with kept_modes(host):
-        if not training:
-            host.train()
+    with in_mode(host, training=True) if not training else nullcontext():
         try:
             path = pruning.path_name(pruning.method.path(training=True))
             pruning.programs(example).get(host, path)
@@ -181,6 +180,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def _check_free(host: nn.Module) -> None:
+    refuse_closed(host)
     if "forward" in host.__dict__:
         raise UnsupportedHostError(
             f"The forward of this {type(host).__name__} was replaced on the object (accelerate and "
@@ -192,7 +192,14 @@ def _check_free(host: nn.Module) -> None:
             f"{type(host).__name__} has an attribute {taken[0]!r} of its own, a name that "
             "tokenprune needs. Rename it in the host."
         )
-    if "return_trace" in inspect.signature(type(host).forward).parameters:
+    slots = slots_of(type(host)) - {"__dict__", "__weakref__"}
+    if slots:
+        raise UnsupportedHostError(
+            f"{type(host).__name__} has __slots__ ({', '.join(sorted(slots))}). What is in slots "
+            "cannot be shared by a host and its wrapped model, as attributes are. Take __slots__ "
+            "out of the class."
+        )
+    if "return_trace" in CallSignature.of(type(host)).names:
         raise UnsupportedHostError(
             f"The forward of {type(host).__name__} has an argument 'return_trace', a name that "
             "tokenprune needs. Rename it in the host."

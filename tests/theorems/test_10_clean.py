@@ -201,6 +201,52 @@ class Alternates(Counts):
         return x * 2 if self.steps % 2 else x
 
 
+class SetsANumber(Host):
+    gain = 1.0
+
+    def train(self, mode: bool = True) -> Any:
+        self.gain = 2.0 if mode else 1.0
+        return super().train(mode)
+
+    def odd(self, x: Tensor) -> Tensor:
+        return x * self.gain
+
+
+class SetsANumberOfTheClass(SetsANumber):
+    def train(self, mode: bool = True) -> Any:
+        type(self).gain = 2.0 if mode else 1.0
+        return Host.train(self, mode)
+
+
+class MergesWeights(Host):
+    """As LoRA layers do: in eval a term is in the weight."""
+
+    merged = True
+
+    def train(self, mode: bool = True) -> Any:
+        if mode == self.merged:
+            self.merged = not mode
+            self.pos_embed.data += -0.3 if mode else 0.3
+        return super().train(mode)
+
+    def odd(self, x: Tensor) -> Tensor:
+        return x if self.merged else x + 0.3
+
+
+class Freezes(Host):
+    def train(self, mode: bool = True) -> Any:
+        self.pos_embed.requires_grad_(not mode)
+        self.pos_embed.data = self.pos_embed.data * 2 if mode else self.pos_embed.data / 2
+        return super().train(mode)
+
+
+class ReplacesAChild(Host):
+    def eval(self) -> Any:
+        self.norm = nn.Identity()
+        return super().eval()
+
+
+SWITCHES = (SetsANumber, SetsANumberOfTheClass, MergesWeights, Freezes, ReplacesAChild)
 KINDS = (Cached, OfTheClass, CountsInABuffer, KeepsTheLast, Counts)
 
 
@@ -241,6 +287,34 @@ def test_10_nothing_of_a_trace_remains(kind: type[Host], fails: bool) -> None:
         else:
             assert was == now
     assert "__getattribute__" not in vars(nn.Module)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("kind", SWITCHES, ids=lambda kind: kind.__name__)
+def test_10_what_a_train_of_the_hosts_own_changes_is_put_back(
+    kind: type[Host], training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kind is SetsANumberOfTheClass:
+        monkeypatch.setattr(kind, "gain", 1.0)  # for other tests
+    torch.manual_seed(0)
+    host = kind().eval().train(training)
+    seen = [m.training for m in host.modules()], list(host.children()), getattr(host, "gain", None)
+    held = {id(p): (p.data_ptr(), p.requires_grad, p.clone()) for p in host.parameters()}
+    output = host(IMAGES)
+    model = tokenprune.wrap(host, RECIPE)
+    now = [m.training for m in host.modules()], list(host.children()), getattr(host, "gain", None)
+    assert now == seen
+    for parameter in host.parameters():
+        memory, asked, values = held.pop(id(parameter))
+        assert (parameter.data_ptr(), parameter.requires_grad) == (memory, asked)
+        assert torch.equal(parameter, values)
+    assert torch.equal(host(IMAGES), output)
+    traced = tokenprune.cache_info(model).traced
+    for mode in (True, False, True):
+        model.train(mode)
+        with torch.no_grad(), model.using("dense"):
+            torch.testing.assert_close(model(IMAGES), host(IMAGES))
+    assert tokenprune.cache_info(model).traced - traced <= (kind is ReplacesAChild)
 
 
 @pytest.mark.parametrize("said", ELSEWHERE)

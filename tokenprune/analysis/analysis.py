@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import fx, nn
 
@@ -90,6 +91,7 @@ def analyse(
                 f"at block {block.number} ({block.entry.meta['where']}); nothing can be pruned. "
                 "Check num_prefix_tokens."
             )
+    _check_order(traced, staged)
     if tokens_leave:
         _check_one_stretch(blocks, staged)
     final = _final(root, traced, blocks, spec)
@@ -123,6 +125,19 @@ def _final(root: nn.Module, traced: HostGraph, blocks: Blocks, spec: ArchSpec) -
             "the right path."
         )
     return found
+
+
+def _check_order(traced: HostGraph, staged: Sequence[Block]) -> None:
+    """Stages come one after the other: what one drops is gone at the next."""
+    nodes = list(traced.graph.nodes)
+    for stage, (before, after) in enumerate(pairwise(staged), start=1):
+        if nodes.index(after.entry) < nodes.index(before.entry):
+            raise PlanError(
+                f"Stage {stage} (block {after.number}, '{after.path}') runs before stage "
+                f"{stage - 1} (block {before.number}, '{before.path}'): {traced.host} runs its "
+                "blocks in another order than it lists them. List them in the order in which they "
+                "run, or pass adapter=ArchSpec(..., blocks=...) with their paths in that order."
+            )
 
 
 def _check_one_stretch(blocks: Blocks, staged: Sequence[Block]) -> None:

@@ -14,7 +14,7 @@ from tokenprune.errors import UnsupportedHostError, VerificationError
 from tokenprune.hosts.inputs import ExampleInputs
 from tokenprune.runtime.model import pruning_of
 from tokenprune.tracing.arguments import Arguments
-from tokenprune.tracing.state import attributes_kept, buffers_kept, kept_modes
+from tokenprune.tracing.state import attributes_kept, buffers_kept, in_mode
 
 __all__ = ["verify"]
 
@@ -48,8 +48,8 @@ def verify(
             "no weights, so nothing can be verified. Load the weights first, or pass verify=False "
             "to wrap, which is enough for profile."
         )
-    with kept_modes(model), attributes_kept(pruning.host), buffers_kept(model):
-        model.eval()
+    evaluated = in_mode(model, training=False)
+    with evaluated, attributes_kept(pruning.host), buffers_kept(model):
         with torch.no_grad():
             proof = Theorems(model, inputs)
         checks = proof.checks(gradients)

@@ -43,15 +43,15 @@ def draw(model: nn.Module, data: Any, count: int, tile: int = 112) -> Any:
     """A picture of evenly spaced held-out images, each `tile` pixels wide or high, and of the
     patches that the model keeps."""
     from tokenprune.losses.logits import class_logits
-    from tokenprune.tracing.state import kept_modes
+    from tokenprune.tracing.state import in_mode
 
     total = len(data.eval)
     count = min(count, total)
     items = [data.eval[total * number // count] for number in range(count)]
     images = torch.stack([item["pixel_values"] for item in items])
     device = next(model.parameters()).device
-    with kept_modes(model), torch.no_grad():
-        output, trace = model.eval()(images.to(device), return_trace=True)
+    with in_mode(model, training=False), torch.no_grad():
+        output, trace = model(images.to(device), return_trace=True)
     guesses = class_logits(output, data.num_classes).argmax(1).tolist()
     names, pairs = data.class_names, zip(items, guesses, strict=True)
     labels = [f"{names[item['labels']]}, predicted {names[guess]}" for item, guess in pairs]

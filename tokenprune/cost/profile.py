@@ -18,7 +18,7 @@ from tokenprune.hosts.inputs import ExampleInputs
 from tokenprune.rewrite.settings import SETTINGS, CallSettings
 from tokenprune.runtime.model import pruning_of
 from tokenprune.runtime.program import Programs
-from tokenprune.tracing.state import kept_modes
+from tokenprune.tracing.state import in_mode
 
 __all__ = ["Profile", "profile"]
 
@@ -122,8 +122,7 @@ def profile(
     """
     pruning = pruning_of(model)
     budget = budget or pruning.budget
-    with kept_modes(model):
-        model.eval()
+    with in_mode(model, training=False):
         programs = _programs(model, example_inputs)
     spec, plan, analysis = pruning.spec, pruning.plan, programs.analysis
     batch = analysis.traced.batch_size if analysis.batch_bound else 1

@@ -31,7 +31,7 @@ from tokenprune.hosts.inputs import ExampleInputs
 from tokenprune.runtime.model import pruning_of
 from tokenprune.runtime.pruning import Pruning
 from tokenprune.tracing.arguments import Arguments, as_arguments
-from tokenprune.tracing.state import kept_modes
+from tokenprune.tracing.state import in_mode
 
 __all__ = ["ExportReport", "export"]
 
@@ -107,8 +107,7 @@ def export(
     if target.is_dir():
         raise ExportError(f"{str(target)!r} is a directory. Name the file to write.")
     example = _two_images(pruning.inputs(example_inputs))
-    with kept_modes(model), torch.no_grad():
-        model.eval()
+    with in_mode(model, training=False), torch.no_grad():
         _check_exportable(pruning, model, example, chosen)
         program, outputs = _export(model, example)
         # the file comes last: the weights that it may refer to are there when it appears

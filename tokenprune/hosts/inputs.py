@@ -13,7 +13,14 @@ from tokenprune.errors import HostError, UnsupportedHostError
 from tokenprune.hosts.spec import ArchSpec
 from tokenprune.tracing.arguments import Arguments, flatten
 
-__all__ = ["CallSignature", "ExampleInputs", "draw_inputs", "first_floating", "named_inputs"]
+__all__ = [
+    "CallSignature",
+    "ExampleInputs",
+    "draw_inputs",
+    "first_floating",
+    "named_inputs",
+    "parameters_of",
+]
 
 ExampleInputs = Tensor | Sequence[Tensor] | Mapping[str, Any]
 
@@ -48,6 +55,23 @@ def draw_inputs(spec: ArchSpec, host: nn.Module, batch_size: int) -> dict[str, t
     return drawn
 
 
+def parameters_of(
+    function: Any, host: type[nn.Module], name: str = "forward"
+) -> list[inspect.Parameter]:
+    """The parameters of a method of a host.
+
+    Raises:
+        UnsupportedHostError: Python cannot tell: its `__wrapped__` is no function, say.
+    """
+    try:
+        return list(inspect.signature(function).parameters.values())
+    except (ValueError, TypeError) as error:
+        raise UnsupportedHostError(
+            f"Which arguments {host.__name__}.{name} takes cannot be told: {error}. Define it by "
+            "`def` with its arguments, and let no decorator hide them."
+        ) from error
+
+
 @dataclass(frozen=True)
 class CallSignature:
     """The arguments of a host's forward.
@@ -78,7 +102,7 @@ class CallSignature:
     @classmethod
     def of(cls, host: type[nn.Module], method: str = "forward") -> "CallSignature":
         """The signature of a method of a class."""
-        accepted = list(inspect.signature(getattr(host, method)).parameters.values())
+        accepted = parameters_of(getattr(host, method), host, method)
         own = [p for p in accepted if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
         named = own[1:] + [p for p in accepted if p.kind is p.KEYWORD_ONLY]
         rest = next((p.name for p in accepted if p.kind is p.VAR_POSITIONAL), None)

@@ -16,7 +16,7 @@ from tokenprune.losses.pruning_loss import PruningLoss
 from tokenprune.recipe.schema import LossSection
 from tokenprune.rewrite.kept.pruning_trace import PruningTrace
 from tokenprune.runtime.model import PrunedModel, pruning_of
-from tokenprune.tracing.state import kept_modes
+from tokenprune.tracing.state import in_mode
 from tokenprune.wrapping import wrap
 
 __all__ = ["ModelLoss", "for_model"]
@@ -121,8 +121,7 @@ class ModelLoss:
         options = {"return_trace": True} if tokens_too else {}
         dense_path = isinstance(teacher, PrunedModel)
         path: AbstractContextManager[Any] = teacher.using("dense") if dense_path else nullcontext()  # type: ignore[operator]
-        with torch.no_grad(), kept_modes(teacher), path:
-            teacher.eval()
+        with torch.no_grad(), in_mode(teacher, training=False), path:
             if isinstance(inputs, Mapping):
                 output = teacher(**inputs, **options)
             else:

@@ -22,7 +22,7 @@ from tokenprune.methods import Method, method_of
 from tokenprune.ops.kept_sets import check_keep_indices
 from tokenprune.private import jit_tracing, without_modes
 from tokenprune.recipe import Recipe
-from tokenprune.reductions import MODES
+from tokenprune.reductions import MODES, Reduction
 from tokenprune.rewrite.kept.pruning_trace import PruningTrace
 from tokenprune.rewrite.settings import PATHS, CallSettings, Path, PathName
 from tokenprune.runtime.cache import ProgramCache, signature_of
@@ -34,6 +34,7 @@ from tokenprune.runtime.program import Programs
 from tokenprune.runtime.watch import Watch
 from tokenprune.scorers.protocol import PREDICTORS
 from tokenprune.tracing.arguments import Arguments, as_arguments
+from tokenprune.tracing.closed import refuse_closed
 from tokenprune.tracing.hook_nodes import hooks_told
 from tokenprune.tracing.host_graph import HostGraph, trace
 from tokenprune.tracing.stand_ins import forget_weights, is_plain, stand_ins
@@ -245,6 +246,7 @@ class Pruning:
         if found is None:
             self._check_added()
             if traced is None or blocks is None:
+                refuse_closed(host)
                 self.spec = describe(host, self.adapter)  # it may have other blocks, or tokens, now
                 method_of(self.recipe, self.spec)  # it may keep a grid now
                 self.plan, _ = bind(self.recipe, self.spec)
@@ -265,6 +267,7 @@ class Pruning:
                     known=[programs.analysis for programs in self.cache],
                 )
                 reduction = self.method.reduction(host, known)
+            self._check_parts(reduction)
             forget_weights(traced.fake_mode)
             found = Programs(known, reduction, self.method.scorer, self.restore)
             self.cache.add(signature, found)
@@ -288,6 +291,19 @@ class Pruning:
                 f"wrap added ({', '.join(self.added)}) is {ours.dtype} on {ours.device}. Move and "
                 "cast the wrapped model, not its host: model.to(...)."
             )
+
+    def _check_parts(self, reduction: Reduction) -> None:
+        """Refuse a host with more blocks than it had when `wrap` added a part for each."""
+        wanted = reduction.modules(device="meta") if self.added else {}
+        for name, parts in wanted.items():
+            had = [key for key, _ in self.added[name].named_children()]
+            lacking = [key for key, _ in parts.named_children() if key not in had]
+            if lacking:
+                raise HostError(
+                    f"{type(self.host).__name__} has changed since wrap: it would need "
+                    f"{name}.{lacking[0]} for block {lacking[0]}, but wrap made {name} for blocks "
+                    f"{', '.join(had)}. Call tokenprune.unwrap(model) and wrap the host again."
+                )
 
     def settings(
         self, path: Path, programs: Programs, arguments: Arguments, training: bool

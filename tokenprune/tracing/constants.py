@@ -62,9 +62,11 @@ class Recorder(Protocol):
 def look_up(tracer: Recorder, thing: Any, place: Place | None) -> Any:
     """A proxy that looks `thing` up where it is, in each call."""
     if place is None:
+        of_module = isinstance(thing, nn.Parameter | nn.Module)
+        remedy = f"Register {'its module (nn.ModuleList)' if of_module else 'it as a buffer'}"
         raise NotImplementedError(
             f"a {type(thing).__name__} that no module, global or closure of the host holds, so "
-            "that no later call can find it. Register it as a buffer"
+            f"that no later call can find it. {remedy}"
         )
     kind = "get_attr" if isinstance(place.start, str) else "call_function"
     found = tracer.create_proxy(kind, place.start, (), {})

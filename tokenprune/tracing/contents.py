@@ -21,9 +21,11 @@ from torch import nn
 __all__ = [
     "ABSENT",
     "MOST_BYTES",
+    "equal",
     "has_kinds",
     "has_slots_alone",
     "held_in_slots",
+    "in_class",
     "is_constant",
     "kinds_of",
     "may_be_watched",
@@ -57,6 +59,25 @@ def snapshot(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: snapshot(entry) for key, entry in dict(value).items()}  # threads may add some
     return value
+
+
+def equal(now: Any, then: Any) -> bool:
+    """Whether two values are the same to a host's code: the very same one, equal, or both NaN."""
+    if now is then:
+        return True
+    if isinstance(now, np.ndarray) and isinstance(then, np.ndarray):
+        return now.dtype == then.dtype and bool(state_of(now) == state_of(then))
+    if isinstance(now, float) and now != now:
+        return isinstance(then, float) and then != then
+    return bool(now == then)
+
+
+def in_class(cls: type, name: str, absent: Any) -> Any:
+    """What a class has by a name, as it is kept there: `getattr` would call a descriptor."""
+    for base in cls.__mro__:
+        if name in base.__dict__:
+            return base.__dict__[name]
+    return absent
 
 
 def kinds_of(value: Any) -> Any:

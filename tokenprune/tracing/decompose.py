@@ -95,8 +95,9 @@ FORWARDS = {kind: kind.forward for kind in DECOMPOSED}
 def decomposed(module: nn.Module) -> Callable[..., Any] | None:
     """What stands for torch's forward of a module; None if it has another forward."""
     kind = type(module)
-    own = "forward" in vars(module) or kind.forward is not FORWARDS.get(kind)
-    return None if own else DECOMPOSED.get(kind)
+    found = DECOMPOSED.get(kind)
+    own = "forward" in vars(module) or found is None or kind.forward is not FORWARDS[kind]
+    return None if own else found
 
 
 def is_leaf(module: nn.Module) -> bool:

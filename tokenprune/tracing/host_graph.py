@@ -14,12 +14,12 @@ from tokenprune.notices import warn_once
 from tokenprune.private import FakeTensorMode, without_modes
 from tokenprune.tracing.arguments import Arguments, as_arguments
 from tokenprune.tracing.calls import MODULE, ModuleCall, calls_of
+from tokenprune.tracing.contents import in_class
 from tokenprune.tracing.effects import has_effect
 from tokenprune.tracing.guards import Guards
 from tokenprune.tracing.hooks import Hooks
 from tokenprune.tracing.names import caches_of
 from tokenprune.tracing.opaque import reason_of
-from tokenprune.tracing.packed import refuse_packed
 from tokenprune.tracing.provenance import Provenance
 from tokenprune.tracing.randomness import Drawn, Generators
 from tokenprune.tracing.remains import CannotRepeatError
@@ -81,12 +81,10 @@ def trace(
 
     Raises:
         HostError: The host itself refuses these arguments, or returns no tensor.
-        UnsupportedHostError: torch.ao has quantized a module of it.
         TraceError: Its code cannot be traced; the line of its source is named.
     """
-    refuse_packed(host)
     call, given = getattr(host, entry), as_arguments(type(host).__name__, arguments)
-    emptied = caches_of([call, *{type(module).forward for module in host.modules()}])
+    emptied = caches_of([call, *{in_class(type(m), "forward", None) for m in host.modules()}])
     for cached in emptied:  # it may have values of calls before
         cached.cache_clear()
     for again in (True, False):
@@ -125,7 +123,12 @@ def trace(
             f"{type(host).__name__} returns no tensor for the input {_shapes(arguments)}. Wrap a "
             "model whose output is a tensor, or holds some in tuples, dicts or dataclasses."
         )
-    for what, which in tracer.reads.opaque.items():
+    for owner, name in stated:
+        tracer.reads.stated(owner, name)
+    left = tracer.left
+    guards = Guards(tracer.reads, tracer.functions, left.counted, tracer.opened, Hooks(host))
+    opaque = {f"{type(w.owner).__name__}.{w.name}": "another each time" for w in guards.unsteady}
+    for what, which in (tracer.reads.opaque | opaque).items():
         warn_once(
             host,
             f"cannot watch {what}",
@@ -133,9 +136,7 @@ def trace(
             "constant of what wrap has made, and nothing can see that it would be another now: "
             "call tokenprune.clear_cache(model) after a change, or read it outside of forward.",
         )
-    for owner, name in stated:
-        tracer.reads.stated(owner, name)
-    read, left = set(tracer.specialized), tracer.left
+    read = set(tracer.specialized)
     lost = [f"sets {what}" for what in (*left.lost, *_changed_in(context))]
     for what in lost + [f"prints ({line})" for line in tracer.reads.prints]:
         warn_once(
@@ -164,7 +165,7 @@ def trace(
         specialized=tuple(tracer.specialized),
         ambient=dict(tracer.ambient),
         calls=calls_of(graph, tracer.calls),
-        guards=Guards(tracer.reads, tracer.functions, left.counted, tracer.opened, Hooks(host)),
+        guards=guards,
     )
 
 

@@ -4,14 +4,16 @@ import dis
 import sys
 from collections.abc import Iterable, Iterator
 from enum import Enum
-from functools import lru_cache
+from functools import cached_property, lru_cache, partialmethod, singledispatchmethod
 from itertools import chain
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
+from tokenprune.tracing.contents import ABSENT, in_class, within
 from tokenprune.tracing.provenance import of_python
 
 __all__ = [
+    "CALLED",
     "Name",
     "Namespace",
     "Reached",
@@ -27,6 +29,7 @@ Namespace = dict[str, Any] | type
 Name = tuple[Namespace, str]
 CALLED = (FunctionType, staticmethod, classmethod)
 CACHED = type(lru_cache(len))
+HOLDS_ONE = (cached_property, partialmethod, singledispatchmethod)
 DATA = (bool, int, float, str, type(None), list, tuple, dict, set)
 COMPARES = ("COMPARE_OP", "IS_OP")
 TENSORS = {"Tensor", "Parameter"}
@@ -36,7 +39,7 @@ NOT_FOLLOWED = ("torch", "numpy", "tokenprune", "builtins", "typing", "functools
 
 class Reached:
     """Functions and those that they may call, each with the names that it may look up, and where:
-    in the globals of a file, or in a class.
+    in the globals of a file, or in a class that something of it all is or holds an object of.
 
     Functions of torch and numpy are not looked into. A name that is only read on some other
     branch is among them: more is watched than was read, never less.
@@ -44,17 +47,42 @@ class Reached:
 
     def __init__(self, functions: Iterable[Any]) -> None:
         waiting, self._names = list(functions), dict[FunctionType, list[Name]]()
+        self._members: dict[type, set[str]] = {}
+        self._of_classes: dict[tuple[int, str], Name] = {}
         while waiting:
-            function = _plain(waiting.pop())
-            if function is None or function in self._names or is_foreign(function):
+            for value in waiting:
+                self._note_classes(value)
+            waiting = self._follow(waiting) or self._named_in_classes()
+
+    def _follow(self, values: list[Any]) -> list[Any]:
+        """Take in functions; what they look up."""
+        found = list[Any]()
+        for function in filter(None, map(_plain, values)):
+            if function in self._names or is_foreign(function):
                 continue
             self._names[function] = names = list(_looked_up(function))
-            waiting += _enclosed(function)
+            found += _enclosed(function)
             for place, name in names:
                 value = value_of(place, name)
-                waiting.append(value)
+                found.append(value)
                 if isinstance(value, dict) and len(value) <= MOST:
-                    waiting += value.values()
+                    found += value.values()
+        return found
+
+    def _note_classes(self, value: Any) -> None:
+        for cls in (v if isinstance(v, type) else type(v) for v in within(value)):
+            if cls not in self._members:
+                self._members[cls] = _members_of(cls)
+
+    def _named_in_classes(self) -> list[Any]:
+        """What code may read of classes (`Config.scale`) and was not taken in yet."""
+        words, found = self.words(), list[Any]()
+        for cls, members in self._members.items():
+            for name in words & members:
+                if (id(cls), name) not in self._of_classes:
+                    self._of_classes[id(cls), name] = cls, name
+                    found.append(value_of(cls, name))
+        return found
 
     @property
     def functions(self) -> list[FunctionType]:
@@ -64,7 +92,7 @@ class Reached:
     @property
     def names(self) -> list[Name]:
         """All names, with where."""
-        return list(chain.from_iterable(self._names.values()))
+        return [*chain.from_iterable(self._names.values()), *self._of_classes.values()]
 
     def values(self) -> list[Any]:
         """What the names stand for."""
@@ -76,7 +104,7 @@ class Reached:
 
     def words(self) -> set[str]:
         """The names in their code."""
-        return {name for code in self.codes() for name in code.co_names}
+        return set[str]().union(*map(_names_in, self._names))
 
 
 def as_function(code: CodeType, around: dict[str, Any]) -> FunctionType:
@@ -110,7 +138,8 @@ def value_of(place: Namespace, name: str) -> Any:
     """What a name of `Reached` stands for."""
     if isinstance(place, dict):
         return place[name]
-    return vars(place)[name] if name in vars(place) else getattr(place, name)
+    kept = in_class(place, name, ABSENT)
+    return getattr(place, name, None) if kept is ABSENT else kept
 
 
 def _looked_up(function: FunctionType) -> Iterator[tuple[Namespace, str]]:
@@ -126,8 +155,6 @@ def _looked_up(function: FunctionType) -> Iterator[tuple[Namespace, str]]:
             value = inside[name]
             if isinstance(value, ModuleType) and not any(vars(value) is s for s in seen):
                 waiting.append(vars(value))
-            elif isinstance(value, type):
-                yield from ((value, each) for each in names & (data_of(value) | _called(value)))
     yield from _overridden(function, names)
 
 
@@ -139,21 +166,19 @@ def _names_in(function: FunctionType) -> set[str]:
 
 
 def data_of(cls: Any) -> set[str]:
-    """The data among the attributes of a class, which code reads by the class (`Config.scale`):
-    members of an Enum and properties of its metaclass too."""
-    if not isinstance(cls, type):
-        return set()
-    held = (item for base in cls.__mro__ if _is_own(base) for item in dict(vars(base)).items())
-    data = {name for name, value in held if name[:2] != "__" and isinstance(value, DATA)}
-    data |= set(cls._member_names_) if issubclass(cls, Enum) else set()
+    """The data among the attributes of a class; nothing if it is none."""
+    names = _members_of(cls) if isinstance(cls, type) else set[str]()
+    return {name for name in names if isinstance(value_of(cls, name), DATA)}
+
+
+def _members_of(cls: type) -> set[str]:
+    """The attributes of a class of the host's own: members of an Enum and properties of its
+    metaclass too."""
+    names = {name for base in cls.__mro__ if _is_own(base) for name in dict(vars(base))}
+    names |= set(cls._member_names_) if issubclass(cls, Enum) else set()
     metas = (item for meta in type.mro(type(cls)) if _is_own(meta) for item in vars(meta).items())
-    return data | {name for name, value in metas if isinstance(value, property)}
-
-
-def _called(cls: type) -> set[str]:
-    """The functions among the attributes of a class."""
-    bases = [base for base in cls.__mro__ if _is_own(base)]
-    return {n for base in bases for n, v in dict(vars(base)).items() if isinstance(v, CALLED)}
+    names |= {name for name, value in metas if isinstance(value, property)}
+    return {name for name in names if name[:2] != "__"}
 
 
 def _is_own(cls: type) -> bool:
@@ -163,6 +188,7 @@ def _is_own(cls: type) -> bool:
 def _plain(value: Any) -> FunctionType | None:
     value = value.__func__ if isinstance(value, MethodType | staticmethod | classmethod) else value
     value = value.fget if isinstance(value, property) else value
+    value = value.func if isinstance(value, HOLDS_ONE) else value
     value = value.__wrapped__ if isinstance(value, CACHED) else value
     return value if isinstance(value, FunctionType) else None
 
@@ -175,15 +201,9 @@ def is_foreign(function: FunctionType) -> bool:
 
 
 def _enclosed(function: FunctionType) -> list[Any]:
-    """The functions in a closure."""
-    return [cell.cell_contents for cell in function.__closure__ or () if _filled(cell)]
-
-
-def _filled(cell: Any) -> bool:
-    try:
-        return _plain(cell.cell_contents) is not None
-    except ValueError:  # a name that the enclosing function has not set yet
-        return False
+    """What is in a closure; a name may be there that the enclosing function has not set yet."""
+    cells = function.__closure__ or ()
+    return [cell.cell_contents for cell in cells if cell != CellType()]
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:

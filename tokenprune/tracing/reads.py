@@ -1,5 +1,6 @@
 """Which attributes of modules, and of what they hold, Python reads while a host is traced."""
 
+import builtins
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,6 +17,7 @@ from torch import nn
 from tokenprune.tracing.contents import (
     ABSENT,
     MOST_BYTES,
+    in_class,
     may_be_watched,
     snapshot,
     state_of,
@@ -28,6 +30,13 @@ __all__ = ["OF_TORCH", "Reads"]
 
 # What torch itself keeps on a module. Hooks and tensors are watched in ways of their own.
 OF_TORCH = frozenset(vars(nn.Module())) - {"training", "_modules"} | {"_compiled_call_impl"}
+OF_PYTHON = frozenset(
+    name
+    for cls in vars(builtins).values()
+    for name in (dir(cls) if isinstance(cls, type) else ())
+    if name[:2] == "__"
+)
+"""What Python itself asks objects for; another name like `__gain__` is their own."""
 TABLES = ("_parameters", "_buffers")
 # Methods of torch that go through those tables.
 WALKS = frozenset(
@@ -116,11 +125,13 @@ class Reads:
             self.opaque[function] = f"{file}:{line}"
 
     def lacked(self, owner: Any, name: str) -> None:
-        """Record that an object has no such attribute."""
+        """Record that an object has no such attribute; its class may have an empty slot for it, or
+        a property that raises."""
         owner = original(owner)
-        if not name.startswith("__"):
+        if name not in OF_PYTHON:
             self.objects[id(owner)] = owner
-            self.missing[id(owner), name] = None
+            of_class = in_class(type(owner), name, ABSENT) is not ABSENT
+            (self.inherited if of_class else self.missing)[id(owner), name] = None
 
     def stated(self, owner: Any, name: str) -> None:
         """Record an attribute, whether the forward reads it or not."""
@@ -128,7 +139,7 @@ class Reads:
             self.objects[id(owner)] = owner
             self.values.setdefault((id(owner), name), vars(owner)[name])
         else:
-            (self.inherits if hasattr(type(owner), name) else self.lacked)(owner, name)
+            self.lacked(owner, name)
 
     def shared(self) -> list[list[tuple[nn.Module, str]]]:
         """The attributes that hold one tensor, of which one was read: a trace reads it in one
@@ -144,7 +155,7 @@ class Reads:
     def functions(self) -> list[Any]:
         """What of it may have been called: methods, and functions kept in attributes."""
         classes = {(type(self.objects[i]), name) for i, name in self.inherited}
-        return [getattr(cls, name, None) for cls, name in classes] + list(self.values.values())
+        return [in_class(*each, None) for each in classes] + list(self.values.values())
 
     def forget(self, of_trace: Callable[[Any], bool]) -> None:
         """Leave out values that hold something of the trace: the forward had written those."""
@@ -201,7 +212,7 @@ class Reads:
                 value = read(owner, name)
             except AttributeError:
                 if not isinstance(owner, nn.Module) and not self._paused():
-                    made_up = hasattr(type(owner), "__getattr__") and name[:2] != "__"
+                    made_up = hasattr(type(owner), "__getattr__") and name not in OF_PYTHON
                     (self.inherits if made_up else self.lacked)(owner, name)
                 raise
             if name == "__dict__" and not self._paused() and _asked_by_host(through=WALKS):
@@ -212,7 +223,7 @@ class Reads:
             if name in TABLES and not self._paused() and _asked_by_host(through=WALKS):
                 self.objects[id(owner)] = owner
                 self.tables[id(owner), name] = list(value)
-            if not (name.startswith("__") or name in OF_TORCH or self._paused()):
+            if not (name in OF_PYTHON or name in OF_TORCH or self._paused()):
                 self._add(owner, name, value)
                 return self._handed(value) if isinstance(owner, nn.Module) else value
             return value

@@ -3,8 +3,8 @@
 import operator
 import sys
 from collections import OrderedDict, deque
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
@@ -32,6 +32,7 @@ __all__ = [
     "attributes_kept",
     "buffers_kept",
     "empty_caches",
+    "in_mode",
     "kept_modes",
     "no_autocast_cache",
 ]
@@ -249,6 +250,47 @@ def kept_modes(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+@contextmanager
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """A model in training or eval mode, and afterwards as it was: a `train` of the host's own may
+    set attributes, freeze weights or change them."""
+    modules = list(model.modules())
+    with ExitStack() as stack:
+        if any(module.training != training for module in modules):
+            stack.enter_context(kept_modes(model))
+            own = [module for module in modules if _switches(module)]
+            if own:
+                stack.enter_context(attributes_kept(model))
+                stack.enter_context(_tensors_kept(own))
+            (model.train if training else model.eval)()
+        yield
+
+
+def _switches(module: nn.Module) -> bool:
+    """Whether a module has a `train` or `eval` that is not torch's."""
+    methods = (getattr(getattr(module, n), "__func__", None) for n in ("train", "eval"))
+    return tuple(methods) != (nn.Module.train, nn.Module.eval)
+
+
+@contextmanager
+def _tensors_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Give the parameters and buffers in modules their memory, values and `requires_grad` back."""
+    held = {id(t): t for m in modules for t in (*m.parameters(), *m.buffers())}.values()
+    asked = [(tensor, tensor.requires_grad) for tensor in held]
+    plain = [t for t in held if is_plain(t) and not t.is_meta]
+    before = [(tensor, tensor.data, tensor.detach().clone()) for tensor in plain]
+    try:
+        yield
+    finally:
+        for tensor, memory, values in before:
+            if tensor.data_ptr() != memory.data_ptr():
+                tensor.data = memory
+            if not torch.equal(memory, values):
+                memory.copy_(values)
+        for tensor, requires_grad in asked:
+            tensor.requires_grad_(requires_grad)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from tokenprune.errors import NotWrappedError
 from tokenprune.losses.logits import class_logits
 from tokenprune.rewrite.settings import Path
 from tokenprune.runtime.model import PrunedModel, pruning_of
-from tokenprune.tracing.state import kept_modes
+from tokenprune.tracing.state import in_mode
 from tokenprune.train.data import DataBundle
 from tokenprune.train.folders import DataError
 
@@ -64,8 +64,7 @@ def kept_tokens(model: nn.Module, data: DataBundle, batch_size: int = 256) -> Te
     pruning_of(model)
     device = next(model.parameters()).device
     counts = []
-    with kept_modes(model), torch.no_grad(), _on(model, "gather"):
-        model.eval()
+    with in_mode(model, training=False), torch.no_grad(), _on(model, "gather"):
         for batch in _batches(data.eval, batch_size):
             _, trace = model(batch["pixel_values"].to(device), return_trace=True)
             counts.append(torch.stack([stage.decision.sum(1) for stage in trace.stages], dim=1))
@@ -87,8 +86,7 @@ def score(
     """
     device = next(model.parameters()).device
     correct = loss = count = 0.0
-    with kept_modes(model), torch.no_grad(), _on(model, path):
-        model.eval()
+    with in_mode(model, training=False), torch.no_grad(), _on(model, path):
         for batch in _batches(Subset(images, chosen), batch_size, num_workers):
             labels = batch["labels"].to(device)
             logits = class_logits(model(batch["pixel_values"].to(device)), num_classes).float()

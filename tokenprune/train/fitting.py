@@ -153,10 +153,11 @@ def describe_run(trainer: ImageTrainer) -> dict[str, Any]:
 
 def run_trainer(trainer: ImageTrainer, checkpoint: Path | None = None) -> FitResult:
     """Train or resume, evaluate, and restore the mode of every module."""
-    started = time.perf_counter()
+    started, training = time.perf_counter(), trainer.model.training
     with kept_modes(trainer.model):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         scores = trainer.final_scores()
+        trainer.model.train(training)  # a host may have a way of its own to change modes
     counts = {"steps": trainer.state.global_step, "epochs": trainer.config.epochs}
     metrics = {**scores, **counts, "seconds": time.perf_counter() - started}
     return FitResult(metrics, list(trainer.state.log_history))
