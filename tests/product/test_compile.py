@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from functools import partial
 from typing import Any
 
 import pytest
@@ -108,7 +109,7 @@ def test_modes_and_checkpointing_inside_the_host() -> None:
 
 def test_what_changes_after_compiling_is_seen() -> None:
     make, path = LIVE_HOSTS["timm_vit"]
-    model = live_model(make)
+    model = live_model(partial(make, depth=2))
     CHANGES["a_lora_layer"](model, path)
     layer = next(m for m in model.modules() if isinstance(m, LowRank))
     run = compiled(model)

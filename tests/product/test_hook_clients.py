@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from accelerate import cpu_offload
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from jaxtyping import config
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -152,10 +153,11 @@ def test_torch_fx_is_refused(model: Any, tracer: Any) -> None:
 
 # torch says so of every tensor that goes over a break of a compiled graph
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-def test_a_compiled_model_runs_hooks_that_come_and_go() -> None:
-    toy = TOYS["prefix_1"]
+def test_a_compiled_model_runs_hooks_that_come_and_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "jaxtyping_disable", True)  # the shape checks break the graphs
+    toy = TOYS["prefix_2"]
     model = toy.wrap(verify=False, train=False)
-    images, block, seen = toy.inputs()["x"], model.blocks[2], list[str]()
+    images, block, seen = toy.inputs()["x"], model.blocks[1], list[str]()
 
     def forward(module: Any, args: Any, output: Tensor) -> Tensor:
         seen.append("forward")
@@ -171,7 +173,7 @@ def test_a_compiled_model_runs_hooks_that_come_and_go() -> None:
 
     def run(called: Any) -> tuple[Tensor, Tensor]:
         out = called(images)
-        (gradient,) = torch.autograd.grad(out.sum(), model.blocks[1].attn.qkv.weight)
+        (gradient,) = torch.autograd.grad(out.sum(), model.blocks[0].attn.qkv.weight)
         return out, gradient
 
     torch.compiler.reset()

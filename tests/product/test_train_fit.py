@@ -78,7 +78,7 @@ def hf_host() -> nn.Module:
 
 
 def wrapped(host: nn.Module, chosen: tokenprune.Recipe) -> Any:
-    return tokenprune.wrap(host, chosen, verify=False)
+    return tokenprune.wrap(host, chosen, verify=False, train=False)
 
 
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -159,7 +159,7 @@ def test_loss_is_that_of_the_recipe_against_the_dense_host(tmp_path: Path) -> No
 
 
 def test_teacher_stands_still_and_another_one_is_listened_to(tmp_path: Path) -> None:
-    chosen = recipe({"distill_logits": 50.0}, epochs=5, backbone_lr_scale=1.0)
+    chosen = recipe({"distill_logits": 50.0}, epochs=3, backbone_lr_scale=1.0)
     biased = timm_host()
     with torch.no_grad():
         biased.head.bias.add_(9 * torch.eye(CLASSES)[0])
@@ -244,7 +244,7 @@ def test_evaluation_takes_the_path_asked_for(monkeypatch: pytest.MonkeyPatch) ->
 def test_mixed_precision_leaves_the_model_as_it_was(
     tmp_path: Path, ema_decay: float | None
 ) -> None:
-    chosen = recipe(mixed_precision="bf16", ema_decay=ema_decay)
+    chosen = recipe(epochs=1, mixed_precision="bf16", ema_decay=ema_decay)
     model = wrapped(timm_host(), chosen)
     fit(None, model, bundle(), tmp_path, progress=False)
     assert "forward" not in vars(model)
@@ -253,7 +253,7 @@ def test_mixed_precision_leaves_the_model_as_it_was(
 
 
 def test_a_finished_run_is_not_run_again_and_a_fresh_one_is(tmp_path: Path) -> None:
-    chosen = recipe(ema_decay=0.9)
+    chosen = recipe(epochs=1, ema_decay=0.9)
     model = wrapped(timm_host(), chosen)
     first = fit(None, model, bundle(), tmp_path, progress=False)
     again = wrapped(timm_host(), chosen)
@@ -267,7 +267,7 @@ def test_a_finished_run_is_not_run_again_and_a_fresh_one_is(tmp_path: Path) -> N
     assert not changed(again, weights(model))
     assert second.metrics["accuracy"] == first.metrics["accuracy"]
     fit(None, wrapped(timm_host(), chosen), bundle(), tmp_path, progress=count, resume=False)
-    assert steps == [1, 2, 3, 4]
+    assert steps == [1, 2]
 
 
 def test_another_run_in_the_folder_is_refused(tmp_path: Path) -> None:

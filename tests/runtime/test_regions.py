@@ -44,7 +44,8 @@ def wrapped(
     torch.manual_seed(0)
     host = type("Toy", (Toy,), {"way": way})()
     randomize_weights(host, 3)
-    return host, tokenprune.wrap(host, recipe, example_inputs=IMAGES, verify=verify)
+    options = {"example_inputs": IMAGES, "verify": verify, "train": verify}
+    return host, tokenprune.wrap(host, recipe, **options)
 
 
 def trained(host: nn.Module) -> set[str]:
@@ -213,7 +214,7 @@ def test_python_that_reads_a_flag_is_traced_for_each() -> None:
         host.requires_grad_(flag)
         with model.using("gather", keep_indices=EVERY):
             assert torch.equal(model(IMAGES), host(IMAGES))
-    assert tokenprune.cache_info(model).programs == 3  # one for training
+    assert tokenprune.cache_info(model).programs == 2
 
 
 def test_an_error_inside_leaves_the_mode_as_it_was() -> None:
@@ -269,12 +270,12 @@ def test_a_region_inside_a_mode_and_modes_inside_a_region() -> None:
 
 def small_timm() -> nn.Module:
     rates = {"drop_rate": 0.1, "attn_drop_rate": 0.1, "drop_path_rate": 0.2}
-    size = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 4, "num_heads": 2}
+    size = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2}
     return timm.models.VisionTransformer(**size, **rates, num_classes=3)
 
 
 def small_transformers() -> nn.Module:
-    size = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "image_size": 32}
+    size = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 32}
     rates = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
     config = transformers.ViTConfig(**size, **rates, intermediate_size=64, patch_size=8)
     return transformers.ViTForImageClassification(config)
@@ -319,7 +320,8 @@ def step(model: Any, images: Tensor) -> tuple[int, dict[str, Tensor]]:
 def assert_saves_and_changes_no_gradient(make: Any, switch: Any, recipe: Any) -> None:
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(0)
-    model = tokenprune.wrap(make(), recipe, example_inputs=images, verify=False).train()
+    model = tokenprune.wrap(make(), recipe, example_inputs=images, verify=False, train=False)
+    model.train()
     other = copy.deepcopy(model)
     switch(other)
     kept, wanted = step(model, images)

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -87,7 +88,7 @@ def silent(name: str, recipe: dict[str, Any] | None = None) -> tuple[Any, Tensor
         silence(host)
     blocks = [2] if name == "zero last block" else [1, 2]
     recipe = recipe or {"version": 1, "schedule": {"blocks": blocks, "keep_ratio": 0.6}}
-    facts = TOYS[f"prefix_{prefix}"].facts
+    facts = replace(TOYS["prefix_1"].facts, num_prefix_tokens=prefix)
     return tokenprune.wrap(
         host, recipe, adapter=facts, example_inputs=x, verify=False, train=False
     ).eval(), x

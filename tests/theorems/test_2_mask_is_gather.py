@@ -21,7 +21,7 @@ from tests.theorems.case import (
 from tests.toys.table import TOYS, Toy
 
 
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(data=st.data(), seed=SEED, batch=BATCH, factor=st.sampled_from(FACTORS))
 def test_2_mask_path_is_gather_path(
     case: Case, data: st.DataObject, seed: int, batch: int, factor: float

@@ -27,9 +27,8 @@ EVERY: dict[str, Any] = {"path": "gather", "keep_indices": [torch.arange(16).exp
 
 
 def timm_vit(**options: Any) -> nn.Module:
-    return timm.models.VisionTransformer(
-        img_size=32, patch_size=8, embed_dim=16, depth=3, num_heads=2, num_classes=5, **options
-    )
+    small = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2}
+    return timm.models.VisionTransformer(num_classes=5, **{**small, **options})
 
 
 def timm_eva() -> nn.Module:

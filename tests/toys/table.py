@@ -15,7 +15,7 @@ import tokenprune
 from tests.toys import odd_blocks as blocks
 from tests.toys import odd_hosts as odd
 from tests.toys import vit
-from tests.toys.vit import DEPTH, PATCH, SIZES, Block, Vit, pixels, randomize_weights
+from tests.toys.vit import PATCH, SIZES, Block, Vit, pixels, randomize_weights
 from tokenprune.hosts.spec import ArchSpec
 
 __all__ = ["GAPS", "TOYS", "Toy"]
@@ -44,6 +44,7 @@ class Toy:
         dtype: Of its weights and inputs.
         blocks: Where its stages stand. Before the first block a test can put anything into dropped
             tokens, by way of the pixels.
+        depth: How many blocks it has; at most those of `make`.
         noisy: It draws random numbers while training.
         images_alone: An image's output does not depend on the others, in the host itself.
         described: False to let the shipped adapters find the facts.
@@ -56,7 +57,8 @@ class Toy:
     sizes: tuple[int, ...] = SIZES[:1]
     draw: Callable[[int, int, int], dict[str, Tensor]] = only_pixels
     dtype: torch.dtype = torch.float32
-    blocks: tuple[int, int] = (0, 2)
+    blocks: tuple[int, int] = (0, 1)
+    depth: int = 2
     noisy: bool = False
     images_alone: bool = True
     described: bool = True
@@ -65,9 +67,11 @@ class Toy:
     def build(self, seed: int = 0, factor: float = 1.0) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            host = self.make()
+            host: Any = self.make()
+            del host.blocks[self.depth :]
             randomize_weights(host, factor)
-        return host.to(self.dtype).eval()
+        built: nn.Module = host.to(self.dtype).eval()
+        return built
 
     def inputs(self, batch: int = 2, size: int = SIZES[0], seed: int = 0) -> dict[str, Tensor]:
         drawn = self.draw(batch, size, seed)
@@ -86,7 +90,7 @@ class Toy:
             return None
         return ArchSpec(
             adapter="by hand",
-            blocks=tuple(f"blocks.{i}" for i in range(DEPTH)),
+            blocks=tuple(f"blocks.{i}" for i in range(self.depth)),
             num_prefix_tokens=self.prefix,
             norm="norm",
         )
@@ -106,35 +110,38 @@ def _attending(name: str, attention: Callable[[], nn.Module], prefix: int = 1, *
 
 
 def timm_model(name: str, **options: Any) -> nn.Module:
-    """A model of timm's registry with four blocks of 32 channels."""
+    """A model of timm's registry with three blocks of 32 channels."""
     import timm  # here, since the tests that need no timm should not wait for it
 
-    small = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 4, "num_heads": 2}
+    small = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 3, "num_heads": 2}
     return timm.create_model(name, num_classes=5, **small, **options)
 
 
-BOTH = {"sizes": SIZES}
+BOTH: dict[str, Any] = {"sizes": SIZES}
+# One block is before the first stage, or between the stages.
+BEFORE: dict[str, Any] = {"blocks": (1, 2), "depth": 3}
+BETWEEN: dict[str, Any] = {"blocks": (0, 2), "depth": 3}
 _ALL = (
     Toy("prefix_0", partial(Vit, 0), 0, SIZES),
-    Toy("prefix_1", partial(Vit, 1), 1, SIZES, blocks=(1, 2)),
+    Toy("prefix_1", partial(Vit, 1), 1, **BEFORE),
     Toy("prefix_2", partial(Vit, 2), 2),
-    Toy("prefix_9", partial(Vit, 9), 9, blocks=(1, 2)),
-    _attending("eager", blocks.Eager, noisy=True, core=True),
+    Toy("prefix_9", partial(Vit, 9), 9, **BEFORE),
+    _attending("eager", blocks.Eager, noisy=True, core=True, **BETWEEN),
     _attending("by_hand", blocks.ByHand),
     _attending("talking_heads", blocks.TalkingHeads),
     _attending("causal", blocks.Causal, 0),
     _attending("one_key_head", blocks.OneKeyHead),
     _attending("torchs", blocks.Torchs),
     _attending("rope", blocks.Rope),
-    _attending("rope_by_length", blocks.RopeByLength, core=True, **BOTH),
-    _attending("relative_bias", blocks.RelativeBias, 0, noisy=True, core=True),
+    _attending("rope_by_length", blocks.RopeByLength, core=True, **BOTH, **BETWEEN),
+    _attending("relative_bias", blocks.RelativeBias, 0, noisy=True, core=True, **BETWEEN),
     _attending("query_key_norm", blocks.QueryKeyNorm),
-    Toy("in_place", partial(Vit, 1, blocks.InPlace), **BOTH),
+    Toy("in_place", partial(Vit, 1, blocks.InPlace)),
     Toy("position_each_time", partial(Vit, 1, blocks.PositionEachTime), **BOTH),
     Toy("remembers", partial(Vit, 1, blocks.Remembers)),
-    Toy("mean_of_patches", partial(odd.Pooled, lambda x: x[:, 1:].mean(dim=(1,)), 1), **BOTH),
+    Toy("mean_of_patches", partial(odd.Pooled, lambda x: x[:, 1:].mean(dim=(1,)), 1)),
     Toy("max_first", partial(odd.Pooled, lambda x: x.max(1)[0], 0), 0),
-    Toy("mean_and_max", partial(odd.Pooled, mean_and_max, 1), core=True),
+    Toy("mean_and_max", partial(odd.Pooled, mean_and_max, 1), core=True, **BETWEEN),
     Toy("attention_pooled", odd.AttentionPooled, 0),
     Toy("class_attention", odd.ClassAttention, 0),
     Toy(
@@ -143,6 +150,7 @@ _ALL = (
         draw=pixels_and_mask,
         core=True,
         **BOTH,
+        **BETWEEN,
     ),
     Toy(
         "additive_mask",
@@ -156,8 +164,8 @@ _ALL = (
     Toy("python_ints", odd.PythonInts, **BOTH),
     Toy("shared", odd.Shared),
     Toy("plain_attribute", odd.PlainAttribute),
-    Toy("long_skip", odd.LongSkip, **BOTH),
-    Toy("checkpointed", odd.Checkpointed),
+    Toy("long_skip", odd.LongSkip, **BETWEEN),
+    Toy("checkpointed", odd.Checkpointed, **BETWEEN),
     Toy("one_image_branch", odd.OneImageBranch, images_alone=False),
     Toy("float64", Vit, dtype=torch.float64),
     Toy("bfloat16", partial(Vit, 1, partial(Block, blocks.ByHand)), dtype=torch.bfloat16),
@@ -166,17 +174,17 @@ _ALL = (
         partial(timm_model, "deit3_small_patch16_224", dynamic_img_size=True, reg_tokens=2),
         3,
         SIZES,
-        blocks=(0, 3),
         described=False,
         core=True,
+        **BETWEEN,
     ),
     Toy(
         "timm_eva",
         partial(timm_model, "vit_small_patch16_dinov3", dynamic_img_size=True),
         5,
         SIZES,
-        blocks=(1, 3),
         described=False,
+        **BEFORE,
     ),
     Toy("max_values", partial(odd.Pooled, lambda x: torch.max(x, dim=1).values, 0), 0),
     Toy("caches", odd.Caches, **BOTH),

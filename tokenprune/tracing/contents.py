@@ -189,6 +189,8 @@ def within(value: Any, depth: int = 7, most: int = 100) -> Iterator[Any]:
         return
     seen, level = {id(value)}, [value]
     for _ in range(depth + 1):
+        if not level:
+            return
         yield from level
         inner = list[Any]()
         for each in (held for one in level for held in _inside(one)):

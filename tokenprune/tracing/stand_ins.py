@@ -34,6 +34,7 @@ __all__ = [
     "with_fakes",
 ]
 STANDS_FOR = "stands for"  # no name that Python could write
+WEIGHTS = "weights of the host"
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -74,7 +75,10 @@ def with_fakes(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
     for kind in ("_parameters", "_buffers"):
         held: dict[str, Any] = vars(module)[kind]
         plain = {name: t for name, t in held.items() if isinstance(t, Tensor) and is_plain(t)}
-        vars(alike)[kind] = held | {name: fake_of(mode, t) for name, t in plain.items()}
+        fakes = {name: fake_of(mode, t) for name, t in plain.items()}
+        # the converter remembers them as long as somebody holds them
+        vars(mode).setdefault(WEIGHTS, []).extend(fakes.values())
+        vars(alike)[kind] = held | fakes
     return alike
 
 
@@ -126,6 +130,7 @@ def stand_ins(root: nn.Module, mode: FakeTensorMode) -> Iterator[None]:
 
 def forget_weights(mode: FakeTensorMode) -> None:
     """Let go of the weak references to the host's weights, with which torch cannot swap them."""
+    vars(mode).pop(WEIGHTS, None)
     converter = mode.fake_tensor_converter.meta_converter
     converter.tensor_memo.clear()
     converter.describer.lookup_tensor.clear()
