@@ -3,6 +3,7 @@ itself."""
 
 import functools
 import math
+from collections import OrderedDict
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -61,6 +62,13 @@ class Tells:
 
     def __get__(self, owner: Any, cls: Any = None) -> Any:
         return STORE.own
+
+
+class Makes(OrderedDict[str, Any]):
+    """As the table of activations in transformers, which makes one each time."""
+
+    def __getitem__(self, key: str) -> Any:
+        return Unequal(super().__getitem__(key))
 
 
 class OfAll:
@@ -137,7 +145,7 @@ def slotted(s: Any, v: float) -> None:
 
 STORE, GIVEN, GLOBAL = SimpleNamespace(own=1.0), dict[str, float](), Global()
 IN_A_DICT, OF_A_FUNCTION, BY_META = kind(), kind(), Speaks("ByMeta", (), {"kept": 1.0})
-OF_A_FILE = {"a": kind()}
+OF_A_FILE, MADE = {"a": kind()}, Makes(a=1.0)
 READ: Callable[[Any], float] = lambda s: s.own  # noqa: E731
 
 # What the block holds, how its forward reads the number, how it is changed.
@@ -171,6 +179,9 @@ CLASSES: dict[str, Held] = {
     ),
     "array_for_another": (
         np.ones(3), lambda s: float(s.held[1]), lambda s, v: setattr(s, "held", np.full(3, v))
+    ),
+    "table_that_makes_what_it_gives": (
+        None, lambda s: MADE["a"].own, lambda s, v: MADE.__setitem__("a", v)
     ),
     "never_equal": (
         Unequal(1.0), lambda s: s.held.own, lambda s, v: setattr(s, "held", Unequal(v))

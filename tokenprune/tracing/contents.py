@@ -4,7 +4,7 @@ import logging
 import math
 import threading
 from array import array
-from collections import ChainMap, UserDict, UserList, deque
+from collections import ChainMap, OrderedDict, UserDict, UserList, deque
 from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from enum import Enum
@@ -57,7 +57,8 @@ def snapshot(value: Any) -> Any:
     if isinstance(value, list | tuple):  # a NamedTuple equals a tuple
         return (tuple if isinstance(value, tuple) else list)(map(snapshot, value))
     if isinstance(value, dict):
-        return {key: snapshot(entry) for key, entry in dict(value).items()}  # threads may add some
+        kept = dict(dict.items(value))  # threads may add some; a class may make what it returns
+        return {key: snapshot(entry) for key, entry in kept.items()}
     return value
 
 
@@ -84,7 +85,8 @@ def kinds_of(value: Any) -> Any:
     """What `==` does not compare: types (`[1] == [1.0]`), the order of a dict, the sign of 0.0, and
     which object of a class of the host's own it is. A type if there is no more to say."""
     if isinstance(value, dict):
-        return [*value, *map(kinds_of, value.values())]
+        keys = OrderedDict.keys(value) if isinstance(value, OrderedDict) else dict.keys(value)
+        return [*keys, *map(kinds_of, dict.values(value))]
     if isinstance(value, list | tuple | deque):
         types = list(map(type, value))
         plain = PLAIN.issuperset(types) and not (float in types and 0 in value)
@@ -99,7 +101,7 @@ def kinds_of(value: Any) -> Any:
 def may_mislead(value: Any) -> bool:
     """Whether something may equal a value that is not the same to a host's code."""
     if isinstance(value, dict):
-        return len(value) > 1 or any(map(_misleads_inside, value.values()))
+        return len(value) > 1 or any(map(_misleads_inside, dict.values(value)))
     if isinstance(value, list | tuple | deque | set | frozenset):
         return any(map(_misleads_inside, value))
     return _compares(type(value)) or (type(value) is float and value == 0)
@@ -213,10 +215,12 @@ def _inside(value: Any) -> Iterable[Any]:
     if state is ABSENT:
         return ()
     held = state.values() if isinstance(state, dict) else state
-    return [v for each in held for v in (each.values() if isinstance(each, dict) else _flat(each))]
+    return [v for each in held for v in _flat(each)]
 
 
 def _flat(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return dict.values(value)
     return value if isinstance(value, list | tuple) else (value,)
 
 
