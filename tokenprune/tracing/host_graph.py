@@ -25,7 +25,7 @@ from tokenprune.tracing.randomness import Drawn, Generators
 from tokenprune.tracing.remains import CannotRepeatError
 from tokenprune.tracing.stand_ins import stand_ins
 from tokenprune.tracing.state import buffers_kept, no_autocast_cache
-from tokenprune.tracing.tracer import ValueTracer
+from tokenprune.tracing.tracer import ONE_AT_A_TIME, ValueTracer
 
 __all__ = ["HostGraph", "ModuleCall", "trace", "untraceable"]
 
@@ -91,7 +91,7 @@ def trace(
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         # a mode of the caller (a counter of operations, say) is not to see the trace
         unseen = without_modes()
-        with unseen, stand_ins(host, mode), no_autocast_cache(), buffers_kept(host):
+        with ONE_AT_A_TIME, unseen, stand_ins(host, mode), no_autocast_cache(), buffers_kept(host):
             tracer, generators = ValueTracer(host, mode), Generators(host)
             try:
                 graph = (context := copy_context()).run(tracer.record, call, given)
@@ -105,7 +105,7 @@ def trace(
                 moved = generators.moved()
                 generators.restore()
             if moved:
-                repeated = partial(ValueTracer(host, mode).record, call, given)
+                repeated = partial(_recorded, host, mode, call, given)
                 _refuse_draw(generators.first_draw(repeated), host, arguments)
         if not (_filled_before(emptied, tracer, call) and again):
             break
@@ -167,6 +167,10 @@ def trace(
         calls=calls_of(graph, tracer.calls),
         guards=guards,
     )
+
+
+def _recorded(host: nn.Module, mode: FakeTensorMode, call: Any, given: Arguments) -> fx.Graph:
+    return ValueTracer(host, mode).record(call, given)
 
 
 def _filled_before(emptied: list[Any], tracer: ValueTracer, call: Any) -> bool:

@@ -28,6 +28,10 @@ KINDS = (random.Random, np.random.Generator, np.random.RandomState)
 DEFAULTS = [cast(Any, draw).__self__ for draw in (random.random, np.random.get_state)]
 
 
+DRAWS = ("random", "getrandbits", "seed", "setstate")
+"""Methods of Python's generators, written in C, through which all others draw."""
+
+
 class Drawn(NamedTuple):
     """Which generator a host drew from, and the line that did."""
 
@@ -42,9 +46,8 @@ class Generators:
     def __init__(self, root: nn.Module) -> None:
         kinds = {found for kind in KINDS for found in _subclasses(kind)}
         kinds.discard(random.SystemRandom)  # the operating system's, which has no state
-        everything = gc.get_objects()
-        found = map(kinds.__contains__, map(type, everything))
-        objects = [*DEFAULTS, *(one for one in compress(everything, found) if one not in DEFAULTS)]
+        found = _objects_of(kinds)
+        objects = [*DEFAULTS, *(one for one in found if one not in DEFAULTS)]
         # torch's are not collected
         held = [v for m in root.modules() for v in dict(vars(m)).values()]
         objects += [torch.default_generator, *(v for v in held if type(v) is torch.Generator)]
@@ -62,23 +65,42 @@ class Generators:
 
     def first_draw(self, call: Callable[[], Any]) -> Drawn | None:
         """The first line of the host that moves a generator in `call`, which may fail; None if
-        none does."""
+        none does.
+
+        Calls of Python's own generators are seen where they are made: other threads may draw from
+        them meanwhile.
+        """
         old, last, found = sys.gettrace(), ("", 0), list[Drawn]()
+        profiled = sys.getprofile()
 
         def watch(frame: FrameType, event: str, _: Any) -> Any:
             nonlocal last
             if found or not of_host(frame.f_code.co_filename):
                 return None
-            found.extend(Drawn(_name(generator), last) for generator in self.moved())
+            moved = (g for g in self.moved() if not isinstance(g, random.Random))
+            found.extend(Drawn(_name(generator), last) for generator in moved)
             last = frame.f_code.co_filename, frame.f_lineno
             return watch
 
+        def profile(frame: FrameType | None, event: str, called: Any) -> None:
+            if event != "c_call" or found:
+                return
+            generator = getattr(called, "__self__", None)
+            if not isinstance(generator, random.Random) or called.__name__ not in DRAWS:
+                return
+            while frame is not None and not of_host(frame.f_code.co_filename):
+                frame = frame.f_back
+            if frame is not None:
+                found.append(Drawn(_name(generator), (frame.f_code.co_filename, frame.f_lineno)))
+
+        sys.setprofile(profile)
         sys.settrace(watch)
         try:
             with suppress(Exception):  # it has run once, so its errors are known
                 call()
         finally:
             sys.settrace(old)
+            sys.setprofile(profiled)
             self.restore()
         return found[0] if found else None
 
@@ -90,6 +112,18 @@ def torch_generators_kept() -> Iterator[None]:
     devices = range(torch.cuda.device_count()) if cuda else ()
     with torch.random.fork_rng(devices=devices):
         yield
+
+
+def _objects_of(kinds: set[type]) -> list[Any]:
+    """All objects of these very classes that Python's collector knows.
+
+    Its list is dropped at once: a tuple that another thread is building is in it too, and cannot be
+    finished while two hold it.
+    """
+    everything = gc.get_objects()
+    found = list(compress(everything, map(kinds.__contains__, map(type, everything))))
+    del everything
+    return found
 
 
 def _subclasses(kind: type) -> Iterator[type]:
