@@ -83,6 +83,16 @@ def trace(
         HostError: The host itself refuses these arguments, or returns no tensor.
         TraceError: Its code cannot be traced; the line of its source is named.
     """
+    with ONE_AT_A_TIME:  # each looks at all objects and generators of the process
+        return _trace(host, arguments, entry, stated)
+
+
+def _trace(
+    host: nn.Module,
+    arguments: Arguments | Mapping[str, Any],
+    entry: str,
+    stated: Iterable[tuple[nn.Module, str]],
+) -> HostGraph:
     call, given = getattr(host, entry), as_arguments(type(host).__name__, arguments)
     emptied = caches_of([call, *{in_class(type(m), "forward", None) for m in host.modules()}])
     for cached in emptied:  # it may have values of calls before
@@ -91,7 +101,7 @@ def trace(
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         # a mode of the caller (a counter of operations, say) is not to see the trace
         unseen = without_modes()
-        with ONE_AT_A_TIME, unseen, stand_ins(host, mode), no_autocast_cache(), buffers_kept(host):
+        with unseen, stand_ins(host, mode), no_autocast_cache(), buffers_kept(host):
             tracer, generators = ValueTracer(host, mode), Generators(host)
             try:
                 graph = (context := copy_context()).run(tracer.record, call, given)
