@@ -34,7 +34,16 @@ DATA = (bool, int, float, str, type(None), list, tuple, dict, set)
 COMPARES = ("COMPARE_OP", "IS_OP")
 TENSORS = {"Tensor", "Parameter"}
 MOST = 100  # functions of a table that are followed
-NOT_FOLLOWED = ("torch", "numpy", "tokenprune", "builtins", "typing", "functools", "contextlib")
+NOT_FOLLOWED = (
+    "torch",
+    "numpy",
+    "tokenprune",
+    "builtins",
+    "typing",
+    "functools",
+    "contextlib",
+    "sys",
+)
 
 
 class Reached:
@@ -104,7 +113,7 @@ class Reached:
 
     def words(self) -> set[str]:
         """The names in their code."""
-        return set[str]().union(*map(_names_in, self._names))
+        return set[str]().union(*[_names_in(place) for place in self._names])
 
 
 def as_function(code: CodeType, around: dict[str, Any]) -> FunctionType:
@@ -153,6 +162,8 @@ def _looked_up(function: FunctionType) -> Iterator[tuple[Namespace, str]]:
         for name in names & inside.keys():
             yield inside, name
             value = inside[name]
+            if value is sys:  # its tables change with any import
+                continue
             if isinstance(value, ModuleType) and not any(vars(value) is s for s in seen):
                 waiting.append(vars(value))
     yield from _overridden(function, names)
