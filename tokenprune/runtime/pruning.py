@@ -39,6 +39,7 @@ from tokenprune.tracing.hook_nodes import hooks_told
 from tokenprune.tracing.host_graph import HostGraph, trace
 from tokenprune.tracing.stand_ins import forget_weights, is_plain, stand_ins
 from tokenprune.tracing.state import buffers_kept, no_autocast_cache
+from tokenprune.tracing.tracer import ONE_AT_A_TIME
 
 __all__ = ["Pruning", "added_names"]
 
@@ -191,7 +192,8 @@ class Pruning:
             programs = self.cache.numbered(number, signature)
         else:
             arguments = CallSignature.now(type(self.host), entry).bind(args, kwargs)
-            programs = self.programs(arguments, entry)
+            with ONE_AT_A_TIME:  # a trace looks at all objects of the process
+                programs = self.programs(arguments, entry)
         name = self.path_name(path)
         if name == "jagged" and torch.compiler.is_exporting():
             raise PlanError(
