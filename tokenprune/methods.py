@@ -64,7 +64,7 @@ def method_of(recipe: Recipe, spec: ArchSpec) -> Method:
         fitting = [n for n in SCORERS if issubclass(SCORERS[n], method.reduction.scorers)]
         raise PlanError(
             f"{named} has `scorer: {recipe.scorer}`, but `mode: {recipe.mode}` needs one that says "
-            f"which tokens are alike: {', '.join(fitting)}. Change the one or the other."
+            f"which tokens are similar: {', '.join(fitting)}. Change the one or the other."
         )
     if recipe.sampling.selection == "threshold":
         method.check_threshold(recipe.sampling.threshold)
@@ -80,12 +80,12 @@ def _mode(recipe: Recipe, spec: ArchSpec) -> str:
 def with_default_stages(
     recipe: Recipe | None, host: nn.Module, spec: ArchSpec, traced: HostGraph, blocks: Blocks
 ) -> Recipe:
-    """A recipe that leaves its blocks to the host, with three stages: at a quarter, a half and
-    three quarters of the blocks that can have one. None keeps 0.7 of the tokens at each stage, in
-    the mode that fits the host.
+    """A recipe that leaves its stages to the host, with them: by its rule (`ScheduleSection`), or
+    at a quarter, a half and three quarters of the blocks that can have one. None keeps 0.7 of the
+    tokens at each stage, in the mode that fits the host.
 
     Raises:
-        PlanError: There are too few blocks.
+        PlanError: There are too few blocks, or more tokens are to leave than can.
     """
     if recipe is not None and recipe.resolved_stages:
         return recipe

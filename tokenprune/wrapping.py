@@ -21,6 +21,7 @@ from tokenprune.hosts.spec import ArchSpec
 from tokenprune.methods import method_of, with_default_stages
 from tokenprune.notices import warn_once
 from tokenprune.recipe import RecipeSource, load_recipe
+from tokenprune.runtime.added import added_names
 from tokenprune.runtime.model import (
     PRUNING,
     PUBLIC,
@@ -29,7 +30,7 @@ from tokenprune.runtime.model import (
     pruning_of,
     wrapper_of,
 )
-from tokenprune.runtime.pruning import Pruning, added_names
+from tokenprune.runtime.pruning import Pruning
 from tokenprune.scorers.protocol import PREDICTORS, Predictors
 from tokenprune.tracing.arguments import Arguments
 from tokenprune.tracing.closed import refuse_closed
@@ -65,15 +66,16 @@ def wrap(
             transformer blocks.
         recipe: A shipped recipe's name, a path, a mapping or a `Recipe`. If None, one is made for
             the host: three stages that keep 0.7 of the tokens each, in the mode that serves it.
-            Without training, on any host: `merge-k0.7` (any ratio) lets tokens that are alike
-            become their mean, `tome-r13` merges 13 in every block; `random-k0.7`,
+            Without training, on any host: `merge-k0.7` (any ratio) lets similar tokens become
+            their mean, `tome-r13` merges 13 in every block; `random-k0.7`,
             `token-norm-k0.7`, `key-norm-k0.7` and `similarity-k0.7` choose tokens to remove.
         example_inputs: A tensor, several, or the arguments by name; drawn at random in the shape
             the host was built for if None.
         adapter: An adapter's name, or an `ArchSpec`; found by itself if None.
         restore: For outputs that hold tokens (`last_hidden_state`, `hidden_states`): True gives
-            every token back in place, dropped ones with the value they had when they were dropped;
-            False leaves only kept tokens in eval. None refuses such an output by name.
+            every token back in place, dropped ones with the value they had when they were dropped,
+            merged ones with that of their group; False leaves only kept tokens in eval. None
+            refuses such an output by name.
         verify: Prove on this very model that the paths agree.
         train: Also trace the host in training mode, for the first training step. If that fails
             while the host is in eval mode, a `TokenPruneWarning` says why, and the first call in

@@ -17,14 +17,14 @@ def by_hand(keys: Tensor, first: int, count: int) -> tuple[list[int], list[int]]
     even = [p for p in range(length) if (p + first) % 2 == 0]
     odd = [p for p in range(length) if (p + first) % 2 == 1]
     partner = {a: max(odd, key=lambda b: float(keys[a] @ keys[b])) for a in even}
-    alike = sorted(even, key=lambda a: -float(keys[a] @ keys[partner[a]]))
-    leave = set(alike[:count])
+    similar = sorted(even, key=lambda a: -float(keys[a] @ keys[partner[a]]))
+    leave = set(similar[:count])
     kept = [a for a in even if a not in leave] + odd
     return kept, [kept.index(partner[p] if p in leave else p) for p in range(length)]
 
 
 @given(st.integers(0, 2**16), st.integers(2, 11), st.integers(0, 2), st.data())
-def test_the_most_alike_pairs_are_joined(
+def test_the_most_similar_pairs_are_joined(
     seed: int, length: int, first: int, data: st.DataObject
 ) -> None:
     keys = torch.randn(2, length, 5, generator=torch.Generator().manual_seed(seed))

@@ -11,8 +11,8 @@ import tokenprune
 from tests.zoo.hosts_grid import GRID
 from tests.zoo.rows import Row, over, restored
 from tokenprune.errors import LeakError
+from tokenprune.runtime.added import added_names
 from tokenprune.runtime.model import pruning_of
-from tokenprune.runtime.pruning import added_names
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 BOUND = 1e-4  # of the output's scale, in fp32

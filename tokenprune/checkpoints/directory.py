@@ -28,8 +28,9 @@ from tokenprune.errors import CheckpointError, RecipeError
 from tokenprune.files import all_or_nothing
 from tokenprune.hosts.registry import list_adapters
 from tokenprune.recipe import Recipe
+from tokenprune.runtime.added import added_names
 from tokenprune.runtime.model import PrunedModel, pruning_of
-from tokenprune.runtime.pruning import Pruning, added_names
+from tokenprune.runtime.pruning import Pruning
 from tokenprune.wrapping import wrap
 
 __all__ = ["load", "save", "saved_recipe"]

@@ -22,8 +22,8 @@ from tokenprune.errors import CheckpointError, PlanError
 from tokenprune.hosts.build import build_host
 from tokenprune.recipe import Recipe, list_recipes, load_recipe
 from tokenprune.recipe.counting import num_keep
+from tokenprune.runtime.added import added_names
 from tokenprune.runtime.model import pruning_of
-from tokenprune.runtime.pruning import added_names
 from tokenprune.wrapping import wrap
 
 __all__ = ["Converted", "convert_dynamicvit", "load_dynamicvit"]

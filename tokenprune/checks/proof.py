@@ -20,9 +20,9 @@ from tokenprune.ops.selection import in_order
 from tokenprune.private import tree_leaves
 from tokenprune.reductions import Proof
 from tokenprune.rewrite.settings import SETTINGS, CallSettings, PathName
+from tokenprune.runtime.added import added_names
 from tokenprune.runtime.model import pruning_of
 from tokenprune.runtime.program import Program, Programs
-from tokenprune.runtime.pruning import added_names
 from tokenprune.tracing.arguments import Arguments, as_arguments
 from tokenprune.tracing.interpret import run, tensors_in
 from tokenprune.tracing.modes import autocast_dtypes

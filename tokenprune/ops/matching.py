@@ -1,4 +1,4 @@
-"""Which tokens are so alike that one can stand for both."""
+"""Which tokens are so similar that one can stand for both."""
 
 from typing import NamedTuple
 
@@ -31,7 +31,7 @@ class Groups(NamedTuple):
 def similar(
     keys: Float[Tensor, "B N d"], real: Bool[Tensor, "B N"] | None, first: int
 ) -> tuple[Float[Tensor, "B A"], Int[Tensor, "B A"]]:
-    """The best partner of every second token, among the others, and how alike they are.
+    """The best partner of every second token, among the others, and how similar they are.
 
     ToMe (Bolya et al., 2023), section 3.2: tokens at even places of the sequence are compared with
     those at odd places, by the cosine of their keys.
@@ -58,7 +58,7 @@ def similar(
 def bipartite(
     keys: Float[Tensor, "B N d"], real: Bool[Tensor, "B N"] | None, first: int, num_keep: int
 ) -> Groups:
-    """The groups that are left when the `N - num_keep` most alike pairs are joined.
+    """The groups that are left when the `N - num_keep` most similar pairs are joined.
 
     A round joins at most all tokens at even places; where more must go, another one follows, in
     which a group is compared by the key of the patch that stands for it. The order afterwards is
@@ -92,7 +92,7 @@ def _round(keys: Tensor, real: Tensor | None, first: int, count: int) -> Groups:
     places = torch.arange(length, device=keys.device)
     even, odd = places[first % 2 :: 2], places[1 - first % 2 :: 2]
     cosine, partner = similar(keys, real, first)
-    leave, stay = _most_alike(cosine, count)
+    leave, stay = _most_similar(cosine, count)
     kept = torch.cat([even[stay], odd.expand(batch, -1)], dim=1)
     rows = torch.arange(kept.shape[1], device=keys.device).expand(batch, -1)
     of = torch.zeros(batch, length, dtype=torch.int64, device=keys.device).scatter(1, kept, rows)
@@ -102,7 +102,7 @@ def _round(keys: Tensor, real: Tensor | None, first: int, count: int) -> Groups:
     return Groups(kept, of.scatter(1, even[leave], theirs), score)
 
 
-def _most_alike(cosine: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def _most_similar(cosine: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The places of the `count` largest of each row, and of the others, ascending."""
     if torch.compiler.is_exporting():  # ONNX's exporter knows no stable sort
         chosen = top_k(torch.stack([cosine, -cosine], dim=-1), count)

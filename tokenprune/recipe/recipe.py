@@ -54,7 +54,7 @@ class Recipe(Section):
         description: one line for `tokenprune recipes`.
         source: the paper or measurement that the recipe comes from.
         mode: `remove` gathers dropped tokens away; `bypass` keeps the grid, and dropped tokens skip
-            the MLP; `merge` lets tokens that are alike become their mean.
+            the MLP; `merge` lets similar tokens become their mean.
         scorer: what says which tokens stay; `learned` is DynamicViT's predictor, `similarity` (the
             default of `merge`) ToMe's matching.
         place: where in its block a stage is: `entry`, or `middle` after attention's residual

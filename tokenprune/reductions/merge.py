@@ -1,4 +1,4 @@
-"""Merge: tokens that are alike become one, their mean (ToMe, Bolya et al., 2023)."""
+"""Merge: similar tokens become one, their mean (ToMe, Bolya et al., 2023)."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.analysis.blocks import Block, Blocks
-from tokenprune.analysis.plan import Budget
 from tokenprune.hosts.spec import ArchSpec
 from tokenprune.reductions.protocol import MODES, Proof, Reduction
 from tokenprune.rewrite.counts import CountRealTokens
@@ -53,11 +52,6 @@ class Merge(Reduction):
         """At the entry where a block has no middle; the keys are those of the block before."""
         return asked if all(block.middle is not None for block in blocks) else "entry"
 
-    @classmethod
-    def ratios(cls, keep_ratio: float, stages: int) -> list[float]:
-        """r, r^2, r^3, ..."""
-        return [keep_ratio ** (stage + 1) for stage in range(stages)]
-
     def passes(self, path: PathName, scorer: type[Scorer], restore: bool | None) -> Sequence[Pass]:
         emit = Emit(tokens_allowed=restore is not None)
         if path == "dense":
@@ -69,12 +63,6 @@ class Merge(Reduction):
         tables = (ResizeTables(kept), HideDropped(kept), GatherAligned(kept))
         outputs = (RestoreOutputs(kept),) if restore else ()
         return [KeepTablesWhole(), select, CountRealTokens(), *tables, *outputs, emit]
-
-    def modules(self, **like: Any) -> Mapping[str, nn.Module]:
-        return {}
-
-    def tokens_in(self, budget: Budget) -> Mapping[int, int]:
-        return {}  # the shapes tell
 
     def forced(self, sets: Sequence[Tensor], num_patches: Sequence[int]) -> Mapping[str, Any]:
         """Groups that random kept sets stand for: each patch joins one of them by its number, and

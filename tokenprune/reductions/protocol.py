@@ -79,9 +79,9 @@ class Reduction(ABC):
         """Blocks at which a default recipe may put stages; and what a host needs to have one."""
 
     @classmethod
-    @abstractmethod
     def ratios(cls, keep_ratio: float, stages: int) -> list[float]:
-        """Keep ratios of the stages of a default recipe."""
+        """Keep ratios of the stages of a default recipe: r, r^2, r^3, ..."""
+        return [keep_ratio ** (stage + 1) for stage in range(stages)]
 
     @classmethod
     def place(cls, asked: str, blocks: Sequence[Block]) -> str:
@@ -101,14 +101,14 @@ class Reduction(ABC):
         """Fields of `CallSettings` that force a choice which keeps these sets, [B, K] a stage."""
         return {"keep_indices": tuple(sets)}
 
-    @abstractmethod
     def modules(self, **like: Any) -> Mapping[str, nn.Module]:
         """The modules that it adds to the host, by name.
 
         Args:
             like: Device and dtype of their parameters.
         """
+        return {}
 
-    @abstractmethod
     def tokens_in(self, budget: Budget) -> Mapping[int, int]:
         """Block -> patch tokens that its MLP runs on, where no shape tells (for `profile`)."""
+        return {}

@@ -1,12 +1,11 @@
 """Remove: dropped tokens leave, or are hidden from all others while training (DynamicViT)."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import ClassVar
 
 from torch import nn
 
 from tokenprune.analysis.blocks import Blocks
-from tokenprune.analysis.plan import Budget
 from tokenprune.hosts.spec import ArchSpec
 from tokenprune.reductions.protocol import MODES, Reduction
 from tokenprune.rewrite.counts import CountRealTokens
@@ -40,11 +39,6 @@ class Remove(Reduction):
     ) -> tuple[Sequence[int], str]:
         return range(len(spec.blocks)), "two blocks"
 
-    @classmethod
-    def ratios(cls, keep_ratio: float, stages: int) -> list[float]:
-        """r, r^2, r^3, ..."""
-        return [keep_ratio ** (stage + 1) for stage in range(stages)]
-
     def passes(self, path: PathName, scorer: type[Scorer], restore: bool | None) -> Sequence[Pass]:
         if path == "dense":
             return [Emit(tokens_allowed=True)]
@@ -56,9 +50,3 @@ class Remove(Reduction):
             return [*select, HideDropped(kept), outputs, emit]
         gather = (ResizeTables(kept), HideDropped(kept), GatherAligned(kept))
         return [KeepTablesWhole(), *select, *gather, outputs, emit]
-
-    def modules(self, **like: Any) -> Mapping[str, nn.Module]:
-        return {}
-
-    def tokens_in(self, budget: Budget) -> Mapping[int, int]:
-        return {}  # the shapes tell

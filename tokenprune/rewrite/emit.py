@@ -33,9 +33,10 @@ class Emit(Pass):
             raise UnsupportedHostError(
                 f"The output {', '.join(holding)} holds tokens after a stage, whose number changes "
                 "when they are pruned. Say what you want: wrap(..., restore=True) gives every "
-                "token back in place, dropped ones with their last value; restore=False leaves "
-                "only the kept ones. Or ask for an output without tokens (a model with a head, "
-                "output_hidden_states=False), or use model.using('dense')."
+                "token back in place, dropped ones with their last value, merged ones with that of "
+                "their group; restore=False leaves only the kept ones. Or ask for an output "
+                "without tokens (a model with a head, output_hidden_states=False), or use "
+                "model.using('dense')."
             )
 
     def apply(self, rewrite: Rewrite) -> None:

@@ -87,7 +87,9 @@ class _Packing:
             return None
         if kind_of(self.rw.root, node) in _OF_SHAPES or not _takes_slices(node):
             return None
-        return stage if all(self._readable(n, stage) for n in _operands(node)) else None
+        operands = _operands(node)
+        holding = any(n in self.chosen or self._stage(n) is not None for n in operands)
+        return stage if holding and all(self._readable(n, stage) for n in operands) else None
 
     def _stage(self, node: fx.Node) -> int | None:
         """The stage whose tokens a tensor holds, prefix and all, along one dim."""

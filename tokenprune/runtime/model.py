@@ -17,8 +17,9 @@ from torch import Tensor, fx, nn
 
 from tokenprune.errors import AlreadyWrappedError, HostError, NotWrappedError, UnsupportedHostError
 from tokenprune.rewrite.settings import Path
+from tokenprune.runtime.added import added_names
 from tokenprune.runtime.entries import methods_of
-from tokenprune.runtime.pruning import Pruning, added_names
+from tokenprune.runtime.pruning import Pruning
 from tokenprune.tracing.proxy import ValueProxy
 
 __all__ = ["PUBLIC", "PrunedModel", "as_host", "pruned_class", "pruning_of", "wrapper_of"]

@@ -22,10 +22,10 @@ from tokenprune.methods import Method, method_of
 from tokenprune.ops.kept_sets import check_keep_indices
 from tokenprune.private import jit_tracing, without_modes
 from tokenprune.recipe import Recipe
-from tokenprune.reductions import MODES, Reduction
 from tokenprune.rewrite.kept.pruning_trace import PruningTrace
 from tokenprune.rewrite.settings import PATHS, CallSettings, Path, PathName
-from tokenprune.runtime.cache import ProgramCache, signature_of
+from tokenprune.runtime.added import check_parts, check_place
+from tokenprune.runtime.cache import ProgramCache, Signature, signature_of
 from tokenprune.runtime.children import Children
 from tokenprune.runtime.compiled import Handle, Seen, watched_by_dynamo
 from tokenprune.runtime.entries import BlocksReached, check_what_follows, stopped_at, stopping
@@ -37,17 +37,11 @@ from tokenprune.tracing.arguments import Arguments, as_arguments
 from tokenprune.tracing.closed import refuse_closed
 from tokenprune.tracing.hook_nodes import hooks_told
 from tokenprune.tracing.host_graph import HostGraph, trace
-from tokenprune.tracing.stand_ins import forget_weights, is_plain, stand_ins
+from tokenprune.tracing.stand_ins import forget_weights, stand_ins
 from tokenprune.tracing.state import buffers_kept, no_autocast_cache
 from tokenprune.tracing.tracer import ONE_AT_A_TIME
 
-__all__ = ["Pruning", "added_names"]
-
-
-def added_names() -> tuple[str, ...]:
-    """First parts of the state-dict keys that `wrap` may add to a host's."""
-    added = dict.fromkeys(name for reduction in MODES.values() for name in reduction.added)
-    return (PREDICTORS, *added)
+__all__ = ["Pruning"]
 
 
 @dataclass
@@ -192,8 +186,7 @@ class Pruning:
             programs = self.cache.numbered(number, signature)
         else:
             arguments = CallSignature.now(type(self.host), entry).bind(args, kwargs)
-            with ONE_AT_A_TIME:  # a trace looks at all objects of the process
-                programs = self.programs(arguments, entry)
+            programs = self.programs(arguments, entry)
         name = self.path_name(path)
         if name == "jagged" and torch.compiler.is_exporting():
             raise PlanError(
@@ -246,33 +239,9 @@ class Pruning:
         signature = signature_of(arguments, entry, host.training)
         found = self.cache.find(signature, host, arguments)
         if found is None:
-            self._check_added()
-            if traced is None or blocks is None:
-                refuse_closed(host)
-                self.spec = describe(host, self.adapter)  # it may have other blocks, or tokens, now
-                method_of(self.recipe, self.spec)  # it may keep a grid now
-                self.plan, _ = bind(self.recipe, self.spec)
-                if not signature.batch_size:
-                    arguments = _with_images(arguments)
-                traced = trace(host, arguments, entry, stated=stated_by(host, self.spec))
-                blocks = find_blocks(host, traced, self.spec)
-            leave = self.method.reduction.removes
-            plain, unseen = stand_ins(host, traced.fake_mode), without_modes()
-            with unseen, plain, no_autocast_cache(), buffers_kept(host):
-                known = analyse(
-                    host,
-                    traced,
-                    blocks,
-                    self.plan,
-                    self.spec,
-                    tokens_leave=leave,
-                    known=[programs.analysis for programs in self.cache],
-                )
-                reduction = self.method.reduction(host, known)
-            self._check_parts(reduction)
-            forget_weights(traced.fake_mode)
-            found = Programs(known, reduction, self.method.scorer, self.restore)
-            self.cache.add(signature, found)
+            with ONE_AT_A_TIME:  # another thread may be making the same
+                found = self.cache.find(signature, host, arguments)
+                found = found or self._made(signature, arguments, entry, traced, blocks)
         if not signature.batch_size and found.analysis.batch_bound:
             raise HostError(
                 f"{type(host).__name__} was called with an empty batch, but its Python code "
@@ -280,32 +249,44 @@ class Pruning:
             )
         return found
 
-    def _check_added(self) -> None:
-        """Refuse a host that was moved or cast by itself: what `wrap` added stayed behind."""
-        ours = next((p for m in self.added.values() for p in m.parameters()), None)
-        theirs = first_floating(self.host)
-        if ours is None or not (is_plain(ours) and is_plain(theirs)):
-            return
-        held = {(p.device, p.dtype) for p in self.host.parameters()}  # it may be spread out
-        if (ours.device, ours.dtype) not in held:
-            raise HostError(
-                f"{type(self.host).__name__} is {theirs.dtype} on {theirs.device} now, but what "
-                f"wrap added ({', '.join(self.added)}) is {ours.dtype} on {ours.device}. Move and "
-                "cast the wrapped model, not its host: model.to(...)."
+    def _made(
+        self,
+        signature: Signature,
+        arguments: Arguments,
+        entry: str,
+        traced: HostGraph | None,
+        blocks: Blocks | None,
+    ) -> Programs:
+        """New programs of a call."""
+        host = self.host
+        check_place(host, self.added)
+        if traced is None or blocks is None:
+            refuse_closed(host)
+            self.spec = describe(host, self.adapter)  # it may have other blocks, or tokens, now
+            method_of(self.recipe, self.spec)  # it may keep a grid now
+            self.plan, _ = bind(self.recipe, self.spec)
+            if not signature.batch_size:
+                arguments = _with_images(arguments)
+            traced = trace(host, arguments, entry, stated=stated_by(host, self.spec))
+            blocks = find_blocks(host, traced, self.spec)
+        leave = self.method.reduction.removes
+        plain, unseen = stand_ins(host, traced.fake_mode), without_modes()
+        with unseen, plain, no_autocast_cache(), buffers_kept(host):
+            known = analyse(
+                host,
+                traced,
+                blocks,
+                self.plan,
+                self.spec,
+                tokens_leave=leave,
+                known=[programs.analysis for programs in self.cache],
             )
-
-    def _check_parts(self, reduction: Reduction) -> None:
-        """Refuse a host with more blocks than it had when `wrap` added a part for each."""
-        wanted = reduction.modules(device="meta") if self.added else {}
-        for name, parts in wanted.items():
-            had = [key for key, _ in self.added[name].named_children()]
-            lacking = [key for key, _ in parts.named_children() if key not in had]
-            if lacking:
-                raise HostError(
-                    f"{type(self.host).__name__} has changed since wrap: it would need "
-                    f"{name}.{lacking[0]} for block {lacking[0]}, but wrap made {name} for blocks "
-                    f"{', '.join(had)}. Call tokenprune.unwrap(model) and wrap the host again."
-                )
+            reduction = self.method.reduction(host, known)
+        check_parts(host, self.added, reduction)
+        forget_weights(traced.fake_mode)
+        found = Programs(known, reduction, self.method.scorer, self.restore)
+        self.cache.add(signature, found)
+        return found
 
     def settings(
         self, path: Path, programs: Programs, arguments: Arguments, training: bool

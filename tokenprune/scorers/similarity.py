@@ -1,4 +1,4 @@
-"""How alike each token is to another: what is left out, or merged, is there twice."""
+"""How similar each token is to another one, which can stand for both."""
 
 from typing import Any, ClassVar
 

@@ -154,7 +154,7 @@ def value_of(place: Namespace, name: str) -> Any:
 def _looked_up(function: FunctionType) -> Iterator[tuple[Namespace, str]]:
     names = _names_in(function)
     waiting, seen = [function.__globals__], list[Any]()
-    modules = [sys.modules[n] for n in names & sys.modules.keys() if not n.startswith(NOT_FOLLOWED)]
+    modules = [sys.modules[n] for n in names & sys.modules.keys() if n not in NOT_FOLLOWED]
     waiting += [vars(module) for module in modules if isinstance(module, ModuleType)]  # `import`
     while waiting:  # `torch.nn.functional.softmax` is a name in each of three modules
         inside = waiting.pop()

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from tokenprune.notices import warn_once
 from tokenprune.recipe.schema import TrainSection
-from tokenprune.runtime.pruning import added_names
+from tokenprune.runtime.added import added_names
 
 __all__ = ["Schedule", "frozen_names", "make_optimizer", "make_scheduler", "parameter_groups"]
 
