@@ -15,12 +15,16 @@ from tokenprune.recipe import Recipe, list_recipes
 from tokenprune.rewrite.kept.pruning_trace import PruningTrace, StageTrace
 from tokenprune.runtime.cache import CacheInfo
 from tokenprune.runtime.serving import cache_info, clear_cache, freeze_guards
+from tokenprune.tune.calibrate import Calibration, calibrate
+from tokenprune.tune.compare import Comparison, compare
 from tokenprune.wrapping import unwrap, wrap
 
 __all__ = [
     "ArchSpec",
     "CacheInfo",
+    "Calibration",
     "Certificate",
+    "Comparison",
     "ExampleInput",
     "ExportReport",
     "ImageMacs",
@@ -29,7 +33,9 @@ __all__ = [
     "Recipe",
     "StageTrace",
     "cache_info",
+    "calibrate",
     "clear_cache",
+    "compare",
     "convert_dynamicvit",
     "errors",
     "export",

@@ -39,7 +39,8 @@ class ImageMacs:
             PlanError: It has fewer than four patch tokens at a stage.
         """
         now = profile(model, example_inputs)
-        self.dense, patches = now.dense_macs, now.patches_per_stage
+        self.dense, self.patches = now.dense_macs, now.patches_per_stage
+        patches = self.patches
         if min(patches) < 4:
             raise PlanError(
                 f"asked what images cost at each count; {now.host} has {min(patches)} patch tokens "

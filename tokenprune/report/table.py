@@ -22,3 +22,13 @@ class Table:
                     f"A row of table {self.title!r} has {len(row)} cells, its columns are "
                     f"{len(self.columns)}: {row}."
                 )
+
+    def __str__(self) -> str:
+        """Plain text."""
+        lines = [self.columns, *self.rows]
+        widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+        drawn = [self.title]
+        for first, *rest in lines:
+            cells = [text.rjust(width) for text, width in zip(rest, widths[1:], strict=True)]
+            drawn.append("  ".join([first.ljust(widths[0]), *cells]))
+        return "\n".join([*drawn, *([self.note] if self.note else [])])

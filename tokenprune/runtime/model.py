@@ -24,7 +24,7 @@ from tokenprune.tracing.proxy import ValueProxy
 
 __all__ = ["PUBLIC", "PrunedModel", "as_host", "pruned_class", "pruning_of", "wrapper_of"]
 
-PUBLIC = ("using", "set_keep_ratio", "set_threshold")
+PUBLIC = ("using", "set_budget", "set_keep_ratio", "set_threshold")
 """Names that a wrapped model has beside its host's."""
 PRUNING = "_pruning"
 OWN = "_own_forward"
@@ -145,6 +145,39 @@ class PrunedModel(nn.Module):
             PlanError: It is no number between 0 and 1, or the scorer gives no probabilities.
         """
         self._pruning.set_threshold(threshold)
+
+    def set_budget(self, macs: float, *, images: Any = None, example_inputs: Any = None) -> float:
+        """Keep as many tokens as a share of the dense host's MACs allows.
+
+        The cost of predictors and matching counts. Nothing is traced again for images of the size
+        that the model was wrapped with; other sizes keep the same shares of their tokens. The
+        budget is saved with the model, and exported.
+
+        Args:
+            macs: In (0, 1], of the host without pruning.
+            images: For a scorer whose scores are probabilities: images, or batches of them (a list,
+                a DataLoader; labels are not read). Then the threshold is found with which they
+                cost `macs` on average, and each image keeps what it needs. None keeps the same
+                number of tokens of every image.
+            example_inputs: As for `wrap`: the size of images that the budget is for; what the model
+                was wrapped with if None.
+
+        Returns:
+            The share that was found: the nearest that whole tokens allow.
+
+        Raises:
+            PlanError: It is out of (0, 1], or less than this model can do (the message says how
+                much it can); or no threshold reaches it. The budget is then what it was.
+        """
+        # counting runs this very class, so it is above it
+        from tokenprune.cost.budget import budget_for, threshold_for
+
+        pruning = pruning_of(self)
+        if images is None:
+            pruning.budget, share = budget_for(self, macs, example_inputs)
+        else:
+            pruning.budget, share = threshold_for(self, macs, images, example_inputs)
+        return share
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False

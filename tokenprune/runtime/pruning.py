@@ -348,6 +348,11 @@ class Pruning:
             if was is NOTHING:
                 del self.overrides[thread]
 
+    def become(self, other: "Pruning") -> None:
+        """Prune the same host as another one does; what is compiled or forced stays."""
+        own = {name: getattr(self, name) for name in ("handle", "compiled", "overrides")}
+        self.__dict__.update({**vars(other), **own})
+
     def set_keep_ratio(self, keep_ratio: float | Sequence[float]) -> None:
         """See `PrunedModel.set_keep_ratio`."""
         self.budget = self.budget.with_keep_ratio(keep_ratio, self.plan)

@@ -21,7 +21,9 @@ class Similarity(Matcher):
 
     def forward(self, tokens: Tokens, present: Mask = None, **needed: Any) -> Scores:
         real = None if present is None else present > 0
-        return as_keep_logits(self.match(tokens, real, 0, tokens.shape[1] - 1, **needed).score)
+        return as_keep_logits(
+            self.match(tokens, real, 0, max(tokens.shape[1] - 1, 1), **needed).score
+        )
 
     def match(
         self,

@@ -1,0 +1,125 @@
+"""Fit predictors alone, without labels, to the dense model's own outputs."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from tokenprune.hosts.batches import Batch
+from tokenprune.runtime.model import PrunedModel, pruning_of
+from tokenprune.scorers.protocol import PREDICTORS
+from tokenprune.tracing.state import kept_modes
+from tokenprune.tune.divergence import distances
+from tokenprune.tune.trials import Reference
+
+__all__ = ["fit_predictors"]
+
+RATIO_WEIGHT = 5.0
+"""Of the squared distance between kept share and keep ratio: an image's, averaged."""
+SAVE_EVERY = 25
+
+
+def fit_predictors(
+    model: PrunedModel,
+    reference: Reference,
+    *,
+    steps: int,
+    learning_rate: float,
+    seed: int = 0,
+    resume: Path | None = None,
+    done: Callable[[str], None],
+) -> None:
+    """Train the predictors of a wrapped model, the host frozen and in eval mode.
+
+    The loss is the divergence from the dense outputs, and the distance of each image's kept shares
+    from the keep ratios. Steps go over the batches again and again. If it is interrupted, the
+    predictors are what they were, and `resume` holds what was reached.
+
+    Args:
+        steps: Batches to learn from.
+        learning_rate: The peak; a cosine brings it to 0.
+        seed: Of the decisions.
+        resume: File that is read if it is there, and written now and then.
+        done: Called after each step with a text.
+    """
+    pruning = pruning_of(model)
+    predictors = model.get_submodule(PREDICTORS)
+    before = {name: value.clone() for name, value in predictors.state_dict().items()}
+    parameters = list(predictors.parameters())
+    optimizer = torch.optim.Adam(parameters, lr=learning_rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    first, ratios = 0, pruning.budget.keep_ratios
+    if resume is not None and resume.exists():
+        saved = torch.load(resume, map_location=parameters[0].device, weights_only=True)
+        predictors.load_state_dict(saved["predictors"])
+        optimizer.load_state_dict(saved["optimizer"])
+        schedule.load_state_dict(saved["schedule"])
+        first = saved["step"]
+    try:
+        with _only(predictors, model):
+            for step, (batch, dense) in enumerate(_cycle(reference)):
+                if step == steps:
+                    break
+                if step < first:
+                    done("resumed")
+                    continue
+                device = parameters[0].device
+                generator = torch.Generator(device).manual_seed(seed * 1_000_003 + step)
+                with model.using(path="mask", generator=generator):
+                    output, trace = model(*batch.args, **batch.kwargs, return_trace=True)
+                pruned = reference.read(output)
+                loss = distances(reference.distance, dense.to(device), pruned).mean()
+                shares = [stage.decision.mean(1) for stage in trace.stages]
+                apart = [(s - r).square().mean() for s, r in zip(shares, ratios, strict=True)]
+                total = loss + RATIO_WEIGHT * torch.stack(apart).mean()
+                optimizer.zero_grad()
+                total.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                schedule.step()
+                done(f"divergence {float(loss.detach()):.3g}")
+                if resume is not None and (step + 1) % SAVE_EVERY == 0:
+                    _save(resume, predictors, optimizer, schedule, step + 1)
+    except BaseException:
+        predictors.load_state_dict(before)
+        raise
+    finally:
+        optimizer.zero_grad()
+
+
+def _cycle(reference: Reference) -> Iterator[tuple[Batch, Tensor]]:
+    while True:
+        yield from zip(reference.batches, reference.outputs, strict=True)
+
+
+def _save(
+    path: Path,
+    predictors: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    step: int,
+) -> None:
+    state = {"predictors": predictors.state_dict(), "optimizer": optimizer.state_dict()}
+    part = path.with_suffix(".part")
+    torch.save({**state, "schedule": schedule.state_dict(), "step": step}, part)
+    part.replace(path)
+
+
+@contextmanager
+def _only(predictors: nn.Module, model: PrunedModel) -> Iterator[None]:
+    """Gradients for the predictors alone; the host's layers in eval mode, so that it is the one
+    that will run."""
+    host = pruning_of(model).host
+    frozen = [p for p in host.parameters() if p.requires_grad]
+    with kept_modes(model):
+        model.train()
+        for child in host.children():
+            child.eval()
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(True)
