@@ -35,14 +35,19 @@ class TokenPredictor(Scorer):
         activation: Literal["gelu", "relu", "silu"] = "gelu",
         norm_eps: float = 1e-5,
         init_std: float = 0.02,
+        small_start: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Build a predictor for tokens of `dim` channels; odd and tiny numbers are fine. Weights
-        are drawn from a truncated normal of `init_std`, biases start at 0."""
+        """Build a predictor for tokens of `dim` channels; odd and tiny numbers are fine.
+
+        Weights are drawn from a truncated normal of `init_std`, biases start at 0. With
+        `small_start` those of the last layer are so small that all scores round to log 1/2: before
+        it has learned anything a predictor prefers no token, and of ties those stay that are spread
+        evenly. They are not 0, so that the first gradient reaches the layers before."""
         super().__init__()
         self.dim = dim
-        self.init_std = init_std
+        self.init_std, self.small_start = init_std, small_start
         act = _ACTIVATIONS[activation]
         hidden, narrow = max(dim // 2, 1), max(dim // 4, 1)
 
@@ -68,6 +73,18 @@ class TokenPredictor(Scorer):
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
+        with torch.no_grad():
+            weight: nn.Parameter = self.out_proj[-1].get_parameter("weight")
+            if self.small_start and self.init_std:
+                weight.mul_(_faint(weight.dtype) / self.init_std)
+
+    def is_fresh(self) -> bool:
+        """The last layer is as small as at the start, so that all scores tie."""
+        last = self.out_proj[-1]
+        if not (_is_plain(last) and type(last.weight) is type(last.bias) is nn.Parameter):
+            return False  # replaced, adapted or quantised: somebody works with it
+        largest = 16 * _faint(torch.float32)
+        return bool(last.weight.abs().max() <= largest) and not bool(last.bias.any())
 
     def forward(self, tokens: Tokens, present: Mask = None, **needed: Any) -> Scores:
         """Log-probabilities, keep first, in fp32 or better also under autocast."""
@@ -92,6 +109,11 @@ class TokenPredictor(Scorer):
             logits = layer(logits)
         wide = torch.promote_types(logits.dtype, torch.float32)
         return F.log_softmax(logits, dim=-1, dtype=wide)
+
+
+def _faint(dtype: torch.dtype) -> float:
+    """So small a weight that a score does not change by half a step of its dtype."""
+    return torch.finfo(torch.promote_types(dtype, torch.float32)).eps / 128
 
 
 def _is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
