@@ -58,7 +58,7 @@ CERTIFIED = {"test_the_certificate_holds": 3}
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Most tests prune by predictors as `wrap` makes them, which warn at their first eval call; that
+    """Most tests prune by predictors as `wrap` makes them, so their first eval call warns. The
     warning is tested in `runtime/test_fitted.py`."""
     config.addinivalue_line("filterwarnings", "ignore:untrained predictors")
 

@@ -55,10 +55,10 @@ def warn_if_fresh(kind: str, added: Mapping[str, nn.Module], mergeable: bool) ->
         warn_once(
             scorers,
             NAME,
-            f"the predictors of this {kind} were never trained or calibrated. All tokens score the "
-            "same, so eval drops some that are spread evenly over each image, whatever it shows: "
-            "expect to lose about as much accuracy as with random removal. Fit the predictors to "
-            f"images, without labels: `tokenprune.calibrate(model, batches)`. {merge}Training the "
-            "model or loading trained weights helps too.",
+            f"the predictors of this {kind} were never trained or calibrated, so eval drops tokens "
+            "without knowing which of them matter: expect to lose about as much accuracy as with "
+            "random removal. Fit the predictors to images, without labels: "
+            f"`tokenprune.calibrate(model, batches)`. {merge}Training the model or loading trained "
+            "weights helps too.",
         )
     return bool(learned)
