@@ -180,8 +180,9 @@ def test_a_compiled_call_warns_too_and_stays_one_graph(monkeypatch: pytest.Monke
         warnings.simplefilter("always")
         compiled(IMAGES)
         compiled(IMAGES)
-        model(IMAGES)
-    assert sum("untrained predictors" in str(w.message) for w in given) == 1
+        found = sum("untrained predictors" in str(w.message) for w in given)
+    assert found == 1
+    assert said(model) == []
 
 
 def test_weights_that_cannot_be_read_say_nothing() -> None:
@@ -196,3 +197,37 @@ def test_weights_that_cannot_be_read_say_nothing() -> None:
         warnings.filterwarnings("error", "untrained")
         torch.func.vmap(call, in_dims=(None, 0))(state, IMAGES[:, None])
     assert len(said(model)) == 1
+
+
+def decisions(model: Any, path: str) -> list[torch.Tensor]:
+    with warnings.catch_warnings(), model.using(path), torch.no_grad():
+        warnings.filterwarnings("ignore", "untrained predictors")
+        _, trace = model(IMAGES, return_trace=True)
+    return [stage.decision.bool() for stage in trace.stages]
+
+
+@pytest.mark.parametrize("ratios", [[0.9, 0.5], [0.7, 0.4], [0.8, 0.1]])
+def test_equal_scores_leave_the_same_tokens_on_every_path(ratios: list[float]) -> None:
+    """What breaks a tie is a token's original number, not its place among those that are left."""
+    model = fresh()
+    model.set_keep_ratio(ratios)
+    masked, gathered = decisions(model, "mask"), decisions(model, "gather")
+    for one, other in zip(masked, gathered, strict=True):
+        assert torch.equal(one, other)
+        assert torch.equal(one[0], one[1])  # whatever the images hold
+
+
+def test_the_best_of_equal_scores_is_the_same_on_the_jagged_path() -> None:
+    model = fresh()
+    first, second = model.token_predictors
+    first.small_start, first.init_std = False, 1.0  # images keep different numbers
+    with torch.no_grad():
+        second.out_proj[-1].bias.copy_(torch.tensor([-1.0, 1.0]))  # drops all but one
+    model.set_threshold(0.5)
+    for seed in range(8):
+        torch.manual_seed(seed)
+        first.reset_parameters()
+        masked, jagged = decisions(model, "mask"), decisions(model, "gather")
+        assert masked[1].sum(1).tolist() == [1, 1]
+        for one, other in zip(masked, jagged, strict=True):
+            assert torch.equal(one, other)
