@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from tokenprune.ops.selection import above_threshold
 from tokenprune.scorers.learned import TokenPredictor
 
 B, N = 2, 6
@@ -43,6 +44,8 @@ def test_initial_weights() -> None:
     for name, parameter in predictor.named_parameters():
         if name == "in_proj.0.weight":
             assert (parameter == 1).all()
+        elif name == "out_proj.4.bias":
+            assert parameter.tolist() == [2.0**-22, 0]
         elif name.endswith("bias"):
             assert (parameter == 0).all()
         else:
@@ -57,7 +60,11 @@ def test_at_the_start_all_scores_are_equal(dim: int, dtype: torch.dtype) -> None
     predictor = TokenPredictor(dim, dtype=dtype)
     tokens = (torch.randn(B, 50, dim) * torch.logspace(-3, 3, 50)[:, None]).to(dtype)
     assert predictor.is_fresh()
-    assert (predictor(tokens) == predictor(tokens)[0, 0, 0]).all()
+    scores = predictor(tokens)
+    assert (scores == scores[0, 0]).all()
+    assert above_threshold(scores, 0.5).all()
+    assert (above_threshold(scores, 0.501).sum(1) == 1).all()
+    assert (scores.exp() - 0.5).abs().max() < 2e-7
 
 
 def test_the_first_gradient_reaches_every_layer_and_a_step_ends_the_start() -> None:

@@ -23,5 +23,5 @@ RecipeName = Annotated[
     str, typer.Option("--recipe", "-r", help="Name or file. Default: one that fits.")
 ]
 Threshold = Annotated[
-    float | None, typer.Option(help="Drop the tokens whose keep probability is below this.")
+    float | None, typer.Option(help="Keep the tokens whose keep probability is above this.")
 ]

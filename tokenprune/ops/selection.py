@@ -135,15 +135,14 @@ def above_threshold(
     real: Shaped[Tensor, "B N"] | None = None,
     numbers: Int[Tensor, "B N"] | None = None,
 ) -> Bool[Tensor, "B N"]:
-    """The tokens whose keep probability reaches a threshold; the best one of each image anyway.
+    """The tokens whose keep probability is above a threshold; the best one of each image anyway.
 
-    So predictors that have learned nothing, and say 1/2 of all, drop nothing at 0.5. NaN counts as
-    the lowest score. `there` are the tokens that no earlier stage dropped, `real` those that are no
-    padding of the host's own; only an image without a real token keeps another. `numbers` as for
-    `select_topk`: of equal best tokens one is kept.
+    NaN counts as the lowest score. `there` are the tokens that no earlier stage dropped, `real`
+    those that are no padding of the host's own; only an image without a real token keeps another.
+    `numbers` as for `select_topk`: of equal best tokens one is kept.
     """
     ranked = keep_logits if real is None else real_first(keep_logits, real)
-    wanted = keep_logits[..., 0] >= math.log(threshold)
+    wanted = keep_logits[..., 0] > math.log(threshold)
     if real is not None:
         wanted = wanted & real.bool()
     if there is not None:

@@ -185,7 +185,7 @@ class SamplingSection(Section):
         selection: `topk` keeps the same number of tokens of every image; `threshold` keeps the
             tokens above a keep probability, so counts differ between images. `keep_ratio` is then
             the target of training; with `loss.ratio_per_image: false` for the batch mean.
-        threshold: with `selection: threshold`, keep probability from which on a token is kept; the
+        threshold: with `selection: threshold`, keep probability above which a token is kept; the
             best token of an image is always kept.
         buckets: has no meaning any more; recipes of older versions name it.
     """

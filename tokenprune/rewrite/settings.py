@@ -25,7 +25,7 @@ class CallSettings:
     Attributes:
         num_keep: K of each stage.
         sample: Draw decisions with Gumbel noise (training).
-        threshold: Without noise, each image keeps the tokens whose keep probability reaches this;
+        threshold: Without noise, each image keeps the tokens whose keep probability is above this;
             None takes the top K of every image.
         temperature: Of the Gumbel-softmax.
         hard: 0/1 decisions.

@@ -138,7 +138,7 @@ class PrunedModel(nn.Module):
         cost less than hard ones. Works for any recipe; `verify` afterwards checks this path too.
 
         Args:
-            threshold: In (0, 1): tokens with a keep probability below it leave. None goes back to
+            threshold: In (0, 1): tokens with a keep probability above it stay. None goes back to
                 the same number of every image, as the keep ratios say.
 
         Raises:
