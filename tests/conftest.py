@@ -57,6 +57,12 @@ SAMPLED = {
 CERTIFIED = {"test_the_certificate_holds": 3}
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Most tests prune by predictors as `wrap` makes them, so their first eval call warns. The
+    warning is tested in `runtime/test_fitted.py`."""
+    config.addinivalue_line("filterwarnings", "ignore:untrained predictors")
+
+
 def pytest_collection_finish() -> None:
     """Leave libraries and tests out of every garbage collection, and of each trace's search for
     generators of random numbers."""

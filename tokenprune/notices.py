@@ -10,10 +10,15 @@ from torch import nn
 
 from tokenprune.errors import TokenPruneWarning
 
-__all__ = ["warn_once"]
+__all__ = ["warn_once", "was_given"]
 
 _given: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 _NOT_THE_CALLER = (str(Path(__file__).parent), str(Path(torch.__file__).parent))
+
+
+def was_given(model: nn.Module, name: str) -> bool:
+    """Whether this model had the warning of this name."""
+    return name in _given.get(model, ())
 
 
 def warn_once(model: nn.Module, name: str, message: str) -> None:

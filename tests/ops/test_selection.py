@@ -14,6 +14,7 @@ from tokenprune.ops import (
     scatter_tokens,
     select_topk,
 )
+from tokenprune.ops.selection import above_threshold, tie_order, top_k
 
 
 @st.composite
@@ -28,20 +29,51 @@ def kept_sets(draw: st.DrawFn) -> tuple[Tensor, int]:
     return torch.tensor(rows), patches
 
 
+ORDER = tie_order(torch.arange(3000)).tolist()
 SCORES = st.sampled_from([-1.0, 0.0, 0.5, float("-inf"), float("nan")])
 ROWS = st.lists(st.lists(SCORES, min_size=6, max_size=6), min_size=1, max_size=3)
 
 
 @given(ROWS, st.integers(1, 6))
-def test_the_best_scores_stay_and_the_lower_index_wins_ties(
-    rows: list[list[float]], num_keep: int
-) -> None:
+def test_the_best_scores_stay_and_ties_are_spread(rows: list[list[float]], num_keep: int) -> None:
     keep_logits = torch.stack([torch.tensor(rows), torch.randn(len(rows), 6)], dim=-1)
     found = select_topk(keep_logits, num_keep)
     for row, indices in zip(rows, found.tolist(), strict=True):
         score = [float("-inf") if x != x else x for x in row]
-        best = sorted(range(6), key=lambda i: (-score[i], i))[:num_keep]
+        best = sorted(range(6), key=lambda i: (-score[i], -ORDER[i]))[:num_keep]
         assert indices == sorted(best)
+
+
+@pytest.mark.parametrize("side", [7, 12, 13, 14, 16, 21, 24, 32, 34, 37])
+@pytest.mark.parametrize("share", [0.7, 0.49, 0.343])
+def test_equal_scores_leave_no_hole_in_a_grid(side: int, share: float) -> None:
+    """The kept share of windows of 3 x 3 patches varies less than that of a random set."""
+    kept = select_topk(torch.zeros(1, side * side, 2), int(share * side * side))
+    grid = torch.zeros(side * side).scatter(0, kept[0], 1.0).view(1, 1, side, side)
+    windows = torch.nn.functional.avg_pool2d(grid, 3, stride=1)
+    assert windows.var(correction=0) < share * (1 - share) / 9
+
+
+def test_no_two_numbers_tie_and_padding_is_last() -> None:
+    assert tie_order(torch.arange(2**16)).unique().numel() == 2**16
+    assert tie_order(torch.tensor([-1])) < tie_order(torch.arange(2**16)).min()
+    logits, numbers = torch.full((1, 4, 2), float("nan")), torch.tensor([[0, 5, -1, -1]])
+    assert select_topk(logits, 2, numbers).tolist() == [[0, 1]]
+    assert above_threshold(logits, 0.5, numbers >= 0, numbers=numbers)[0, :2].sum() == 1
+
+
+@given(st.integers(0, 2**31), st.integers(1, 9), st.integers(1, 9))
+def test_ties_are_settled_alike_on_what_is_left(seed: int, first: int, second: int) -> None:
+    """A stage that sees only what the stage before kept takes what one that sees all would."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randint(0, 3, (3, 10, 2), generator=generator).float()
+    numbers = select_topk(logits, max(first, second))
+    rows = torch.randint(0, 3, (3, 10, 2), generator=generator).float()
+    there = torch.zeros(3, 10, dtype=torch.bool).scatter(1, numbers, True)
+    whole = top_k(rows.masked_fill(~there[..., None], float("-inf")), min(first, second))
+    left = rows.gather(1, numbers[..., None].expand(-1, -1, 2))
+    kept = numbers.gather(1, select_topk(left, min(first, second), numbers))
+    assert torch.equal(torch.zeros_like(whole).scatter(1, kept, True), whole)
 
 
 @given(st.integers(0, 2**31), st.integers(1, 9))
@@ -127,7 +159,8 @@ def test_selection_in_any_type(dtype: torch.dtype, rising: bool) -> None:
     scores = torch.arange(3000, dtype=dtype)  # fp16 and bf16 round: many ties
     scores = scores if rising else scores.flip(0)
     keep_logits = torch.stack([scores, scores], dim=-1)[None]
-    wanted = scores.sort(stable=True, descending=True).indices[:7].sort().values
+    best = sorted(range(3000), key=lambda i: (-float(scores[i]), -ORDER[i]))[:7]
+    wanted = torch.tensor(sorted(best))
     assert torch.equal(select_topk(keep_logits, 7)[0], wanted)
 
 

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from tokenprune.ops.selection import above_threshold
 from tokenprune.scorers.learned import TokenPredictor
 
 B, N = 2, 6
@@ -43,10 +44,43 @@ def test_initial_weights() -> None:
     for name, parameter in predictor.named_parameters():
         if name == "in_proj.0.weight":
             assert (parameter == 1).all()
+        elif name == "out_proj.4.bias":
+            assert parameter.tolist() == [2.0**-22, 0]
         elif name.endswith("bias"):
             assert (parameter == 0).all()
         else:
-            assert 0.01 < parameter.std() < 0.03
+            small = 2.0**-30 / 0.02 if name == "out_proj.4.weight" else 1.0
+            assert 0.01 * small < parameter.std() < 0.03 * small
+
+
+@pytest.mark.parametrize("dim", [8, 192, 1024])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_at_the_start_all_scores_are_equal(dim: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    predictor = TokenPredictor(dim, dtype=dtype)
+    tokens = (torch.randn(B, 50, dim) * torch.logspace(-3, 3, 50)[:, None]).to(dtype)
+    assert predictor.is_fresh()
+    scores = predictor(tokens)
+    assert (scores == scores[0, 0]).all()
+    assert above_threshold(scores, 0.5).all()
+    assert (above_threshold(scores, 0.501).sum(1) == 1).all()
+    assert (scores.exp() - 0.5).abs().max() < 2e-7
+
+
+def test_the_first_gradient_reaches_every_layer_and_a_step_ends_the_start() -> None:
+    torch.manual_seed(0)
+    predictor = TokenPredictor(16)
+    predictor(torch.randn(B, N, 16))[..., 0].square().sum().backward()
+    for name, parameter in predictor.named_parameters():
+        assert parameter.grad is not None
+        assert parameter.grad.abs().max() > 0, name
+    torch.optim.SGD(predictor.parameters(), lr=1e-6).step()
+    assert not predictor.is_fresh()
+    predictor.reset_parameters()
+    assert predictor.is_fresh()
+    predictor.out_proj[-1].bias.data[0] = 1e-3
+    assert not predictor.is_fresh()
+    assert not TokenPredictor(16, small_start=False).is_fresh()
 
 
 def test_half_of_the_channels_are_shared_by_all_tokens() -> None:
@@ -67,7 +101,7 @@ def test_all_kept_is_no_decision() -> None:
 @given(st.permutations(range(N)))
 def test_it_does_not_know_the_order_of_tokens(order: list[int]) -> None:
     torch.manual_seed(0)
-    predictor = TokenPredictor(6, init_std=0.5)
+    predictor = TokenPredictor(6, init_std=0.5, small_start=False)
     tokens, decision = torch.randn(B, N, 6), (torch.rand(B, N) < 0.6).float()
     torch.testing.assert_close(
         predictor(tokens[:, order], decision[:, order]), predictor(tokens, decision)[:, order]
@@ -82,7 +116,7 @@ def spoilt_tokens(
     tokens = torch.randn(B, N, 6)
     decision = torch.tensor([[1.0, 0, 1, 1, 0, 1], [0, 0, 1, 0, 0, 0]], requires_grad=True)
     spoilt = tokens.masked_fill((decision < 0.5)[..., None], garbage)
-    return TokenPredictor(6, init_std=0.5), tokens, spoilt, decision
+    return TokenPredictor(6, init_std=0.5, small_start=False), tokens, spoilt, decision
 
 
 @given(st.sampled_from([math.inf, -math.inf, math.nan, 1e30]))
@@ -102,7 +136,7 @@ def test_gradients_are_finite_whatever_dropped_tokens_hold(garbage: float) -> No
 
 
 def test_kept_tokens_agree_with_the_gather_path() -> None:
-    predictor, tokens = TokenPredictor(6, init_std=0.5), torch.randn(B, N, 6)
+    predictor, tokens = TokenPredictor(6, init_std=0.5, small_start=False), torch.randn(B, N, 6)
     keep_indices = torch.tensor([[0, 3, 4], [1, 2, 5]])
     rows = torch.arange(B)[:, None]
     decision = torch.zeros(B, N)
@@ -112,7 +146,7 @@ def test_kept_tokens_agree_with_the_gather_path() -> None:
 
 
 def test_nothing_kept_and_the_gradient_of_the_mean() -> None:
-    predictor = TokenPredictor(6, init_std=0.5)
+    predictor = TokenPredictor(6, init_std=0.5, small_start=False)
     decision = torch.zeros(B, N, requires_grad=True)
     keep_logits = predictor(torch.randn(B, N, 6), decision)
     assert keep_logits.isfinite().all()
@@ -143,7 +177,7 @@ def test_the_activation_and_a_new_start() -> None:
 
 def test_an_image_is_scored_alone() -> None:
     torch.manual_seed(0)
-    predictor, tokens = TokenPredictor(8, init_std=1.0), torch.randn(3, 5, 8)
+    predictor, tokens = TokenPredictor(8, init_std=1.0, small_start=False), torch.randn(3, 5, 8)
     decision = (torch.rand(3, 5) > 0.4).float()
     together = predictor(tokens, decision)
     for image in range(3):

@@ -63,7 +63,7 @@ def test_what_is_no_batch_is_said() -> None:
         (["a.png"], "a tuple that begins with one, found str"),
         (
             [{"pixels": images()}],
-            r"none of the arguments that the host takes \(x, attn_mask, is_causal\), f",
+            r"none of the arguments that the host takes \(x, attn",
         ),
     ):
         with pytest.raises(HostError, match=message):

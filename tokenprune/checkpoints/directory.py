@@ -29,6 +29,7 @@ from tokenprune.files import all_or_nothing
 from tokenprune.hosts.registry import list_adapters
 from tokenprune.recipe import Recipe
 from tokenprune.runtime.added import added_names
+from tokenprune.runtime.fitted import have_learned
 from tokenprune.runtime.model import PrunedModel, pruning_of
 from tokenprune.runtime.pruning import Pruning
 from tokenprune.wrapping import wrap
@@ -48,6 +49,7 @@ class Facts(BaseModel):
     wrap: dict[str, Any]  # options that `wrap` got
     aliases: dict[str, str]  # name of a shared parameter -> the name it is stored under
     sha256: str  # of the weights file
+    fitted: bool = True  # the predictors were trained or calibrated; older releases do not say
 
 
 def save(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
@@ -87,6 +89,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
             wrap={"adapter": pruning.spec.adapter, "restore": pruning.restore},
             aliases=aliases,
             sha256=_sha256(folder / WEIGHTS),
+            fitted=pruning.fitted or have_learned(pruning.added) is not False,
         )
         (folder / FACTS).write_text(facts.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return target
@@ -133,6 +136,7 @@ def load(directory: str | os.PathLike[str], host: nn.Module, **options: Any) -> 
         own = {name: t for name, t in model.state_dict().items() if name.startswith(added_names())}
         check(added, own, head=f"{head} what its recipe adds to the host:")
         model.load_state_dict(tensors)
+    pruning_of(model).fitted = facts.fitted
     return model
 
 

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tokenprune.errors import PlanError
-from tokenprune.ops.selection import indices_of, top_k
+from tokenprune.ops.selection import indices_of
 
 __all__ = ["Groups", "as_groups", "bipartite", "similar"]
 
@@ -105,10 +105,20 @@ def _round(keys: Tensor, real: Tensor | None, first: int, count: int) -> Groups:
 def _most_similar(cosine: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The places of the `count` largest of each row, and of the others, ascending."""
     if torch.compiler.is_exporting():  # ONNX's exporter knows no stable sort
-        chosen = top_k(torch.stack([cosine, -cosine], dim=-1), count)
+        chosen = _first_largest(cosine, count)
         return indices_of(chosen, count), indices_of(~chosen, cosine.shape[1] - count)
     order = cosine.sort(dim=1, descending=True, stable=True).indices
     return order[:, :count], order[:, count:].sort(dim=1).values
+
+
+def _first_largest(cosine: Tensor, count: int) -> Tensor:
+    """True at the `count` largest of each row; of equal ones the lower index wins."""
+    limits = torch.finfo(cosine.dtype)
+    cosine = torch.nan_to_num(cosine, nan=limits.min, posinf=limits.max, neginf=limits.min)
+    lowest = cosine.topk(count, dim=1).values[:, -1:]
+    above, level = cosine > lowest, cosine == lowest
+    room = count - above.sum(1, keepdim=True)
+    return above | (level & (level.to(torch.int64).cumsum(1) <= room))
 
 
 def as_groups(of: Int[Tensor, "B N"], numbers: Int[Tensor, "B M"] | None) -> Groups:

@@ -18,22 +18,50 @@ __all__ = [
     "real_first",
     "real_patches",
     "select_topk",
+    "tie_order",
     "top_k",
 ]
 
+TIES = 2**20
+"""More than an image has tokens; float32 holds every whole number up to here."""
+GOLDEN = 648055
+"""The golden ratio's fraction in steps of 1 / TIES. It is odd, so no two numbers tie."""
 
-def top_k(keep_logits: Float[Tensor, "B N 2"], num_keep: int) -> Bool[Tensor, "B N"]:
-    """The `num_keep` tokens of each image with the highest keep score.
 
-    The score is `keep_logits[..., 0]`. Of equal scores the lower index wins, on every backend:
-    `topk` finds the threshold, and a second `topk` over distinct numbers does the picking, so
-    nothing is left to the order in which a backend meets ties. NaN counts as the lowest score.
+def tie_order(numbers: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
+    """Which of equal scores wins, by the original number of a token: the largest; -1 for padding.
+
+    Multiples of the golden ratio, modulo 1 and in steps of 2^-20. Any count of the first ones is
+    spread evenly over a row of tokens and over a grid of them, and later stages keep some of the
+    same. A large image part is then never dropped as a whole, as it is if the lower number wins.
+    """
+    return torch.where(numbers < 0, -1, numbers * GOLDEN % TIES)
+
+
+def top_k(
+    keep_logits: Float[Tensor, "B N 2"], num_keep: int, numbers: Int[Tensor, "B N"] | None = None
+) -> Bool[Tensor, "B N"]:
+    """The `num_keep` tokens of each image with the highest keep score; see `select_topk`."""
+    best = _best(keep_logits, num_keep, numbers)
+    chosen = torch.zeros(keep_logits.shape[:2], dtype=torch.bool, device=keep_logits.device)
+    return chosen.scatter(1, best, True)
+
+
+def _best(
+    keep_logits: Float[Tensor, "B N 2"], num_keep: int, numbers: Int[Tensor, "B N"] | None
+) -> Int[Tensor, "B K"]:
+    """Places of the best tokens, in any order.
+
+    A first `topk` finds the lowest score that stays, a second one picks over distinct numbers: so
+    nothing is left to the order in which a backend meets ties.
     """
     score = _score(keep_logits, num_keep)
-    threshold = score.topk(num_keep, dim=1).values[:, -1:]
-    above, level = score > threshold, score == threshold
-    room = num_keep - above.sum(1, keepdim=True)
-    return above | (level & (level.to(torch.int64).cumsum(1) <= room))
+    lowest = score.topk(num_keep, dim=1).values[:, -1:]
+    if numbers is None:
+        numbers = torch.arange(score.shape[1], device=score.device).unsqueeze(0)
+    ties = tie_order(numbers).to(torch.float32)
+    ranked = torch.where(score == lowest, ties, torch.where(score > lowest, float(TIES), -2.0))
+    return ranked.topk(num_keep, dim=1).indices
 
 
 def _score(keep_logits: Float[Tensor, "B N 2"], num_keep: int) -> Float[Tensor, "B N"]:
@@ -50,20 +78,26 @@ def _score(keep_logits: Float[Tensor, "B N 2"], num_keep: int) -> Float[Tensor, 
     )
 
 
-def select_topk(keep_logits: Float[Tensor, "B N 2"], num_keep: int) -> Int[Tensor, "B K"]:
-    """`top_k` as indices of patch tokens, ascending and unique.
+def select_topk(
+    keep_logits: Float[Tensor, "B N 2"], num_keep: int, numbers: Int[Tensor, "B N"] | None = None
+) -> Int[Tensor, "B K"]:
+    """Places of the `num_keep` tokens of each image with the highest keep score, ascending.
+
+    The score is `keep_logits[..., 0]`. Of equal scores `tie_order` says which win, on every backend
+    and whatever tokens are still there.
 
     Args:
         keep_logits: log-probabilities, keep first. NaN counts as the lowest score.
         num_keep: K, from 1 to N.
+        numbers: original numbers of the tokens, -1 for padding; None if token i is number i.
 
     Raises:
         PlanError: `num_keep` is not in 1..N.
     """
-    if torch.compiler.is_exporting():  # ONNX's exporter knows no stable sort
-        return indices_of(top_k(keep_logits, num_keep), num_keep)
-    order = _score(keep_logits, num_keep).sort(dim=1, descending=True, stable=True).indices
-    return order[:, :num_keep].sort(dim=1).values
+    best = _best(keep_logits, num_keep, numbers)
+    if torch.compiler.is_exporting():  # ONNX's exporter knows no sort
+        return -(-best).topk(num_keep, dim=1).values
+    return best.sort(dim=1).values
 
 
 def indices_of(chosen: Bool[Tensor, "B N"], count: int) -> Int[Tensor, "B K"]:
@@ -99,11 +133,13 @@ def above_threshold(
     threshold: float,
     there: Shaped[Tensor, "B N"] | None = None,
     real: Shaped[Tensor, "B N"] | None = None,
+    numbers: Int[Tensor, "B N"] | None = None,
 ) -> Bool[Tensor, "B N"]:
     """The tokens whose keep probability is above a threshold; the best one of each image anyway.
 
     NaN counts as the lowest score. `there` are the tokens that no earlier stage dropped, `real`
     those that are no padding of the host's own; only an image without a real token keeps another.
+    `numbers` as for `select_topk`: of equal best tokens one is kept.
     """
     ranked = keep_logits if real is None else real_first(keep_logits, real)
     wanted = keep_logits[..., 0] > math.log(threshold)
@@ -112,7 +148,7 @@ def above_threshold(
     if there is not None:
         wanted = wanted & there.bool()
         ranked = ranked.masked_fill(~there.bool().unsqueeze(-1), float("-inf"))
-    best = torch.zeros_like(wanted).scatter(1, select_topk(ranked, 1), True)
+    best = torch.zeros_like(wanted).scatter(1, select_topk(ranked, 1, numbers), True)
     return torch.where(wanted.any(1, keepdim=True), wanted, best)
 
 

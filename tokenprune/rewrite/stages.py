@@ -56,16 +56,22 @@ def patch_keys(key: Tensor, key_dim: int, num_prefix: int, rows_per_image: int) 
 
 
 def choose(
-    logits: Tensor, settings: CallSettings, stage: int, present: Tensor | None, real: Tensor | None
+    logits: Tensor,
+    settings: CallSettings,
+    stage: int,
+    present: Tensor | None,
+    real: Tensor | None,
+    numbers: Tensor | None = None,
 ) -> Tensor:
     """Which tokens stay, where no noise is drawn and no set is forced: [B, N'] bool, as `present`
-    (what no earlier stage dropped; None: all) and here `real` are."""
+    (what no earlier stage dropped; None: all) and here `real` are. `numbers` as for
+    `select_topk`."""
     if settings.threshold is not None:
-        return selection.above_threshold(logits, settings.threshold, present, real)
+        return selection.above_threshold(logits, settings.threshold, present, real, numbers)
     ranked = logits if real is None else selection.real_first(logits, real)
     if present is not None:
         ranked = ranked.masked_fill(~present.unsqueeze(-1), float("-inf"))
-    return selection.top_k(ranked, settings.num_keep[stage])
+    return selection.top_k(ranked, settings.num_keep[stage], numbers)
 
 
 def forced_set(settings: CallSettings, stage: int) -> Tensor | None:
@@ -168,7 +174,7 @@ def _places(
     forced = forced_set(settings, stage)
     if forced is None:
         ranked = _ranked(logits, previous, real)
-        return selection.select_topk(ranked, settings.num_keep[stage])
+        return selection.select_topk(ranked, settings.num_keep[stage], previous)
     numbers = _own_numbers(logits) if previous is None else previous
     return torch.searchsorted(numbers.contiguous(), forced.to(numbers.device).contiguous())
 
@@ -247,7 +253,7 @@ def select_jagged(
         places = torch.where(forced < 0, -1, torch.searchsorted(ascending, forced.contiguous()))
     else:
         present = numbers >= 0 if previous is not None and selection.has_padding(numbers) else None
-        wanted = choose(logits, settings, stage, present, _real_there(real, numbers))
+        wanted = choose(logits, settings, stage, present, _real_there(real, numbers), numbers)
         if settings.threshold is None:
             places = selection.indices_of(wanted, settings.num_keep[stage])
         else:

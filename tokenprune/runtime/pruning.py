@@ -29,6 +29,7 @@ from tokenprune.runtime.cache import ProgramCache, Signature, signature_of
 from tokenprune.runtime.children import Children
 from tokenprune.runtime.compiled import Handle, Seen, watched_by_dynamo
 from tokenprune.runtime.entries import BlocksReached, check_what_follows, stopped_at, stopping
+from tokenprune.runtime.fitted import warn_if_fresh
 from tokenprune.runtime.overrides import NOTHING, Overrides, forced_sets
 from tokenprune.runtime.program import Programs
 from tokenprune.runtime.watch import Watch
@@ -62,6 +63,7 @@ class Pruning:
         example: What it was wrapped with; tensors are on the meta device.
         added: What `wrap` added, by name: children of the wrapped model alone.
         compiled: What `compile()` has set on the wrapped model.
+        fitted: The scorers are known to have learned, or to have nothing to learn.
     """
 
     host: nn.Module
@@ -80,6 +82,7 @@ class Pruning:
     overrides: dict[int, Overrides] = field(default_factory=dict)
     entries: set[str] = field(default_factory=set)
     watch: Watch = field(default_factory=Watch)
+    fitted: bool = False
 
     def __post_init__(self) -> None:
         self.handle, self.seen, self.spare = Handle(self), Seen(), Seen()
@@ -123,6 +126,13 @@ class Pruning:
         """Whether a path is the host itself: nothing is pruned."""
         keeps_all = self.forced.keep_indices is None and self.budget.keeps_all
         return path == "dense" or (path == "gather" and keeps_all)
+
+    def look_at_scorers(self, path: Path) -> None:
+        """Warn, at an eval call that they prune, if the scorers have learned nothing yet."""
+        if self.fitted or self.host.training or self.runs_host(path) or self.forced.keep_indices:
+            return
+        kind = type(self.host).__name__
+        self.fitted = warn_if_fresh(kind, self.added, self.method.reduction.removes)
 
     def call_method(
         self, model: nn.Module, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]
@@ -185,6 +195,7 @@ class Pruning:
             signature = signature_of(arguments, entry, self.host.training)
             programs = self.cache.numbered(number, signature)
         else:
+            self.look_at_scorers(path)
             arguments = CallSignature.now(type(self.host), entry).bind(args, kwargs)
             programs = self.programs(arguments, entry)
         name = self.path_name(path)
@@ -385,6 +396,7 @@ def _prepare(
         )
     programs = pruning.programs(Arguments(dict(zip(names, values, strict=True)), places), entry)
     programs.get(pruning.host, path)
+    pruning.look_at_scorers(path)
     pruning.seen = Seen(programs, pruning.cache)
     number: int = programs.number
     return number

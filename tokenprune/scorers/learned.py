@@ -13,6 +13,10 @@ from tokenprune.scorers.protocol import SCORERS, Mask, Scorer, Scores, Tokens
 
 __all__ = ["TokenPredictor"]
 
+FAINT = 1 / 128
+"""Weights of the last layer at the start, in steps of scores: too small to change a score."""
+ABOVE = 2
+"""How far its scores are apart at the start, in steps."""
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU}
 
 
@@ -35,14 +39,20 @@ class TokenPredictor(Scorer):
         activation: Literal["gelu", "relu", "silu"] = "gelu",
         norm_eps: float = 1e-5,
         init_std: float = 0.02,
+        small_start: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Build a predictor for tokens of `dim` channels; odd and tiny numbers are fine. Weights
-        are drawn from a truncated normal of `init_std`, biases start at 0."""
+        """Build a predictor for tokens of `dim` channels; odd and tiny numbers are fine.
+
+        Weights are drawn from a truncated normal of `init_std`, biases start at 0. With
+        `small_start` those of the last layer are so small that all scores round to the same:
+        before it has learned anything a predictor prefers no token, and of ties those stay that are
+        spread evenly. They are not 0, so that the first gradient reaches the layers before. The
+        keep probability is two roundings above 1/2, so a threshold of 0.5 drops nothing then."""
         super().__init__()
         self.dim = dim
-        self.init_std = init_std
+        self.init_std, self.small_start = init_std, small_start
         act = _ACTIVATIONS[activation]
         hidden, narrow = max(dim // 2, 1), max(dim // 4, 1)
 
@@ -68,6 +78,21 @@ class TokenPredictor(Scorer):
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
+        with torch.no_grad():
+            last = self.out_proj[-1]
+            if self.small_start and self.init_std and isinstance(last, nn.Linear):
+                eps = _eps(last.weight.dtype)
+                last.weight.mul_(FAINT * eps / self.init_std)
+                last.bias[0] = ABOVE * eps
+
+    def is_fresh(self) -> bool:
+        """The last layer is as small as at the start, so that all scores tie."""
+        last = self.out_proj[-1]
+        if not (_is_plain(last) and type(last.weight) is type(last.bias) is nn.Parameter):
+            return False  # replaced, adapted or quantised: somebody works with it
+        eps = _eps(torch.float32)
+        small = last.weight.abs().max() <= 16 * FAINT * eps
+        return bool(small) and bool(last.bias.abs().max() <= ABOVE * eps)
 
     def forward(self, tokens: Tokens, present: Mask = None, **needed: Any) -> Scores:
         """Log-probabilities, keep first, in fp32 or better also under autocast."""
@@ -92,6 +117,11 @@ class TokenPredictor(Scorer):
             logits = layer(logits)
         wide = torch.promote_types(logits.dtype, torch.float32)
         return F.log_softmax(logits, dim=-1, dtype=wide)
+
+
+def _eps(dtype: torch.dtype) -> float:
+    """The step of scores at 1."""
+    return torch.finfo(torch.promote_types(dtype, torch.float32)).eps
 
 
 def _is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:

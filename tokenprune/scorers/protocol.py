@@ -77,6 +77,11 @@ class Scorer(nn.Module, ABC):
         """
         return cls()
 
+    def is_fresh(self) -> bool:
+        """Whether it has to learn and has not: its parameters still rank tokens as they did when it
+        was made. Eval then warns. Reads values, so it is asked outside of what is compiled."""
+        return False
+
     @abstractmethod
     def forward(self, tokens: Tokens, present: Mask = None, **needed: Any) -> Scores:
         """Scores of keeping and of dropping each token, fp32 or better.

@@ -138,7 +138,7 @@ def calibrate(
     if pruning.method.scorer.probabilistic:
         was = pruning.budget
         pruning.budget, _ = budget_for(model, wanted, example)
-        fit = {"steps": fit_steps, "learning_rate": learning_rate, "seed": seed}
+        fit: dict[str, Any] = {"steps": fit_steps, "learning_rate": learning_rate, "seed": seed}
         try:
             with steps("fitting predictors", fit_steps, progress) as done:
                 fit_predictors(model, reference, **fit, resume=file, done=done)

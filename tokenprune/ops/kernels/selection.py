@@ -24,7 +24,7 @@ def keep_best(
 
     Args:
         tokens: [B, P + N, D].
-        score: [B, N], fp32; of equal scores the lower index wins, NaN counts as the lowest.
+        score: [B, N], fp32; `ops.selection.tie_order` chooses among equal ones, NaN is the lowest.
         numbers: [B, N] original numbers of the patches; None if patch i is number i.
         num_keep: K, from 1 to N.
         num_prefix: P.

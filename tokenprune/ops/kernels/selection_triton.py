@@ -7,15 +7,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tokenprune.ops.selection import GOLDEN, TIES
+
 __all__ = ["gather", "select"]
 
 
 @triton.jit
 @no_type_check
 def _select(
-    SCORE, NUMBERS, PLACES, KEPT, ssb, ssn, snb, N, K, HAS_NUMBERS: tl.constexpr, BN: tl.constexpr
-):
-    """The `K` best of one image, ascending; of equal ones the first. NaN is the lowest score."""
+    SCORE, NUMBERS, PLACES, KEPT, ssb, ssn, snb, N, K, HAS_NUMBERS: tl.constexpr, BN: tl.constexpr,
+    GOLDEN: tl.constexpr, TIES: tl.constexpr,
+):  # fmt: skip
+    """The `K` best of one image, ascending; of equal ones those that `tie_order` puts first. NaN is
+    the lowest score."""
     image = tl.program_id(0).to(tl.int64)
     n = tl.arange(0, BN)
     score = tl.load(SCORE + image * ssb + n * ssn, mask=n < N, other=0.0).to(tl.float32)
@@ -35,11 +39,21 @@ def _select(
         least = tl.where(enough, higher, least)
     level = rank == least
     room = K - tl.sum((rank > least).to(tl.int32), 0)
-    chosen = (rank > least) | (level & (tl.cumsum(level.to(tl.int32), 0) <= room))
+    if HAS_NUMBERS:
+        number = tl.load(NUMBERS + image * snb + n, mask=n < N, other=0)
+    else:
+        number = n.to(tl.int64)
+    # Of those at the limit the first `room` in the order of ties, again bit by bit: 1 to 2^20.
+    tie = tl.where(level, (number * GOLDEN) % TIES + 1, 0)
+    first = tl.zeros([1], tl.int64)
+    for step in range(21):
+        higher = first + (tl.full([1], TIES, tl.int64) >> step)
+        enough = tl.sum((tie >= higher).to(tl.int32), 0) >= room
+        first = tl.where(enough, higher, first)
+    chosen = (rank > least) | (level & (tie >= first))
     to = image * K + tl.cumsum(chosen.to(tl.int32), 0) - 1
     tl.store(PLACES + to, n.to(tl.int64), mask=chosen)
     if HAS_NUMBERS:
-        number = tl.load(NUMBERS + image * snb + n, mask=chosen, other=0)
         tl.store(KEPT + to, number, mask=chosen)
 
 
@@ -68,7 +82,8 @@ def select(score: Tensor, numbers: Tensor | None, num_keep: int) -> tuple[Tensor
     kept = places if numbers is None else torch.empty_like(places)
     _select[(batch,)](
         score, given, places, kept, *score.stride(), given.stride(0), length, num_keep,
-        HAS_NUMBERS=numbers is not None, BN=block, num_warps=1 if block <= 512 else 4,
+        HAS_NUMBERS=numbers is not None, BN=block, GOLDEN=GOLDEN, TIES=TIES,
+        num_warps=1 if block <= 512 else 4,
     )  # fmt: skip
     return places, kept
 
