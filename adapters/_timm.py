@@ -60,6 +60,7 @@ class TimmFamily:
             adapter=self.name,
             blocks=blocks,
             num_prefix_tokens=self._prefix(host),
+            class_token=getattr(host, "cls_token", self) is not None,
             norm=self.norm if self.norm and has_module(host, self.norm) else None,
             mode=self.mode,
             token_argument=self.token_argument,

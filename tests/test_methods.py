@@ -1,4 +1,7 @@
-"""The recipe that `wrap` makes for a host when none is given."""
+"""Methods as objects, and by name."""
+
+from importlib.metadata import EntryPoint
+from typing import Any
 
 import pytest
 import timm
@@ -6,59 +9,70 @@ import torch
 from torch import nn
 
 import tokenprune
-from tokenprune.analysis.blocks import find_blocks
-from tokenprune.errors import PlanError
-from tokenprune.methods import with_default_stages
+from tokenprune import methods
+from tokenprune.errors import RecipeError, RegistrationError, UnknownRecipeError
+from tokenprune.recipe import Recipe, load_recipe
 from tokenprune.runtime.model import pruning_of
-from tokenprune.tracing.host_graph import trace
-
-VIT = timm.models.vision_transformer.VisionTransformer
-SWIN = timm.models.swin_transformer.SwinTransformer
 
 
-def stages(model: nn.Module) -> list[tuple[int, float]]:
-    return [(s.block, s.keep_ratio) for s in pruning_of(model).recipe.resolved_stages]
-
-
-def vit(depth: int) -> nn.Module:
-    return VIT(img_size=16, patch_size=4, embed_dim=16, depth=depth, num_heads=2, num_classes=3)
-
-
-@pytest.mark.parametrize(
-    ("depth", "expected"), [(4, [(1, 0.7), (2, 0.49), (3, 0.343)]), (2, [(1, 0.7)])]
-)
-def test_tokens_leave_at_a_quarter_a_half_and_three_quarters(
-    depth: int, expected: list[tuple[int, float]]
-) -> None:
-    assert stages(tokenprune.wrap(vit(depth), verify=False, train=False)) == expected
-
-
-def test_a_grid_is_bypassed_where_its_longest_stretch_is() -> None:
+def vit() -> nn.Module:
     torch.manual_seed(0)
-    host = SWIN(img_size=32, patch_size=2, window_size=4, embed_dim=8, depths=(1, 4, 1),
-                num_heads=(2, 2, 2), num_classes=3)  # fmt: skip
-    model = tokenprune.wrap(host, verify=False, train=False)
-    assert pruning_of(model).method.reduction.name == "bypass"
-    assert stages(model) == [(2, 0.7), (3, 0.5), (4, 0.3)]
+    small = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 4, "num_heads": 2}
+    return timm.models.vision_transformer.VisionTransformer(**small, num_classes=3).eval()
 
 
-def test_too_few_blocks_are_refused_with_their_number() -> None:
-    with pytest.raises(
-        PlanError, match=r"at least two blocks .* among the 1 blocks .* there are 1"
-    ):
-        tokenprune.wrap(vit(1))
+@pytest.mark.parametrize("name", methods.list_methods())
+def test_each_has_a_name_that_makes_its_recipe(name: str) -> None:
+    method = methods.method_named(name)
+    assert method is not None
+    assert method.name == name
+    recipe = load_recipe(method)
+    assert recipe == load_recipe(name)
+    assert Recipe.from_text(recipe.to_yaml()) == recipe
+    assert name in tokenprune.list_recipes()
+    assert type(method).__doc__
 
 
-def test_it_needs_no_weights_and_leaves_the_host_alone() -> None:
-    host = vit(4).eval()
-    before = {key: value.clone() for key, value in host.state_dict().items()}
-    spec = tokenprune.ArchSpec(
-        adapter="here",
-        blocks=tuple(f"blocks.{n}" for n in range(4)),
-        num_prefix_tokens=1,
-        mode="bypass",
-    )
-    traced = trace(host, {"x": torch.randn(2, 3, 16, 16)})
-    recipe = with_default_stages(None, host, spec, traced, find_blocks(host, traced, spec))
-    assert [stage.block for stage in recipe.resolved_stages] == [1, 2, 3]
-    assert all(torch.equal(before[key], value) for key, value in host.state_dict().items())
+def test_wrap_takes_one() -> None:
+    model = tokenprune.wrap(vit(), methods.ToMe(r=3), verify=False, train=False)
+    assert pruning_of(model).recipe.name == "tome-r3"
+    assert pruning_of(model).budget.counts([16] * 4) == (13, 10, 7, 4)
+    model = tokenprune.wrap(vit(), methods.DynamicViT(keep_ratio=0.5), verify=False, train=False)
+    assert pruning_of(model).recipe.scorer == "learned"
+
+
+def test_they_are_checked_and_never_change() -> None:
+    with pytest.raises(RecipeError, match=r"ToMe\(r=0\) is no method:\n.*r: "):
+        methods.ToMe(r=0)
+    with pytest.raises(RecipeError, match=r"EViT\(keep_ratio=1.5\) is no method"):
+        methods.EViT(keep_ratio=1.5)
+    with pytest.raises(RecipeError, match="keep: Extra inputs"):
+        methods.EViT(keep=0.5)
+    with pytest.raises(ValueError, match="frozen"):
+        methods.EViT().keep_ratio = 0.5  # type: ignore[misc]
+    for name in ("tome-k0.7", "tome-r0", "evit-r3", "evit-k1.5", "tom-r13"):
+        with pytest.raises(UnknownRecipeError, match=r"No recipe is named .* Did you mean"):
+            load_recipe(name)
+
+
+def test_another_package_adds_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(methods._METHODS, "_known", dict(methods._METHODS._known))
+
+    class Halving(methods.Method):
+        """Half of the tokens leave at one block."""
+
+        letter = ("b", "block")
+        block: int = 2
+
+        def recipe(self) -> dict[str, Any]:
+            return {"scorer": "token-norm", "stages": [{"block": self.block, "keep_ratio": 0.5}]}
+
+    entry = EntryPoint("halving", "here:Halving", methods.ENTRY_POINTS)
+    monkeypatch.setattr(EntryPoint, "load", lambda self: Halving)
+    monkeypatch.setattr(methods, "_loaded", False)
+    monkeypatch.setattr(methods, "entry_points", lambda group: [entry])
+    assert "halving-b2" in methods.list_methods()
+    model = tokenprune.wrap(vit(), "halving-b1", verify=False, train=False)
+    assert pruning_of(model).plan.blocks == (1,)
+    with pytest.raises(RegistrationError, match="A method named 'halving' is registered already"):
+        methods.register_method("halving")(Halving)

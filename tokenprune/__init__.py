@@ -1,7 +1,7 @@
 """Learned token pruning for vision transformers that somebody else wrote."""
 
 import tokenprune.versions  # noqa: F401  # isort: split
-from tokenprune import errors, losses
+from tokenprune import errors, losses, methods
 from tokenprune.checkpoints.directory import load, save
 from tokenprune.checkpoints.dynamicvit import convert_dynamicvit, load_dynamicvit
 from tokenprune.checks.certificate import Certificate
@@ -39,6 +39,7 @@ __all__ = [
     "load",
     "load_dynamicvit",
     "losses",
+    "methods",
     "profile",
     "register_adapter",
     "save",

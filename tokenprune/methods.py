@@ -1,119 +1,217 @@
-"""Methods: one choice at each seam. The only file that asks which reduction or scorer it is."""
+"""Methods that fit any host: `tokenprune.wrap(model, tokenprune.methods.ToMe(r=13))`.
 
-from dataclasses import dataclass
+Each is a frozen object that makes a recipe, and has a name that `wrap`, recipes and the command
+line take as well: `tome-r13`. Another package adds its own with `register_method`, and names it in
+the entry-point group `tokenprune.methods`.
+"""
 
-from torch import nn
+import re
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from typing import Annotated, Any, ClassVar, TypeVar
 
-from tokenprune.analysis.blocks import Blocks
-from tokenprune.analysis.nodes import shape_of
-from tokenprune.errors import PlanError
-from tokenprune.hosts.spec import ArchSpec
-from tokenprune.recipe import Recipe
-from tokenprune.recipe.schema import ScheduleSection
-from tokenprune.reductions import MODES, Reduction
-from tokenprune.rewrite.settings import Path
-from tokenprune.scorers import SCORERS, Scorer
-from tokenprune.tracing.host_graph import HostGraph
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-__all__ = ["Method", "method_of", "with_default_stages"]
+from tokenprune.errors import RecipeError
+from tokenprune.registry import Registry
 
-KEEP_RATIO = 0.7
+__all__ = [
+    "DynamicViT",
+    "EViT",
+    "KeyNorm",
+    "Merge",
+    "MergeFalling",
+    "Method",
+    "Random",
+    "Similarity",
+    "ToMe",
+    "TokenNorm",
+    "TopK",
+    "list_methods",
+    "method_named",
+    "register_method",
+]
 
+ENTRY_POINTS = "tokenprune.methods"
+NAME = re.compile(r"(?P<method>.+)-(?P<letter>[a-z])(?P<value>\d*\.?\d+)")
 
-@dataclass(frozen=True)
-class Method:
-    """What a recipe prunes with: what says which tokens stay, and what becomes of the others."""
-
-    scorer: type[Scorer]
-    reduction: type[Reduction]
-
-    def path(self, training: bool) -> Path:
-        """The path that runs: scores that are probabilities are learned on the mask path; others
-        have nothing to learn, so training gathers too, which costs less than dense training."""
-        return "mask" if training and self.scorer.probabilistic else "gather"
-
-    def check_threshold(self, threshold: float | None) -> None:
-        """Raise PlanError if a threshold has nothing to be compared with."""
-        if threshold is not None and not self.scorer.probabilistic:
-            raise PlanError(
-                f"asked for threshold={threshold}, but the scores of {self.scorer.__name__} are no "
-                "probabilities. Use keep ratios, or `scorer: learned`."
-            )
+KeepRatio = Annotated[float, Field(gt=0, le=1)]
 
 
-def method_of(recipe: Recipe, spec: ArchSpec) -> Method:
-    """The method of a recipe, for one host.
+class Method(BaseModel):
+    """Base of methods: fields are checked, and never change.
 
-    Raises:
-        PlanError: It does not serve this host, or its parts do not fit each other.
+    Attributes:
+        registered: What it is called without its number; set by `register_method`.
+        letter: The letter of a name, such as the k of `random-k0.7`, and the field it stands for.
     """
-    method = Method(SCORERS[recipe.scorer], MODES[_mode(recipe, spec)])
-    named = f"recipe {recipe.name!r}" if recipe.name else "the recipe"
-    if method.reduction.removes and not MODES[spec.mode].removes:
-        raise PlanError(
-            f"{named} has `mode: {recipe.mode}`, but this host (adapter {spec.adapter!r}) needs "
-            f"`mode: {spec.mode}`: it keeps a grid of tokens, from which none can be removed. "
-            "Change the recipe's mode or pick another recipe."
-        )
-    if recipe.place not in method.reduction.places:
-        raise PlanError(
-            f"{named} has `place: {recipe.place}`, but stages of `mode: {recipe.mode}` can be at "
-            f"{' or '.join(sorted(method.reduction.places))} only. Change the one or the other."
-        )
-    if not issubclass(method.scorer, method.reduction.scorers):
-        fitting = [n for n in SCORERS if issubclass(SCORERS[n], method.reduction.scorers)]
-        raise PlanError(
-            f"{named} has `scorer: {recipe.scorer}`, but `mode: {recipe.mode}` needs one that says "
-            f"which tokens are similar: {', '.join(fitting)}. Change the one or the other."
-        )
-    if recipe.sampling.selection == "threshold":
-        method.check_threshold(recipe.sampling.threshold)
-    return method
 
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    registered: ClassVar[str] = ""
+    letter: ClassVar[tuple[str, str]] = ("k", "keep_ratio")
 
-def _mode(recipe: Recipe, spec: ArchSpec) -> str:
-    """Of the recipe; the host's own where the recipe fits any host and gives none."""
-    given = recipe.resolved_stages or "mode" in recipe.model_fields_set
-    return recipe.mode if given else spec.mode
-
-
-def with_default_stages(
-    recipe: Recipe | None, host: nn.Module, spec: ArchSpec, traced: HostGraph, blocks: Blocks
-) -> Recipe:
-    """A recipe that leaves its stages to the host, with them: by its rule (`ScheduleSection`), or
-    at a quarter, a half and three quarters of the blocks that can have one. None keeps 0.7 of the
-    tokens at each stage, in the mode that fits the host.
-
-    Raises:
-        PlanError: There are too few blocks, or more tokens are to leave than can.
-    """
-    if recipe is not None and recipe.resolved_stages:
-        return recipe
-    recipe = recipe or Recipe.parse({"version": 1, "schedule": {"keep_ratio": KEEP_RATIO}})
-    schedule = recipe.schedule or ScheduleSection(keep_ratio=KEEP_RATIO)
-    mode = _mode(recipe, spec)
-    reduction: type[Reduction] = MODES[mode]
-    candidates, needed = reduction.candidates(host, traced, blocks, spec)
-    if len(candidates) <= reduction.skipped:
-        raise PlanError(
-            f"A host needs at least {needed} to be pruned, but among the {len(spec.blocks)} blocks "
-            f"that adapter {spec.adapter!r} found in {type(host).__name__} there are "
-            f"{len(candidates)}."
-        )
-    if schedule.r is None and not schedule.falling:
-        places = (max(reduction.skipped, len(candidates) * part // 4) for part in (1, 2, 3))
-        chosen = sorted({candidates[place] for place in places})
-        ratios = [
-            float(f"{r:.3g}") for r in reduction.ratios(schedule.keep_ratio or 1.0, len(chosen))
-        ]
-    else:
-        chosen = list(schedule.blocks or candidates)
-        patches = shape_of(blocks[chosen[0]].entry)[1] - spec.num_prefix_tokens
+    def __init__(self, **fields: Any) -> None:
         try:
-            ratios = list(schedule.ratios(len(chosen), patches))
-        except ValueError as error:
-            raise PlanError(f"{recipe.name or 'the recipe'}: {error}.") from error
-    stages = [{"block": b, "keep_ratio": r} for b, r in zip(chosen, ratios, strict=True)]
-    mapping = recipe.model_dump(mode="json", exclude_none=True, exclude={"schedule"})
-    place = reduction.place(recipe.place, [blocks[number] for number in chosen])
-    return Recipe.parse({**mapping, "mode": mode, "place": place, "stages": stages})
+            super().__init__(**fields)
+        except ValidationError as error:
+            found = error.errors(include_url=False)
+            problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in found]
+            asked = ", ".join(f"{name}={value!r}" for name, value in fields.items())
+            raise RecipeError(f"{type(self).__name__}({asked}) is no method:", problems) from None
+
+    @property
+    def name(self) -> str:
+        """Its name, number included."""
+        letter, field = self.letter
+        return f"{self.registered}-{letter}{getattr(self, field):g}"
+
+    def recipe(self) -> dict[str, Any]:
+        """The keys of a recipe that say what it does, without `version` and `name`."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what its recipe is")
+
+
+M = TypeVar("M", bound=type[Method])
+_METHODS: Registry[type[Method]] = Registry("method")
+_loaded = False
+
+
+def register_method(name: str, *, replace: bool = False) -> Callable[[M], M]:
+    """Class decorator: make a method known by a name.
+
+    Args:
+        name: Without its number: `tome` of `tome-r13`.
+        replace: Put it in the place of another of that name.
+
+    Raises:
+        RegistrationError: The name is taken, and `replace` is False.
+    """
+
+    def add(method: M) -> M:
+        _METHODS.register(name, replace=replace)(method)
+        method.registered = name
+        return method
+
+    return add
+
+
+def list_methods() -> list[str]:
+    """A name for each method, with the number it has if none is given."""
+    return sorted(method().name for method in _known().values())
+
+
+def method_named(name: str) -> Method | None:
+    """The method of a name such as `tome-r13`; None if there is none."""
+    match, known = NAME.fullmatch(name), _known()
+    if match is None or match["method"] not in known:
+        return None
+    method = known[match["method"]]
+    letter, field = method.letter
+    if letter != match["letter"]:
+        return None
+    text = match["value"]
+    try:
+        return method(**{field: float(text) if "." in text else int(text)})
+    except RecipeError:
+        return None
+
+
+def _known() -> dict[str, type[Method]]:
+    """Those of this package, and of others that are installed."""
+    global _loaded
+    if not _loaded:
+        _loaded = True
+        for entry in entry_points(group=ENTRY_POINTS):
+            method = entry.load()
+            if not method.registered:
+                register_method(entry.name)(method)
+    return {name: _METHODS[name] for name in _METHODS}
+
+
+class _Keeping(Method):
+    """Three stages, each of which keeps a share of what it sees."""
+
+    keep_ratio: KeepRatio = 0.7
+    parts: ClassVar[dict[str, str]] = {}
+
+    def recipe(self) -> dict[str, Any]:
+        return {**self.parts, "schedule": {"keep_ratio": self.keep_ratio}}
+
+
+@register_method("dynamicvit")
+class DynamicViT(_Keeping):
+    """Predictors that learn which tokens to keep (Rao et al., 2021). The one that needs training:
+    what `wrap(model)` does."""
+
+    parts = {"scorer": "learned"}
+
+
+@register_method("evit")
+class EViT(_Keeping):
+    """The tokens that the class token attends to most, and the sum of the others (Liang et al.,
+    2022). The share is of the tokens that a stage sees, rounded up, beside the fused one."""
+
+    parts = {"mode": "fuse"}
+
+
+@register_method("topk")
+class TopK(_Keeping):
+    """The tokens that the class token attends to most; the others leave."""
+
+    parts = {"scorer": "class-attention"}
+
+
+@register_method("merge")
+class Merge(_Keeping):
+    """Similar tokens become their mean, at three blocks: ToMe's matching in larger steps."""
+
+    parts = {"mode": "merge"}
+
+
+@register_method("merge-falling")
+class MergeFalling(_Keeping):
+    """The same at every block, fewer in each than in the one before; as many tokens are left in the
+    end as with `Merge` of this ratio."""
+
+    parts = {"mode": "merge"}
+
+    def recipe(self) -> dict[str, Any]:
+        return {"mode": "merge", "schedule": {"keep_ratio": self.keep_ratio, "falling": True}}
+
+
+@register_method("tome")
+class ToMe(Method):
+    """The same, `r` tokens in every block (Bolya et al., 2023)."""
+
+    letter: ClassVar[tuple[str, str]] = ("r", "r")
+    r: Annotated[int, Field(ge=1)] = 13
+
+    def recipe(self) -> dict[str, Any]:
+        return {"mode": "merge", "schedule": {"r": self.r}}
+
+
+@register_method("random")
+class Random(_Keeping):
+    """Random tokens, drawn again in every call: the baseline."""
+
+    parts = {"scorer": "random"}
+
+
+@register_method("token-norm")
+class TokenNorm(_Keeping):
+    """The tokens with the largest norm."""
+
+    parts = {"scorer": "token-norm"}
+
+
+@register_method("key-norm")
+class KeyNorm(_Keeping):
+    """The tokens with the smallest keys."""
+
+    parts = {"scorer": "key-norm"}
+
+
+@register_method("similarity")
+class Similarity(_Keeping):
+    """Tokens that are similar to another one leave, instead of being merged with it."""
+
+    parts = {"scorer": "similarity"}

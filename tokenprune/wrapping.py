@@ -9,6 +9,7 @@ from torch import nn
 from tokenprune.analysis.blocks import find_blocks
 from tokenprune.analysis.plan import bind
 from tokenprune.checks.verify import verify as verify_model
+from tokenprune.choice import choice_of, with_default_stages
 from tokenprune.errors import (
     AlreadyWrappedError,
     NonFiniteWeightsError,
@@ -18,7 +19,6 @@ from tokenprune.errors import (
 from tokenprune.hosts.inputs import CallSignature, ExampleInputs, first_floating, named_inputs
 from tokenprune.hosts.registry import describe, stated_by
 from tokenprune.hosts.spec import ArchSpec
-from tokenprune.methods import method_of, with_default_stages
 from tokenprune.notices import warn_once
 from tokenprune.recipe import RecipeSource, load_recipe
 from tokenprune.runtime.added import added_names
@@ -112,7 +112,7 @@ def wrap(
     chosen = None if recipe is None else load_recipe(recipe)
     spec = describe(model, adapter)
     if chosen is not None:
-        method_of(chosen, spec)
+        choice_of(chosen, spec)
         bind(chosen, spec)
     _check_finite(model)
 
@@ -128,7 +128,7 @@ def wrap(
             adapter=adapter,
             spec=spec,
             recipe=chosen,
-            method=method_of(chosen, spec),
+            method=choice_of(chosen, spec),
             plan=plan,
             budget=budget,
             call=call,

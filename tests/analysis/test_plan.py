@@ -6,9 +6,9 @@ import pytest
 
 from tokenprune.analysis.plan import Budget, Plan, bind
 from tokenprune.analysis.sites import Site
+from tokenprune.choice import choice_of
 from tokenprune.errors import PlanError
 from tokenprune.hosts.spec import ArchSpec
-from tokenprune.methods import method_of
 from tokenprune.recipe import Recipe
 from tokenprune.reductions import Bypass
 
@@ -57,6 +57,6 @@ def test_blocks_that_the_host_does_not_have() -> None:
 
 def test_tokens_cannot_be_removed_from_a_grid() -> None:
     with pytest.raises(PlanError, match=r"`mode: remove`, but this host \(adapter 'by hand'\) nee"):
-        method_of(recipe(), spec(mode="bypass"))
+        choice_of(recipe(), spec(mode="bypass"))
     for mode in ("remove", "bypass"):
-        assert method_of(recipe(mode="bypass"), spec(mode=mode)).reduction is Bypass  # type: ignore[arg-type]
+        assert choice_of(recipe(mode="bypass"), spec(mode=mode)).reduction is Bypass  # type: ignore[arg-type]

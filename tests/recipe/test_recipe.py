@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+import tokenprune
 from tokenprune.errors import RecipeError, UnknownRecipeError
 from tokenprune.recipe import Recipe, list_recipes, load_recipe
 from tokenprune.recipe.counting import num_keep
@@ -38,8 +39,7 @@ PUBLISHED_NAMES = [
 def test_every_shipped_file_is_found_and_nothing_else() -> None:
     names = list_recipes()
     assert names[: len(SHIPPED)] == SHIPPED
-    ratios = ("key-norm", "merge-falling", "merge", "random", "similarity", "token-norm")
-    assert names[len(SHIPPED) :] == [*(f"{name}-k0.7" for name in ratios), "tome-r13"]
+    assert names[len(SHIPPED) :] == tokenprune.methods.list_methods()
     assert len(PUBLISHED_NAMES) == 30
     assert {name for _, _, name in PUBLISHED_NAMES} <= set(SHIPPED)
     assert all(path.parent == FOLDER for path in FOLDER.rglob("*.yaml")), "keep recipes/ flat"
@@ -245,7 +245,7 @@ SCHEDULE = "version: 1\nschedule: {blocks: [3], keep_ratio: 0.7}\n"
         ),
         (
             SCHEDULE + "mode: drop",
-            "mode: There is no mode named 'drop'. Known names: bypass, merge, remove.",
+            "mode: There is no mode named 'drop'. Known names: bypass, fuse, merge, remove.",
         ),
         (SCHEDULE + "sampling: {rounding: up}", "sampling.rounding: should be 'floor', 'ceil' or"),
         (

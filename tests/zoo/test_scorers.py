@@ -9,7 +9,8 @@ from tests.zoo.hosts import ZOO
 from tests.zoo.rows import Row
 from tokenprune.recipe.names import named_recipes
 
-NAMES = ["merge-k0.7", "key-norm-k0.7", "random-k0.7", "token-norm-k0.7", "similarity-k0.7"]
+NAMES = ["merge-k0.7", "key-norm-k0.7", "random-k0.7", "similarity-k0.7"]
+WITH_CLASS_TOKEN = "evit-k0.7"
 # The core rows, and one row for each other way to write attention. The rest of the zoo has the
 # attention of one of these with other prefix tokens, positions or heads; `test_zoo.py` finds the
 # keys of every row. Merging reads keys, and attention, means and tables must know of its sizes;
@@ -33,6 +34,9 @@ OTHER_KEYS = {
 CORE = [row for row in ZOO if row.core and row.mode == "remove"]
 OTHER = [row for row in ZOO if row.name in OTHER_KEYS]
 CASES = [(row, name) for row in CORE for name in NAMES] + [(row, NAMES[0]) for row in OTHER]
+# Each of these has a class token; their attentions form logits, or not, in all ways there are.
+CLASS_ROWS = {*("qk_norm", "eva02", "beit_hf", "vit_eager", "deberta_v2_plain", "dinov3_vit")}
+CASES += [(row, WITH_CLASS_TOKEN) for row in ZOO if row.name in CLASS_ROWS]
 
 
 @pytest.mark.parametrize(

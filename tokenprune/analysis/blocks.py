@@ -29,11 +29,13 @@ class Attention(NamedTuple):
         query: Its queries.
         key: Its keys, [..., L, d], or [..., d, L] where `key_dim` is -1.
         key_dim: The dim of `key` that counts tokens, from the right.
+        node: The fused attention, or the softmax over keys.
     """
 
     query: fx.Node
     key: fx.Node
     key_dim: int
+    node: fx.Node
 
 
 @dataclass(frozen=True)
@@ -144,20 +146,22 @@ def _attention(host: nn.Module, nodes: Sequence[fx.Node]) -> Attention | None:
         kind = kind_of(host, node)
         if kind is Kind.ATTENTION:
             query, key = (argument(node, i, name) for i, name in enumerate(("query", "key")))
-            return Attention(query, key, -2)
+            return Attention(query, key, -2, node)
         if kind is Kind.SOFTMAX:
-            product = _product_of(host, argument(node, 0, "input"), set(nodes))
-            if product is not None:
-                return product
+            factors = _product_of(host, argument(node, 0, "input"), set(nodes))
+            if factors is not None:
+                return Attention(*factors, -1, node)
     return None
 
 
-def _product_of(host: nn.Module, scores: fx.Node, inside: set[fx.Node]) -> Attention | None:
+def _product_of(
+    host: nn.Module, scores: fx.Node, inside: set[fx.Node]
+) -> tuple[fx.Node, fx.Node] | None:
     """The product of queries and keys nearest before `scores`, of the same shape."""
     for node in makers(scores, lambda n: n in inside and shape_of(n)):
         factors = _factors(host, node)
         if factors is not None and shape_of(node)[-2:] == shape_of(scores)[-2:]:
-            return Attention(*factors, -1)
+            return factors
     return None
 
 

@@ -31,6 +31,7 @@ class ArchSpec:
         blocks: Module paths of the transformer blocks, in the order they run. A block that is run
             again and again (ALBERT's) is named once for each time.
         num_prefix_tokens: P, the class, distillation and register tokens before the patches.
+        class_token: The first prefix token, if there is one, is the class token and no register.
         norm: Path of the norm after the last block, if any: its output is `patch_tokens`.
         padding_mask: Name of the argument that says which tokens are real (1) and which only fill
             up (0), if the host takes one. Padded tokens are never kept in place of real ones.
@@ -44,9 +45,15 @@ class ArchSpec:
     adapter: str
     blocks: tuple[str, ...]
     num_prefix_tokens: int
+    class_token: bool = True
     norm: str | None = None
     padding_mask: str | None = None
     mode: Literal["remove", "bypass"] = "remove"
     token_argument: int = 0
     inputs: Mapping[str, ExampleInput] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    @property
+    def has_class_token(self) -> bool:
+        """There is a class token: the first prefix token."""
+        return self.class_token and self.num_prefix_tokens > 0

@@ -1,44 +1,55 @@
-"""What recipes may name: scorers, modes, and by them recipes that fit any host."""
+"""What recipes may name: scorers and modes; and by methods, recipes that fit any host."""
 
 import re
 from typing import Any
 
+from tokenprune.methods import Method, list_methods, method_named
 from tokenprune.registry import Registry
 
-__all__ = ["MODES", "SCORERS", "named_recipe", "named_recipes"]
+__all__ = ["MODES", "SCORERS", "named_recipe", "named_recipes", "recipe_of"]
 
 SCORERS: Registry[Any] = Registry("scorer")
 """Classes of `tokenprune.scorers`, by the `scorer` of a recipe."""
 MODES: Registry[Any] = Registry("mode")
 """Classes of `tokenprune.reductions`, by the `mode` of a recipe."""
 
-NAME = re.compile(r"(?P<method>.+?)(?P<falling>-falling)?-k(?P<ratio>0?\.\d+|1)|tome-r(?P<r>\d+)")
+NAME = re.compile(r"(?P<part>.+)-k(?P<ratio>0?\.\d+|1)")
 
 
 def named_recipe(name: str) -> dict[str, Any] | None:
-    """The mapping of a recipe for any host: `<scorer or mode>-k<keep ratio>` (`random-k0.7`,
-    `merge-k0.7`), `merge-falling-k<keep ratio>`, `tome-r<tokens a block>`.
+    """The mapping of a recipe for any host: of a method (`tome-r13`), or of any scorer or mode that
+    needs no training (`<scorer>-k0.7`).
 
     Returns:
-        None if there is no such scorer or mode, or it has to be trained.
+        None if there is none of that name.
     """
+    method = method_named(name)
+    if method is not None:
+        return recipe_of(method)
     match = NAME.fullmatch(name)
-    method = None if match is None else match["method"] or "merge"
-    if match is None or method not in _untrained():
+    chosen = None if match is None else _untrained().get(match["part"])
+    if match is None or chosen is None:
         return None
-    schedule: dict[str, Any] = {"keep_ratio": float(match["ratio"])} if match["ratio"] else {}
-    schedule |= {"r": int(match["r"])} if match["r"] else {}
-    schedule |= {"falling": True} if match["falling"] else {}
-    return {"version": 1, "name": name, **_untrained()[method], "schedule": schedule}
+    schedule = {"keep_ratio": float(match["ratio"])}
+    return {"version": 1, "name": name, **chosen, "schedule": schedule}
+
+
+def recipe_of(method: Method) -> dict[str, Any]:
+    """The mapping of a method's recipe."""
+    return {"version": 1, "name": method.name, **method.recipe()}
 
 
 def named_recipes() -> list[str]:
-    """One name for each method that needs no training, sorted."""
-    return sorted([*(f"{name}-k0.7" for name in _untrained()), "merge-falling-k0.7", "tome-r13"])
+    """One name for each method, and for each scorer or mode of another package, sorted."""
+    recipes = [named_recipe(name) or {} for name in list_methods()]
+    chosen = {part for recipe in recipes for part in (recipe.get("scorer"), recipe.get("mode"))}
+    return sorted(
+        [*list_methods(), *(f"{part}-k0.7" for part in _untrained() if part not in chosen)]
+    )
 
 
 def _untrained() -> dict[str, dict[str, str]]:
-    """Name -> the part of a recipe that chooses the method."""
+    """Name -> the part of a recipe that chooses it."""
     scorers = [name for name in SCORERS if not SCORERS[name].probabilistic]
     modes = [name for name in MODES if MODES[name].defaults.get("scorer") in scorers]
     chosen = {name: {"scorer": name} for name in scorers}

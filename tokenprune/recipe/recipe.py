@@ -11,7 +11,8 @@ from pydantic import ValidationError, ValidationInfo, field_validator, model_val
 from pydantic_core import ErrorDetails
 
 from tokenprune.errors import PlanError, RecipeError, UnknownRecipeError, did_you_mean
-from tokenprune.recipe.names import MODES, SCORERS, named_recipe, named_recipes
+from tokenprune.methods import Method
+from tokenprune.recipe.names import MODES, SCORERS, named_recipe, named_recipes, recipe_of
 from tokenprune.recipe.schema import (
     HostSection,
     LossSection,
@@ -54,7 +55,8 @@ class Recipe(Section):
         description: one line for `tokenprune recipes`.
         source: the paper or measurement that the recipe comes from.
         mode: `remove` gathers dropped tokens away; `bypass` keeps the grid, and dropped tokens skip
-            the MLP; `merge` lets similar tokens become their mean.
+            the MLP; `fuse` lets them go on as one, their weighted sum; `merge` lets similar
+            tokens become their mean.
         scorer: what says which tokens stay; `learned` is DynamicViT's predictor, `similarity` (the
             default of `merge`) ToMe's matching.
         place: where in its block a stage is: `entry`, or `middle` after attention's residual
@@ -198,7 +200,7 @@ _SECTIONS: dict[str, type[Section]] = {
     "host": HostSection,
 }
 
-RecipeSource: TypeAlias = Recipe | str | os.PathLike[str] | Mapping[str, Any]
+RecipeSource: TypeAlias = Recipe | Method | str | os.PathLike[str] | Mapping[str, Any]
 
 
 def list_recipes() -> list[str]:
@@ -215,8 +217,9 @@ def load_recipe(source: RecipeSource) -> Recipe:
     """Turn what `wrap` accepts into a `Recipe`.
 
     Args:
-        source: a `Recipe`; a mapping of its keys; a path; or a text, which is a path if it ends in
-            `.yaml` or `.yml` or holds a path separator, and otherwise the name of a shipped recipe.
+        source: a `Recipe`; a `Method`; a mapping of a recipe's keys; a path; or a text, which is a
+            path if it ends in `.yaml` or `.yml` or holds a path separator, and otherwise the name
+            of a shipped recipe or of a method.
 
     Raises:
         RecipeError: the recipe cannot be read; lists every fault.
@@ -224,13 +227,15 @@ def load_recipe(source: RecipeSource) -> Recipe:
     """
     if isinstance(source, Recipe):
         return source
+    if isinstance(source, Method):
+        return Recipe.parse(recipe_of(source), where=f"method {source.name!r}")
     if isinstance(source, Mapping):
         return Recipe.parse(source)
     if isinstance(source, os.PathLike):
         return Recipe.load(source)
     if not isinstance(source, str):
         raise RecipeError(
-            "A recipe is given as a name, a path, a mapping or a Recipe, "
+            "A recipe is given as a name, a method, a path, a mapping or a Recipe, "
             f"found {type(source).__name__}."
         )
     if source.endswith((".yaml", ".yml")) or "/" in source or os.sep in source:

@@ -77,7 +77,7 @@ class Bypass(Reduction):
         return max(grids.values(), key=len, default=[]), needed
 
     @classmethod
-    def ratios(cls, keep_ratio: float, stages: int) -> list[float]:
+    def ratios(cls, keep_ratio: float, stages: int, patches: int) -> list[float]:
         """r, r - 0.2, r - 0.4, as published; half of the one before where that would be less."""
         return [max(keep_ratio - STEP * s, keep_ratio * 0.5**s) for s in range(stages)]
 

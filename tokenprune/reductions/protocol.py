@@ -79,8 +79,8 @@ class Reduction(ABC):
         """Blocks at which a default recipe may put stages; and what a host needs to have one."""
 
     @classmethod
-    def ratios(cls, keep_ratio: float, stages: int) -> list[float]:
-        """Keep ratios of the stages of a default recipe: r, r^2, r^3, ..."""
+    def ratios(cls, keep_ratio: float, stages: int, patches: int) -> list[float]:
+        """Keep ratios of the stages of a default recipe, of N patches: r, r^2, r^3, ..."""
         return [keep_ratio ** (stage + 1) for stage in range(stages)]
 
     @classmethod

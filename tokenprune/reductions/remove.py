@@ -10,7 +10,6 @@ from tokenprune.hosts.spec import ArchSpec
 from tokenprune.reductions.protocol import MODES, Reduction
 from tokenprune.rewrite.counts import CountRealTokens
 from tokenprune.rewrite.emit import Emit
-from tokenprune.rewrite.kept import KEPT_SETS
 from tokenprune.rewrite.mix import HideDropped
 from tokenprune.rewrite.outputs import BlankPadding, RestoreOutputs
 from tokenprune.rewrite.passes import Pass
@@ -42,7 +41,7 @@ class Remove(Reduction):
     def passes(self, path: PathName, scorer: type[Scorer], restore: bool | None) -> Sequence[Pass]:
         if path == "dense":
             return [Emit(tokens_allowed=True)]
-        kept = KEPT_SETS[path]
+        kept = self.kept_sets[path]
         select = (SelectAtSites(kept, scorer, tokens_leave=True), CountRealTokens())
         outputs = RestoreOutputs(kept) if restore else BlankPadding(kept)
         emit = Emit(tokens_allowed=restore is not None)

@@ -5,17 +5,21 @@ from dataclasses import dataclass
 from torch import fx
 
 from tokenprune.analysis.analysis import Analysis
+from tokenprune.analysis.blocks import Attention
+from tokenprune.analysis.facts import NodeFacts
+from tokenprune.analysis.operators import Kind, argument, kind_of
 from tokenprune.analysis.sites import PLACES
 from tokenprune.errors import PlanError
+from tokenprune.ops.class_attention import class_logits, class_row
 from tokenprune.ops.layout import flat_tokens
 from tokenprune.rewrite.kept import KeptSet, StagePoint
 from tokenprune.rewrite.passes import Pass
-from tokenprune.rewrite.rewrite import Rewrite, StageRecord
+from tokenprune.rewrite.rewrite import FACTS, ORIGIN, Rewrite, StageRecord
 from tokenprune.rewrite.stages import patch_keys
 from tokenprune.scorers import Need, Scorer
 from tokenprune.scorers.protocol import PREDICTORS
 
-__all__ = ["SelectAtSites", "nearest_keys"]
+__all__ = ["SelectAtSites", "nearest_attention"]
 
 
 @dataclass
@@ -54,14 +58,37 @@ class SelectAtSites(Pass):
         if Need.NOISE in self.scorer.needs:
             needed["generator"] = rewrite.insert(at, getattr, rewrite.settings, "generator")
         if Need.KEYS in self.scorer.needs:
-            key, *how = nearest_keys(rewrite.analysis, stage)
-            needed["keys"] = rewrite.insert(at, patch_keys, rewrite.copy_of(key), *how)
+            attention, rows = nearest_attention(rewrite.analysis, stage)
+            how = (attention.key_dim, rewrite.num_prefix, rows)
+            needed["keys"] = rewrite.insert(at, patch_keys, rewrite.copy_of(attention.key), *how)
+        if Need.CLASS_LOGITS in self.scorer.needs:
+            attention, rows = nearest_attention(rewrite.analysis, stage)
+            needed["class_logits"] = _class_logits(rewrite, attention, at, rows)
         return needed
 
 
-def nearest_keys(analysis: Analysis, stage: int) -> tuple[fx.Node, int, int, int]:
-    """The keys of the attention nearest before a stage: node, dim of the tokens, P, rows an image.
-    PlanError if there is none, or if its keys are not of the tokens that enter the stage."""
+def _class_logits(rewrite: Rewrite, attention: Attention, at: fx.Node, rows: int) -> fx.Node:
+    node = rewrite.copy_of(attention.node)
+    if kind_of(rewrite.root, attention.node) is Kind.SOFTMAX:
+        scores = argument(node, 0, "input")
+        rows = scores.meta["val"].shape[0] // rewrite.analysis.traced.batch_size
+        return rewrite.insert(at, class_row, scores, rows)
+    query, key = rewrite.copy_of(attention.query), rewrite.copy_of(attention.key)
+    if argument(node, 5, "is_causal", default=False) is not False:
+        raise PlanError(
+            f"{rewrite.where(node)} is causal: the class token attends to no patch, so its "
+            "attention says nothing. Use another scorer, such as token-norm."
+        )
+    how = (argument(node, 3, "attn_mask"), node.kwargs.get("scale"), rows)
+    logits = rewrite.insert(at, class_logits, query, key, *how)
+    facts = rewrite.facts(node)  # a bias of all tokens is gathered for this reader too
+    logits.meta |= {ORIGIN: attention.node, FACTS: NodeFacts(gathers=facts.gathers)}
+    return logits
+
+
+def nearest_attention(analysis: Analysis, stage: int) -> tuple[Attention, int]:
+    """The attention nearest before a stage, and rows of its dim 0 for each image. PlanError if
+    there is none, or if its keys are not of the tokens that enter the stage."""
     site, grid = analysis.plan.sites[stage], analysis.grids[stage]
     block = analysis.blocks[site.block]
     attention, where = PLACES[site.place].attention(analysis.blocks, block)
@@ -70,7 +97,7 @@ def nearest_keys(analysis: Analysis, stage: int) -> tuple[fx.Node, int, int, int
         shape = tuple(attention.key.meta["val"].shape)
         rows, rest = divmod(shape[0], analysis.traced.batch_size)
         if shape[attention.key_dim] == grid.length and not rest:
-            return attention.key, attention.key_dim, analysis.plan.num_prefix, rows
+            return attention, rows
         found = f"keys of shape {shape}"
     raise PlanError(
         f"Stage {stage} (block {site.block}) reads the keys of its {grid.length} tokens in the "

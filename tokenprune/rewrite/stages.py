@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tokenprune.ops import selection
 from tokenprune.ops.align import policy_of
+from tokenprune.ops.fusing import fuse
 from tokenprune.ops.gumbel import sample_decision
 from tokenprune.ops.kernels.selection import can_select, keep_best
 from tokenprune.ops.moving import gather_tokens, poisonous
@@ -26,6 +27,8 @@ __all__ = [
     "decide",
     "fill_dropped",
     "forced_set",
+    "fuse_gathered",
+    "fuse_masked",
     "patch_keys",
     "present_gathered",
     "present_jagged",
@@ -141,20 +144,71 @@ def select_gathered(
     Returns:
         tokens [B, P + K, D], and their numbers [B, K], ascending.
     """
-    forced = forced_set(settings, stage)
-    if forced is not None:
-        numbers = _own_numbers(logits) if previous is None else previous
-        places = torch.searchsorted(numbers.contiguous(), forced.to(numbers.device).contiguous())
-    elif (num_keep := settings.num_keep[stage]) == logits.shape[1]:
-        return tokens, _own_numbers(logits) if previous is None else previous
-    else:
-        there = _real_there(real, previous)
-        ranked = logits if there is None else selection.real_first(logits, there)
+    if settings.keep_indices is None:
+        num_keep = settings.num_keep[stage]
+        if num_keep == logits.shape[1]:
+            return tokens, _own_numbers(logits) if previous is None else previous
+        ranked = _ranked(logits, previous, real)
         if can_select(tokens, ranked):
             return keep_best(tokens, ranked[..., 0], previous, num_keep, num_prefix)
-        places = selection.select_topk(ranked, num_keep)
+    places = _places(logits, previous, settings, stage, real)
     kept = places if previous is None else previous.gather(1, places)
     return gather_tokens(tokens, places, num_prefix), kept
+
+
+def _ranked(logits: Tensor, previous: Tensor | None, real: Tensor | None) -> Tensor:
+    there = _real_there(real, previous)
+    return logits if there is None else selection.real_first(logits, there)
+
+
+def _places(
+    logits: Tensor, previous: Tensor | None, settings: CallSettings, stage: int, real: Tensor | None
+) -> Tensor:
+    """The places [B, K] of the patches that stay among those that are there, ascending."""
+    forced = forced_set(settings, stage)
+    if forced is None:
+        ranked = _ranked(logits, previous, real)
+        return selection.select_topk(ranked, settings.num_keep[stage])
+    numbers = _own_numbers(logits) if previous is None else previous
+    return torch.searchsorted(numbers.contiguous(), forced.to(numbers.device).contiguous())
+
+
+def fuse_gathered(
+    tokens: Tensor,
+    logits: Tensor,
+    previous: Tensor | None,
+    settings: CallSettings,
+    stage: int,
+    num_prefix: int,
+    real: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """As `select_gathered`; the patches that leave go on as one."""
+    places = _places(logits, previous, settings, stage, real)
+    kept = places if previous is None else previous.gather(1, places)
+    left = gather_tokens(tokens, places, num_prefix)
+    if places.shape[1] == logits.shape[1]:
+        return left, kept
+    stays = torch.zeros(logits.shape[:2], dtype=torch.bool, device=logits.device)
+    stays = stays.scatter(1, places, True)
+    there = _real_there(real, previous)
+    fused, place = fuse(tokens[:, num_prefix:], logits[..., 0], stays, there)
+    row = num_prefix + stays.cumsum(1).gather(1, place) - 1
+    return _with_row(left, row, fused), kept
+
+
+def fuse_masked(
+    tokens: Tensor, logits: Tensor, decision: Tensor, present: Tensor | None, num_prefix: int
+) -> Tensor:
+    """The tokens [B, P + N, D], one of them the sum of those that leave; `present` [B, N]."""
+    there = None if present is None else present > 0.5
+    fused, place = fuse(tokens[:, num_prefix:], logits[..., 0], decision > 0.5, there)
+    return _with_row(tokens, num_prefix + place, fused)
+
+
+def _with_row(tokens: Tensor, row: Tensor, value: Tensor) -> Tensor:
+    """`tokens` [B, L, D] with one row [B, 1] of each image replaced by `value` [B, D]."""
+    index = row.unsqueeze(-1).expand(-1, -1, tokens.shape[2])
+    return tokens.scatter(1, index, value.to(tokens.dtype).unsqueeze(1))
 
 
 def present_jagged(numbers: Tensor | None, real: Tensor | None, tokens: Tensor) -> Tensor | None:

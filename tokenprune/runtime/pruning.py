@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from tokenprune.analysis.analysis import analyse
 from tokenprune.analysis.blocks import Blocks, find_blocks
 from tokenprune.analysis.plan import Budget, Plan, bind
+from tokenprune.choice import Choice, choice_of
 from tokenprune.errors import HostError, KeepIndicesError, PlanError
 from tokenprune.hosts.inputs import CallSignature, ExampleInputs, first_floating, named_inputs
 from tokenprune.hosts.registry import describe, stated_by
 from tokenprune.hosts.spec import ArchSpec
-from tokenprune.methods import Method, method_of
 from tokenprune.ops.kept_sets import check_keep_indices
 from tokenprune.private import jit_tracing, without_modes
 from tokenprune.recipe import Recipe
@@ -68,7 +68,7 @@ class Pruning:
     adapter: str | ArchSpec | None
     spec: ArchSpec
     recipe: Recipe
-    method: Method
+    method: Choice
     plan: Plan
     budget: Budget
     call: CallSignature
@@ -263,7 +263,7 @@ class Pruning:
         if traced is None or blocks is None:
             refuse_closed(host)
             self.spec = describe(host, self.adapter)  # it may have other blocks, or tokens, now
-            method_of(self.recipe, self.spec)  # it may keep a grid now
+            choice_of(self.recipe, self.spec)  # it may keep a grid now
             self.plan, _ = bind(self.recipe, self.spec)
             if not signature.batch_size:
                 arguments = _with_images(arguments)

@@ -26,6 +26,7 @@ __all__ = [
     "Scorer",
     "Scores",
     "Tokens",
+    "Weigher",
     "as_keep_logits",
 ]
 
@@ -45,6 +46,9 @@ class Need(Flag):
     KEYS = auto()
     """`keys` [B, H, N, d]: the keys of the patch tokens in the nearest attention: the same
     block's at its middle, the block before's at an entry."""
+    CLASS_LOGITS = auto()
+    """`class_logits` [B, H, P + N]: of the class token to all tokens in that attention, before its
+    softmax, position biases and masks included."""
     NOISE = auto()
     """`generator`: the source of random numbers that `using(generator=...)` gave, or None."""
 
@@ -106,6 +110,10 @@ class Matcher(Scorer):
             num_keep: K, from 1 to N.
             needed: what `needs` asks for.
         """
+
+
+class Weigher(Scorer):
+    """A scorer whose scores are weights: 0 or more, 0 where no token is present."""
 
 
 class Predictors(nn.Sequential):

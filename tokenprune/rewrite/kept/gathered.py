@@ -1,6 +1,9 @@
 """The gather path: dropped tokens leave, the same number of every image."""
 
-from torch import fx
+from collections.abc import Callable
+from typing import ClassVar
+
+from torch import Tensor, fx
 
 from tokenprune.ops.moving import gather_table, put_back
 from tokenprune.rewrite.kept.protocol import Selecting, StagePoint
@@ -18,8 +21,10 @@ class Gathered(Selecting):
     table_gather = staticmethod(gather_table)
     restore = staticmethod(put_back)
 
+    choice: ClassVar[Callable[..., tuple[Tensor, Tensor]]] = staticmethod(select_gathered)
+
     def select(self, rw: Rewrite, stage: StagePoint, logits: fx.Node) -> tuple[fx.Node, fx.Node]:
         how = (stage.previous, rw.settings, stage.number, rw.num_prefix, rw.real_patches())
-        chosen = rw.insert(stage.at, select_gathered, stage.tokens, logits, *how)
+        chosen = rw.insert(stage.at, type(self).choice, stage.tokens, logits, *how)
         left, kept = (rw.item(stage.at, chosen, place) for place in range(2))
         return left, kept

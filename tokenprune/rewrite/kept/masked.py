@@ -29,8 +29,13 @@ class Masked(Selecting):
     def select(self, rw: Rewrite, stage: StagePoint, logits: fx.Node) -> tuple[fx.Node, fx.Node]:
         how = (stage.previous, rw.settings, stage.number, rw.real_patches())
         decision = rw.insert(stage.at, decide, logits, *how)
+        left = self.left(rw, stage, logits, decision)
         filler = (decision, rw.settings, rw.num_prefix)
-        return rw.insert(stage.at, fill_dropped, stage.tokens, *filler), decision
+        return rw.insert(stage.at, fill_dropped, left, *filler), decision
+
+    def left(self, rw: Rewrite, stage: StagePoint, logits: fx.Node, decision: fx.Node) -> fx.Node:
+        """The tokens that go on, dropped ones among them."""
+        return stage.tokens
 
     def policy(self, rw: Rewrite, stage: int, prefix: int, rows_per_image: int) -> fx.Node:
         decision, key = rw.records[stage].kept, ("policy", stage, prefix)

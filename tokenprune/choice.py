@@ -1,0 +1,125 @@
+"""One choice at each seam. The only file that asks which reduction or scorer it is."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from tokenprune.analysis.blocks import Blocks
+from tokenprune.analysis.nodes import shape_of
+from tokenprune.errors import PlanError
+from tokenprune.hosts.spec import ArchSpec
+from tokenprune.recipe import Recipe
+from tokenprune.recipe.schema import ScheduleSection
+from tokenprune.reductions import MODES, Reduction
+from tokenprune.rewrite.settings import Path
+from tokenprune.scorers import SCORERS, Need, Scorer
+from tokenprune.tracing.host_graph import HostGraph
+
+__all__ = ["Choice", "choice_of", "with_default_stages"]
+
+KEEP_RATIO = 0.7
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a recipe prunes with: what says which tokens stay, and what becomes of the others."""
+
+    scorer: type[Scorer]
+    reduction: type[Reduction]
+
+    def path(self, training: bool) -> Path:
+        """The path that runs: scores that are probabilities are learned on the mask path; others
+        have nothing to learn, so training gathers too, which costs less than dense training."""
+        return "mask" if training and self.scorer.probabilistic else "gather"
+
+    def check_threshold(self, threshold: float | None) -> None:
+        """Raise PlanError if a threshold has nothing to be compared with."""
+        if threshold is not None and not self.scorer.probabilistic:
+            raise PlanError(
+                f"asked for threshold={threshold}, but the scores of {self.scorer.__name__} are no "
+                "probabilities. Use keep ratios, or `scorer: learned`."
+            )
+
+
+def choice_of(recipe: Recipe, spec: ArchSpec) -> Choice:
+    """What a recipe chooses, for one host.
+
+    Raises:
+        PlanError: It does not serve this host, or its parts do not fit each other.
+    """
+    choice = Choice(SCORERS[recipe.scorer], MODES[_mode(recipe, spec)])
+    named = f"recipe {recipe.name!r}" if recipe.name else "the recipe"
+    if choice.reduction.removes and not MODES[spec.mode].removes:
+        raise PlanError(
+            f"{named} has `mode: {recipe.mode}`, but this host (adapter {spec.adapter!r}) needs "
+            f"`mode: {spec.mode}`: it keeps a grid of tokens, from which none can be removed. "
+            "Change the recipe's mode or pick another recipe."
+        )
+    if recipe.place not in choice.reduction.places:
+        raise PlanError(
+            f"{named} has `place: {recipe.place}`, but stages of `mode: {recipe.mode}` can be at "
+            f"{' or '.join(sorted(choice.reduction.places))} only. Change the one or the other."
+        )
+    if not issubclass(choice.scorer, choice.reduction.scorers):
+        fitting = [n for n in SCORERS if issubclass(SCORERS[n], choice.reduction.scorers)]
+        raise PlanError(
+            f"{named} has `scorer: {recipe.scorer}`, which says too little for `mode: "
+            f"{recipe.mode}`; that takes {', '.join(fitting)}. Change the one or the other."
+        )
+    if Need.CLASS_LOGITS in choice.scorer.needs and not spec.has_class_token:
+        raise PlanError(
+            f"{named} has `scorer: {recipe.scorer}`, which asks what the class token attends to, "
+            f"but this host has none (adapter {spec.adapter!r} found {spec.num_prefix_tokens} "
+            "prefix tokens, no class token among them). Use a method that needs none, such as "
+            "merge-k0.7 or token-norm-k0.7."
+        )
+    if recipe.sampling.selection == "threshold":
+        choice.check_threshold(recipe.sampling.threshold)
+    return choice
+
+
+def _mode(recipe: Recipe, spec: ArchSpec) -> str:
+    """Of the recipe; the host's own where the recipe fits any host and gives none."""
+    given = recipe.resolved_stages or "mode" in recipe.model_fields_set
+    return recipe.mode if given else spec.mode
+
+
+def with_default_stages(
+    recipe: Recipe | None, host: nn.Module, spec: ArchSpec, traced: HostGraph, blocks: Blocks
+) -> Recipe:
+    """A recipe that leaves its stages to the host, with them: by its rule (`ScheduleSection`), or
+    at a quarter, a half and three quarters of the blocks that can have one. None keeps 0.7 of the
+    tokens at each stage, in the mode that fits the host.
+
+    Raises:
+        PlanError: There are too few blocks, or more tokens are to leave than can.
+    """
+    if recipe is not None and recipe.resolved_stages:
+        return recipe
+    recipe = recipe or Recipe.parse({"version": 1, "schedule": {"keep_ratio": KEEP_RATIO}})
+    schedule = recipe.schedule or ScheduleSection(keep_ratio=KEEP_RATIO)
+    mode = _mode(recipe, spec)
+    reduction: type[Reduction] = MODES[mode]
+    candidates, needed = reduction.candidates(host, traced, blocks, spec)
+    if len(candidates) <= reduction.skipped:
+        raise PlanError(
+            f"A host needs at least {needed} to be pruned, but among the {len(spec.blocks)} blocks "
+            f"that adapter {spec.adapter!r} found in {type(host).__name__} there are "
+            f"{len(candidates)}."
+        )
+    patches = shape_of(blocks[candidates[0]].entry)[1] - spec.num_prefix_tokens
+    if schedule.r is None and not schedule.falling:
+        places = (max(reduction.skipped, len(candidates) * part // 4) for part in (1, 2, 3))
+        chosen = sorted({candidates[place] for place in places})
+        shares = reduction.ratios(schedule.keep_ratio or 1.0, len(chosen), patches)
+        ratios = [float(f"{share:.12g}") for share in shares]
+    else:
+        chosen = list(schedule.blocks or candidates)
+        try:
+            ratios = list(schedule.ratios(len(chosen), patches))
+        except ValueError as error:
+            raise PlanError(f"{recipe.name or 'the recipe'}: {error}.") from error
+    stages = [{"block": b, "keep_ratio": r} for b, r in zip(chosen, ratios, strict=True)]
+    mapping = recipe.model_dump(mode="json", exclude_none=True, exclude={"schedule"})
+    place = reduction.place(recipe.place, [blocks[number] for number in chosen])
+    return Recipe.parse({**mapping, "mode": mode, "place": place, "stages": stages})
