@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tokenprune.errors import PlanError
+from tokenprune.ops.kernels.joining import can_join, join_pairs
 from tokenprune.ops.selection import indices_of, top_k
 
 __all__ = ["Groups", "as_groups", "bipartite", "similar"]
@@ -21,11 +22,23 @@ class Groups(NamedTuple):
         of: [B, N] the group of each patch, from 0 to K - 1.
         score: [B, N] the larger, the later a patch would be joined to another; inf where it had no
             partner to be compared with.
+        gone: [B, N - K] places of the other patches, in any order; None if nobody listed them.
+        joined: [B, N - K] their groups, with `gone`.
     """
 
     kept: Tensor
     of: Tensor
     score: Tensor
+    gone: Tensor | None = None
+    joined: Tensor | None = None
+
+    def leaving(self) -> tuple[Tensor, Tensor]:
+        """`gone` and `joined`."""
+        if self.gone is not None and self.joined is not None:
+            return self.gone, self.joined
+        stays = torch.zeros_like(self.of).scatter(1, self.kept, 1)
+        gone = stays.argsort(dim=1, stable=True)[:, : stays.shape[1] - self.kept.shape[1]]
+        return gone, self.of.gather(1, gone)
 
 
 def similar(
@@ -73,33 +86,38 @@ def bipartite(
             f"asked to merge {length} patch tokens into {num_keep}; choose a count from 1 to "
             f"{length}"
         )
-    places = torch.arange(length, device=keys.device).expand(keys.shape[0], -1)
-    groups = Groups(places, places, places.new_zeros(places.shape, dtype=torch.float32))
+    if num_keep == length:
+        places = torch.arange(length, device=keys.device).expand(keys.shape[0], -1)
+        return Groups(places, places, torch.zeros_like(places, dtype=torch.float32))
+    most = (length + 1 - first % 2) // 2
+    groups = _round(keys, real, first, min(length - num_keep, most))
+    last = groups
     while (left := groups.kept.shape[1]) > num_keep:
-        joined = _round(keys, real, first, min(left - num_keep, (left + 1 - first % 2) // 2))
-        score = joined.score if left == length else groups.score
-        kept = groups.kept.gather(1, joined.kept)
-        groups = Groups(kept, joined.of.gather(1, groups.of), score)
-        rows = joined.kept.unsqueeze(-1).expand(-1, -1, keys.shape[-1])
+        rows = last.kept.unsqueeze(-1).expand(-1, -1, keys.shape[-1])
         keys = keys.gather(1, rows)
-        real = None if real is None else real.gather(1, joined.kept)
+        real = None if real is None else real.gather(1, last.kept)
+        last = _round(keys, real, first, min(left - num_keep, (left + 1 - first % 2) // 2))
+        kept, of = groups.kept.gather(1, last.kept), last.of.gather(1, groups.of)
+        groups = Groups(kept, of, groups.score)
     return groups
 
 
 def _round(keys: Tensor, real: Tensor | None, first: int, count: int) -> Groups:
     """Join `count` pairs."""
     batch, length = keys.shape[:2]
+    cosine, partner = similar(keys, real, first)
+    if can_join(cosine):
+        return Groups(*join_pairs(cosine, partner, length, first % 2, count))
     places = torch.arange(length, device=keys.device)
     even, odd = places[first % 2 :: 2], places[1 - first % 2 :: 2]
-    cosine, partner = similar(keys, real, first)
     leave, stay = _most_similar(cosine, count)
-    kept = torch.cat([even[stay], odd.expand(batch, -1)], dim=1)
-    rows = torch.arange(kept.shape[1], device=keys.device).expand(batch, -1)
-    of = torch.zeros(batch, length, dtype=torch.int64, device=keys.device).scatter(1, kept, rows)
-    theirs = partner.gather(1, leave) + stay.shape[1]
+    gone, joined = even[leave], partner.gather(1, leave) + stay.shape[1]
+    everyone = torch.cat([even[stay], odd.expand(batch, -1), gone], dim=1)
+    rows = torch.cat([places[: length - count].expand(batch, -1), joined], dim=1)
+    of = everyone.scatter(1, everyone, rows)  # each place is written once
     score = torch.full_like(of, float("inf"), dtype=cosine.dtype)
     score = score.index_copy(1, even, -cosine)
-    return Groups(kept, of.scatter(1, even[leave], theirs), score)
+    return Groups(everyone[:, : length - count], of, score, gone, joined)
 
 
 def _most_similar(cosine: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tokenprune.errors import LeakError
 from tokenprune.ops.align import along, token_dim
+from tokenprune.ops.kernels.joining import can_join, join_tokens
 from tokenprune.ops.matching import Groups
 from tokenprune.ops.moving import gather_aligned, with_prefix
 
@@ -69,20 +70,24 @@ def merge_groups(
         before = Merged(numbers, numbers, sizes, True)
     if count == patches:
         return tokens, before
-    given, weights = tokens[:, num_prefix:], before.sizes[:, num_prefix:]
-    flat = (groups.of + torch.arange(batch, device=tokens.device)[:, None] * count).flatten()
-    sizes = weights.new_zeros(batch * count).index_add(0, flat, weights.flatten())
-    weighted = (given * weights.unsqueeze(-1)).flatten(0, 1)
-    merged = weighted.new_zeros(batch * count, weighted.shape[-1]).index_add(0, flat, weighted)
-    merged = (merged / sizes.unsqueeze(-1)).to(tokens.dtype)
-    merged = merged.reshape(batch, count, tokens.shape[-1])  # not -1: there may be no image
-    after = Merged(
-        before.numbers.gather(1, groups.kept),
-        groups.of.gather(1, before.rows),
-        torch.cat([before.sizes[:, :num_prefix], sizes.reshape(batch, count)], dim=1),
-        False,
-    )
-    return torch.cat([tokens[:, :num_prefix], merged], dim=1), after
+    gone, joined = groups.leaving()
+    numbers, members = before.numbers.gather(1, groups.kept), groups.of.gather(1, before.rows)
+    if can_join(tokens):
+        found = join_tokens(tokens, before.sizes, groups.kept, gone, joined)
+        return found[0], Merged(numbers, members, found[1], False)
+    to, rows, places = joined + num_prefix, with_prefix(groups.kept, num_prefix), gone + num_prefix
+    weights = before.sizes.gather(1, places)
+    sizes = before.sizes.gather(1, rows).scatter_add(1, to, weights)
+    # A mean is the kept one and its distances to the others: only rows that change are touched.
+    image = torch.arange(batch, device=tokens.device)[:, None]
+    flat, wide = tokens.flatten(0, 1), torch.promote_types(tokens.dtype, sizes.dtype)
+    share = (weights.to(wide) / sizes.gather(1, to)).reshape(-1, 1)
+    merged = flat.index_select(0, (rows + image * length).flatten()).to(wide)
+    leaving = flat.index_select(0, (places + image * length).flatten())
+    at = (to + image * rows.shape[1]).flatten()
+    merged = merged.index_add(0, at, (leaving - merged.index_select(0, at)) * share)
+    merged = merged.to(tokens.dtype).reshape(*rows.shape, tokens.shape[-1])
+    return merged, Merged(numbers, members, sizes, False)
 
 
 def expand_groups(
@@ -105,8 +110,10 @@ def sizes_along(
     stands for itself."""
     if merged.whole:
         return None
-    sizes = F.pad(merged.sizes[:, num_prefix:], (prefix, 0), value=1.0)
-    return sizes.repeat_interleave(rows_per_image, 0)
+    sizes = merged.sizes
+    if prefix != num_prefix:  # else what is before the patches are prefix tokens, of size 1
+        sizes = F.pad(sizes[:, num_prefix:], (prefix, 0), value=1.0)
+    return sizes if rows_per_image == 1 else sizes.repeat_interleave(rows_per_image, 0)
 
 
 def gather_merged(
