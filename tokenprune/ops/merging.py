@@ -15,7 +15,7 @@ from torch import Tensor
 from tokenprune.errors import LeakError
 from tokenprune.ops.align import along, token_dim
 from tokenprune.ops.kernels.joining import can_join, join_tokens
-from tokenprune.ops.matching import Groups
+from tokenprune.ops.matching import Groups, Pairs, groups_of
 from tokenprune.ops.moving import gather_aligned, with_prefix
 
 __all__ = [
@@ -40,19 +40,30 @@ class Merged(NamedTuple):
 
     Attributes:
         numbers: [B, K] original number of the patch that stands for each remaining one.
-        rows: [B, N] which of the remaining ones stands for each original patch.
         sizes: [B, P + K] how many original tokens each stands for.
-        whole: Nothing has been merged so far.
+        steps: `Groups.moves` of each stage so far that merged something.
     """
 
     numbers: Tensor
-    rows: Tensor
     sizes: Tensor
-    whole: bool
+    steps: tuple[tuple[Tensor, Tensor], ...] = ()
+
+    @property
+    def whole(self) -> bool:
+        """Nothing has been merged so far."""
+        return len(self.steps) == 0  # `not` of a tuple is nothing that Dynamo traces
+
+    @property
+    def rows(self) -> Tensor:
+        """[B, N] which of the remaining ones stands for each original patch."""
+        rows = self.numbers
+        for number, step in enumerate(self.steps):
+            rows = groups_of(*step) if number == 0 else groups_of(*step).gather(1, rows)
+        return rows
 
 
 def merge_groups(
-    tokens: Float[Tensor, "B L D"], groups: Groups, before: Merged | None, num_prefix: int
+    tokens: Float[Tensor, "B L D"], groups: Groups | Pairs, before: Merged | None, num_prefix: int
 ) -> tuple[Float[Tensor, "B P_plus_K D"], Merged]:
     """The prefix tokens, and the mean of each group, weighted by sizes.
 
@@ -67,27 +78,31 @@ def merge_groups(
     if before is None:
         numbers = torch.arange(patches, device=tokens.device).expand(batch, -1)
         sizes = torch.ones(batch, length, dtype=torch.float32, device=tokens.device)
-        before = Merged(numbers, numbers, sizes, True)
+        before = Merged(numbers, sizes)
     if count == patches:
         return tokens, before
-    gone, joined = groups.leaving()
-    numbers, members = before.numbers.gather(1, groups.kept), groups.of.gather(1, before.rows)
+    everyone, joined = groups.moves()
+    steps = (*before.steps, (everyone, joined))
+    numbers = groups.kept if before.whole else before.numbers.gather(1, groups.kept)
     if can_join(tokens):
-        found = join_tokens(tokens, before.sizes, groups.kept, gone, joined)
-        return found[0], Merged(numbers, members, found[1], False)
-    to, rows, places = joined + num_prefix, with_prefix(groups.kept, num_prefix), gone + num_prefix
-    weights = before.sizes.gather(1, places)
-    sizes = before.sizes.gather(1, rows).scatter_add(1, to, weights)
+        merged, left = join_tokens(tokens, before.sizes, everyone, joined)
+        return merged, Merged(numbers, left, steps)
     # A mean is the kept one and its distances to the others: only rows that change are touched.
-    image = torch.arange(batch, device=tokens.device)[:, None]
+    rows, to, kept = with_prefix(everyone, num_prefix), joined + num_prefix, num_prefix + count
+    given = before.sizes.gather(1, rows)
+    sizes = given[:, :kept].scatter_add(1, to, given[:, kept:])
     flat, wide = tokens.flatten(0, 1), torch.promote_types(tokens.dtype, sizes.dtype)
-    share = (weights.to(wide) / sizes.gather(1, to)).reshape(-1, 1)
-    merged = flat.index_select(0, (rows + image * length).flatten()).to(wide)
-    leaving = flat.index_select(0, (places + image * length).flatten())
-    at = (to + image * rows.shape[1]).flatten()
-    merged = merged.index_add(0, at, (leaving - merged.index_select(0, at)) * share)
-    merged = merged.to(tokens.dtype).reshape(*rows.shape, tokens.shape[-1])
-    return merged, Merged(numbers, members, sizes, False)
+    at = to
+    if batch != 1:  # one image has no offset, and small operators count there
+        image = torch.arange(batch, device=tokens.device)[:, None]
+        rows, at = rows + image * length, to + image * kept
+    at = at.flatten()
+    merged = flat.index_select(0, rows[:, :kept].flatten()).to(wide)
+    gone = flat.index_select(0, rows[:, kept:].flatten())
+    share = (given[:, kept:].to(wide) / sizes.gather(1, to)).reshape(-1, 1)
+    merged = merged.index_add(0, at, (gone - merged.index_select(0, at)) * share)
+    merged = merged.to(tokens.dtype).reshape(batch, kept, tokens.shape[-1])
+    return merged, Merged(numbers, sizes, steps)
 
 
 def expand_groups(

@@ -20,8 +20,8 @@ def can_join(x: Tensor) -> bool:
 
 def join_pairs(
     cosine: Tensor, partner: Tensor, length: int, start: int, count: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Join the `count` most similar pairs of one round; the fields of `Groups`.
+) -> tuple[Tensor, Tensor]:
+    """Join the `count` most similar pairs of one round; the first fields of `Pairs`.
 
     Args:
         cosine: [B, A] of the patches at places start, start + 2, ...; of equal ones the first
@@ -32,32 +32,31 @@ def join_pairs(
         count: from 1 to A.
 
     Returns:
-        kept [B, N - count], of [B, N], score [B, N], gone [B, count], joined [B, count].
+        everyone [B, N], joined [B, count].
     """
     return _join_pairs(cosine, partner, length, start, count)  # type: ignore[no-any-return]
 
 
 def join_tokens(
-    tokens: Tensor, sizes: Tensor, kept: Tensor, gone: Tensor, joined: Tensor
+    tokens: Tensor, sizes: Tensor, everyone: Tensor, joined: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The prefix tokens and the means of groups, weighted by sizes; computed in fp32.
 
     Args:
         tokens: [B, P + N, D].
         sizes: [B, P + N], fp32.
-        kept: [B, K] places of the patches that stand for groups.
-        gone: [B, N - K] places of the others.
-        joined: [B, N - K] their groups.
+        everyone: [B, N] places of the K patches that stand for groups, then of the others.
+        joined: [B, N - K] the groups of the others.
 
     Returns:
         tokens [B, P + K, D], sizes [B, P + K].
     """
-    return _join_tokens(tokens, sizes, kept, gone, joined)  # type: ignore[no-any-return]
+    return _join_tokens(tokens, sizes, everyone, joined)  # type: ignore[no-any-return]
 
 
 def _run_pairs(
     cosine: Tensor, partner: Tensor, length: int, start: int, count: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     from tokenprune.ops.kernels import joining_triton
 
     made = _fake_pairs(cosine, partner, length, start, count)
@@ -67,41 +66,38 @@ def _run_pairs(
 
 def _fake_pairs(
     cosine: Tensor, partner: Tensor, length: int, start: int, count: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     batch = cosine.shape[0]
-    kept, of = partner.new_empty(batch, length - count), partner.new_empty(batch, length)
-    gone, joined = partner.new_empty(batch, count), partner.new_empty(batch, count)
-    return kept, of, cosine.new_empty(batch, length), gone, joined
+    return partner.new_empty(batch, length), partner.new_empty(batch, count)
 
 
 def _run_tokens(
-    tokens: Tensor, sizes: Tensor, kept: Tensor, gone: Tensor, joined: Tensor
+    tokens: Tensor, sizes: Tensor, everyone: Tensor, joined: Tensor
 ) -> tuple[Tensor, Tensor]:
     from tokenprune.ops.kernels import joining_triton
 
-    made = _fake_tokens(tokens, sizes, kept, gone, joined)
-    joining_triton.means(tokens, sizes, kept, gone, joined, made)
+    made = _fake_tokens(tokens, sizes, everyone, joined)
+    joining_triton.means(tokens, sizes, everyone, joined, made)
     return made
 
 
 def _fake_tokens(
-    tokens: Tensor, sizes: Tensor, kept: Tensor, gone: Tensor, joined: Tensor
+    tokens: Tensor, sizes: Tensor, everyone: Tensor, joined: Tensor
 ) -> tuple[Tensor, Tensor]:
     batch, length, dim = tokens.shape
-    left = length - gone.shape[1]
+    left = length - joined.shape[1]
     return tokens.new_empty(batch, left, dim), sizes.new_empty(batch, left)
 
 
 _join_pairs = define(
     "join_pairs",
-    "(Tensor cosine, Tensor partner, SymInt length, int start, SymInt count)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor cosine, Tensor partner, SymInt length, int start, SymInt count) -> (Tensor, Tensor)",
     _run_pairs,
     _fake_pairs,
 )
 _join_tokens = define(
     "join_tokens",
-    "(Tensor tokens, Tensor sizes, Tensor kept, Tensor gone, Tensor joined) -> (Tensor, Tensor)",
+    "(Tensor tokens, Tensor sizes, Tensor everyone, Tensor joined) -> (Tensor, Tensor)",
     _run_tokens,
     _fake_tokens,
 )

@@ -12,7 +12,7 @@ __all__ = ["means", "pairs"]
 @triton.jit
 @no_type_check
 def _pairs(
-    COSINE, PARTNER, KEPT, OF, SCORE, GONE, JOINED, scb, scn, spb, spn, N, A, COUNT, START,
+    COSINE, PARTNER, EVERYONE, JOINED, scb, scn, spb, spn, N, A, COUNT, START,
     BA: tl.constexpr,
 ):  # fmt: skip
     """One image: the `COUNT` most similar leave; of equal ones the first, NaN is the highest."""
@@ -40,37 +40,31 @@ def _pairs(
     stays = there & (leaves == 0)
     place = 2 * n + START
     group = tl.cumsum(stays.to(tl.int32), 0) - 1
-    to = A - COUNT + partner
-    at = image * COUNT + tl.cumsum(leaves.to(tl.int32), 0) - 1
-    tl.store(KEPT + image * (N - COUNT) + group, place.to(tl.int64), mask=stays)
-    tl.store(GONE + at, place.to(tl.int64), mask=leaves)
-    tl.store(JOINED + at, to, mask=leaves)
-    tl.store(OF + image * N + place, tl.where(leaves, to, group.to(tl.int64)), mask=there)
-    tl.store(SCORE + image * N + place, -cosine, mask=there)
+    at = tl.cumsum(leaves.to(tl.int32), 0) - 1
+    row = tl.where(leaves, N - COUNT + at, group)
+    tl.store(EVERYONE + image * N + row, place.to(tl.int64), mask=there)
+    tl.store(JOINED + image * COUNT + at, A - COUNT + partner, mask=leaves)
     other = n < N - A  # the patches that the first ones are compared with
     place = 2 * n + 1 - START
-    group = A - COUNT + n
-    tl.store(KEPT + image * (N - COUNT) + group, place.to(tl.int64), mask=other)
-    tl.store(OF + image * N + place, group.to(tl.int64), mask=other)
-    tl.store(SCORE + image * N + place, tl.where(other, float("inf"), 0.0), mask=other)
+    tl.store(EVERYONE + image * N + A - COUNT + n, place.to(tl.int64), mask=other)
 
 
 @triton.jit
 @no_type_check
 def _means(
-    X, SIZES, KEPT, GONE, JOINED, OUT, LEFT, sxb, sxl, ssb, skb, sgb, sjb, P, K, R, D,
+    X, SIZES, EVERYONE, JOINED, OUT, LEFT, sxb, sxl, ssb, seb, sjb, P, K, R, D,
     BL: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """`BL` rows of one image: each kept token, and what joined it."""
     image = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1) * BL + tl.arange(0, BL)
     there = row < P + K
-    place = tl.load(KEPT + image * skb + row - P, mask=there & (row >= P), other=0)
+    place = tl.load(EVERYONE + image * seb + row - P, mask=there & (row >= P), other=0)
     place = tl.where(row < P, row.to(tl.int64), place + P)
     size = tl.load(SIZES + image * ssb + place, mask=there, other=1.0)
     r = tl.arange(0, BR)
     to = tl.load(JOINED + image * sjb + r, mask=r < R, other=-1 - P) + P
-    gone = tl.load(GONE + image * sgb + r, mask=r < R, other=0) + P
+    gone = tl.load(EVERYONE + image * seb + K + r, mask=r < R, other=0) + P
     weight = tl.load(SIZES + image * ssb + gone, mask=r < R, other=0.0)
     size += tl.sum(tl.where(to[None, :] == row[:, None], weight[None, :], 0.0), 1)
     tl.store(LEFT + image * (P + K) + row, size, mask=there)
@@ -83,7 +77,7 @@ def _means(
         for i in range(R):
             hit = row == tl.load(JOINED + image * sjb + i) + P
             if tl.sum(hit.to(tl.int32), 0) > 0:
-                source = tl.load(GONE + image * sgb + i) + P
+                source = tl.load(EVERYONE + image * seb + K + i) + P
                 share = tl.load(SIZES + image * ssb + source) / size
                 x = tl.load(X + image * sxb + source * sxl + d, mask=d < D, other=0.0)
                 moved = mean + (x.to(tl.float32)[None, :] - own) * share[:, None]
@@ -95,7 +89,7 @@ def _means(
 def pairs(
     cosine: Tensor, partner: Tensor, length: int, start: int, count: int, made: tuple[Tensor, ...]
 ) -> None:
-    """Fill kept, of, score, gone and joined."""
+    """Fill everyone and joined."""
     batch, first = cosine.shape
     block = max(triton.next_power_of_2(max(first, length - first)), 32)
     _pairs[(batch,)](
@@ -105,19 +99,17 @@ def pairs(
 
 
 def means(
-    tokens: Tensor, sizes: Tensor, kept: Tensor, gone: Tensor, joined: Tensor,
-    made: tuple[Tensor, ...],
-) -> None:  # fmt: skip
+    tokens: Tensor, sizes: Tensor, everyone: Tensor, joined: Tensor, made: tuple[Tensor, ...]
+) -> None:
     """Fill tokens and sizes."""
     x = tokens if tokens.stride(-1) == 1 else tokens.contiguous()
-    sizes, kept, gone, joined = (y.contiguous() for y in (sizes, kept, gone, joined))
+    sizes, everyone, joined = (y.contiguous() for y in (sizes, everyone, joined))
     batch, length, dim = x.shape
-    count = gone.shape[1]
-    left, num_prefix = length - count, length - count - kept.shape[1]
-    rows = 8
+    count, patches = joined.shape[1], everyone.shape[1]
+    left, rows = length - count, 8
     _means[(batch, triton.cdiv(left, rows))](
-        x, sizes, kept, gone, joined, *made, *x.stride()[:2],
-        *(y.stride(0) for y in (sizes, kept, gone, joined)), num_prefix, kept.shape[1], count, dim,
-        BL=rows, BR=max(triton.next_power_of_2(count), 16),
+        x, sizes, everyone, joined, *made, *x.stride()[:2],
+        *(y.stride(0) for y in (sizes, everyone, joined)), length - patches, patches - count, count,
+        dim, BL=rows, BR=max(triton.next_power_of_2(count), 16),
         BD=min(triton.next_power_of_2(dim), 512), num_warps=4,
     )  # fmt: skip
