@@ -30,7 +30,7 @@ from benchmarks.speed_parts.hosts import HOSTS, SpeedHost
 from tokenprune.cost.timing import interleaved
 from tokenprune.errors import TokenPruneError
 
-__all__ = ["GpuRow", "main"]
+__all__ = ["GpuRow", "main", "replay"]
 
 ROOT = Path(__file__).parents[1]
 HOWS = ("eager", "graph", "compile", "train", "jagged")
@@ -96,11 +96,11 @@ def measure(
             sides = {n: partial(_step, call.func, images) for n, call in sides.items()}  # type: ignore[attr-defined]
         with nullcontext() if train else torch.inference_mode():
             plain = host.plain and how not in ("train", "jagged")
-            replay = _replay(dense, wrapped, images) if plain else None
+            cut_off = replay(dense, wrapped, images) if plain else None
             if how == "jagged":
                 sides |= {"pruned": _Jagged(wrapped, images), "replay": partial(wrapped, images)}
-            if replay is not None:
-                sides["replay"] = partial(replay, images)
+            if cut_off is not None:
+                sides["replay"] = partial(cut_off, images)
             if how == "compile":
                 torch.compiler.reset()
                 sides = {n: partial(torch.compile(c.func), images) for n, c in sides.items()}  # type: ignore[attr-defined]
@@ -170,7 +170,7 @@ def _step(model: nn.Module, images: Tensor) -> None:
     model.zero_grad(set_to_none=True)
 
 
-def _replay(dense: nn.Module, wrapped: Any, images: Tensor) -> nn.Module | None:
+def replay(dense: nn.Module, wrapped: Any, images: Tensor) -> nn.Module | None:
     """A copy of the host whose blocks at the stages get only as many tokens as a stage leaves; None
     for hosts with tables of positions inside the blocks, which do not take that."""
     _, trace = wrapped(images, return_trace=True)

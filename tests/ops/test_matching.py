@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tokenprune.errors import PlanError
-from tokenprune.ops.matching import Groups, as_groups, bipartite
+from tokenprune.ops.matching import as_groups, bipartite
 
 
 def by_hand(keys: Tensor, first: int, count: int) -> tuple[list[int], list[int]]:
@@ -64,7 +64,7 @@ def test_padding_joins_padding_first() -> None:
 
 def test_scores_are_high_for_what_stays() -> None:
     keys = torch.randn(3, 9, 4)
-    groups: Groups = bipartite(keys, None, 0, 6)
+    groups = bipartite(keys, None, 0, 6)
     gone = groups.kept.gather(1, groups.of) != torch.arange(9)
     assert (groups.score[:, 1::2] == torch.inf).all()
     for score, left in zip(groups.score, gone, strict=True):

@@ -52,7 +52,12 @@ class Facts(BaseModel):
     fitted: bool = True  # the predictors were trained or calibrated; older releases do not say
 
 
-def save(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
+def save(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    host: Mapping[str, Any] | None = None,
+) -> Path:
     """Write a wrapped model to a directory.
 
     The files are written elsewhere and moved into place, so the directory holds a whole checkpoint
@@ -61,6 +66,8 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
     Args:
         model: What `wrap` returned.
         directory: Made if it does not exist, parents included.
+        host: How to build the host, for the command line: the `host` section of a recipe, with
+            `library`, `model` and the `kwargs` it was built with. None keeps the recipe's own.
 
     Returns:
         The directory.
@@ -68,6 +75,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
     Raises:
         NotWrappedError: `model` is not wrapped.
         CheckpointError: Its state holds something that is no tensor, or the path is a file.
+        RecipeError: `host` is no `host` section.
 
     Example:
         >>> tokenprune.save(model, "runs/deit")
@@ -77,11 +85,14 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
     if target.exists() and not target.is_dir():
         raise CheckpointError(f"Cannot save to {str(target)!r}: it is a file. Name a directory.")
     tensors, aliases = _one_name_each(model.state_dict())
-    recipe = _recipe_in_force(pruning).to_yaml().encode()
+    recipe = _recipe_in_force(pruning)
+    if host is not None:
+        mapping = recipe.model_dump(mode="json", exclude_none=True)
+        recipe = Recipe.parse({**mapping, "host": dict(host)}, where="save(host=...)")
     # the facts come last: until then their checksum does not fit the weights, and `load` says so
     with all_or_nothing(target, last=FACTS) as folder:
         save_file(tensors, folder / WEIGHTS)
-        (folder / RECIPE).write_bytes(recipe)
+        (folder / RECIPE).write_bytes(recipe.to_yaml().encode())
         facts = Facts(
             format=FORMAT,
             versions=_versions(),

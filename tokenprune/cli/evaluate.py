@@ -5,7 +5,8 @@ from typing import Annotated
 import typer
 
 from tokenprune.cli.console import show, working
-from tokenprune.cli.options import Checkpoint, Images, KeepRatio, Threshold
+from tokenprune.cli.hosts import host_of_folder
+from tokenprune.cli.options import Checkpoint, HostName, Images, KeepRatio, Options, Threshold
 from tokenprune.errors import HostError
 from tokenprune.rewrite.settings import PATHS
 
@@ -20,6 +21,8 @@ def evaluate(
     ] = None,
     keep_ratio: KeepRatio = "",
     threshold: Threshold = None,
+    host: HostName = "",
+    option: Options = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per forward.")] = 256,
 ) -> None:
     """Evaluate a checkpoint on held-out images."""
@@ -31,7 +34,7 @@ def evaluate(
     if unknown:
         raise HostError(f"There is no path {unknown[0]!r}. Choose among {', '.join(PATHS)}.")
     with working("loading"):
-        run = reopen(checkpoint, data)
+        run = reopen(checkpoint, data, host_of_folder(host, option or ()))
         prune_by(run.model, keep_ratio, threshold)
     with working("evaluating"):
         table = score_table(run.model, run.data, chosen, batch_size)

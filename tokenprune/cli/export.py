@@ -9,8 +9,8 @@ import torch
 import typer
 
 from tokenprune.cli.console import bar, show, working
-from tokenprune.cli.hosts import build, recipe_for
-from tokenprune.cli.options import AdapterName, KeepRatio, Options, RecipeName
+from tokenprune.cli.hosts import build, host_of_folder, recipe_for
+from tokenprune.cli.options import AdapterName, HostName, KeepRatio, Options, RecipeName
 from tokenprune.cost.profile import profile
 from tokenprune.cost.timing import Timing, interleaved
 from tokenprune.errors import ExportError, HostError
@@ -31,7 +31,7 @@ def export(
         str,
         typer.Argument(
             help="timm name, timm:NAME, transformers:CLASS, :TYPE or :CHECKPOINT; or a folder that "
-            "`tokenprune train` wrote."
+            "`tokenprune train` or `tokenprune.save` wrote."
         ),
     ],
     recipe: RecipeName = "",
@@ -42,6 +42,7 @@ def export(
         Path | None, typer.Option(help="The file. Default: the model's name in this folder.")
     ] = None,
     option: Options = None,
+    host: HostName = "",
     adapter: AdapterName = "",
     pretrained: Annotated[
         bool, typer.Option("--pretrained", help="Start from the published weights.")
@@ -59,8 +60,9 @@ def export(
     from tokenprune.cli.runs import load_host_weights, prune_by, reopen_model
 
     asked = format_of(output or "", format or None) if format or output else "onnx"
-    by_name: dict[str, Any] = {"--recipe": recipe, "--option": option, "--adapter": adapter}
+    by_name: dict[str, Any] = {"--recipe": recipe, "--adapter": adapter}
     by_name |= {"--pretrained": pretrained, "--host-weights": host_weights}
+    by_name |= {} if host else {"--option": option}
     clash = next((name for name, value in by_name.items() if value), None)
     is_folder = Path(model).is_dir()
     if is_folder and clash is not None:
@@ -68,16 +70,18 @@ def export(
             f"{clash} is for building a model by name; {model!r} is a folder, and holds its own "
             "recipe and weights. Leave the option out."
         )
+    if host and not is_folder:
+        raise HostError(f"--host is for a folder, {model!r} is none. Leave it out.")
     with working(f"building {model}"):
         if is_folder:
-            wrapped = reopen_model(Path(model))
+            wrapped = reopen_model(Path(model), host_of_folder(host, option or ()))
         else:
             chosen = load_recipe(recipe) if recipe else None
-            host = build(model, option or (), pretrained=pretrained)
+            built = build(model, option or (), pretrained=pretrained)
             if host_weights is not None:
-                load_host_weights(host, host_weights)
-            spec = describe(host, adapter or None)
-            wrapped = wrap(host, chosen or recipe_for(model, spec), adapter=spec, train=False)
+                load_host_weights(built, host_weights)
+            spec = describe(built, adapter or None)
+            wrapped = wrap(built, chosen or recipe_for(model, spec), adapter=spec, train=False)
         prune_by(wrapped, keep_ratio)
     target = output or Path(f"{Path(model.rpartition(':')[2]).name}.{asked}")
     with working(f"exporting to {asked}"):

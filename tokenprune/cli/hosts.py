@@ -14,7 +14,7 @@ from tokenprune.recipe import Recipe, list_recipes, load_recipe
 from tokenprune.recipe.schema import HostSection
 from tokenprune.recipe.yaml import load_yaml
 
-__all__ = ["build", "host_section", "parse_options", "recipe_for", "split_name"]
+__all__ = ["build", "host_of_folder", "host_section", "parse_options", "recipe_for", "split_name"]
 
 DEFAULT_RATIO = 0.7
 
@@ -57,6 +57,13 @@ def host_section(name: str, options: Sequence[str]) -> HostSection:
         faults = (f"{'.'.join(map(str, f['loc']))}: {f['msg']}" for f in error.errors())
         asked = f"{name!r} with options {list(options)}"
         raise HostError(f"{asked} names no host: {'; '.join(faults)}") from error
+
+
+def host_of_folder(host: str, options: Sequence[str]) -> HostSection | None:
+    """The `host` section that --host and --option describe; None without --host."""
+    if options and not host:
+        raise HostError("--option is for building a host; name it with --host.")
+    return host_section(host, options) if host else None
 
 
 def build(name: str, options: Sequence[str], *, pretrained: bool = False) -> nn.Module:

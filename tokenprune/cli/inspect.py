@@ -1,6 +1,8 @@
 """`tokenprune inspect`: show the blocks, stages, cost and certificate of a model."""
 
-from typing import Annotated
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 from torch import nn
@@ -8,9 +10,10 @@ from torch import nn
 from tokenprune.checks.certificate import Certificate
 from tokenprune.checks.verify import verify
 from tokenprune.cli.console import say, show, working
-from tokenprune.cli.hosts import build, recipe_for
-from tokenprune.cli.options import AdapterName, Options, RecipeName
+from tokenprune.cli.hosts import build, host_of_folder, recipe_for
+from tokenprune.cli.options import AdapterName, HostName, Options, RecipeName
 from tokenprune.cost.profile import Profile, profile
+from tokenprune.errors import HostError
 from tokenprune.hosts.registry import describe
 from tokenprune.hosts.spec import ArchSpec
 from tokenprune.recipe import Recipe, load_recipe
@@ -25,24 +28,30 @@ def inspect(
     model: Annotated[
         str,
         typer.Argument(
-            help="timm name, timm:NAME, transformers:CLASS, :TYPE or :CHECKPOINT. No weights are "
-            "loaded."
+            help="timm name, timm:NAME, transformers:CLASS, :TYPE or :CHECKPOINT, without weights; "
+            "or a folder that `tokenprune train` or `tokenprune.save` wrote."
         ),
     ],
     recipe: RecipeName = "",
     adapter: AdapterName = "",
     option: Options = None,
+    host: HostName = "",
     proof: Annotated[bool, typer.Option(help="Run the model to verify the pruning.")] = True,
 ) -> None:
     """Show what an adapter finds in a model, what pruning saves, and the certificate."""
-    chosen = load_recipe(recipe) if recipe else None
-    with working(f"building {model}"):
-        host = build(model, option or ())
-    spec = describe(host, adapter or None)
-    chosen = chosen or recipe_for(model, spec)
-    _show_spec(host, spec)
-    with working("tracing"):
-        wrapped = wrap(host, chosen, adapter=spec, verify=False, train=False)
+    wrapped = _reopened(Path(model), recipe, adapter, host, option or ())
+    if wrapped is None:
+        chosen = load_recipe(recipe) if recipe else None
+        with working(f"building {model}"):
+            built = build(model, option or ())
+        spec = describe(built, adapter or None)
+        _show_spec(built, spec)
+        with working("tracing"):
+            chosen = chosen or recipe_for(model, spec)
+            wrapped = wrap(built, chosen, adapter=spec, verify=False, train=False)
+    else:
+        _show_spec(pruning_of(wrapped).host, pruning_of(wrapped).spec)
+    with working("counting"):
         counted = profile(wrapped)
     chosen = pruning_of(wrapped).recipe
     show(stage_table(chosen, counted, pruning_of(wrapped).budget.counts(counted.patches_per_stage)))
@@ -51,6 +60,26 @@ def inspect(
         with working("verifying"):
             certificate = verify(wrapped)
         show(certificate_table(certificate))
+
+
+def _reopened(
+    folder: Path, recipe: str, adapter: str, host: str, options: Sequence[str]
+) -> Any | None:
+    """The model of a folder; None if there is no such folder."""
+    from tokenprune.cli.runs import reopen_model
+
+    if not folder.is_dir():
+        if host:
+            raise HostError(f"--host is for a folder, {str(folder)!r} is none. Leave it out.")
+        return None
+    clash = "--recipe" if recipe else "--adapter" if adapter else None
+    if clash is not None:
+        raise HostError(
+            f"{clash} is for building a model by name; {str(folder)!r} is a folder, and holds its "
+            "own recipe. Leave the option out."
+        )
+    with working(f"loading {folder}"):
+        return reopen_model(folder, host_of_folder(host, options))
 
 
 def _show_spec(host: nn.Module, spec: ArchSpec) -> None:

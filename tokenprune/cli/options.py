@@ -5,10 +5,22 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["AdapterName", "Checkpoint", "Images", "KeepRatio", "Options", "RecipeName", "Threshold"]
+__all__ = [
+    "AdapterName",
+    "Checkpoint",
+    "HostName",
+    "Images",
+    "KeepRatio",
+    "Options",
+    "RecipeName",
+    "Threshold",
+]
 
 AdapterName = Annotated[str, typer.Option(help="Name of an adapter. Default: detected.")]
 Checkpoint = Annotated[Path, typer.Argument(help="What `tokenprune train` wrote.")]
+HostName = Annotated[
+    str, typer.Option(help="The host of a folder whose recipe names none, or not all its options.")
+]
 Images = Annotated[
     str | None, typer.Option(help="Folder of images. Default: those of the training run.")
 ]

@@ -10,7 +10,7 @@ import torch
 from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from tokenprune.checkpoints.directory import load, saved_recipe
 from tokenprune.cli.console import warn
@@ -24,10 +24,12 @@ from tokenprune.train.data import HELD_OUT
 __all__ = [
     "Run",
     "host_of",
+    "image_settings",
     "keep_ratios",
     "load_host_weights",
     "prepare",
     "prune_by",
+    "read_images",
     "reopen",
     "reopen_model",
     "write_input",
@@ -54,8 +56,15 @@ class Run:
     settings: dict[str, Any]
 
 
-def host_of(recipe: Recipe) -> HostSection:
-    """The recipe's `host` section; raises `PlanError` if it has none."""
+def host_of(recipe: Recipe, folder: Path | None = None) -> HostSection:
+    """The recipe's `host` section; raises `PlanError` if it has none. `folder` is the checkpoint
+    that holds the recipe, if one does."""
+    if recipe.host is None and folder is not None:
+        raise PlanError(
+            f"The recipe in {str(folder)!r} names no host to build. Give it with --host, such as "
+            "--host timm:deit_small_patch16_224, and an --option KEY=VALUE for each argument it "
+            "was built with; or save it with tokenprune.save(model, folder, host=...)."
+        )
     if recipe.host is None:
         named = f"Recipe {recipe.name!r}" if recipe.name else "The recipe"
         raise PlanError(
@@ -116,14 +125,15 @@ def write_input(directory: Path, data: str | None, run: Run) -> None:
     (directory / INPUT).write_text(noted.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
-def reopen(directory: Path, data: str | None) -> Run:
+def reopen(directory: Path, data: str | None, host: HostSection | None = None) -> Run:
     """The wrapped model of a checkpoint, and images prepared as in its training.
 
-    They are those it was trained with if `data` is None. Of other images than those, all are
+    `host` says which host to build, if not the one that the recipe names. The images are those it
+    was trained with if `data` is None. Of other images than those, all are
     evaluated on, unless they are in train/ and val/.
     """
     recipe = saved_recipe(directory)
-    section = host_of(recipe)
+    section = host or host_of(recipe, directory)
     noted = _read_input(directory)
     if noted is None:
         if data is None:
@@ -146,16 +156,95 @@ def reopen(directory: Path, data: str | None) -> Run:
             f"images of {bundle.name!r} have {_short(bundle.class_names)}. Give images of the same "
             "classes with --data."
         )
-    host = _build(section, bundle.num_classes, settings)
-    return Run(model=load(directory, host), data=bundle, settings=settings)
+    built = _build(section, bundle.num_classes, settings)
+    return Run(model=_loaded(directory, built, host), data=bundle, settings=settings)
 
 
-def reopen_model(directory: Path) -> Any:
-    """The wrapped model of a checkpoint; no images are read."""
-    section, noted = host_of(saved_recipe(directory)), _read_input(directory)
-    if noted is None:  # written by `tokenprune.save`: the host as the recipe describes it
-        return load(directory, build_host(section))
-    return load(directory, _build(section, len(noted.class_names), noted.settings))
+def reopen_model(directory: Path, host: HostSection | None = None) -> Any:
+    """The wrapped model of a checkpoint; no images are read.
+
+    Args:
+        directory: What `tokenprune train` or `tokenprune.save` wrote.
+        host: Which host to build; None for the one that the recipe names.
+    """
+    noted = _read_input(directory)
+    section = host or host_of(saved_recipe(directory), directory)
+    if noted is None:  # written by `tokenprune.save`: the host as it is described
+        built = build_host(section)
+    else:
+        built = _build(section, len(noted.class_names), noted.settings)
+    return _loaded(directory, built, host)
+
+
+def _loaded(directory: Path, built: nn.Module, host: HostSection | None) -> Any:
+    try:
+        return load(directory, built)
+    except CheckpointError as error:
+        if host is not None or "does not fit" not in str(error):
+            raise
+        section = host_of(saved_recipe(directory), directory)
+        raise CheckpointError(
+            f"{error}\nIf that host was built with more arguments than its recipe says, which are "
+            f"{section.kwargs}, give it with --host {section.library}:{section.model} and an "
+            "--option KEY=VALUE for each, or save it with tokenprune.save(model, folder, host=...)."
+        ) from error
+
+
+def image_settings(
+    directory: Path | None, host: HostSection | None, pretrained: bool = False
+) -> dict[str, Any]:
+    """How images are prepared: the keyword arguments of `read_images`.
+
+    Args:
+        directory: Of a checkpoint, if there is one: its training may have noted them.
+        host: Which host takes them; None for the one that the checkpoint's recipe names.
+        pretrained: As for the published weights; always so for a checkpoint that says nothing, if
+            there are published weights for as many channels.
+    """
+    noted = None if directory is None else _read_input(directory)
+    if noted is not None:
+        return noted.settings
+    if host is None:
+        if directory is None:
+            raise ValueError("image_settings needs a checkpoint or a host")
+        host = host_of(saved_recipe(directory), directory)
+    published = host.library == "timm" or "/" in host.model
+    settings = input_settings(host, None, pretrained or (directory is not None and published))
+    if len(settings["mean"]) != settings["in_chans"]:
+        settings |= dict.fromkeys(("mean", "std"), (0.5,) * settings["in_chans"])
+    size = host.kwargs.get("img_size", host.kwargs.get("image_size"))
+    if isinstance(size, list):  # of images that are not square
+        settings["image_size"] = tuple(size)
+    return settings
+
+
+def read_images(
+    files: Sequence[Path],
+    image_size: int | tuple[int, int],
+    *,
+    in_chans: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    crop_pct: float,
+    interpolation: str,
+) -> tuple[Tensor, Tensor]:
+    """Image files as a host takes them, and the same as pixels in [0, 1]; [B, C, height, width]
+    each. The middle of an image of another shape is cut out."""
+    from timm.data import create_transform
+
+    from tokenprune.train.images import ImageSet
+
+    for file in files:
+        if not file.is_file():
+            what = "is a folder" if file.is_dir() else "does not exist"
+            raise DataError(f"The image {str(file)!r} {what}. Give image files.")
+    shared = {"crop_pct": crop_pct, "interpolation": interpolation}
+    transform = create_transform(image_size, mean=tuple(mean), std=tuple(std), **shared)
+    found = ImageSet(files, [0] * len(files), transform, in_chans=in_chans)
+    images = torch.stack([found[number]["pixel_values"] for number in range(len(files))])
+    by_channel = (torch.tensor(values).view(in_chans, 1, 1) for values in (std, mean))
+    scale, shift = by_channel
+    return images, (images * scale + shift).clamp(0, 1)
 
 
 def prune_by(model: Any, keep_ratio: str, threshold: float | None = None) -> None:

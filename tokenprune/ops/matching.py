@@ -8,9 +8,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tokenprune.errors import PlanError
+from tokenprune.ops.kernels.joining import can_join, join_pairs
 from tokenprune.ops.selection import indices_of
 
-__all__ = ["Groups", "as_groups", "bipartite", "similar"]
+__all__ = ["Groups", "Pairs", "as_groups", "bipartite", "groups_of", "similar"]
 
 
 class Groups(NamedTuple):
@@ -26,6 +27,56 @@ class Groups(NamedTuple):
     kept: Tensor
     of: Tensor
     score: Tensor
+
+    def moves(self) -> tuple[Tensor, Tensor]:
+        """All places [B, N], those of `kept` first; the groups [B, N - K] of the others."""
+        stays = torch.zeros_like(self.of).scatter(1, self.kept, 1)
+        gone = stays.argsort(dim=1, stable=True)[:, : stays.shape[1] - self.kept.shape[1]]
+        return torch.cat([self.kept, gone], dim=1), self.of.gather(1, gone)
+
+
+class Pairs(NamedTuple):
+    """`Groups` of one round, of which a call computes only what it reads.
+
+    Attributes:
+        everyone: [B, N] all places, those of `kept` first.
+        joined: [B, N - K] the groups of the others.
+        cosine: [B, A] of the patches at places start, start + 2, ... and their partners.
+        start: 0 or 1.
+    """
+
+    everyone: Tensor
+    joined: Tensor
+    cosine: Tensor
+    start: int
+
+    @property
+    def kept(self) -> Tensor:
+        """As in `Groups`."""
+        return self.everyone[:, : self.everyone.shape[1] - self.joined.shape[1]]
+
+    @property
+    def of(self) -> Tensor:
+        """As in `Groups`."""
+        return groups_of(self.everyone, self.joined)
+
+    @property
+    def score(self) -> Tensor:
+        """As in `Groups`."""
+        score = torch.full_like(self.everyone, float("inf"), dtype=self.cosine.dtype)
+        places = torch.arange(self.start, score.shape[1], 2, device=score.device)
+        return score.index_copy(1, places, -self.cosine)
+
+    def moves(self) -> tuple[Tensor, Tensor]:
+        """As in `Groups`."""
+        return self.everyone, self.joined
+
+
+def groups_of(everyone: Int[Tensor, "B N"], joined: Int[Tensor, "B R"]) -> Int[Tensor, "B N"]:
+    """The group of each patch, from what `Groups.moves` returns."""
+    kept = torch.arange(everyone.shape[1] - joined.shape[1], device=everyone.device)
+    rows = torch.cat([kept.expand(len(everyone), -1), joined], dim=1)
+    return everyone.scatter(1, everyone, rows)  # each place is written once
 
 
 def similar(
@@ -57,7 +108,7 @@ def similar(
 
 def bipartite(
     keys: Float[Tensor, "B N d"], real: Bool[Tensor, "B N"] | None, first: int, num_keep: int
-) -> Groups:
+) -> Groups | Pairs:
     """The groups that are left when the `N - num_keep` most similar pairs are joined.
 
     A round joins at most all tokens at even places; where more must go, another one follows, in
@@ -73,33 +124,34 @@ def bipartite(
             f"asked to merge {length} patch tokens into {num_keep}; choose a count from 1 to "
             f"{length}"
         )
-    places = torch.arange(length, device=keys.device).expand(keys.shape[0], -1)
-    groups = Groups(places, places, places.new_zeros(places.shape, dtype=torch.float32))
+    if num_keep == length:
+        places = torch.arange(length, device=keys.device).expand(keys.shape[0], -1)
+        return Groups(places, places, torch.zeros_like(places, dtype=torch.float32))
+    most = (length + 1 - first % 2) // 2
+    groups: Groups | Pairs = _round(keys, real, first, min(length - num_keep, most))
+    last = groups
     while (left := groups.kept.shape[1]) > num_keep:
-        joined = _round(keys, real, first, min(left - num_keep, (left + 1 - first % 2) // 2))
-        score = joined.score if left == length else groups.score
-        kept = groups.kept.gather(1, joined.kept)
-        groups = Groups(kept, joined.of.gather(1, groups.of), score)
-        rows = joined.kept.unsqueeze(-1).expand(-1, -1, keys.shape[-1])
+        rows = last.kept.unsqueeze(-1).expand(-1, -1, keys.shape[-1])
         keys = keys.gather(1, rows)
-        real = None if real is None else real.gather(1, joined.kept)
+        real = None if real is None else real.gather(1, last.kept)
+        last = _round(keys, real, first, min(left - num_keep, (left + 1 - first % 2) // 2))
+        kept, of = groups.kept.gather(1, last.kept), last.of.gather(1, groups.of)
+        groups = Groups(kept, of, groups.score)
     return groups
 
 
-def _round(keys: Tensor, real: Tensor | None, first: int, count: int) -> Groups:
+def _round(keys: Tensor, real: Tensor | None, first: int, count: int) -> Pairs:
     """Join `count` pairs."""
     batch, length = keys.shape[:2]
+    cosine, partner = similar(keys, real, first)
+    if can_join(cosine):
+        return Pairs(*join_pairs(cosine, partner, length, first % 2, count), cosine, first % 2)
     places = torch.arange(length, device=keys.device)
     even, odd = places[first % 2 :: 2], places[1 - first % 2 :: 2]
-    cosine, partner = similar(keys, real, first)
     leave, stay = _most_similar(cosine, count)
-    kept = torch.cat([even[stay], odd.expand(batch, -1)], dim=1)
-    rows = torch.arange(kept.shape[1], device=keys.device).expand(batch, -1)
-    of = torch.zeros(batch, length, dtype=torch.int64, device=keys.device).scatter(1, kept, rows)
-    theirs = partner.gather(1, leave) + stay.shape[1]
-    score = torch.full_like(of, float("inf"), dtype=cosine.dtype)
-    score = score.index_copy(1, even, -cosine)
-    return Groups(kept, of.scatter(1, even[leave], theirs), score)
+    gone, joined = even[leave], partner.gather(1, leave) + stay.shape[1]
+    everyone = torch.cat([even[stay], odd.expand(batch, -1), gone], dim=1)
+    return Pairs(everyone, joined, cosine, first % 2)
 
 
 def _most_similar(cosine: Tensor, count: int) -> tuple[Tensor, Tensor]:

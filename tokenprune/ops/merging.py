@@ -14,7 +14,8 @@ from torch import Tensor
 
 from tokenprune.errors import LeakError
 from tokenprune.ops.align import along, token_dim
-from tokenprune.ops.matching import Groups
+from tokenprune.ops.kernels.joining import can_join, join_tokens
+from tokenprune.ops.matching import Groups, Pairs, groups_of
 from tokenprune.ops.moving import gather_aligned, with_prefix
 
 __all__ = [
@@ -39,19 +40,30 @@ class Merged(NamedTuple):
 
     Attributes:
         numbers: [B, K] original number of the patch that stands for each remaining one.
-        rows: [B, N] which of the remaining ones stands for each original patch.
         sizes: [B, P + K] how many original tokens each stands for.
-        whole: Nothing has been merged so far.
+        steps: `Groups.moves` of each stage so far that merged something.
     """
 
     numbers: Tensor
-    rows: Tensor
     sizes: Tensor
-    whole: bool
+    steps: tuple[tuple[Tensor, Tensor], ...] = ()
+
+    @property
+    def whole(self) -> bool:
+        """Nothing has been merged so far."""
+        return len(self.steps) == 0  # `not` of a tuple is nothing that Dynamo traces
+
+    @property
+    def rows(self) -> Tensor:
+        """[B, N] which of the remaining ones stands for each original patch."""
+        rows = self.numbers
+        for number, step in enumerate(self.steps):
+            rows = groups_of(*step) if number == 0 else groups_of(*step).gather(1, rows)
+        return rows
 
 
 def merge_groups(
-    tokens: Float[Tensor, "B L D"], groups: Groups, before: Merged | None, num_prefix: int
+    tokens: Float[Tensor, "B L D"], groups: Groups | Pairs, before: Merged | None, num_prefix: int
 ) -> tuple[Float[Tensor, "B P_plus_K D"], Merged]:
     """The prefix tokens, and the mean of each group, weighted by sizes.
 
@@ -66,23 +78,31 @@ def merge_groups(
     if before is None:
         numbers = torch.arange(patches, device=tokens.device).expand(batch, -1)
         sizes = torch.ones(batch, length, dtype=torch.float32, device=tokens.device)
-        before = Merged(numbers, numbers, sizes, True)
+        before = Merged(numbers, sizes)
     if count == patches:
         return tokens, before
-    given, weights = tokens[:, num_prefix:], before.sizes[:, num_prefix:]
-    flat = (groups.of + torch.arange(batch, device=tokens.device)[:, None] * count).flatten()
-    sizes = weights.new_zeros(batch * count).index_add(0, flat, weights.flatten())
-    weighted = (given * weights.unsqueeze(-1)).flatten(0, 1)
-    merged = weighted.new_zeros(batch * count, weighted.shape[-1]).index_add(0, flat, weighted)
-    merged = (merged / sizes.unsqueeze(-1)).to(tokens.dtype)
-    merged = merged.reshape(batch, count, tokens.shape[-1])  # not -1: there may be no image
-    after = Merged(
-        before.numbers.gather(1, groups.kept),
-        groups.of.gather(1, before.rows),
-        torch.cat([before.sizes[:, :num_prefix], sizes.reshape(batch, count)], dim=1),
-        False,
-    )
-    return torch.cat([tokens[:, :num_prefix], merged], dim=1), after
+    everyone, joined = groups.moves()
+    steps = (*before.steps, (everyone, joined))
+    numbers = groups.kept if before.whole else before.numbers.gather(1, groups.kept)
+    if can_join(tokens):
+        merged, left = join_tokens(tokens, before.sizes, everyone, joined)
+        return merged, Merged(numbers, left, steps)
+    # A mean is the kept one and its distances to the others: only rows that change are touched.
+    rows, to, kept = with_prefix(everyone, num_prefix), joined + num_prefix, num_prefix + count
+    given = before.sizes.gather(1, rows)
+    sizes = given[:, :kept].scatter_add(1, to, given[:, kept:])
+    flat, wide = tokens.flatten(0, 1), torch.promote_types(tokens.dtype, sizes.dtype)
+    at = to
+    if batch != 1:  # one image has no offset, and small operators count there
+        image = torch.arange(batch, device=tokens.device)[:, None]
+        rows, at = rows + image * length, to + image * kept
+    at = at.flatten()
+    merged = flat.index_select(0, rows[:, :kept].flatten()).to(wide)
+    gone = flat.index_select(0, rows[:, kept:].flatten())
+    share = (given[:, kept:].to(wide) / sizes.gather(1, to)).reshape(-1, 1)
+    merged = merged.index_add(0, at, (gone - merged.index_select(0, at)) * share)
+    merged = merged.to(tokens.dtype).reshape(batch, kept, tokens.shape[-1])
+    return merged, Merged(numbers, sizes, steps)
 
 
 def expand_groups(
@@ -105,8 +125,10 @@ def sizes_along(
     stands for itself."""
     if merged.whole:
         return None
-    sizes = F.pad(merged.sizes[:, num_prefix:], (prefix, 0), value=1.0)
-    return sizes.repeat_interleave(rows_per_image, 0)
+    sizes = merged.sizes
+    if prefix != num_prefix:  # else what is before the patches are prefix tokens, of size 1
+        sizes = F.pad(sizes[:, num_prefix:], (prefix, 0), value=1.0)
+    return sizes if rows_per_image == 1 else sizes.repeat_interleave(rows_per_image, 0)
 
 
 def gather_merged(

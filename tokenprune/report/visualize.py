@@ -1,4 +1,7 @@
-"""A picture of the kept patches: a row for each image, a column for each stage."""
+"""A picture of what became of the patches: a row for each image, a column for each stage.
+
+Where patches were merged, an image has a second row, in which each group has its mean colour.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,13 +13,16 @@ from torch import Tensor
 from tokenprune.errors import HostError, MissingDependencyError
 from tokenprune.rewrite.kept.pruning_trace import PruningTrace
 
-__all__ = ["grid_shape", "kept_pixels", "pruning_grid"]
+__all__ = ["grid_shape", "kept_pixels", "paint_groups", "pruning_grid"]
 
 # A dropped patch keeps this share of its colour. The rest is a blue grey that differs from both
 # bright and dark images.
 LEFT, DROPPED = 0.22, (0.36, 0.43, 0.54)
 GAP, HEADER, LINE = 6, 34, 14
 BACKGROUND, INK = (255, 255, 255), (30, 30, 30)
+# A border is the colour of its group, moved by this share towards black, or white if it is dark.
+BORDER = 0.55
+LEGEND = ("above: patches that\nstand for a group", "below: each group\nin its mean colour")
 
 
 def grid_shape(num_patches: int, height: int, width: int) -> tuple[int, int]:
@@ -38,8 +44,52 @@ def grid_shape(num_patches: int, height: int, width: int) -> tuple[int, int]:
 
 def kept_pixels(decision: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
     """Which pixels belong to kept patches: [B, height, width] of `size`, from [B, N] 0/1."""
-    cells = decision.detach().float().reshape(-1, 1, *grid)
-    return F.interpolate(cells, size, mode="nearest")[:, 0] > 0.5
+    return _spread(decision.detach(), grid, size) > 0.5
+
+
+def paint_groups(images: Tensor, groups: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+    """Paint each group of patches in the mean colour of its pixels, with borders between groups.
+
+    A pixel is a border if the one to its right or below it belongs to another group. Groups of
+    several pieces have one colour; no border is inside a piece.
+
+    Args:
+        images: [B, C, height, width] pixels in [0, 1], of one or three channels.
+        groups: [B, N] for each patch, row by row, a number from 0 to N - 1 that the patches of its
+            group share: `trace.stages[s].groups`.
+        size: Height and width of the result; those of `images` if None.
+
+    Returns:
+        [B, 3, *size] pixels in [0, 1].
+
+    Raises:
+        HostError: The patches form no grid over the images.
+    """
+    pixels, number = images.detach().float().cpu(), groups.detach().cpu()
+    high, wide = pixels.shape[-2:]
+    grid = grid_shape(number.shape[1], high, wide)
+    flat = pixels.expand(-1, 3, -1, -1).flatten(2)
+    at = _spread(number, grid, (high, wide)).flatten(1).unsqueeze(1)  # the group of each pixel
+    count = torch.zeros(len(flat), 1, number.shape[1]).scatter_add(2, at, torch.ones(at.shape))
+    total = torch.zeros(len(flat), 3, number.shape[1])
+    mean = total.scatter_add(2, at.expand_as(flat), flat) / count.clamp_min(1)
+    shown = _spread(number, grid, size or (high, wide))
+    painted = mean.gather(2, shown.flatten(1).unsqueeze(1).expand(-1, 3, -1))
+    painted = painted.reshape(len(flat), 3, *shown.shape[1:])
+    edge = torch.zeros_like(shown, dtype=torch.bool)
+    edge[:, :, :-1] |= shown[:, :, 1:] != shown[:, :, :-1]
+    edge[:, :-1] |= shown[:, 1:] != shown[:, :-1]
+    towards = (painted.mean(1, keepdim=True) < 0.5).float()
+    return torch.where(edge.unsqueeze(1), painted + BORDER * (towards - painted), painted)
+
+
+def _spread(numbers: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """What each pixel's patch holds: [B, *size] of [B, N]."""
+    rows, columns = (
+        torch.div(torch.arange(length) * cells, length, rounding_mode="floor")
+        for length, cells in zip(size, grid, strict=True)
+    )
+    return numbers.reshape(-1, *grid)[:, rows][:, :, columns]
 
 
 def pruning_grid(
@@ -47,11 +97,15 @@ def pruning_grid(
 ) -> Any:
     """Draw which patches each stage kept; dropped ones are dimmed.
 
+    Where a stage merged patches, a second row of the image shows its groups (`paint_groups`), and
+    those that are not dimmed in the first one are the patches that stand for the groups.
+
     Args:
         images: [B, C, height, width] pixels in [0, 1], of one or three channels.
-        trace: Of the call with these images, on the mask or gather path.
+        trace: Of the call with these images, on the mask or gather path. Stages may see grids of
+            different sizes.
         labels: A line under each image, such as its class.
-        tile: Side of an image in the picture, in pixels.
+        tile: The longer side of an image in the picture, in pixels.
 
     Returns:
         A `PIL.Image.Image`; its `save("x.png")` writes the file.
@@ -68,39 +122,60 @@ def pruning_grid(
         ) from error
     _check(images, trace, labels)
     columns = _columns(images.detach().float().cpu().clamp(0, 1), trace, tile)
-    height, width = columns[0][1].shape[-2:]
-    step_x, step_y = width + GAP, height + GAP + (LINE if labels else 0)
+    height, width = columns[0][1][0].shape[-2:]
+    rows = max(len(shown) for _, shown in columns)  # of one image
+    step_x, step_y = width + GAP, rows * (height + GAP) + (LINE if labels else 0)
     whole = (GAP + step_x * len(columns), HEADER + GAP + step_y * len(images))
     picture = Image.new("RGB", whole, BACKGROUND)
     pen, font = ImageDraw.Draw(picture), ImageFont.load_default(size=11)
-    for number, (title, tiles) in enumerate(columns):
+    for number, (title, shown) in enumerate(columns):
         left = GAP + number * step_x
-        pen.multiline_text((left, 4), title, INK, font=font, spacing=2)
-        for row, pixels in enumerate(tiles):
-            top = HEADER + GAP + row * step_y
-            data = (pixels.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
-            picture.paste(Image.fromarray(data), (left, top))
+        short = title.removesuffix(" tokens")
+        fits = pen.multiline_textbbox((0, 0), title, font=font)[2] <= step_x
+        pen.multiline_text((left, 4), title if fits else short, INK, font=font, spacing=2)
+        for image in range(len(images)):
+            top = HEADER + GAP + image * step_y
+            for line, tiles in enumerate(shown):
+                data = (tiles[image].permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
+                picture.paste(Image.fromarray(data), (left, top + line * (height + GAP)))
             if labels and number == 0:
-                pen.text((left, top + height + 1), labels[row], INK, font=font)
+                under = top + rows * (height + GAP) - GAP + 1
+                pen.text((left, under), labels[image], INK, font=font)
+            if rows > 1 and number == 0:
+                _write_legend(pen, font, (left, top + height + GAP), (width, height))
     return picture
 
 
-def _columns(pixels: Tensor, trace: PruningTrace, tile: int) -> list[tuple[str, Tensor]]:
-    """Title and pixels [B, 3, height, width] of each column."""
+def _write_legend(pen: Any, font: Any, at: tuple[int, int], room: tuple[int, int]) -> None:
+    """Say what the two rows of an image are, as far as there is room."""
+    left, below = at
+    for text in LEGEND:
+        box = pen.multiline_textbbox((left, below), text, font=font)
+        if box[2] > left + room[0] or box[3] > at[1] + room[1]:
+            return
+        pen.multiline_text((left, below), text, INK, font=font)
+        below = int(box[3]) + GAP
+
+
+def _columns(pixels: Tensor, trace: PruningTrace, tile: int) -> list[tuple[str, list[Tensor]]]:
+    """Title of each column and its pixels, [B, 3, height, width] for each row of an image."""
     high, wide = pixels.shape[-2:]
     scale = tile / max(high, wide)
     size = max(1, round(high * scale)), max(1, round(wide * scale))
     mode = "nearest" if scale > 1 else "area"
     large = F.interpolate(pixels.expand(-1, 3, -1, -1), size, mode=mode)
     dimmed = LEFT * large + (1 - LEFT) * torch.tensor(DROPPED).view(3, 1, 1)
-    columns = [("input", large)]
+    columns = [("input", [large])]
     for number, stage in enumerate(trace.stages):
         decision = stage.decision.detach().cpu()
         grid = grid_shape(decision.shape[1], high, wide)
         kept = kept_pixels(decision, grid, size).unsqueeze(1)
         count = float(decision.float().sum(dim=1).mean())
-        title = f"stage {number}\n{count:.4g} of {decision.shape[1]}"
-        columns.append((title, torch.where(kept, large, dimmed)))
+        title = f"stage {number}\n{count:.4g} of {decision.shape[1]} tokens"
+        shown = [torch.where(kept, large, dimmed)]
+        if stage.groups is not None:
+            shown.append(paint_groups(pixels, stage.groups, size))
+        columns.append((title, shown))
     return columns
 
 

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from tokenprune.ops.matching import Groups
+from tokenprune.ops.matching import Groups, Pairs
 from tokenprune.recipe.names import SCORERS
 from tokenprune.recipe.schema import PredictorSection
 
@@ -105,7 +105,7 @@ class Matcher(Scorer):
         first: int,
         num_keep: int,
         **needed: Any,
-    ) -> Groups:
+    ) -> Groups | Pairs:
         """Sort N patches into `num_keep` groups.
 
         Args:

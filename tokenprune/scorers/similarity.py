@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 from jaxtyping import Bool
 from torch import Tensor
 
-from tokenprune.ops.matching import Groups, bipartite
+from tokenprune.ops.matching import Groups, Pairs, bipartite
 from tokenprune.recipe.names import SCORERS
 from tokenprune.scorers.protocol import Mask, Matcher, Need, Scores, Tokens, as_keep_logits
 
@@ -32,5 +32,5 @@ class Similarity(Matcher):
         first: int,
         num_keep: int,
         **needed: Any,
-    ) -> Groups:
+    ) -> Groups | Pairs:
         return bipartite(needed["keys"].mean(1), real, first, num_keep)

@@ -35,11 +35,11 @@ class Launches(TorchDispatchMode):
         return result
 
 
-def launched(device: torch.device, blocks: list[int]) -> Counter[str]:
+def launched(device: torch.device, blocks: list[int], mode: str = "remove") -> Counter[str]:
     host = timm.models.VisionTransformer(
         img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2, num_classes=4
     )
-    recipe = {"version": 1, "schedule": {"blocks": blocks, "keep_ratio": 0.7}}
+    recipe = {"version": 1, "mode": mode, "schedule": {"blocks": blocks, "keep_ratio": 0.7}}
     model: Any = tokenprune.wrap(host.to(device).eval(), recipe, verify=False, train=False)
     tokenprune.freeze_guards(model)
     images = torch.randn(2, 3, 32, 32, device=device)
@@ -52,3 +52,9 @@ def test_a_stage_launches_ten_kernels_at_most(device: torch.device) -> None:
     more = launched(device, [1, 2]) - launched(device, [1])
     assert 0 < more.total() <= 10, more
     assert more["tokenprune::keep_best"] == 2
+
+
+def test_a_stage_that_merges_launches_twelve_kernels_at_most(device: torch.device) -> None:
+    more = launched(device, [1, 2], "merge") - launched(device, [1], "merge")
+    assert 0 < more.total() <= 12, more
+    assert more["tokenprune::join_pairs"] == more["tokenprune::join_tokens"] == 1

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from tokenprune.ops import merging
-from tokenprune.ops.matching import Groups, as_groups
+from tokenprune.ops.matching import Groups, Pairs, as_groups
 from tokenprune.ops.merging import Merged
 from tokenprune.rewrite.kept.protocol import KeptSet, StagePoint
 from tokenprune.rewrite.kept.pruning_trace import StageTrace
@@ -33,9 +33,9 @@ def merge_at(
     num_prefix: int,
     real: Tensor | None,
     **needed: Any,
-) -> tuple[Tensor, Merged, Tensor]:
-    """The tokens [B, P + K, D] after a stage, what they stand for, and the scores [B, N', 2] of
-    those that came in."""
+) -> tuple[Tensor, Merged, Groups | Pairs]:
+    """The tokens [B, P + K, D] after a stage, what they stand for, and the groups of the N' patches
+    that came in."""
     patches = tokens[:, num_prefix:]
     numbers = None if before is None else before.numbers
     if settings.groups is not None:
@@ -48,7 +48,7 @@ def merge_at(
         count = settings.num_keep[stage]
         groups = matcher.match(patches, real, num_prefix, count, **needed)  # type: ignore[operator]
     left, merged = merging.merge_groups(tokens, groups, before, num_prefix)
-    return left, merged, as_keep_logits(groups.score)
+    return left, merged, groups
 
 
 def groups_of(settings: CallSettings, stage: int) -> Tensor:
@@ -89,7 +89,8 @@ class MergedSet(KeptSet):
         self, records: Sequence[Any], num_patches: Sequence[int], nested: bool
     ) -> list[StageTrace]:
         stages, before = [], None
-        for (scores, merged), patches in zip(records, num_patches, strict=True):
+        for (found, merged), patches in zip(records, num_patches, strict=True):
+            scores = as_keep_logits(found.score)  # here: most calls do not ask for a trace
             rows, numbers = merged.rows, merged.numbers
             spread = scores if before is None else scores.gather(1, _pairs(before.rows))
             decision = scores.new_zeros(len(scores), patches).scatter(1, numbers, 1.0)
