@@ -91,9 +91,7 @@ def test_the_least_is_said_and_nothing_changes() -> None:
 
 def test_a_threshold_is_found_whose_mean_cost_is_the_budget(tmp_path: Path) -> None:
     model = wrapped("dynamicvit-k0.7")
-    with torch.no_grad():
-        for parameter in model.token_predictors.parameters():
-            parameter.mul_(4)  # so that keep probabilities differ
+    randomize_weights(model.token_predictors, 2.0)  # so that keep probabilities differ
     given = [images(8), (images(4), torch.zeros(4))]
     share = model.set_budget(0.7, images=given)
     costs = tokenprune.ImageMacs(model)

@@ -155,7 +155,7 @@ def test_macs_count_what_is_left_and_the_matching() -> None:
         (
             {"version": 1, "mode": "merge", "scorer": "random", "schedule": {"keep_ratio": 0.7}},
             PlanError,
-            "needs one that says which tokens are similar: similarity",
+            "says too little for `mode: merge`; that takes similarity",
         ),
         ({"version": 1, "mode": "merge", "schedule": {"r": 0}}, RecipeError, r"schedule\.r"),
         (

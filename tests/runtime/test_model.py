@@ -382,7 +382,8 @@ def test_methods_of_the_host_are_its_own_whatever_they_are_called() -> None:
     model.set_keep_ratio(1.0)
     assert torch.equal(model(IMAGES), dense)
     own = {name for name in vars(type(model).__mro__[1]) if not name.startswith("__")}
-    public = {"forward", "using", "set_keep_ratio", "set_threshold", "load_state_dict"}
+    public = {"forward", "using", "set_budget", "set_keep_ratio", "set_threshold"}
+    public |= {"load_state_dict"}
     of_torch = {"_get_name", "_modules", "_call_impl", "_compiled_call_impl"}
     assert own == public | of_torch | {"_pruning"}
     assert vars(model) is vars(host)
