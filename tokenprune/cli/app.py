@@ -14,6 +14,7 @@ from tokenprune.cli.export import export
 from tokenprune.cli.inspect import inspect
 from tokenprune.cli.lists import adapters, recipes
 from tokenprune.cli.train import train
+from tokenprune.cli.tune import calibrate, compare
 from tokenprune.cli.visualize import visualize
 from tokenprune.errors import TokenPruneError
 
@@ -64,6 +65,8 @@ app.command()(demo)
 app.command()(train)
 app.command(name="eval")(evaluate)
 app.command()(inspect)
+app.command()(compare)
+app.command()(calibrate)
 app.command()(export)
 app.add_typer(recipes, name="recipes")
 app.command()(adapters)
