@@ -34,7 +34,8 @@ def for_model(model: nn.Module, teacher: nn.Module | None = None) -> "ModelLoss"
 
     Targets are the model's own keep ratios at the time of each call, after `set_keep_ratio` too.
     A model whose scorer has no parameters (`random`, `token-norm`, `key-norm`) has no ratio term:
-    it keeps what its ratios say. A model in mode `bypass` has all terms.
+    it keeps what its ratios say; nor has one that trains with `sampling.counts: fixed`. A model in
+    mode `bypass` has all terms.
 
     Args:
         model: What `wrap` returned, not compiled and not inside another wrapper (DDP).
@@ -72,6 +73,7 @@ class ModelLoss:
             weights |= {"distill_logits": 0.0, "distill_tokens": 0.0}
         if not self.pruning.method.scorer.probabilistic:
             weights["ratio"] = 0.0
+        self.fixed = self.pruning.recipe.sampling.counts == "fixed"
         self.weights = PruningLoss(keep_ratios=(), criterion=criterion, **weights)
 
     def __call__(
@@ -103,7 +105,10 @@ class ModelLoss:
             )
         logits = class_logits(output)
         _check_labels(labels, logits)
-        loss = replace(self.weights, keep_ratios=self.pruning.budget.keep_ratios)
+        budget = self.pruning.budget
+        loss = replace(self.weights, keep_ratios=budget.keep_ratios)
+        if self.fixed and budget.threshold is None:
+            loss = replace(loss, ratio=0.0)
         decisions = [stage.decision for stage in trace.stages]
         operands = self._operands(inputs, trace, logits.shape[1])
         total, parts = loss(logits, labels, decisions, **operands, real=trace.real)

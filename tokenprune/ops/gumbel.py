@@ -3,10 +3,10 @@
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-__all__ = ["sample_decision"]
+__all__ = ["sample_decision", "sample_topk"]
 
 
 def sample_decision(
@@ -34,6 +34,43 @@ def sample_decision(
     Returns:
         The decision of this stage, exactly 0 or 1 when `hard` and `previous` holds 0/1.
     """
+    margin = _noisy_margin(keep_logits, temperature, generator)
+    return _straight_through(margin, margin >= 0, hard) * previous
+
+
+def sample_topk(
+    keep_logits: Float[Tensor, "B N 2"],
+    previous: Float[Tensor, "B N"],
+    num_keep: int,
+    *,
+    temperature: float = 1.0,
+    hard: bool = True,
+    generator: torch.Generator | None = None,
+) -> Float[Tensor, "B N"]:
+    """Sample which K tokens stay: the best of the scores with noise, times `previous`.
+
+    The noise is that of `sample_decision`, so the K are a sample without replacement (Gumbel top-K:
+    Kool et al., 2019). The soft sample, which gives the gradient, compares each token with the last
+    one that stays. Where fewer than K tokens are left, all of those stay.
+
+    Args:
+        num_keep: K, from 1 to N.
+
+    The rest is as for `sample_decision`.
+    """
+    margin = _noisy_margin(keep_logits, temperature, generator)
+    there = previous > 0.5
+    ranked = margin.detach().masked_fill(~there, float("-inf"))
+    best = ranked.topk(num_keep, dim=1)
+    chosen = torch.zeros_like(there).scatter(1, best.indices, True)
+    last = best.values[:, -1:].nan_to_num(neginf=0.0)
+    return _straight_through(margin - last, chosen, hard) * previous
+
+
+def _noisy_margin(
+    keep_logits: Float[Tensor, "B N 2"], temperature: float, generator: torch.Generator | None
+) -> Float[Tensor, "B N"]:
+    """Score of keeping minus that of dropping, each with Gumbel noise, over the temperature."""
     dtype = torch.promote_types(keep_logits.dtype, torch.float32)
     limits = torch.finfo(dtype)
     # A quarter of the range each, so that the difference below stays finite.
@@ -46,9 +83,12 @@ def sample_decision(
     # rand() can return 0, and 1 - eps / 2 is the largest number below 1: both logs stay finite.
     uniform = uniform.clamp(limits.tiny, 1 - limits.eps / 2)
     noisy = logits - torch.log(-torch.log(uniform))
-    margin = (noisy[..., 0] - noisy[..., 1]) / temperature
+    return (noisy[..., 0] - noisy[..., 1]) / temperature
+
+
+def _straight_through(
+    margin: Float[Tensor, "B N"], chosen: Bool[Tensor, "B N"], hard: bool
+) -> Float[Tensor, "B N"]:
     soft = torch.sigmoid(margin)
-    if not hard:
-        return soft * previous
     # soft - soft.detach() is exactly 0, so the value stays exactly 0 or 1.
-    return ((margin >= 0).to(dtype) + (soft - soft.detach())) * previous
+    return chosen.to(soft.dtype) + (soft - soft.detach()) if hard else soft

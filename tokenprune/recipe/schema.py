@@ -181,6 +181,9 @@ class SamplingSection(Section):
     Attributes:
         temperature: of the Gumbel-softmax.
         hard: 0/1 decisions with a straight-through gradient; otherwise soft ones.
+        counts: how many tokens training keeps: `free` decides about each token, and the ratio loss
+            holds the mean (DynamicViT); `fixed` keeps as many as eval will, those with the best
+            scores after noise, and there is no ratio loss. With a threshold they are free.
         rounding: how `N * keep_ratio` of the original N becomes a count; see `num_keep`.
         selection: `topk` keeps the same number of tokens of every image; `threshold` keeps the
             tokens above a keep probability, so counts differ between images. `keep_ratio` is then
@@ -192,6 +195,7 @@ class SamplingSection(Section):
 
     temperature: Annotated[float, Field(gt=0)] = 1.0
     hard: bool = True
+    counts: Literal["free", "fixed"] = "free"
     rounding: Rounding = "floor"
     selection: Literal["topk", "threshold"] = "topk"
     threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5

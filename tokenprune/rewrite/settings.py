@@ -29,6 +29,7 @@ class CallSettings:
             None takes the top K of every image.
         temperature: Of the Gumbel-softmax.
         hard: 0/1 decisions.
+        fixed: Drawn decisions keep K tokens of each image.
         keep_indices: Kept sets forced from outside, per stage: [B, K] in original numbering,
             ascending, then -1 where an image has fewer.
         groups: Groups of merged tokens forced from outside, per stage: [B, N] for each patch the
@@ -43,6 +44,7 @@ class CallSettings:
     threshold: float | None = None
     temperature: float = 1.0
     hard: bool = True
+    fixed: bool = False
     keep_indices: tuple[Tensor, ...] | None = None
     groups: tuple[Tensor, ...] | None = None
     generator: torch.Generator | None = None

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tokenprune.ops import selection
 from tokenprune.ops.align import policy_of
 from tokenprune.ops.fusing import fuse
-from tokenprune.ops.gumbel import sample_decision
+from tokenprune.ops.gumbel import sample_decision, sample_topk
 from tokenprune.ops.kernels.selection import can_select, keep_best
 from tokenprune.ops.moving import gather_tokens, poisonous
 from tokenprune.rewrite.settings import CallSettings
@@ -96,13 +96,12 @@ def decide(
     if forced is not None:
         return selection.one_hot(forced, previous)
     if settings.sample:
-        return sample_decision(
-            logits,
-            previous if real is None else previous * real,
-            temperature=settings.temperature,
-            hard=settings.hard,
-            generator=settings.generator,
-        )
+        how: dict[str, Any] = {"temperature": settings.temperature, "hard": settings.hard}
+        there = previous if real is None else previous * real
+        if settings.fixed:
+            count = settings.num_keep[stage]
+            return sample_topk(logits, there, count, **how, generator=settings.generator)
+        return sample_decision(logits, there, **how, generator=settings.generator)
     return choose(logits, settings, stage, previous > 0.5, real).to(previous.dtype)
 
 

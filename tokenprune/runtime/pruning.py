@@ -319,6 +319,7 @@ class Pruning:
             threshold=self.budget.threshold,
             temperature=sampling.temperature,
             hard=sampling.hard,
+            fixed=sampling.counts == "fixed" and self.budget.threshold is None,
             keep_indices=forced,
             generator=self.forced.generator,
         )

@@ -14,6 +14,7 @@ from tokenprune.hosts.batches import Batches, BatchSource
 from tokenprune.recipe import Recipe
 from tokenprune.report.table import Table
 from tokenprune.runtime.model import PrunedModel, pruning_of
+from tokenprune.scorers.protocol import PREDICTORS
 from tokenprune.tune.divergence import Distance, Read
 from tokenprune.tune.fit import fit_predictors
 from tokenprune.tune.plots import draw_costs
@@ -96,8 +97,8 @@ def calibrate(
     What is compared is the pruned output with the dense host's, on the same images. Merging, and
     scorers without parameters: schedules are tried, at which blocks how many tokens leave, and the
     model takes the best. Learned predictors: they alone are fitted to the dense outputs, with the
-    host frozen, so that a model can be used before any real training. The same images and seed give
-    the same result.
+    host frozen; where they do worse than before on these images, they stay what they were. The
+    same images and seed give the same result.
 
     Args:
         model: What `wrap` returned; it is changed in place. Its mode, and the host's weights, stay.
@@ -139,6 +140,9 @@ def calibrate(
         was = pruning.budget
         pruning.budget, _ = budget_for(model, wanted, example)
         fit: dict[str, Any] = {"steps": fit_steps, "learning_rate": learning_rate, "seed": seed}
+        predictors = model.get_submodule(PREDICTORS)
+        unfitted = {name: value.clone() for name, value in predictors.state_dict().items()}
+        start = reference.trial(model, seed)
         try:
             with steps("fitting predictors", fit_steps, progress) as done:
                 fit_predictors(model, reference, **fit, resume=file, done=done)
@@ -149,7 +153,13 @@ def calibrate(
         tried = _search(model, reference, wanted, trials, seed, file, progress)
     else:
         pruning.budget, _ = budget_for(model, wanted, example)
-    after = reference.trial(model, seed), profile(model, example).ratio
+    trial = reference.trial(model, seed)
+    if pruning.method.scorer.probabilistic:
+        pruning.fitted = True
+        if trial.divergence > start.divergence:  # so few steps may do harm
+            predictors.load_state_dict(unfitted)
+            trial = start
+    after = trial, profile(model, example).ratio
     method = f"{pruning.method.reduction.name}, {pruning.recipe.scorer}"
     seconds = time.perf_counter() - started
     facts = (reference.distance, reference.images, before, after, tuple(tried))

@@ -16,8 +16,6 @@ from tokenprune.tune.trials import Reference
 
 __all__ = ["fit_predictors"]
 
-RATIO_WEIGHT = 5.0
-"""Of the squared distance between kept share and keep ratio: an image's, averaged."""
 SAVE_EVERY = 25
 
 
@@ -33,9 +31,10 @@ def fit_predictors(
 ) -> None:
     """Train the predictors of a wrapped model, the host frozen and in eval mode.
 
-    The loss is the divergence from the dense outputs, and the distance of each image's kept shares
-    from the keep ratios. Steps go over the batches again and again. If it is interrupted, the
-    predictors are what they were, and `resume` holds what was reached.
+    The loss is the divergence from the dense outputs; each image keeps as many tokens as it will in
+    eval, drawn by scores with noise (`sampling.counts: fixed`). Steps go over the batches again and
+    again. If it is interrupted, the predictors are what they were, and `resume` holds what was
+    reached.
 
     Args:
         steps: Batches to learn from.
@@ -50,13 +49,15 @@ def fit_predictors(
     parameters = list(predictors.parameters())
     optimizer = torch.optim.Adam(parameters, lr=learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    first, ratios = 0, pruning.budget.keep_ratios
+    first, recipe = 0, pruning.recipe
+    fixed = recipe.sampling.model_copy(update={"counts": "fixed"})
     if resume is not None and resume.exists():
         saved = torch.load(resume, map_location=parameters[0].device, weights_only=True)
         predictors.load_state_dict(saved["predictors"])
         optimizer.load_state_dict(saved["optimizer"])
         schedule.load_state_dict(saved["schedule"])
         first = saved["step"]
+    pruning.recipe = recipe.model_copy(update={"sampling": fixed})
     try:
         with _only(predictors, model):
             for step, (batch, dense) in enumerate(_cycle(reference)):
@@ -68,14 +69,11 @@ def fit_predictors(
                 device = parameters[0].device
                 generator = torch.Generator(device).manual_seed(seed * 1_000_003 + step)
                 with model.using(path="mask", generator=generator):
-                    output, trace = model(*batch.args, **batch.kwargs, return_trace=True)
+                    output = model(*batch.args, **batch.kwargs)
                 pruned = reference.read(output)
                 loss = distances(reference.distance, dense.to(device), pruned).mean()
-                shares = [stage.decision.mean(1) for stage in trace.stages]
-                apart = [(s - r).square().mean() for s, r in zip(shares, ratios, strict=True)]
-                total = loss + RATIO_WEIGHT * torch.stack(apart).mean()
                 optimizer.zero_grad()
-                total.backward()  # type: ignore[no-untyped-call]
+                loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 schedule.step()
                 done(f"divergence {float(loss.detach()):.3g}")
@@ -85,6 +83,7 @@ def fit_predictors(
         predictors.load_state_dict(before)
         raise
     finally:
+        pruning.recipe = recipe
         optimizer.zero_grad()
 
 
