@@ -75,6 +75,23 @@ def test_without_a_teacher_there_is_no_distillation() -> None:
     assert list(for_model(model)(X, output, LABELS, trace)[1]) == ["classification", "ratio"]
 
 
+def test_fixed_counts_need_no_ratio_term_and_are_those_of_eval() -> None:
+    model = wrapped(sampling={"counts": "fixed"})
+    output, trace = called(model)
+    kept = [stage.decision.sum(1).tolist() for stage in trace.stages]
+    total, parts = for_model(model)(X, output, LABELS, trace)
+    assert list(parts) == ["classification"]
+    total.backward()
+    assert all(p.grad is not None for p in model.token_predictors.parameters())
+    assert any(bool(p.grad.any()) for p in model.token_predictors.parameters())
+    with torch.no_grad():
+        _, trace = called(model.eval())
+    assert kept == [stage.decision.sum(1).tolist() for stage in trace.stages]
+    model.train().set_threshold(0.5)  # each image keeps what it needs, so they are free
+    output, trace = called(model)
+    assert "ratio" in for_model(model)(X, output, LABELS, trace)[1]
+
+
 @pytest.mark.parametrize("scorer", ["random", "token-norm"])
 def test_scorers_without_parameters_have_no_ratio_term(scorer: str) -> None:
     """They gather in training too: kept tokens are compared with the same ones of the teacher."""

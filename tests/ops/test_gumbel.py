@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokenprune.ops import sample_decision
+from tokenprune.ops import sample_decision, sample_topk
 
 EXTREME = st.sampled_from([0.0, -1.0, 1e4, -1e30, 3e38, math.inf, -math.inf, math.nan])
 SEED = st.integers(0, 2**31)
@@ -118,3 +118,33 @@ def test_sampled_in_fp32_whatever_comes_in(dtype: torch.dtype) -> None:
     decision.sum().backward()
     assert keep_logits.grad is not None
     assert keep_logits.grad.dtype == dtype
+
+
+@given(SEED, st.integers(1, 12))
+def test_a_fixed_count_is_kept_of_those_that_are_there(seed: int, count: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    previous = (torch.rand(3, 12, generator=generator) > 0.3).float()
+    keep_logits = torch.randn(3, 12, 2, generator=generator)
+    keep_logits[previous == 0] = math.nan
+    decision = sample_topk(keep_logits, previous, count, generator=generator)
+    assert set(decision.unique().tolist()) <= {0.0, 1.0}
+    assert (decision <= previous).all()
+    assert torch.equal(decision.sum(1), previous.sum(1).clamp_max(count))
+
+
+def test_a_fixed_count_draws_the_likely_more_often_and_learns() -> None:
+    keep_logits = torch.tensor([[2.0, -2.0], [0.0, 0.0], [0.0, 0.0], [-2.0, 2.0]])
+    keep_logits = keep_logits.expand(4000, 4, 2).clone().requires_grad_()
+    generator = torch.Generator().manual_seed(0)
+    decision = sample_topk(keep_logits, torch.ones(4000, 4), 2, generator=generator)
+    share = decision.detach().mean(0)
+    assert share[0] > 0.9
+    assert share[3] < 0.1
+    assert abs(float(share[1] - share[2])) < 0.05
+    (decision * torch.tensor([0.0, 1.0, 0.0, 0.0])).sum().backward()
+    assert keep_logits.grad is not None
+    assert bool((keep_logits.grad[:, 1, 0] > 0).all())
+    assert float(keep_logits.grad[:, 2].abs().max()) == 0
+    keep_logits = keep_logits.detach()
+    soft = sample_topk(keep_logits, torch.ones(4000, 4), 2, hard=False, generator=generator)
+    assert 0 < float(soft.min()) < float(soft.max()) < 1

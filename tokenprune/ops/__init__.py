@@ -1,7 +1,7 @@
 """Operators: small pure functions on tensors, each one node of a rewritten graph."""
 
 from tokenprune.ops.attention import masked_attention
-from tokenprune.ops.gumbel import sample_decision
+from tokenprune.ops.gumbel import sample_decision, sample_topk
 from tokenprune.ops.kept_sets import check_keep_indices
 from tokenprune.ops.moving import gather_aligned, gather_tokens, scatter_tokens
 from tokenprune.ops.pooling import (
@@ -26,6 +26,7 @@ __all__ = [
     "masked_softmax",
     "masked_sum",
     "sample_decision",
+    "sample_topk",
     "scatter_tokens",
     "select_topk",
 ]

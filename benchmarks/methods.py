@@ -1,0 +1,151 @@
+"""What methods lose without training: the small host of the accuracy benchmark on Fashion-MNIST.
+
+    python -m benchmarks.methods --data FOLDER
+
+FOLDER holds the four idx files of Fashion-MNIST. The dense hosts are trained first, one a seed, and
+kept in --work; each method then prunes them at three budgets, on all test images. `calibrated` is
+`tokenprune.calibrate` of merging, on training images without labels.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import tokenprune
+from benchmarks.markdown import table as as_table
+from tokenprune.cli.runs import host_of
+from tokenprune.hosts.batches import Batches
+from tokenprune.recipe import load_recipe
+from tokenprune.train import DataBundle, build_host, input_settings, load_data, pretrain
+from tokenprune.tune.trials import Reference
+
+ROOT = Path(__file__).parents[1]
+RECIPE = "fashion-mnist-k0.7"
+MACS = (0.8, 0.65, 0.5)
+CALIBRATED = "merge, calibrated"
+CALIBRATION_IMAGES = 512
+BATCH = 100
+
+
+def dense_host(data: DataBundle, epochs: int, seed: int, file: Path) -> nn.Module:
+    """The host, trained, or as an earlier run has left it."""
+    recipe = load_recipe(RECIPE)
+    torch.manual_seed(seed)
+    host = build_host(host_of(recipe), data.num_classes, in_chans=data.in_chans)
+    if file.exists():
+        host.load_state_dict(load_file(file))
+        return host.eval()
+    pretrain(host, data, epochs, batch_size=64, learning_rate=2e-3, warmup_epochs=1, seed=seed)
+    save_file(host.state_dict(), file)
+    return host.eval()
+
+
+def batches(images: Any, chosen: range) -> list[tuple[Tensor, Tensor]]:
+    """(images, labels) of some images of a data set."""
+    items = [images[number] for number in chosen]
+    parts = [items[start : start + BATCH] for start in range(0, len(items), BATCH)]
+    return [
+        (
+            torch.stack([item["pixel_values"] for item in part]),
+            torch.tensor([int(item["labels"]) for item in part]),
+        )
+        for part in parts
+    ]
+
+
+def rows_of(host: nn.Module, data: DataBundle, images: int, seed: int) -> list[dict[str, Any]]:
+    """A row for each method and budget on one host."""
+    given = batches(data.eval, range(images))
+    found = tokenprune.compare(host, given, macs=MACS, timed=False, seed=seed)
+    dense = found.dense_accuracy or 0.0
+    rows = [
+        {"seed": seed, "method": row.method, "macs": row.macs, "accuracy": row.trial.accuracy}
+        | {"dense": dense, "divergence": row.trial.divergence}
+        for row in found.rows
+    ]
+    count = len(data.train)  # type: ignore[arg-type]
+    few = batches(data.train, range(0, count, count // CALIBRATION_IMAGES))
+    reference = Reference(host, Batches(host, given), None, None)
+    for macs in MACS:
+        model = tokenprune.wrap(host, "merge-k0.7", verify=False, train=False).eval()
+        started = time.perf_counter()
+        report = tokenprune.calibrate(model, few, macs, seed=seed)
+        trial = reference.trial(model)
+        rows.append(
+            {"seed": seed, "method": CALIBRATED, "macs": report.after[1], "dense": dense}
+            | {"accuracy": trial.accuracy, "divergence": trial.divergence}
+            | {"seconds": time.perf_counter() - started}
+            | {"stages": [[s.block, round(s.keep_ratio, 3)] for s in report.recipe.resolved_stages]}
+        )
+    return rows
+
+
+def as_page(rows: list[dict[str, Any]], images: int, epochs: int) -> str:
+    """The page."""
+    seeds = sorted({row["seed"] for row in rows})
+    dense = mean(next(r["dense"] for r in rows if r["seed"] == seed) for seed in seeds)
+    table = []
+    for method in dict.fromkeys(row["method"] for row in rows):
+        cells = [method]
+        for macs in MACS:
+            own = [r for r in rows if r["method"] == method and abs(r["macs"] - macs) < 0.02]
+            lost = [100 * (row["dense"] - row["accuracy"]) for row in own]
+            if not lost:
+                cells.append("")
+                continue
+            spread = f" ({min(lost):.2f} to {max(lost):.2f})" if len(lost) > 1 else ""
+            cells.append(f"{mean(lost):.2f}{spread}")
+        table.append(cells)
+    took = [row["seconds"] for row in rows if "seconds" in row]
+    header = ["method", *(f"{macs:g} of the MACs" for macs in MACS)]
+    command = f"--seeds {len(seeds)} --epochs {epochs} --images {images}"
+    return f"""# Without training
+
+Points of accuracy that methods lose without any training, at a share of the dense host's MACs:
+the mean of {len(seeds)} seeds, and the least and the most. The host is the small LV-ViT of the
+accuracy benchmark (`recipes/{RECIPE}.yaml`, 49 patch tokens), trained for
+{epochs} epochs; {100 * dense:.2f} % of {images} test images of Fashion-MNIST without pruning.
+Made on two shared CPU cores by
+
+    python -m benchmarks.methods --data FOLDER {command}
+
+*{CALIBRATED}* is `tokenprune.calibrate` on {CALIBRATION_IMAGES} training images without labels:
+24 schedules at each budget, {mean(took):.0f} s.
+
+{as_table(header, table)}
+
+Which is best differs from host to host: `tokenprune compare` makes this table for your own.
+"""
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data", required=True, help="folder of Fashion-MNIST's idx files")
+    parser.add_argument("--work", type=Path, default=Path("runs/methods"), help="trained hosts")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder of the page")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=4, help="of the dense host")
+    parser.add_argument("--images", type=int, default=10_000, help="test images, at most")
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    recipe = load_recipe(RECIPE)
+    settings = input_settings(host_of(recipe), recipe.train.image_size)
+    data = load_data(options.data, **settings, train=recipe.train)
+    rows: list[dict[str, Any]] = []
+    for seed in range(options.seeds):
+        file = options.work / f"dense-{options.epochs}-seed{seed}.safetensors"
+        rows += rows_of(dense_host(data, options.epochs, seed, file), data, options.images, seed)
+        (options.docs / "methods.json").write_text(json.dumps(rows, indent=1) + "\n")
+        (options.docs / "methods.md").write_text(as_page(rows, options.images, options.epochs))
+
+
+if __name__ == "__main__":
+    main()
