@@ -12,6 +12,7 @@ import tokenprune
 from tokenprune import methods
 from tokenprune.errors import RecipeError, RegistrationError, UnknownRecipeError
 from tokenprune.recipe import Recipe, load_recipe
+from tokenprune.recipe import methods as registered
 from tokenprune.runtime.model import pruning_of
 
 
@@ -56,7 +57,7 @@ def test_they_are_checked_and_never_change() -> None:
 
 
 def test_another_package_adds_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(methods._METHODS, "_known", dict(methods._METHODS._known))
+    monkeypatch.setattr(registered._METHODS, "_known", dict(registered._METHODS._known))
 
     class Halving(methods.Method):
         """Half of the tokens leave at one block."""
@@ -67,10 +68,10 @@ def test_another_package_adds_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
         def recipe(self) -> dict[str, Any]:
             return {"scorer": "token-norm", "stages": [{"block": self.block, "keep_ratio": 0.5}]}
 
-    entry = EntryPoint("halving", "here:Halving", methods.ENTRY_POINTS)
+    entry = EntryPoint("halving", "here:Halving", registered.ENTRY_POINTS)
     monkeypatch.setattr(EntryPoint, "load", lambda self: Halving)
-    monkeypatch.setattr(methods, "_loaded", False)
-    monkeypatch.setattr(methods, "entry_points", lambda group: [entry])
+    monkeypatch.setattr(registered, "_loaded", False)
+    monkeypatch.setattr(registered, "entry_points", lambda group: [entry])
     assert "halving-b2" in methods.list_methods()
     model = tokenprune.wrap(vit(), "halving-b1", verify=False, train=False)
     assert pruning_of(model).plan.blocks == (1,)

@@ -64,11 +64,12 @@ def wrap(
     Args:
         model: The host: any timm or transformers model, or another `nn.Module` with a stack of
             transformer blocks.
-        recipe: A shipped recipe's name, a path, a mapping or a `Recipe`. If None, one is made for
-            the host: three stages that keep 0.7 of the tokens each, in the mode that serves it.
-            Without training, on any host: `merge-k0.7` (any ratio) lets similar tokens become
-            their mean, `tome-r13` merges 13 in every block; `random-k0.7`,
-            `token-norm-k0.7`, `key-norm-k0.7` and `similarity-k0.7` choose tokens to remove.
+        recipe: A shipped recipe's name, a path, a mapping, a `Recipe` or a method of
+            `tokenprune.methods`. If None, one is made for the host: three stages that keep 0.7 of
+            the tokens each, in the mode that serves it. Methods that need no training have names
+            with their number, for any host: `merge-k0.7` lets similar tokens become their mean,
+            `tome-r13` merges 13 in every block, `evit-k0.7` lets those that leave go on as one;
+            `tokenprune.methods.list_methods()` has all, `tokenprune.compare` tells which suits.
         example_inputs: A tensor, several, or the arguments by name; drawn at random in the shape
             the host was built for if None.
         adapter: An adapter's name, or an `ArchSpec`; found by itself if None.

@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from tokenprune.methods import Method, list_methods, method_named
+from tokenprune.recipe.methods import Method, list_methods, method_named
 from tokenprune.registry import Registry
 
 __all__ = ["MODES", "SCORERS", "named_recipe", "named_recipes", "recipe_of"]

@@ -11,7 +11,7 @@ from pydantic import ValidationError, ValidationInfo, field_validator, model_val
 from pydantic_core import ErrorDetails
 
 from tokenprune.errors import PlanError, RecipeError, UnknownRecipeError, did_you_mean
-from tokenprune.methods import Method
+from tokenprune.recipe.methods import Method
 from tokenprune.recipe.names import MODES, SCORERS, named_recipe, named_recipes, recipe_of
 from tokenprune.recipe.schema import (
     HostSection,

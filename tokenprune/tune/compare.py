@@ -15,8 +15,8 @@ from tokenprune.cost.timing import interleaved
 from tokenprune.errors import PlanError
 from tokenprune.hosts.batches import Batch, Batches, BatchSource
 from tokenprune.hosts.spec import ArchSpec
-from tokenprune.methods import Method, list_methods
 from tokenprune.recipe import load_recipe
+from tokenprune.recipe.methods import Method, list_methods
 from tokenprune.report.table import Table
 from tokenprune.runtime.model import PRUNING, PrunedModel, pruning_of
 from tokenprune.scorers import SCORERS

@@ -1,0 +1,217 @@
+"""Methods that fit any host; `tokenprune.methods` to users.
+
+Each is a frozen object that makes a recipe, and has a name that `wrap`, recipes and the command
+line take as well: `tome-r13`. Another package adds its own with `register_method`, and names it in
+the entry-point group `tokenprune.methods`.
+"""
+
+import re
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from typing import Annotated, Any, ClassVar, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from tokenprune.errors import RecipeError
+from tokenprune.registry import Registry
+
+__all__ = [
+    "DynamicViT",
+    "EViT",
+    "KeyNorm",
+    "Merge",
+    "MergeFalling",
+    "Method",
+    "Random",
+    "Similarity",
+    "ToMe",
+    "TokenNorm",
+    "TopK",
+    "list_methods",
+    "method_named",
+    "register_method",
+]
+
+ENTRY_POINTS = "tokenprune.methods"
+NAME = re.compile(r"(?P<method>.+)-(?P<letter>[a-z])(?P<value>\d*\.?\d+)")
+
+KeepRatio = Annotated[float, Field(gt=0, le=1)]
+
+
+class Method(BaseModel):
+    """Base of methods: fields are checked, and never change.
+
+    Attributes:
+        registered: What it is called without its number; set by `register_method`.
+        letter: The letter of a name, such as the k of `random-k0.7`, and the field it stands for.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    registered: ClassVar[str] = ""
+    letter: ClassVar[tuple[str, str]] = ("k", "keep_ratio")
+
+    def __init__(self, **fields: Any) -> None:
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            found = error.errors(include_url=False)
+            problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in found]
+            asked = ", ".join(f"{name}={value!r}" for name, value in fields.items())
+            raise RecipeError(f"{type(self).__name__}({asked}) is no method:", problems) from None
+
+    @property
+    def name(self) -> str:
+        """Its name, number included."""
+        letter, field = self.letter
+        return f"{self.registered}-{letter}{getattr(self, field):g}"
+
+    def recipe(self) -> dict[str, Any]:
+        """The keys of a recipe that say what it does, without `version` and `name`."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what its recipe is")
+
+
+M = TypeVar("M", bound=type[Method])
+_METHODS: Registry[type[Method]] = Registry("method")
+_loaded = False
+
+
+def register_method(name: str, *, replace: bool = False) -> Callable[[M], M]:
+    """Class decorator: make a method known by a name.
+
+    Args:
+        name: Without its number: `tome` of `tome-r13`.
+        replace: Put it in the place of another of that name.
+
+    Raises:
+        RegistrationError: The name is taken, and `replace` is False.
+    """
+
+    def add(method: M) -> M:
+        _METHODS.register(name, replace=replace)(method)
+        method.registered = name
+        return method
+
+    return add
+
+
+def list_methods() -> list[str]:
+    """A name for each method, with the number it has if none is given."""
+    return sorted(method().name for method in _known().values())
+
+
+def method_named(name: str) -> Method | None:
+    """The method of a name such as `tome-r13`; None if there is none."""
+    match, known = NAME.fullmatch(name), _known()
+    if match is None or match["method"] not in known:
+        return None
+    method = known[match["method"]]
+    letter, field = method.letter
+    if letter != match["letter"]:
+        return None
+    text = match["value"]
+    try:
+        return method(**{field: float(text) if "." in text else int(text)})
+    except RecipeError:
+        return None
+
+
+def _known() -> dict[str, type[Method]]:
+    """Those of this package, and of others that are installed."""
+    global _loaded
+    if not _loaded:
+        _loaded = True
+        for entry in entry_points(group=ENTRY_POINTS):
+            method = entry.load()
+            if not method.registered:
+                register_method(entry.name)(method)
+    return {name: _METHODS[name] for name in _METHODS}
+
+
+class _Keeping(Method):
+    """Three stages, each of which keeps a share of what it sees."""
+
+    keep_ratio: KeepRatio = 0.7
+    parts: ClassVar[dict[str, str]] = {}
+
+    def recipe(self) -> dict[str, Any]:
+        return {**self.parts, "schedule": {"keep_ratio": self.keep_ratio}}
+
+
+@register_method("dynamicvit")
+class DynamicViT(_Keeping):
+    """Predictors that learn which tokens to keep (Rao et al., 2021). The one that needs training:
+    what `wrap(model)` does."""
+
+    parts = {"scorer": "learned"}
+
+
+@register_method("evit")
+class EViT(_Keeping):
+    """The tokens that the class token attends to most, and the sum of the others (Liang et al.,
+    2022). The share is of the tokens that a stage sees, rounded up, beside the fused one."""
+
+    parts = {"mode": "fuse"}
+
+
+@register_method("topk")
+class TopK(_Keeping):
+    """The tokens that the class token attends to most; the others leave."""
+
+    parts = {"scorer": "class-attention"}
+
+
+@register_method("merge")
+class Merge(_Keeping):
+    """Similar tokens become their mean, at three blocks: ToMe's matching in larger steps."""
+
+    parts = {"mode": "merge"}
+
+
+@register_method("merge-falling")
+class MergeFalling(_Keeping):
+    """The same at every block, fewer in each than in the one before; as many tokens are left in the
+    end as with `Merge` of this ratio."""
+
+    parts = {"mode": "merge"}
+
+    def recipe(self) -> dict[str, Any]:
+        return {"mode": "merge", "schedule": {"keep_ratio": self.keep_ratio, "falling": True}}
+
+
+@register_method("tome")
+class ToMe(Method):
+    """The same, `r` tokens in every block (Bolya et al., 2023)."""
+
+    letter: ClassVar[tuple[str, str]] = ("r", "r")
+    r: Annotated[int, Field(ge=1)] = 13
+
+    def recipe(self) -> dict[str, Any]:
+        return {"mode": "merge", "schedule": {"r": self.r}}
+
+
+@register_method("random")
+class Random(_Keeping):
+    """Random tokens, drawn again in every call: the baseline."""
+
+    parts = {"scorer": "random"}
+
+
+@register_method("token-norm")
+class TokenNorm(_Keeping):
+    """The tokens with the largest norm."""
+
+    parts = {"scorer": "token-norm"}
+
+
+@register_method("key-norm")
+class KeyNorm(_Keeping):
+    """The tokens with the smallest keys."""
+
+    parts = {"scorer": "key-norm"}
+
+
+@register_method("similarity")
+class Similarity(_Keeping):
+    """Tokens that are similar to another one leave, instead of being merged with it."""
+
+    parts = {"scorer": "similarity"}
