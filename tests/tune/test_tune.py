@@ -213,6 +213,8 @@ def test_embeddings_are_compared_by_cosine_and_read_tells_which() -> None:
 
 
 def test_bad_input_of_calibrate() -> None:
+    with pytest.raises(HostError, match=r"does not take this batch, \[2, 3, 64, 64\]: Assertion"):
+        tokenprune.calibrate(wrapped(), torch.zeros(2, 3, 64, 64))
     with pytest.raises(NotWrappedError, match="A model that tokenprune"):
         tokenprune.calibrate(vit(), images())
     with pytest.raises(PlanError, match=r"asked for divergence='l2': give 'kl' or 'cosine'"):

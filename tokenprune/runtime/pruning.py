@@ -283,15 +283,9 @@ class Pruning:
         leave = self.method.reduction.removes
         plain, unseen = stand_ins(host, traced.fake_mode), without_modes()
         with unseen, plain, no_autocast_cache(), buffers_kept(host):
-            known = analyse(
-                host,
-                traced,
-                blocks,
-                self.plan,
-                self.spec,
-                tokens_leave=leave,
-                known=[programs.analysis for programs in self.cache],
-            )
+            others = [programs.analysis for programs in self.cache]
+            given = (host, traced, blocks, self.plan, self.spec)
+            known = analyse(*given, tokens_leave=leave, known=others)
             reduction = self.method.reduction(host, known)
         check_parts(host, self.added, reduction)
         forget_weights(traced.fake_mode)
@@ -361,8 +355,7 @@ class Pruning:
                 del self.overrides[thread]
 
     def become(self, other: "Pruning") -> None:
-        """Prune the same host as another one does; what is compiled, forced or set for serving
-        stays."""
+        """Prune the host as another one does; what is compiled, forced or frozen stays."""
         other.cache.limit, other.cache.frozen = self.cache.limit, self.cache.frozen
         own = {name: getattr(self, name) for name in ("handle", "compiled", "overrides")}
         self.__dict__.update({**vars(other), **own})

@@ -52,7 +52,7 @@ class Reference:
         labels: list[Tensor] = []
         with torch.no_grad(), in_mode(host, training=False):
             for batch in batches:
-                output = host(*batch.args, **batch.kwargs)
+                output = _dense(host, batch)
                 found = self._read(output, batch)
                 self.outputs.append(found.cpu())
                 if batch.labels is not None:
@@ -97,6 +97,19 @@ class Reference:
                 f"{shape}."
             )
         return found
+
+
+def _dense(host: nn.Module, batch: Batch) -> Any:
+    try:
+        return host(*batch.args, **batch.kwargs)
+    except Exception as error:
+        given = [x for x in (*batch.args, *batch.kwargs.values()) if isinstance(x, Tensor)]
+        shapes = ", ".join(str(list(x.shape)) for x in given)
+        raise HostError(
+            f"{type(host).__name__} does not take this batch, {shapes}: {type(error).__name__}: "
+            f"{error}. Give images of the size, and arguments of the names, that the host was "
+            "built for."
+        ) from error
 
 
 @contextmanager
