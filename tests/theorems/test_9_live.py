@@ -207,6 +207,10 @@ class Life(RuleBasedStateMachine):
 
     @rule()
     def copy_it(self) -> None:
+        try:
+            copy.deepcopy(tokenprune.unwrap(self.model))
+        except RuntimeError:
+            return  # torch copies no tensor that was computed, such as a pruned weight
         self.model = copy.deepcopy(self.model)
 
     @rule()
