@@ -146,7 +146,7 @@ def test_it_is_deterministic_and_resumes(tmp_path: Path) -> None:
 def test_predictors_alone_are_fitted(tmp_path: Path) -> None:
     def fitted(**given: Any) -> tuple[Any, Any]:
         model = wrapped("dynamicvit-k0.7")
-        report = tokenprune.calibrate(model, images(), 0.7, fit_steps=40, **given)
+        report = tokenprune.calibrate(model, images(), 0.7, fit_steps=24, **given)
         return model, report
 
     model, report = fitted()
@@ -162,13 +162,13 @@ def test_predictors_alone_are_fitted(tmp_path: Path) -> None:
         assert torch.equal(value, other.state_dict()[key])
 
     def stop(done: int, total: int, text: str) -> None:
-        if done == 30:
+        if done == 14:
             raise KeyboardInterrupt
 
     file, broken = tmp_path / "fit.pt", wrapped("dynamicvit-k0.7")
     start = {k: v.clone() for k, v in broken.state_dict().items()}
     budget = pruning_of(broken).budget
-    given = {"fit_steps": 40, "resume": file}
+    given = {"fit_steps": 24, "resume": file}
     with pytest.raises(KeyboardInterrupt):
         tokenprune.calibrate(broken, images(), 0.7, progress=stop, **given)
     assert all(torch.equal(value, broken.state_dict()[key]) for key, value in start.items())
@@ -225,7 +225,8 @@ def test_bad_input_of_calibrate() -> None:
         tokenprune.calibrate(wrapped(), images(), 1.5)
 
 
-def test_compare_shows_methods_and_advises(tmp_path: Path) -> None:
+def test_compare_shows_methods_and_advises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tokenprune.tune.compare.TURN", 0.01)
     host = vit()
     labels = host(images()).argmax(1)
     found = tokenprune.compare(
@@ -279,9 +280,9 @@ def test_compare_leaves_no_trace_on_the_host() -> None:
 
 
 def test_a_compiled_model_runs_what_calibrate_chose() -> None:
-    model = wrapped()
+    model = wrapped(depth=2)
     compiled = torch.compile(model, backend="eager")
     with torch.no_grad():
         compiled(images())
-        tokenprune.calibrate(model, images(), 0.5, trials=7)
+        tokenprune.calibrate(model, images(), 0.6, trials=3)
         torch.testing.assert_close(compiled(images()), model(images()))

@@ -123,7 +123,8 @@ def threshold_for(
         raise PlanError(
             f"asked for {macs:.3g} of the dense MACs on average; no threshold gives that for these "
             f"images: {reached}. Keep probabilities that lie so close together are those of "
-            "predictors that have not learned: train them, or call tokenprune.calibrate."
+            "predictors that have not learned, or learned with `sampling.counts: fixed`, which "
+            "gives them an order and no scale. Train them with free counts, or leave images out."
         )
     return budget, share
 

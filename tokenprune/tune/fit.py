@@ -16,7 +16,7 @@ from tokenprune.tune.trials import Reference
 
 __all__ = ["fit_predictors"]
 
-SAVE_EVERY = 25
+SAVE_EVERY = 10
 
 
 def fit_predictors(
