@@ -48,6 +48,7 @@ class Arm(NamedTuple):
 
 
 ARMS = [
+    Arm("merge-k0.7", "", 1e-3),
     Arm("merge-k0.7", "", 1e-4),
     Arm("learned", "fixed", 1e-3),
     Arm("learned", "free", 1e-3),
@@ -58,8 +59,8 @@ HEAD = """# What a short training is worth
 
 {steps} steps of {batch} images of Fashion-MNIST (three epochs), seed {seed}: the small LV-ViT of
 `benchmarks.methods` ({dense:.2f} % of 10,000 test images without pruning), stages at blocks 3, 6
-and 9. Cross entropy, half of the divergence from the dense host's logits, five times the ratio loss;
-AdamW with a cosine, predictors at {rate:g}. One CPU thread each, two at a time. Made by
+and 9. Cross entropy, half of the divergence from the dense host's logits, five times the ratio
+loss; AdamW with a cosine, predictors at {rate:g}. One thread each on two shared CPU cores. Made by
 
     python -m benchmarks.short_training --data FOLDER --host FILE
 
