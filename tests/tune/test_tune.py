@@ -1,5 +1,6 @@
 """`calibrate` and `compare`: a budget spent where it costs least, and what methods lose."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +38,16 @@ def wrapped(name: str = "merge-k0.7", **options: Any) -> Any:
     return tokenprune.wrap(vit(**options), name, verify=False, train=False).eval()
 
 
+def interrupt(done: int, total: int, text: str) -> None:
+    raise KeyboardInterrupt
+
+
 FORMS = {
     "tensor": lambda x: x,
     "list": lambda x: [x[:4], x[4:]],
     "tuples": lambda x: [(x[:4], torch.zeros(4, dtype=torch.long), "name"), [x[4:]]],
     "mappings": lambda x: [{"x": x[:4], "labels": torch.zeros(4)}, {"x": x[4:], "other": 1}],
+    "data set": lambda x: torch.utils.data.TensorDataset(x, torch.zeros(8)),
     "iterator": lambda x: iter([x[:4], x[4:]]),
     "loader": lambda x: torch.utils.data.DataLoader(
         torch.utils.data.TensorDataset(x, torch.zeros(8)), batch_size=4
@@ -176,6 +182,19 @@ def test_predictors_alone_are_fitted(tmp_path: Path) -> None:
     tokenprune.calibrate(broken, images(), 0.7, **given)
     for key, value in model.state_dict().items():
         torch.testing.assert_close(value, broken.state_dict()[key])
+
+
+def test_nobody_is_told_to_calibrate_who_does(recwarn: pytest.WarningsRecorder) -> None:
+    warnings.simplefilter("always")
+    model = wrapped("dynamicvit-k0.7")
+    tokenprune.calibrate(model, images(), 0.7, fit_steps=2)
+    model(images())
+    assert not [w for w in recwarn if "untrained predictors" in str(w.message)]
+    broken = wrapped("dynamicvit-k0.7")
+    with pytest.raises(KeyboardInterrupt):
+        tokenprune.calibrate(broken, images(), progress=interrupt)
+    with pytest.warns(tokenprune.errors.TokenPruneWarning, match="untrained predictors"):
+        broken(images())
 
 
 def test_a_grid_keeps_its_blocks_and_meets_the_budget() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from tokenprune.errors import HostError
 from tokenprune.hosts.inputs import CallSignature, first_floating
@@ -13,7 +14,7 @@ from tokenprune.hosts.inputs import CallSignature, first_floating
 __all__ = ["Batch", "BatchSource", "Batches"]
 
 BatchSource = Tensor | Iterable[Any]
-"""Images [B, ...]; or several batches of them: a list, a DataLoader. A batch is a tensor, a mapping
+"""Images [B, ...]; a data set of single images; or batches of them: a list, a DataLoader. A batch is a tensor, a mapping
 of the host's arguments, or a tuple that begins with one of these and then may hold labels."""
 
 AT_ONCE = 64
@@ -62,6 +63,8 @@ class Batches:
             source = torch.split(source, AT_ONCE)
         elif isinstance(source, Mapping):
             source = [source]
+        elif isinstance(source, Dataset):  # of single images
+            source = DataLoader(source, batch_size=AT_ONCE)
         self.source = list(source)
         self.labels = _as_tensor(labels)
         if not self.source:

@@ -132,38 +132,53 @@ def calibrate(
     first = next(iter(reference.batches))
     example: Any = first.kwargs or first.args
     share = profile(model, example).ratio
-    before = reference.trial(model, seed), share
     wanted = share if macs is None else macs
     file = None if resume is None else Path(resume)
     tried: list[Schedule] = []
-    if pruning.method.scorer.probabilistic:
-        was = pruning.budget
-        pruning.budget, _ = budget_for(model, wanted, example)
-        fit: dict[str, Any] = {"steps": fit_steps, "learning_rate": learning_rate, "seed": seed}
-        predictors = model.get_submodule(PREDICTORS)
-        unfitted = {name: value.clone() for name, value in predictors.state_dict().items()}
-        start = reference.trial(model, seed)
-        try:
-            with steps("fitting predictors", fit_steps, progress) as done:
-                fit_predictors(model, reference, **fit, resume=file, done=done)
-        except BaseException:
-            pruning.budget = was
-            raise
-    elif pruning.method.reduction.removes:
-        tried = _search(model, reference, wanted, trials, seed, file, progress)
-    else:
-        pruning.budget, _ = budget_for(model, wanted, example)
-    trial = reference.trial(model, seed)
-    if pruning.method.scorer.probabilistic:
-        pruning.fitted = True
-        if trial.divergence > start.divergence:  # so few steps may do harm
-            predictors.load_state_dict(unfitted)
-            trial = start
+    was, fitted = pruning.budget, pruning.fitted
+    pruning.fitted = True  # else the first trial says that the predictors need this very call
+    try:
+        before = reference.trial(model, seed), share
+        if pruning.method.reduction.removes and not pruning.method.scorer.probabilistic:
+            tried = _search(model, reference, wanted, trials, seed, file, progress)
+        else:
+            pruning.budget, _ = budget_for(model, wanted, example)
+        trial = reference.trial(model, seed)
+        if pruning.method.scorer.probabilistic:
+            fit = (fit_steps, learning_rate, seed)
+            trial = _fit(model, reference, trial, *fit, file, progress)
+    except BaseException:
+        pruning.budget, pruning.fitted = was, fitted
+        raise
     after = trial, profile(model, example).ratio
     method = f"{pruning.method.reduction.name}, {pruning.recipe.scorer}"
     seconds = time.perf_counter() - started
     facts = (reference.distance, reference.images, before, after, tuple(tried))
     return Calibration(method, *facts, pruning.recipe, seconds)
+
+
+def _fit(
+    model: PrunedModel,
+    reference: Reference,
+    start: Trial,
+    number: int,
+    learning_rate: float,
+    seed: int,
+    file: Path | None,
+    progress: ShowProgress,
+) -> Trial:
+    """Fit the predictors; how the model does then. So few steps may do harm: where they do, the
+    predictors stay what they were."""
+    predictors = model.get_submodule(PREDICTORS)
+    before = {name: value.clone() for name, value in predictors.state_dict().items()}
+    fit: dict[str, Any] = {"steps": number, "learning_rate": learning_rate, "seed": seed}
+    with steps("fitting predictors", number, progress) as done:
+        fit_predictors(model, reference, **fit, resume=file, done=done)
+    trial = reference.trial(model, seed)
+    if trial.divergence <= start.divergence:
+        return trial
+    predictors.load_state_dict(before)
+    return start
 
 
 def _search(
