@@ -14,9 +14,9 @@ from tokenprune.hosts.inputs import CallSignature, first_floating
 __all__ = ["Batch", "BatchSource", "Batches"]
 
 BatchSource = Tensor | Iterable[Any]
-"""Images [B, ...]; a data set of single images; or batches of them: a list, a DataLoader. A batch is
-a tensor, a mapping of the host's arguments, or a tuple that begins with one of these and then may
-hold labels."""
+"""Images [B, ...]; a data set of single images; or batches of them: a list, a DataLoader. A batch
+is a tensor, a mapping of the host's arguments, or a tuple that begins with one of these and then
+may hold labels."""
 
 AT_ONCE = 64
 """Images that run at once of one large tensor."""
