@@ -127,6 +127,26 @@ def test_a_run_trains_logs_and_evaluates_hosts_of_both_libraries(
     assert not recwarn.list
 
 
+@pytest.mark.parametrize("parts", [{"mode": "merge"}, {"mode": "fuse"}, {"scorer": "random"}])
+def test_methods_without_predictors_train_on_the_path_of_eval(
+    parts: dict[str, Any], tmp_path: Path
+) -> None:
+    mapping = recipe(mixup=0.2).model_dump(mode="json", exclude_none=True)
+    for key in ("mode", "scorer", "place"):
+        del mapping[key]
+    chosen = tokenprune.Recipe.parse({**mapping, **parts})
+    model = wrapped(timm_host(), chosen)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    result = fit(chosen, model, bundle(), tmp_path / "run")
+    assert 0 <= result.metrics["accuracy"] <= 1
+    assert any(not torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    saved = tokenprune.load(tokenprune.save(model, tmp_path / "saved"), timm_host(), verify=False)
+    x = torch.stack([image["pixel_values"] for image in bundle().eval])  # type: ignore[attr-defined]
+    if "random" not in str(parts):
+        with torch.no_grad():
+            assert torch.equal(saved.eval()(x), model.eval()(x))
+
+
 def test_loss_is_that_of_the_recipe_against_the_dense_host(tmp_path: Path) -> None:
     chosen = recipe({"ratio": 3.0, "distill_logits": 0.7, "distill_tokens": 0.2})
     model = wrapped(timm_host(), chosen).train()

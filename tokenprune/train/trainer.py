@@ -27,9 +27,10 @@ __all__ = ["PruningTrainer", "frozen_copy"]
 class PruningTrainer(ImageTrainer):
     """`transformers.Trainer` for a wrapped model.
 
-    The student runs the mask path with Gumbel noise, the teacher the dense path of a frozen copy of
-    the host. Logged beside `loss`: each part by the name of its weight in the recipe, unweighted,
-    and `kept_share_<stage>`. Evaluation runs the gather path.
+    The student runs the path its method trains on: the mask path with Gumbel noise where scores are
+    learned, else the one that eval runs. The teacher is a frozen copy of the host, run dense.
+    Logged beside `loss`: each part by the name of its weight in the recipe, unweighted, and
+    `kept_share_<stage>`. Evaluation runs the gather path.
 
     Every rank has its own generator of the noise; its state is in every checkpoint.
     """
@@ -88,7 +89,8 @@ class PruningTrainer(ImageTrainer):
         """The weighted parts of `PruningLoss` on a batch."""
         images, target = self.mixing(inputs["pixel_values"], inputs["labels"])
         student: PrunedModel = self.accelerator.unwrap_model(model)
-        with student.using(path="mask", generator=self.noise):
+        path = pruning_of(student).method.path(training=True)
+        with student.using(path=path, generator=self.noise):
             output, trace = model(images, return_trace=True)
         logits = class_logits(output, self.data.num_classes)
         with self.accelerator.autocast():
