@@ -311,3 +311,14 @@ def test_what_the_command_refuses() -> None:
     result = run("transformers:vit", "--pretrained")
     assert result.exit_code == 2
     assert "'transformers:vit' names no published weights" in result.stderr
+
+
+@pytest.mark.parametrize("mode", ["merge", "fuse"])
+def test_merged_and_fused_models_are_exported(mode: str, tmp_path: Path) -> None:
+    """Their file is compared with the model."""
+    host = HOSTS["deit"].make().eval()
+    recipe = {**HALF, "mode": mode, "place": "middle"}
+    model = tokenprune.wrap(host, recipe, verify=False, train=False).eval()
+    model.set_budget(0.8)
+    report = tokenprune.export(model, tmp_path / "model.onnx")
+    assert report.deviation < 1e-4
