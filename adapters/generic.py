@@ -85,6 +85,7 @@ class Generic:
             adapter=self.name,
             blocks=blocks,
             num_prefix_tokens=prefix,
+            class_token=_class_token(host),
             norm=norm,
             padding_mask=_padding_mask(host, blocks[0]),
             mode="remove" if plain else "bypass",
@@ -164,11 +165,21 @@ def _prefix(
             return stated, f"{join(path, STATED)} says so"
     if "input_ids" in inputs and "pixel_values" not in inputs:
         return 1, "text encoders pool the first token"
-    tokens = {n: p for n, p in host.named_parameters() if PREFIX.fullmatch(n.rpartition(".")[2])}
+    tokens = _prefix_parameters(host)
     if not tokens:
         return 0, "no parameter looks like a class, distillation or register token"
     count = sum(token.shape[-2] if token.ndim > 1 else 1 for token in tokens.values())
     return count, f"parameters {', '.join(tokens)}"
+
+
+def _prefix_parameters(host: nn.Module) -> dict[str, nn.Parameter]:
+    return {n: p for n, p in host.named_parameters() if PREFIX.fullmatch(n.rpartition(".")[2])}
+
+
+def _class_token(host: nn.Module) -> bool:
+    """Whether one of its prefix tokens is for the class, as far as names of parameters tell."""
+    names = [name.rpartition(".")[2].lower() for name in _prefix_parameters(host)]
+    return not names or any("cls" in name or "class" in name for name in names)
 
 
 def _norm(host: nn.Module, block: str) -> str | None:
