@@ -35,6 +35,8 @@ def draw_costs(
         own = sorted((macs, loss) for n, macs, loss in points if n == name)
         style = "o-" if lines else "o"
         axes.plot([macs for macs, _ in own], [loss for _, loss in own], style, label=name)
+    shares = [macs for _, macs, _ in points]
+    axes.set_xlim(min(shares) - 0.05, max(shares) + 0.05)
     axes.set_xlabel("share of the dense MACs")
     axes.set_ylabel(what)
     axes.grid(alpha=0.3)
