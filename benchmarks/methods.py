@@ -170,6 +170,7 @@ def as_page(
     took = [row["seconds"] for row in rows if "seconds" in row]
     header = ["method", *(f"{macs:g} of the MACs" for macs in MACS)]
     command = f"--seeds {len(seeds)} --epochs {epochs} --images {images}"
+    command += " --embedder FOLDER" if texts else ""
     return f"""# Without training
 
 Points of accuracy that methods lose without any training, at a share of the dense host's MACs:
