@@ -113,7 +113,12 @@ def everyone_is_seen(decision: Tensor, num_prefix: int) -> Tensor:
 @pytest.mark.parametrize(
     ("place", "name", "broken", "says"),
     [
-        (gathered, "select_gathered", nudged, "every token kept is not the host.*'keep_ratio 1 is"),
+        (
+            gathered.Gathered,
+            "choice",
+            staticmethod(nudged),
+            "every token kept is not the host.*'keep_ratio 1 is",
+        ),
         (
             masked,
             "policy_of",

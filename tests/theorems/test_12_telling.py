@@ -131,7 +131,7 @@ def test_12_a_silent_host_is_proven_on_a_lively_copy(name: str) -> None:
 @ALL
 def test_12_a_leak_in_a_silent_host_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if name == "equal patches":  # whatever else dropped tokens may hold shows there too
-        monkeypatch.setattr(gathered, "select_gathered", other_tokens)
+        monkeypatch.setattr(gathered.Gathered, "choice", staticmethod(other_tokens))
     else:
         monkeypatch.setattr(Masked, "ops", MASKED._replace(attention=leaking))
     model, x = silent(name)
