@@ -101,6 +101,8 @@ def test_a_threshold_is_found_whose_mean_cost_is_the_budget(tmp_path: Path) -> N
     assert mean == pytest.approx(share)
     assert abs(share - 0.7) < 0.01
     assert len({int(c) for c in parts[0]}) > 1  # images cost what they need
+    with pytest.raises(PlanError, match="the least that this model can do is"):
+        model.set_budget(0.05, images=given)
     threshold = pruning_of(model).budget.threshold
     loaded = tokenprune.load(tokenprune.save(model, tmp_path / "m"), vit(), verify=False)
     assert pruning_of(loaded).budget.threshold == threshold

@@ -8,27 +8,14 @@ import pytest
 import timm
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 
 import tokenprune
+from tests.reductions.test_merge import CLASSES, SIZE, images, vit
 from tests.toys.vit import randomize_weights
 from tokenprune.errors import PlanError
 from tokenprune.ops.class_attention import class_weights
 from tokenprune.ops.fusing import fuse
-
-SIZE, CLASSES = 32, 5
-
-
-def vit(name: str = "deit_tiny_patch16_224", **options: Any) -> nn.Module:
-    torch.manual_seed(0)
-    given = {"img_size": SIZE, "patch_size": 4, "embed_dim": 32, "depth": 4, "num_heads": 2}
-    host = timm.create_model(name, **{**given, "num_classes": CLASSES, **options}).eval()
-    randomize_weights(host, 3.0)
-    return host
-
-
-def images(batch: int = 3) -> Tensor:
-    return torch.randn(batch, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(batch))
 
 
 def evit(host: Any, x: Tensor, keep: float, blocks: set[int], fused: bool) -> Tensor:

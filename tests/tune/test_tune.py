@@ -149,6 +149,45 @@ def test_it_is_deterministic_and_resumes(tmp_path: Path) -> None:
     assert again.tried == whole.tried
 
 
+def test_a_file_of_another_calibration_is_refused(tmp_path: Path) -> None:
+    for name, file, steps in (
+        ("merge-k0.7", "a", {"trials": 2}),
+        ("dynamicvit-k0.7", "b", {"fit_steps": 12}),
+    ):
+        given: dict[str, Any] = {**steps, "resume": tmp_path / file}
+        tokenprune.calibrate(wrapped(name), images(), 0.7, **given)
+        tokenprune.calibrate(wrapped(name), images(), 0.7, **given)
+        model = wrapped(name)
+        before = dict(vars(pruning_of(model)))
+        for other, macs in ((images(4), 0.7), (images(), 0.6)):
+            with pytest.raises(PlanError, match="holds another calibration: of other images"):
+                tokenprune.calibrate(model, other, macs, **given)
+        assert vars(pruning_of(model)) == before
+
+
+@pytest.mark.parametrize("name", ["merge-k0.7", "dynamicvit-k0.7"])
+def test_nothing_is_half_changed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted at the very last look at the model."""
+    model, last = wrapped(name), 3 if name == "dynamicvit-k0.7" else 4
+    before, weights = (
+        dict(vars(pruning_of(model))),
+        {k: v.clone() for k, v in model.state_dict().items()},
+    )
+    real, calls = Reference.trial, list[int]()
+
+    def trial(*given: Any) -> Any:
+        calls.append(1)
+        if len(calls) == last:
+            raise KeyboardInterrupt
+        return real(*given)
+
+    monkeypatch.setattr(Reference, "trial", trial)
+    with pytest.raises(KeyboardInterrupt):
+        tokenprune.calibrate(model, images(), 0.7, trials=2, fit_steps=2)
+    assert vars(pruning_of(model)) == before
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+
+
 def test_predictors_alone_are_fitted(tmp_path: Path) -> None:
     def fitted(**given: Any) -> tuple[Any, Any]:
         model = wrapped("dynamicvit-k0.7")
@@ -238,7 +277,7 @@ def test_bad_input_of_calibrate() -> None:
         tokenprune.calibrate(vit(), images())
     with pytest.raises(PlanError, match=r"asked for divergence='l2': give 'kl' or 'cosine'"):
         tokenprune.calibrate(wrapped(), images(), divergence="l2")  # type: ignore[arg-type]
-    with pytest.raises(PlanError, match=r"the least that this method can do is 0\.\d+"):
+    with pytest.raises(PlanError, match=r"the least that this model can do is 0\.\d+"):
         tokenprune.calibrate(wrapped(), images(), 0.05)
     with pytest.raises(PlanError, match=r"asked for macs=1\.5"):
         tokenprune.calibrate(wrapped(), images(), 1.5)
@@ -284,6 +323,11 @@ def test_compare_says_who_is_left_out_and_takes_a_wrapped_model() -> None:
     assert "topk-k0.7 is left out: recipe 'topk-k0.7' has" in str(found)
     assert found.dense_accuracy is None
     assert found.advice(0.7) == "model.set_budget(0.7)"
+    found = tokenprune.compare(
+        host, images(), methods=["random-k0.7"], macs=(0.05, 0.7), timed=False
+    )
+    assert [round(row.macs, 1) for row in found.rows] == [0.7]
+    assert "least that this model can do" in found.left_out["random-k0.7 at 0.05"]
     with pytest.raises(PlanError, match=r"No method serves this VisionTransformer:\n.*class token"):
         tokenprune.compare(host, images(), methods=["topk-k0.7"], timed=False)
     with pytest.raises(HostError, match=r"Labels are from 0 to 9, but .* 5 classes, 0 to 4"):

@@ -177,6 +177,7 @@ def calibrate(
     output.mkdir(parents=True, exist_ok=True)
     report = run(wrapped, opened.batches, macs, trials=trials, seed=seed, resume=resume)
     show(report.table())
+    resume.unlink(missing_ok=True)  # of no use to a calibration that is done
     section = None if Path(model).is_dir() else host_section(model, option or ()).model_dump()
     save(wrapped, output, host=section)
     say(f"saved {output}")

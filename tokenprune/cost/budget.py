@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -16,7 +15,7 @@ from tokenprune.hosts.inputs import ExampleInputs
 from tokenprune.runtime.model import PrunedModel, pruning_of
 from tokenprune.tracing.state import in_mode
 
-__all__ = ["budget_for", "check_share", "threshold_for"]
+__all__ = ["budget_for", "check_possible", "check_share", "threshold_for"]
 
 STEPS = 40
 """Halvings of an interval: more than a float of 32 bits can tell apart."""
@@ -58,13 +57,7 @@ def budget_for(
     if macs == 1.0:
         return at(0.0)
     low, high = 0.0, 1.0
-    least = at(high)[1]
-    if least > macs + CLOSE:
-        raise PlanError(
-            f"asked for {macs:.3g} of the dense MACs; the least that this model can do is "
-            f"{least:.3g}, with its stages at blocks {list(pruning.plan.blocks)}. Ask for "
-            "more, or put stages at earlier blocks."
-        )
+    check_possible(macs, at(high)[1], pruning.plan.blocks)
     for step in range(STEPS):
         ends, middle = (at(low)[1], at(high)[1]), (low + high) / 2
         if step % 2 and ends[0] > macs > ends[1]:  # where a straight line meets it
@@ -105,9 +98,10 @@ def threshold_for(
     before, found = pruning.budget, list[tuple[Budget, float]]()
     low, high = -SATURATED, SATURATED  # logits of the threshold
     try:
-        first = next(iter(batches))
-        example: Any = example_inputs or first.kwargs or first.args
+        example = next(iter(batches)).few() if example_inputs is None else example_inputs
         costs = ImageMacs(model, example)
+        least = float(costs(torch.ones(1, len(before.keep_ratios)))) / costs.dense
+        check_possible(macs, least, pruning.plan.blocks)
         while high - low > 1e-5:
             middle = (low + high) / 2
             pruning.budget = before.with_threshold(1 / (1 + math.exp(-middle)))
@@ -137,6 +131,16 @@ def _mean_cost(model: PrunedModel, batches: Batches, costs: ImageMacs) -> float:
             _, trace = model(*batch.args, **batch.kwargs, return_trace=True)
             parts.append(costs(trace))
     return float(torch.cat(parts).mean()) / costs.dense
+
+
+def check_possible(macs: float, least: float, blocks: Sequence[int]) -> None:
+    """Raise PlanError if a budget is below the least that stages at these blocks can do."""
+    if least > macs + CLOSE:
+        raise PlanError(
+            f"asked for {macs:.3g} of the dense MACs; the least that this model can do is "
+            f"{least:.3g}, with its stages at blocks {list(blocks)}. Ask for more, or put stages "
+            "at earlier blocks."
+        )
 
 
 def check_share(macs: float) -> None:

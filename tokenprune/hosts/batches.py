@@ -1,7 +1,7 @@
 """Batches of a caller's own images, in the forms that loops and loaders give them."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,14 +30,24 @@ class Batch:
 
     Attributes:
         args: What the host's forward takes by position.
-        kwargs: What it takes by name.
+        kwargs: What it takes by name; one of the two is empty.
         labels: What the batch said they are, [B]; None if it held none.
+        size: B.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    labels: Tensor | None = None
-    size: int = field(default=0)
+    labels: Tensor | None
+    size: int
+
+    def few(self) -> tuple[Any, ...] | dict[str, Any]:
+        """Its first two images, as `wrap` takes `example_inputs`."""
+
+        def cut(value: Any) -> Any:
+            of_images = isinstance(value, Tensor) and value.shape[:1] == (self.size,)
+            return value[:2] if of_images else value
+
+        return {k: cut(v) for k, v in self.kwargs.items()} or tuple(map(cut, self.args))
 
 
 class Batches:

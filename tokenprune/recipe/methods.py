@@ -175,7 +175,7 @@ class MergeFalling(_Keeping):
     parts = {"mode": "merge"}
 
     def recipe(self) -> dict[str, Any]:
-        return {"mode": "merge", "schedule": {"keep_ratio": self.keep_ratio, "falling": True}}
+        return {**self.parts, "schedule": {"keep_ratio": self.keep_ratio, "falling": True}}
 
 
 @register_method("tome")

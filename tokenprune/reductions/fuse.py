@@ -1,25 +1,21 @@
 """Fuse: tokens that leave go on as one, their weighted sum (EViT, Liang et al., 2022)."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import ClassVar
 
-from torch import nn
-
-from tokenprune.analysis.blocks import Block, Blocks
-from tokenprune.hosts.spec import ArchSpec
+from tokenprune.reductions.at_middles import AtMiddles
 from tokenprune.reductions.protocol import MODES
 from tokenprune.reductions.remove import Remove
 from tokenprune.rewrite.kept import FUSED_SETS, KeptSet
 from tokenprune.rewrite.settings import PathName
 from tokenprune.scorers import Weigher
-from tokenprune.tracing.host_graph import HostGraph
 
 __all__ = ["Fuse"]
 
 
 @MODES.register("fuse")
-class Fuse(Remove):
+class Fuse(AtMiddles, Remove):
     """Of K tokens that a stage leaves, one is the sum of all that leave.
 
     It stands in the place of the kept token with the least weight, and takes that one in: what its
@@ -30,17 +26,6 @@ class Fuse(Remove):
     defaults: ClassVar[Mapping[str, str]] = {"scorer": "class-attention", "place": "middle"}
     scorers: ClassVar[tuple[type, ...]] = (Weigher,)
     kept_sets: ClassVar[Mapping[PathName, KeptSet]] = FUSED_SETS
-
-    @classmethod
-    def candidates(
-        cls, root: nn.Module, traced: HostGraph, blocks: Blocks, spec: ArchSpec
-    ) -> tuple[Sequence[int], str]:
-        middles = [number for number, block in blocks.items() if block.middle is not None]
-        return middles or list(blocks), "two blocks"
-
-    @classmethod
-    def place(cls, asked: str, blocks: Sequence[Block]) -> str:
-        return asked if all(block.middle is not None for block in blocks) else "entry"
 
     @classmethod
     def ratios(cls, keep_ratio: float, stages: int, patches: int) -> list[float]:

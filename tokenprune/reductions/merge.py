@@ -4,11 +4,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from tokenprune.analysis.blocks import Block, Blocks
-from tokenprune.hosts.spec import ArchSpec
-from tokenprune.reductions.protocol import MODES, Proof, Reduction
+from tokenprune.reductions.at_middles import AtMiddles
+from tokenprune.reductions.protocol import MODES, Proof
 from tokenprune.rewrite.counts import CountRealTokens
 from tokenprune.rewrite.emit import Emit
 from tokenprune.rewrite.kept import MERGED_SETS, KeptSet
@@ -19,17 +18,15 @@ from tokenprune.rewrite.select import SelectAtSites
 from tokenprune.rewrite.settings import PathName
 from tokenprune.rewrite.tables import GatherAligned, KeepTablesWhole, ResizeTables
 from tokenprune.scorers import Matcher, Scorer
-from tokenprune.tracing.host_graph import HostGraph
 
 __all__ = ["Merge"]
 
 
 @MODES.register("merge")
-class Merge(Reduction):
+class Merge(AtMiddles):
     """Needs no training: a token that stands for n counts as n in attention and in means."""
 
     name: ClassVar[str] = "merge"
-    places: ClassVar[frozenset[str]] = frozenset({"entry", "middle"})
     nested: ClassVar[bool] = True
     removes: ClassVar[bool] = True
     hides: ClassVar[bool] = False
@@ -39,18 +36,6 @@ class Merge(Reduction):
     proofs: ClassVar[tuple[Proof, ...]] = (
         Proof("merged = expanded on random groups", "expanded", "gather"),
     )
-
-    @classmethod
-    def candidates(
-        cls, root: nn.Module, traced: HostGraph, blocks: Blocks, spec: ArchSpec
-    ) -> tuple[Sequence[int], str]:
-        middles = [number for number, block in blocks.items() if block.middle is not None]
-        return middles or list(blocks)[1:], "two blocks"
-
-    @classmethod
-    def place(cls, asked: str, blocks: Sequence[Block]) -> str:
-        """At the entry where a block has no middle; the keys are those of the block before."""
-        return asked if all(block.middle is not None for block in blocks) else "entry"
 
     def passes(self, path: PathName, scorer: type[Scorer], restore: bool | None) -> Sequence[Pass]:
         emit = Emit(tokens_allowed=restore is not None)

@@ -16,7 +16,7 @@ from tokenprune.report.table import Table
 from tokenprune.runtime.model import PrunedModel, pruning_of
 from tokenprune.scorers.protocol import PREDICTORS
 from tokenprune.tune.divergence import Distance, Read
-from tokenprune.tune.fit import fit_predictors
+from tokenprune.tune.fit import check_same, fit_predictors
 from tokenprune.tune.plots import draw_costs
 from tokenprune.tune.progress import ShowProgress, steps
 from tokenprune.tune.search import Schedule, Search, every_block
@@ -105,7 +105,8 @@ def calibrate(
         batches: Images like those that will come, some hundred: a tensor [N, ...], a list of
             batches or a DataLoader. A batch is a tensor, a mapping of arguments, or a tuple that
             begins with one of these; labels are not read.
-        macs: Share of the dense host's MACs, in (0, 1]; what the model costs now if None.
+        macs: Share of the dense host's MACs, in (0, 1]; what the model costs now if None. A
+            threshold is given up: every image then keeps the same number of tokens.
         trials: How many schedules are tried.
         fit_steps: Batches that predictors learn from, taken in turn.
         learning_rate: Of the predictors.
@@ -114,13 +115,14 @@ def calibrate(
         divergence: `kl` or `cosine`; see `tokenprune.tune.divergence`. By default `kl` for class
             logits, `cosine` for embeddings.
         seed: Of what is tried and drawn.
-        resume: A file. What is found is kept there, and an interrupted call goes on from it.
+        resume: A file. What is found is kept there, and an interrupted call of the same model,
+            images, budget and seed goes on from it.
         progress: A bar on a terminal; or a function of (done, total, text).
 
     Raises:
         NotWrappedError: `model` is not wrapped.
         PlanError: The budget is out of (0, 1] or below what this model can do; the message says
-            how much that is.
+            how much that is. Or `resume` is the file of another calibration.
         HostError: There are no images, or they do not fit the host.
     """
     started = time.perf_counter()
@@ -129,13 +131,12 @@ def calibrate(
         check_share(macs)
     assert isinstance(model, PrunedModel)  # noqa: S101 - pruning_of has looked
     reference = Reference(pruning.host, Batches(pruning.host, batches), read, divergence)
-    first = next(iter(reference.batches))
-    example: Any = first.kwargs or first.args
+    example = reference.example
     share = profile(model, example).ratio
     wanted = share if macs is None else macs
     file = None if resume is None else Path(resume)
     tried: list[Schedule] = []
-    was, fitted = pruning.budget, pruning.fitted
+    was = dict(vars(pruning))
     pruning.fitted = True  # else the first trial says that the predictors need this very call
     try:
         before = reference.trial(model, seed), share
@@ -148,7 +149,7 @@ def calibrate(
             fit = (fit_steps, learning_rate, seed)
             trial = _fit(model, reference, trial, *fit, file, progress)
     except BaseException:
-        pruning.budget, pruning.fitted = was, fitted
+        vars(pruning).update(was)
         raise
     after = trial, profile(model, example).ratio
     method = f"{pruning.method.reduction.name}, {pruning.recipe.scorer}"
@@ -172,9 +173,13 @@ def _fit(
     predictors = model.get_submodule(PREDICTORS)
     before = {name: value.clone() for name, value in predictors.state_dict().items()}
     fit: dict[str, Any] = {"steps": number, "learning_rate": learning_rate, "seed": seed}
-    with steps("fitting predictors", number, progress) as done:
-        fit_predictors(model, reference, **fit, resume=file, done=done)
-    trial = reference.trial(model, seed)
+    try:
+        with steps("fitting predictors", number, progress) as done:
+            fit_predictors(model, reference, **fit, resume=file, done=done)
+        trial = reference.trial(model, seed)
+    except BaseException:
+        predictors.load_state_dict(before)
+        raise
     if trial.divergence <= start.divergence:
         return trial
     predictors.load_state_dict(before)
@@ -192,19 +197,18 @@ def _search(
 ) -> list[Schedule]:
     """Try schedules, and let the model take the best."""
     pruning = pruning_of(model)
-    first = next(iter(reference.batches))
-    example: Any = first.kwargs or first.args
     blocks = every_block(model)
     shares = [1 - (place + 1) / (2 * len(blocks)) for place in range(len(blocks))]
-    options = {"adapter": pruning.adapter, "restore": pruning.restore, "example_inputs": example}
-    options |= {"verify": False, "train": False}
+    options: dict[str, Any] = {"adapter": pruning.adapter, "restore": pruning.restore}
+    options |= {"example_inputs": reference.example, "verify": False, "train": False}
     trial_model = wrap(pruning.host, pruning.recipe.with_stages(blocks, shares), **options)
-    known = _read(file)
+    told = reference.told_by(pruning.recipe.to_yaml(), macs, seed)
+    known = _read(file, told)
     with steps("trying schedules", trials, progress) as done:
 
         def tried(key: str, trial: Trial) -> None:
             known[key] = trial
-            _write(file, known)
+            _write(file, told, known)
             done(f"divergence {trial.divergence:.3g}")
 
         search = Search(trial_model, reference, macs, known, tried, seed)
@@ -217,16 +221,19 @@ def _search(
     return found
 
 
-def _read(file: Path | None) -> dict[str, Trial]:
+def _read(file: Path | None, told: str) -> dict[str, Trial]:
     if file is None or not file.exists():
         return {}
-    return {key: Trial(**trial) for key, trial in json.loads(file.read_text()).items()}
+    kept = json.loads(file.read_text())
+    check_same(file, kept.get("of"), told)
+    return {key: Trial(**trial) for key, trial in kept["trials"].items()}
 
 
-def _write(file: Path | None, known: dict[str, Trial]) -> None:
+def _write(file: Path | None, told: str, known: dict[str, Trial]) -> None:
     if file is not None:
         part = file.with_suffix(".part")
-        part.write_text(json.dumps({key: asdict(trial) for key, trial in known.items()}))
+        trials = {key: asdict(trial) for key, trial in known.items()}
+        part.write_text(json.dumps({"of": told, "trials": trials}))
         part.replace(file)
 
 

@@ -1,6 +1,7 @@
 """`compare`: what methods cost and lose on one's own model and images."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -166,11 +167,10 @@ def compare(
     given = model if isinstance(model, PrunedModel) and hasattr(model, PRUNING) else None
     host = pruning_of(given).host if given is not None else model
     reference = Reference(host, Batches(host, batches, labels), read, divergence)
-    first = next(iter(reference.batches))
     options: dict[str, Any] = {"adapter": adapter, "restore": restore}
     if given is not None:
         options = {"adapter": pruning_of(given).adapter, "restore": pruning_of(given).restore}
-    options |= {"example_inputs": first.kwargs or first.args, "verify": False, "train": False}
+    options |= {"example_inputs": reference.example, "verify": False, "train": False}
     chosen = list(_untrained() if methods is None else methods)
     rows: list[Row] = []
     running: dict[int, tuple[PrunedModel, Budget]] = {}
@@ -182,24 +182,25 @@ def compare(
             try:
                 mine = given if name == THIS_MODEL else wrap(host, method, **options)
                 assert mine is not None  # noqa: S101 - this model is in the list only if given
-                was = pruning_of(mine).budget
-                for wanted in macs:
-                    try:
-                        budget, share = budget_for(mine, wanted, options["example_inputs"])
-                        pruning_of(mine).budget = budget
-                        running[len(rows)] = mine, budget
-                        rows.append(Row(name, share, reference.trial(mine, seed)))
-                    finally:
-                        pruning_of(mine).budget = was
-                    done(f"{name} at {wanted:g}")
             except PlanError as error:
                 left_out[name] = str(error)
+                continue
+            for wanted in macs:
+                try:
+                    budget, share = budget_for(mine, wanted, reference.example)
+                except PlanError as error:
+                    left_out[f"{name} at {wanted:g}"] = str(error)
+                    continue
+                with _at(mine, budget):
+                    running[len(rows)] = mine, budget
+                    rows.append(Row(name, share, reference.trial(mine, seed)))
+                done(f"{name} at {wanted:g}")
     if not rows:
         reasons = [f"{method}: {why}" for method, why in left_out.items()]
         raise PlanError("\n  - ".join([f"No method serves this {type(host).__name__}:", *reasons]))
     dense_seconds = None
     if timed:
-        seconds = _time(host, running, first)
+        seconds = _time(host, running, next(iter(reference.batches)))
         dense_seconds = seconds[-1]
         rows = [replace(row, seconds=seconds[number]) for number, row in enumerate(rows)]
     facts = (left_out, reference.distance, reference.images, reference.accuracy, dense_seconds)
@@ -211,17 +212,25 @@ def _untrained() -> list[str]:
     return [name for name in list_methods() if not SCORERS[load_recipe(name).scorer].probabilistic]
 
 
+@contextmanager
+def _at(model: PrunedModel, budget: Budget) -> Iterator[None]:
+    """A model with another budget, for a while."""
+    pruning = pruning_of(model)
+    was, pruning.budget = pruning.budget, budget
+    try:
+        yield
+    finally:
+        pruning.budget = was
+
+
 def _time(
     host: nn.Module, running: dict[int, tuple[PrunedModel, Budget]], batch: Batch
 ) -> dict[int, float]:
     """Seconds of one batch, of each row and (-1) of the dense host."""
 
     def call(model: PrunedModel, budget: Budget) -> None:
-        was, pruning_of(model).budget = pruning_of(model).budget, budget
-        try:
+        with _at(model, budget):
             model(*batch.args, **batch.kwargs)
-        finally:
-            pruning_of(model).budget = was
 
     calls: dict[str, Any] = {str(n): partial(call, *row) for n, row in running.items()}
     calls["-1"] = partial(host, *batch.args, **batch.kwargs)

@@ -3,18 +3,20 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from tokenprune.errors import PlanError
 from tokenprune.hosts.batches import Batch
 from tokenprune.runtime.model import PrunedModel, pruning_of
 from tokenprune.scorers.protocol import PREDICTORS
-from tokenprune.tracing.state import kept_modes
+from tokenprune.tracing.state import in_mode, kept_modes
 from tokenprune.tune.divergence import distances
 from tokenprune.tune.trials import Reference
 
-__all__ = ["fit_predictors"]
+__all__ = ["check_same", "fit_predictors"]
 
 SAVE_EVERY = 10
 
@@ -33,8 +35,7 @@ def fit_predictors(
 
     The loss is the divergence from the dense outputs; each image keeps as many tokens as it will in
     eval, drawn by scores with noise (`sampling.counts: fixed`). Steps go over the batches again and
-    again. If it is interrupted, the predictors are what they were, and `resume` holds what was
-    reached.
+    again.
 
     Args:
         steps: Batches to learn from.
@@ -45,21 +46,22 @@ def fit_predictors(
     """
     pruning = pruning_of(model)
     predictors = model.get_submodule(PREDICTORS)
-    before = {name: value.clone() for name, value in predictors.state_dict().items()}
     parameters = list(predictors.parameters())
     optimizer = torch.optim.Adam(parameters, lr=learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     first, recipe = 0, pruning.recipe
+    told = reference.told_by(recipe.to_yaml(), pruning.budget, steps, learning_rate, seed)
     fixed = recipe.sampling.model_copy(update={"counts": "fixed"})
     if resume is not None and resume.exists():
         saved = torch.load(resume, map_location=parameters[0].device, weights_only=True)
+        check_same(resume, saved["of"], told)
         predictors.load_state_dict(saved["predictors"])
         optimizer.load_state_dict(saved["optimizer"])
         schedule.load_state_dict(saved["schedule"])
         first = saved["step"]
     pruning.recipe = recipe.model_copy(update={"sampling": fixed})
     try:
-        with _only(predictors, model):
+        with _only(model):
             for step, (batch, dense) in enumerate(_cycle(reference)):
                 if step == steps:
                     break
@@ -78,10 +80,9 @@ def fit_predictors(
                 schedule.step()
                 done(f"divergence {float(loss.detach()):.3g}")
                 if resume is not None and (step + 1) % SAVE_EVERY == 0:
-                    _save(resume, predictors, optimizer, schedule, step + 1)
-    except BaseException:
-        predictors.load_state_dict(before)
-        raise
+                    state = {"predictors": predictors.state_dict(), "step": step + 1, "of": told}
+                    state |= {"optimizer": optimizer.state_dict()}
+                    _save(resume, {**state, "schedule": schedule.state_dict()})
     finally:
         pruning.recipe = recipe
         optimizer.zero_grad()
@@ -92,29 +93,30 @@ def _cycle(reference: Reference) -> Iterator[tuple[Batch, Tensor]]:
         yield from zip(reference.batches, reference.outputs, strict=True)
 
 
-def _save(
-    path: Path,
-    predictors: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-    step: int,
-) -> None:
-    state = {"predictors": predictors.state_dict(), "optimizer": optimizer.state_dict()}
+def _save(path: Path, state: dict[str, Any]) -> None:
     part = path.with_suffix(".part")
-    torch.save({**state, "schedule": schedule.state_dict(), "step": step}, part)
+    torch.save(state, part)
     part.replace(path)
 
 
+def check_same(file: Path, of: Any, told: str) -> None:
+    """Raise PlanError if a file was written by another calibration (`Reference.told_by`)."""
+    if of != told:
+        raise PlanError(
+            f"{str(file)!r} holds another calibration: of other images, weights, budget, recipe or "
+            "seed. Remove the file, or give another one as `resume`."
+        )
+
+
 @contextmanager
-def _only(predictors: nn.Module, model: PrunedModel) -> Iterator[None]:
+def _only(model: PrunedModel) -> Iterator[None]:
     """Gradients for the predictors alone; the host's layers in eval mode, so that it is the one
     that will run."""
     host = pruning_of(model).host
     frozen = [p for p in host.parameters() if p.requires_grad]
-    with kept_modes(model):
-        model.train()
-        for child in host.children():
-            child.eval()
+    # in eval mode, but for the flag by which a call draws decisions: no `train` of the host's runs
+    with kept_modes(model), in_mode(model, training=False):
+        model.training = True
         for parameter in frozen:
             parameter.requires_grad_(False)
         try:

@@ -13,8 +13,8 @@ from itertools import pairwise
 
 import torch
 
+from tokenprune.cost.budget import check_possible
 from tokenprune.cost.image_macs import ImageMacs
-from tokenprune.errors import PlanError
 from tokenprune.runtime.model import PrunedModel, pruning_of
 from tokenprune.tune.trials import Reference, Trial
 
@@ -73,17 +73,10 @@ class Search:
         """
         self.model, self.reference, self.macs, self.seed = model, reference, macs, seed
         self.pruning = pruning_of(model)
-        first = next(iter(reference.batches))
-        self.costs = ImageMacs(model, first.kwargs or first.args)
+        self.costs = ImageMacs(model, reference.example)
         self.patches = self.costs.patches
         self.known, self.tried = known, tried
-        least = self._cost((LEAST,) * len(self.patches))
-        if least > macs + 0.01:
-            raise PlanError(
-                f"asked for {macs:.3g} of the dense MACs; the least that this method can do is "
-                f"{least:.3g}, with one token left after block {self.pruning.plan.blocks[0]}. Ask "
-                "for more."
-            )
+        check_possible(macs, self._cost((LEAST,) * len(self.patches)), self.pruning.plan.blocks)
 
     def run(self, trials: int) -> Iterator[Schedule]:
         """The schedules that are tried, as they are."""

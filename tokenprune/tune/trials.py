@@ -1,5 +1,6 @@
 """Run a model over a caller's images, against what the dense host gave for them."""
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ class Reference:
     Attributes:
         host: The host.
         batches: The images.
+        example: Two of them, as `wrap` takes them.
         distance: How outputs are compared.
         accuracy: Of the dense host; None without labels.
         images: How many there are.
@@ -48,6 +50,7 @@ class Reference:
     ) -> None:
         """Run the dense host over all images."""
         self.host, self.batches, self.read = host, batches, read or main_output
+        self.example: Any = next(iter(batches)).few()
         self.outputs: list[Tensor] = []
         labels: list[Tensor] = []
         with torch.no_grad(), in_mode(host, training=False):
@@ -65,6 +68,14 @@ class Reference:
         if self.labels is not None and self.distance == "kl":
             _check_labels(self.labels, self.outputs[0].shape[1])
             self.accuracy = _share(torch.cat(self.outputs).argmax(1) == self.labels)
+
+    def told_by(self, *facts: Any) -> str:
+        """A number for these images, the host's weights and other facts: what is kept in a file of
+        one calibration holds for no other."""
+        told = hashlib.sha256(repr((self.distance, *facts)).encode())
+        for output in self.outputs:
+            told.update(output.float().contiguous().numpy().tobytes())
+        return told.hexdigest()
 
     def trial(self, model: PrunedModel, seed: int = 0) -> Trial:
         """Run a wrapped model over all images; whatever it draws, it draws by `seed`."""
