@@ -2,6 +2,7 @@
 
     python -m benchmarks.gpu                       all of it
     python -m benchmarks.gpu --only DeiT-S --how eager --batch 1 256
+    python -m benchmarks.gpu --minutes 5           the rows of `PLAN` in its order, as time permits
     python -m benchmarks.gpu --render-only         write the page only
 
 Rows are saved in docs/gpu.json one by one; a new measurement replaces the old row, and one on
@@ -12,6 +13,7 @@ import argparse
 import copy
 import json
 import platform
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -20,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from rich.console import Console
 from torch import Tensor, nn
@@ -33,7 +36,39 @@ from tokenprune.errors import TokenPruneError
 __all__ = ["GpuRow", "main", "replay"]
 
 ROOT = Path(__file__).parents[1]
-HOWS = ("eager", "graph", "compile", "train", "jagged")
+RESIZED = [
+    SpeedHost(
+        f"DeiT-S, {size} px",
+        partial(timm.create_model, "deit_small_patch16_224", img_size=size),
+        "dynamicvit-deit-small-k0.7",
+        size=size,
+    )
+    for size in (512, 1024)
+]
+MERGED = [
+    SpeedHost("DeiT-S, merge-k0.7", HOSTS[0].build, "merge-k0.7"),
+    SpeedHost("DeiT-S, tome-r13", HOSTS[0].build, "tome-r13"),
+]
+ALL = {host.name: host for host in (*HOSTS, *RESIZED, *MERGED)}
+LARGE_ONLY = ("ViT-L", "EVA-02-S", "LV-ViT-S", "Swin-T")
+PLAN: dict[str, dict[str, Sequence[int]]] = {
+    "graph": {"DeiT-S": (1, 8, 64, 256), "DeiT-S, merge-k0.7": (1, 64)},
+    "eager": {
+        "DeiT-S": (1, 8, 64, 256),
+        "DeiT-B": (1, 64, 256),
+        "ViT-B, transformers": (1, 64, 256),
+        **dict.fromkeys(LARGE_ONLY, (64,)),
+        "DeiT-S, merge-k0.7": (1, 64, 256),
+        "DeiT-S, tome-r13": (1, 256),
+        "DeiT-S, 512 px": (1, 32),
+        "DeiT-S, 1024 px": (1, 8),
+    },
+    "train": {"DeiT-S": (256,), "DeiT-S, 512 px": (48,), "DeiT-S, merge-k0.7": (256,)},
+    "jagged": {"DeiT-S": (8, 64, 256), "DeiT-B": (64, 256)},
+    "compile": {"DeiT-S": (256, 1)},
+    "compiled training": {"DeiT-S": (256,)},
+}
+HOWS = tuple(PLAN)
 HEAD = """# Speed on a GPU
 
 {machine}. Eval in bfloat16, training steps (forward and backward) in float32 weights under bfloat16
@@ -44,8 +79,8 @@ numbers are medians of {rounds} rounds. Made by `python -m benchmarks.gpu`.
 best that is possible without any selection; it is not there for bypass, and for hosts with tables
 of positions inside their blocks. *Frozen* is the wrapped model after `freeze_guards`; *of the
 replay* is the replay's time over that of *wrapped* or *frozen*, whichever is faster.
-In mode *jagged* images keep from 0.6 to 1.4 times as many tokens as the recipe says,
-forced from outside, and *replay* is the wrapped model with the recipe's counts.
+In mode *jagged* a threshold decides how many tokens each image keeps, on average as many as the
+recipe says, and *replay* is the wrapped model with the recipe's counts.
 *Memory* is the peak of a training step, relative to dense. *Bound* is dense MACs / pruned MACs.
 """
 
@@ -78,11 +113,16 @@ class GpuRow:
 
 
 def measure(
-    host: SpeedHost, how: str, batches: Sequence[int], rounds: int, device: torch.device
+    host: SpeedHost,
+    how: str,
+    batches: Sequence[int],
+    rounds: int,
+    turn: float,
+    device: torch.device,
 ) -> Iterator[GpuRow]:
     """The rows of one host in one mode."""
     torch.manual_seed(0)
-    train = how == "train"
+    train = how in ("train", "compiled training")
     dense = host.build().to(device, torch.float32 if train else torch.bfloat16).train(train)
     wrapped = tokenprune.wrap(copy.deepcopy(dense), host.recipe, verify=False, train=train)
     wrapped.train(train)
@@ -93,22 +133,26 @@ def measure(
         sides: dict[str, Callable[[], Any]] = {"dense": partial(dense, images)}
         sides["pruned"] = partial(wrapped, images)
         if train:
-            sides = {n: partial(_step, call.func, images) for n, call in sides.items()}  # type: ignore[attr-defined]
+            torch.compiler.reset()
+            made: Callable[[Any], Any] = _as_is if how == "train" else _compiled
+            sides = {n: partial(_step, made(call.func), images) for n, call in sides.items()}  # type: ignore[attr-defined]
         with nullcontext() if train else torch.inference_mode():
-            plain = host.plain and how not in ("train", "jagged")
+            plain = host.plain and host not in MERGED and not train and how != "jagged"
             cut_off = replay(dense, wrapped, images) if plain else None
             if how == "jagged":
-                sides |= {"pruned": _Jagged(wrapped, images), "replay": partial(wrapped, images)}
+                sides["pruned"] = partial(_jagged(wrapped, images), images)
+                sides["replay"] = partial(wrapped, images)
             if cut_off is not None:
                 sides["replay"] = partial(cut_off, images)
             if how == "compile":
                 torch.compiler.reset()
-                sides = {n: partial(torch.compile(c.func), images) for n, c in sides.items()}  # type: ignore[attr-defined]
+                mode = "reduce-overhead" if batch == 1 else None
+                sides = {n: partial(_compiled(c.func, mode), images) for n, c in sides.items()}  # type: ignore[attr-defined]
             if how == "graph":
                 sides = {name: _captured(call) for name, call in sides.items()}
             if how == "eager":
                 sides["frozen"] = _Frozen(wrapped, images)
-            found = interleaved(sides, rounds=rounds, turn_seconds=0.1, device=device)
+            found = interleaved(sides, rounds=rounds, turn_seconds=turn, device=device)
         seconds = {name: timing.seconds for name, timing in found.items()}
         yield GpuRow(
             host=host.name,
@@ -137,29 +181,22 @@ class _Frozen:
             tokenprune.freeze_guards(self.model, False)
 
 
-class _Jagged:
-    """Calls in which image i keeps from 0.6 to 1.4 times as many tokens."""
+def _jagged(wrapped: Any, images: Tensor) -> nn.Module:
+    """A copy of the wrapped model whose predictors prefer something, with a threshold at which
+    these images cost on average what the recipe's counts cost."""
+    model = copy.deepcopy(wrapped)
+    for predictor in model.token_predictors:
+        nn.init.normal_(predictor.out_proj[-1].weight)
+    model.set_budget(macs=tokenprune.profile(wrapped).ratio, images=images[:64])
+    return model  # type: ignore[no-any-return]
 
-    def __init__(self, model: Any, images: Tensor) -> None:
-        self.model, self.images = model, images
-        _, trace = model(images, return_trace=True)
-        batch, device = len(images), images.device
-        share = torch.linspace(0.6, 1.4, batch, device=device) if batch > 1 else torch.ones(1)
-        drawn = torch.rand_like(trace.stages[0].decision.float()).argsort(dim=1)
-        self.sets = []
-        for stage in trace.stages:
-            counts = (share.to(device) * stage.num_tokens).long()[:, None]
-            row = torch.arange(int(counts.max()), device=device)
-            kept = drawn[:, : len(row)].masked_fill(row >= counts, drawn.shape[1])
-            self.sets.append(kept.sort(dim=1).values.masked_fill(row >= counts, -1))
 
-    def __call__(self) -> None:
-        self.model.set_threshold(0.5)
-        try:
-            with self.model.using(keep_indices=self.sets):
-                self.model(self.images)
-        finally:
-            self.model.set_threshold(None)
+def _as_is(model: nn.Module) -> nn.Module:
+    return model
+
+
+def _compiled(model: nn.Module, mode: str | None = None) -> Any:
+    return torch.compile(model, fullgraph=True, dynamic=False, mode=mode)
 
 
 def _step(model: nn.Module, images: Tensor) -> None:
@@ -226,7 +263,7 @@ def as_page(rows: Sequence[GpuRow], machine: str, rounds: int) -> str:
         ratios = [None if s is None else r.dense / s for s in (r.pruned, r.frozen, r.replay)]
         best = r.frozen or r.pruned
         of_replay = None if r.replay is None else r.replay / min(best, r.pruned)
-        bound = None if r.how == "train" else r.bound
+        bound = None if "train" in r.how else r.bound
         cells = ["-" if v is None else f"{v:.2f}" for v in (*ratios, of_replay, bound, r.memory)]
         lines.append([r.host, r.how, str(r.batch), f"{r.dense * 1e3:.2f}", *cells])
     missing = ", ".join(how for how in HOWS if how not in {row.how for row in rows})
@@ -239,8 +276,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu")
     parser.add_argument("--only", default="*", metavar="GLOB", help="only matching hosts")
     parser.add_argument("--how", nargs="+", choices=HOWS, default=list(HOWS), help="modes")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64, 256], help="sizes")
+    parser.add_argument("--batch", type=int, nargs="+", help="sizes, in place of the plan's")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each side")
+    parser.add_argument("--turn", type=float, default=0.1, help="seconds of a turn")
+    parser.add_argument("--minutes", type=float, default=1e9, help="begin no row after these")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder of the page")
     parser.add_argument("--render-only", action="store_true", help="measure nothing")
     options = parser.parse_args(arguments)
@@ -250,17 +289,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     if not options.render_only and known.get("machine") != _machine(device):
         rows.clear()  # one page is about one machine
-    for how in () if options.render_only else options.how:
-        for host in (host for host in HOSTS if fnmatch(host.name, options.only)):
-            try:
-                for row in measure(host, how, options.batch, options.rounds, device):
-                    rows[row.host, row.how, row.batch] = row
-                    echo(row)
-                    known = {"machine": _machine(device), "rounds": options.rounds}
-                    known["rows"] = [asdict(row) for row in rows.values()]
-                    kept.write_text(json.dumps(known, indent=1) + "\n")
-            except (RuntimeError, TokenPruneError) as error:
-                echo(f"{host.name}, {how}: not measured: {type(error).__name__}: {error}"[:600])
+    started = time.monotonic()
+    planned = [(how, ALL[name]) for how in options.how for name in PLAN[how]]
+    for how, host in [] if options.render_only else planned:
+        late = time.monotonic() - started > 60 * options.minutes
+        if late or not fnmatch(host.name, options.only):
+            continue
+        try:
+            batches = options.batch or PLAN[how][host.name]
+            for row in measure(host, how, batches, options.rounds, options.turn, device):
+                rows[row.host, row.how, row.batch] = row
+                echo(f"{time.monotonic() - started:.0f} s", row)
+                known = {"machine": _machine(device), "rounds": options.rounds}
+                known["rows"] = [asdict(row) for row in rows.values()]
+                kept.write_text(json.dumps(known, indent=1) + "\n")
+        except (RuntimeError, TokenPruneError) as error:
+            echo(f"{host.name}, {how}: not measured: {type(error).__name__}: {error}"[:600])
     page = as_page(list(rows.values()), known["machine"], known["rounds"])
     (options.docs / "gpu.md").write_text(page)
     echo(f"wrote {options.docs}/gpu.md and .json")

@@ -5,6 +5,7 @@ torch has no public names. `tracing/modes.py` and `tracing/functions.py` look so
 switches that not every version has, and functions that are patched during a trace.
 """
 
+import torch
 from torch._C import DisableTorchFunction, TensorBase
 from torch._C import _are_functorch_transforms_active as transforms_active
 from torch._C import _get_sdp_priority_order as attention_order
@@ -46,6 +47,7 @@ __all__ = [
     "active_fake_mode",
     "attention_order",
     "built_in_functions",
+    "exporting",
     "function_mode",
     "is_functorch_wrapped_tensor",
     "jit_tracing",
@@ -61,3 +63,9 @@ __all__ = [
     "without_function_mode",
     "without_modes",
 ]
+
+
+def exporting() -> bool:
+    """Whether torch.export runs. `torch.compiler.is_exporting` says so while torch.compile runs
+    too, before torch 2.14."""
+    return torch.compiler._is_exporting_flag

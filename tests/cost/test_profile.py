@@ -208,3 +208,10 @@ def test_a_model_that_was_moved_and_trained_is_counted_as_it_was_wrapped() -> No
     model.double().train()
     model(torch.randn(2, 3, 48, 48, dtype=torch.float64))
     assert profile(model) == usual
+
+
+def test_inference_mode_counts_the_same() -> None:
+    model = wrapped(vit(num_classes=5))
+    with torch.inference_mode():
+        inside = profile(model), model.set_budget(macs=0.8)
+    assert inside == (profile(wrapped(vit(num_classes=5))), model.set_budget(macs=0.8))

@@ -72,7 +72,8 @@ class _Count:
 
         mode = self.analysis.traced.fake_mode
         kept = buffers_kept(self.model)
-        with stand_ins(self.model, mode), kept, torch.no_grad(), mode, counter:
+        whole = torch.inference_mode(False)  # there a mode sees linear layers, and no product
+        with whole, stand_ins(self.model, mode), kept, torch.no_grad(), mode, counter:
             for node, value in run(self.model, graph, inputs, step):
                 for block in self._entered.get(node, ()):
                     self.counted.tokens[block] = self._patch_tokens(value)

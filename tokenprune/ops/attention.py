@@ -10,7 +10,7 @@ from torch import Tensor
 from tokenprune.errors import LeakError
 from tokenprune.ops._fused import MappableAttention, MaskedAttention
 from tokenprune.ops.align import autocast_dtype
-from tokenprune.ops.kernels.attention import FusedMaskedAttention, can_fuse
+from tokenprune.ops.kernels.attention import can_fuse, fused_attention
 from tokenprune.ops.pooling import hide_dropped
 from tokenprune.ops.softmax import masked_softmax
 from tokenprune.private import transforms_active
@@ -81,9 +81,7 @@ def masked_attention(
     if enable_gqa:
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
         value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
-    leading: tuple[int, ...] = torch.broadcast_shapes(  # type: ignore[no-untyped-call]
-        query.shape[:-2], key.shape[:-2], value.shape[:-2]
-    )
+    leading = _leading(query, key, value)
     num_queries, num_keys = query.shape[-2], key.shape[-2]
     _check(policy, leading, num_queries, num_keys, own_key)
     mask = None if attn_mask is None else _mask_4d(attn_mask, leading)
@@ -93,23 +91,36 @@ def masked_attention(
             mask = causal[None, None] if mask is None else mask & causal
         else:
             mask = torch.where(causal, mask, float("-inf"))
-    heads = math.prod(leading[1:])  # not -1: there may be no image
-    q, k, v = (
-        x.expand(*leading, *x.shape[-2:]).reshape(leading[0], heads, *x.shape[-2:])
-        for x in (query, key, value)
-    )
+    q, k, v = (_of_one_head_dim(x, leading) for x in (query, key, value))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if dropout_p > 0:
         out = _unfused(q, k, v, policy, mask, dropout_p, scale, own_key)
     elif can_fuse(q, v, mask):
         square = (*q.shape[:2], num_queries, num_keys)
         mask = None if mask is None else mask.expand(square)
-        out, _ = FusedMaskedAttention.apply(q, k, v, policy, mask, scale, own_key)
+        out = fused_attention(q, k, v, policy, mask, scale, own_key)
     else:
         given = q, k, v, policy, mask, scale, own_key
         mapped = transforms_active()
         out = MappableAttention.apply(*given)[0] if mapped else MaskedAttention.apply(*given)
     return out.reshape(*leading, *out.shape[-2:])
+
+
+def _leading(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, ...]:
+    """Images and heads that the operands broadcast to."""
+    shapes = [x.shape[:-2] for x in (query, key, value)]
+    if shapes[0] == shapes[1] == shapes[2]:  # broadcast_shapes is Python, and slow
+        return shapes[0]
+    found: tuple[int, ...] = torch.broadcast_shapes(*shapes)  # type: ignore[no-untyped-call]
+    return found
+
+
+def _of_one_head_dim(x: Tensor, leading: tuple[int, ...]) -> Float[Tensor, "B H L d"]:
+    # Dynamo wants three tensors where a host passes one as keys and values.
+    if len(leading) == 2 and x.shape[:-2] == leading and not torch.compiler.is_compiling():
+        return x
+    heads = math.prod(leading[1:])  # not -1: there may be no image
+    return x.expand(*leading, *x.shape[-2:]).reshape(leading[0], heads, *x.shape[-2:])
 
 
 def _check(

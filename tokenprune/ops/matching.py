@@ -10,6 +10,7 @@ from torch import Tensor
 from tokenprune.errors import PlanError
 from tokenprune.ops.kernels.joining import can_join, join_pairs
 from tokenprune.ops.selection import indices_of
+from tokenprune.private import exporting
 
 __all__ = ["Groups", "Pairs", "as_groups", "bipartite", "groups_of", "similar"]
 
@@ -156,7 +157,7 @@ def _round(keys: Tensor, real: Tensor | None, first: int, count: int) -> Pairs:
 
 def _most_similar(cosine: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The places of the `count` largest of each row, and of the others, ascending."""
-    if torch.compiler.is_exporting():  # ONNX's exporter knows no stable sort
+    if exporting():  # ONNX's exporter knows no stable sort
         chosen = _first_largest(cosine, count)
         return indices_of(chosen, count), indices_of(~chosen, cosine.shape[1] - count)
     order = cosine.sort(dim=1, descending=True, stable=True).indices

@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from tokenprune.errors import PlanError
+from tokenprune.private import exporting
 
 __all__ = [
     "above_threshold",
@@ -95,7 +96,7 @@ def select_topk(
         PlanError: `num_keep` is not in 1..N.
     """
     best = _best(keep_logits, num_keep, numbers)
-    if torch.compiler.is_exporting():  # ONNX's exporter knows no sort
+    if exporting():  # ONNX's exporter knows no sort
         return -(-best).topk(num_keep, dim=1).values
     return best.sort(dim=1).values
 

@@ -20,7 +20,7 @@ from tokenprune.hosts.inputs import CallSignature, ExampleInputs, first_floating
 from tokenprune.hosts.registry import describe, stated_by
 from tokenprune.hosts.spec import ArchSpec
 from tokenprune.ops.kept_sets import check_keep_indices
-from tokenprune.private import jit_tracing, without_modes
+from tokenprune.private import exporting, jit_tracing, without_modes
 from tokenprune.recipe import Recipe
 from tokenprune.rewrite.kept.pruning_trace import PruningTrace
 from tokenprune.rewrite.settings import PATHS, CallSettings, Path, PathName
@@ -190,7 +190,7 @@ class Pruning:
             leaves = arguments.leaves
             given = arguments.places, tuple(leaves), *leaves.values()
             number = _prepare(self.handle, path, entry, *given)
-            if not (torch.compiler.is_exporting() or self.cache.frozen):
+            if not (exporting() or self.cache.frozen):
                 watched_by_dynamo(self)
             signature = signature_of(arguments, entry, self.host.training)
             programs = self.cache.numbered(number, signature)
@@ -199,7 +199,7 @@ class Pruning:
             arguments = CallSignature.now(type(self.host), entry).bind(args, kwargs)
             programs = self.programs(arguments, entry)
         name = self.path_name(path)
-        if name == "jagged" and torch.compiler.is_exporting():
+        if name == "jagged" and exporting():
             raise PlanError(
                 "A model in which images keep different numbers of tokens cannot be exported: its "
                 "shapes depend on what the images hold. Export it with fixed counts: "

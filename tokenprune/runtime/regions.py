@@ -14,6 +14,7 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import checkpoint
 
+from tokenprune.private import exporting
 from tokenprune.tracing.checkpoints import CHECKPOINT
 from tokenprune.tracing.modes import MODES, NAMES_IN_SOURCE
 
@@ -49,7 +50,7 @@ def source_of(graph: fx.Graph) -> tuple[str, dict[str, Any]]:
 def checkpointed(part: Any, options: Mapping[str, Any], *values: Any) -> Any:
     """Run a part of a program; where gradients are recorded, so that backward computes its insides
     again. An exported program has no backward."""
-    if not torch.is_grad_enabled() or torch.compiler.is_exporting():
+    if not torch.is_grad_enabled() or exporting():
         return part(*values)
     return checkpoint(part, *values, use_reentrant=False, **options)
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tokenprune.ops.kernels.scores import can_finish, finish
+from tokenprune.ops.kernels.scores import can_score, predict
 from tokenprune.ops.pooling import hide_dropped, masked_mean
 from tokenprune.recipe.schema import PredictorSection
 from tokenprune.scorers.protocol import SCORERS, Mask, Scorer, Scores, Tokens
@@ -96,25 +96,26 @@ class TokenPredictor(Scorer):
 
     def forward(self, tokens: Tokens, present: Mask = None, **needed: Any) -> Scores:
         """Log-probabilities, keep first, in fp32 or better also under autocast."""
+        layers = [*self.in_proj, *self.out_proj]
+        whole = self.in_proj, self.out_proj, *layers
+        if can_score(tokens, layers) and all(map(_unchanged, whole)):
+            return predict(tokens, present, layers)
         features = self.in_proj(hide_dropped(tokens, present, 1))
         local, shared = features.split([self.dim // 2, self.dim - self.dim // 2], dim=-1)
         context = masked_mean(shared, present, 1, keepdim=True)
         first, *rest = self.out_proj
-        if _is_plain(first):
+        if _is_plain(first) and _unchanged(self.out_proj):
             # the shared half goes through the first layer once an image instead of once a token,
             # which leaves out a seventh of a predictor's arithmetic
-            own, common = first.weight.tensor_split((local.shape[-1],), dim=1)
+            local_weight, common = first.weight.tensor_split((local.shape[-1],), dim=1)
             rows = features.flatten(0, 1)[:, : local.shape[-1]]  # of a slice of 3-D it makes a copy
-            logits = F.linear(rows, own).view(*local.shape[:2], own.shape[0])
-            of_image = F.linear(context, common, first.bias)
-            if all(map(_unchanged, rest)) and can_finish(logits, rest):
-                return finish(logits, of_image, rest)
-            logits = logits + of_image
+            logits = F.linear(rows, local_weight).view(*local.shape[:2], local_weight.shape[0])
+            logits = logits + F.linear(context, common, first.bias)
+            for layer in rest:
+                logits = layer(logits)
         else:
             both = [local, context.expand(-1, local.shape[1], -1)]
-            logits = first(torch.cat(both, dim=-1))
-        for layer in rest:
-            logits = layer(logits)
+            logits = self.out_proj(torch.cat(both, dim=-1))
         wide = torch.promote_types(logits.dtype, torch.float32)
         return F.log_softmax(logits, dim=-1, dtype=wide)
 

@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from tokenprune.private import exporting
 from tokenprune.tracing.contents import ABSENT, equal, has_kinds, is_constant, kinds_of, may_mislead
 from tokenprune.tracing.hooks import Hooks
 from tokenprune.tracing.reads import Reads
@@ -143,7 +144,7 @@ class Guards:
 
     def hold(self) -> bool:
         """Whether a trace made now would read the same."""
-        if torch.compiler.is_exporting():
+        if exporting():
             return all(watched.same() or watched.wrapped_by_fx() for watched in self)
         return all(group.same() for group in self._alike)
 

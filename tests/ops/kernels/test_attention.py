@@ -8,7 +8,7 @@ from jaxtyping import config
 from torch import Tensor
 
 from tokenprune.ops import attention, masked_attention
-from tokenprune.ops.kernels.attention import FusedMaskedAttention
+from tokenprune.ops.kernels.attention import fused_attention
 
 # The interpreter computes exp(-inf - -inf) of rows that see nothing before it is replaced.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
@@ -104,7 +104,7 @@ def test_gradients_of_each_image_by_vmap(device: torch.device) -> None:
     (query, key, value, policy), _, _ = operands(device, "bias")
 
     def loss(q: Tensor, p: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out, _ = FusedMaskedAttention.apply(q[None], k[None], v[None], p[None], None, 0.5, True)
+        out = fused_attention(q[None], k[None], v[None], p[None], None, 0.5, True)
         return out.square().sum()
 
     gradient = torch.func.grad(loss, argnums=(0, 1))

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from tokenprune.ops.kernels import scores
 from tokenprune.scorers import learned
 from tokenprune.scorers.learned import TokenPredictor
 
@@ -29,7 +28,7 @@ def lively(dim: int, activation: str, dtype: torch.dtype, device: torch.device) 
 
 
 def plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(learned, "can_finish", lambda *args: False)
+    monkeypatch.setattr(learned, "can_score", lambda *args: False)
 
 
 # The interpreter's tl.dot takes bfloat16 for whole numbers.
@@ -38,10 +37,14 @@ HALF = (torch.bfloat16, 0.04) if torch.cuda.is_available() else (torch.float16, 
 
 @SIZES
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), HALF])
+@pytest.mark.parametrize("filled", [False, True])
 def test_scores_are_those_of_the_layers(
     monkeypatch: pytest.MonkeyPatch, device: torch.device, batch: int, patches: int, dim: int,
-    activation: str, dtype: torch.dtype, bound: float,
+    activation: str, dtype: torch.dtype, bound: float, filled: bool,
 ) -> None:  # fmt: skip
+    from tokenprune.ops.kernels import scores_triton
+
+    monkeypatch.setattr(scores_triton, "FULL", 0 if filled else 128)
     predictor = lively(dim, activation, dtype, device)
     tokens = torch.randn(batch, patches, dim, dtype=dtype, device=device)
     present = (torch.rand(batch, patches, device=device) > 0.3).to(dtype)
@@ -55,14 +58,28 @@ def test_scores_are_those_of_the_layers(
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of the interpreter's NumPy
-def test_inf_and_nan_stay_in_their_row(device: torch.device) -> None:
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_a_dropped_token_holds_stays_in_its_row(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
     predictor = lively(8, "relu", torch.float32, device)
-    rows, of_image = torch.randn(1, 6, 4, device=device), torch.zeros(1, 1, 4, device=device)
-    rows[0, 1, 0], rows[0, 4, 2] = torch.nan, torch.inf
+    tokens, present = torch.randn(2, 6, 8, device=device), torch.ones(2, 6, device=device)
+    present[0, 1] = present[1, 4] = 0
+    tokens[0, 1, 0] = tokens[1, 4] = value
     with torch.no_grad():
-        found = scores.finish(rows, of_image, list(predictor.out_proj[1:]))
-        wanted = predictor.out_proj[1:](rows).log_softmax(-1)
-    torch.testing.assert_close(found, wanted, equal_nan=True)
+        found = predictor(tokens, present)
+        plain(monkeypatch)
+        wanted = predictor(tokens, present)
+    torch.testing.assert_close(found, wanted)
+
+
+def test_tokens_that_lie_apart_are_read_in_place(device: torch.device) -> None:
+    predictor = lively(8, "gelu", torch.float32, device)
+    tokens = torch.randn(2, 7, 16, device=device)[:, 2:, ::2]
+    with torch.no_grad():
+        torch.testing.assert_close(predictor(tokens), predictor(tokens.contiguous()))
+        apart = tokens.contiguous()[:, 1:]
+        torch.testing.assert_close(predictor(apart), predictor(apart.contiguous()))
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from tokenprune.private import exporting
+
 __all__ = ["INTERPRETED", "define", "kernels_run_on"]
 
 INTERPRETED = False
@@ -25,7 +27,7 @@ _TRITON = find_spec("triton") is not None and torch.version.hip is None
 def kernels_run_on(x: Tensor) -> bool:
     """Whether Triton is there for the device of `x`; a file to be exported holds no kernel of
     ours."""
-    return _TRITON and (x.is_cuda or INTERPRETED) and not torch.compiler.is_exporting()
+    return _TRITON and (x.is_cuda or INTERPRETED) and not exporting()
 
 
 def define(

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tokenprune.ops.align import finite_if_dropped
 from tokenprune.ops.kernels import define, kernels_run_on
+from tokenprune.private import transforms_active
 
-__all__ = ["FusedMaskedAttention", "can_fuse"]
+__all__ = ["can_fuse", "fused_attention"]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _OPERANDS = "Tensor query, Tensor key, Tensor value, Tensor policy, Tensor? mask"
@@ -94,34 +94,58 @@ for _each in (_forward_operator, _backward_operator):
     torch.library.register_vmap(_each.name(), _fold(_each))
 
 
+def fused_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    policy: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    own_key: bool,
+) -> Tensor:
+    """`masked_attention` of operands [B, H, L, d], a policy [B, Lk], and a mask [B, H, Lq, Lk] or
+    None."""
+    mapped = transforms_active() or torch.compiler.is_compiling()
+    function = _MappableFused if mapped else _Fused
+    out: Tensor = function.apply(query, key, value, policy, mask, scale, own_key)[0]
+    return out
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, policy, mask, ctx.scale, ctx.own_key = inputs
+    ctx.save_for_backward(query, key, value, policy, mask, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
 @no_type_check  # Dynamo cannot look through the wrappers that tests put around annotated methods
-class FusedMaskedAttention(torch.autograd.Function):
-    """`masked_attention` of operands [B, H, L, d], a mask [B, H, Lq, Lk] or None."""
-
-    generate_vmap_rule = True
+class _Fused(torch.autograd.Function):
+    """Differentiable once."""
 
     @staticmethod
-    def forward(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        policy: Tensor,
-        mask: Tensor | None,
-        scale: float,
-        own_key: bool,
-    ) -> tuple[Tensor, Tensor]:
-        out, lse = _forward_operator(query, key, value, policy, mask, scale, own_key)
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        out, lse = _forward_operator(*inputs)
+        _save(ctx, inputs, (out, lse))
         return out, lse
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        query, key, value, policy, mask, ctx.scale, ctx.own_key = inputs
-        ctx.save_for_backward(query, key, value, policy, mask, *output)
-        ctx.mark_non_differentiable(output[1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         *grads, by_head = _backward_operator(grad, *ctx.saved_tensors, ctx.scale, ctx.own_key)
         policy = ctx.saved_tensors[3]
-        return *grads, finite_if_dropped(by_head.sum(1), policy), None, None, None
+        return *grads, by_head.sum(1).to(policy.dtype), None, None, None
+
+
+@no_type_check
+class _MappableFused(_Fused):
+    """The same for torch.func and compilers; plain calls are spared what it costs."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+        out, lse = _forward_operator(*inputs)
+        return out, lse
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        _save(ctx, inputs, output)

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tokenprune.ops.kernels.launch import launch
+
 __all__ = ["Tiles", "backward", "forward", "tiles"]
 
 LOG2E = 1.4426950408889634
@@ -189,6 +191,8 @@ def _backward_keys(
         to_k, (grad_k * scale).to(DK.dtype.element_ty), mask=here[:, None] & (d < dim)[None, :]
     )
     tl.store(to_v, grad_v.to(DV.dtype.element_ty), mask=here[:, None] & (dv < dim_v)[None, :])
+    # What a dropped token holds teaches nothing where it makes this inf or NaN.
+    grad_policy = tl.where(kept | (tl.abs(grad_policy) < float("inf")), grad_policy, 0.0)
     tl.store(DP + tl.program_id(0).to(tl.int64) * num_keys + n, grad_policy, mask=here)
 
 
@@ -254,8 +258,10 @@ def tiles(which: str, length: int, dim: int, wide: bool) -> Tiles:
     if wide or dim > 128:
         return Tiles(32, 32, 4, 1)
     if which == "forward":
-        return Tiles(128 if length > 256 else 64, 64, 4, 3)
-    return Tiles(64, 64, 4, 2)
+        return Tiles(128 if length > 128 else 64, 64, 4, 3)
+    if which == "keys":
+        return Tiles(32, 128, 4, 2) if length > 128 else Tiles(64, 64, 4, 2)
+    return Tiles(64, 32, 4, 3)
 
 
 def _common(
@@ -278,8 +284,9 @@ def _launch(
     tile = tiles(which, length, max(how["BD"], how["BV"]), q.dtype == torch.float32)
     size = tile.keys if along_keys else tile.queries
     grid = (q.shape[0] * q.shape[1], triton.cdiv(length, size))
-    options = {} if tile.stages == 0 else {"num_warps": tile.warps, "num_stages": tile.stages}
-    kernel[grid](*args, **how, BM=tile.queries, BN=tile.keys, **options)
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    sizes = {"BM": tile.queries, "BN": tile.keys, "BD": how.pop("BD"), "BV": how.pop("BV")}
+    launch(kernel, grid, *args, options=options, **how, **sizes)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tokenprune.ops.kernels.launch import launch
+
 __all__ = ["means", "pairs"]
 
 
@@ -92,9 +94,10 @@ def pairs(
     """Fill everyone and joined."""
     batch, first = cosine.shape
     block = max(triton.next_power_of_2(max(first, length - first)), 32)
-    _pairs[(batch,)](
+    launch(
+        _pairs, (batch,),
         cosine, partner, *made, *cosine.stride(), *partner.stride(), length, first, count, start,
-        BA=block, num_warps=1 if block <= 512 else 4,
+        options={"num_warps": 1 if block <= 512 else 4}, BA=block,
     )  # fmt: skip
 
 
@@ -107,9 +110,10 @@ def means(
     batch, length, dim = x.shape
     count, patches = joined.shape[1], everyone.shape[1]
     left, rows = length - count, 8
-    _means[(batch, triton.cdiv(left, rows))](
+    launch(
+        _means, (batch, triton.cdiv(left, rows)),
         x, sizes, everyone, joined, *made, *x.stride()[:2],
         *(y.stride(0) for y in (sizes, everyone, joined)), length - patches, patches - count, count,
-        dim, BL=rows, BR=max(triton.next_power_of_2(count), 16),
-        BD=min(triton.next_power_of_2(dim), 512), num_warps=4,
+        dim, options={"num_warps": 4}, BL=rows, BR=max(triton.next_power_of_2(count), 16),
+        BD=min(triton.next_power_of_2(dim), 512),
     )  # fmt: skip

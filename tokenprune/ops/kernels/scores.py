@@ -1,5 +1,5 @@
-"""The later layers of a predictor as one operator: what is between two linear layers is neither
-written to memory nor read from it."""
+"""A predictor as one operator: of what lies between its matrix products only the results that the
+next product reads are written to memory."""
 
 from typing import Any
 
@@ -8,69 +8,77 @@ from torch import Tensor, nn
 
 from tokenprune.ops.kernels import define, kernels_run_on
 
-__all__ = ["can_finish", "finish"]
+__all__ = ["can_score", "predict"]
 
 _ACTIVATIONS: dict[type[nn.Module], str] = {nn.GELU: "gelu", nn.ReLU: "relu", nn.SiLU: "silu"}
-_WIDEST = 512  # channels of the second layer that one program holds
+_KINDS = [nn.LayerNorm, nn.Linear, None, nn.Linear, None, nn.Linear, None, nn.Linear]
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_WIDEST = 2048  # channels of a token
+_OF_LAST = 512  # inputs of the last layer, which one program holds
 
 
-def can_finish(rows: Tensor, layers: list[nn.Module]) -> bool:
-    """Whether the kernel serves these layers, which are no others than a predictor's own, and their
-    input `rows`: no gradient passes through it."""
-    if not kernels_run_on(rows) or torch.is_grad_enabled() or torch.compiler.is_compiling():
+def can_score(tokens: Tensor, layers: list[nn.Module]) -> bool:
+    """Whether the kernels serve these tokens [B, N, D] and the layers of a `TokenPredictor`, which
+    nobody has replaced, adapted, quantised or hooked; no gradient passes through them."""
+    if not kernels_run_on(tokens) or torch.is_grad_enabled() or not tokens.numel():
         return False
-    if len(layers) != 4 or not rows.numel():
+    if len(layers) != len(_KINDS) or tokens.dtype not in _DTYPES or tokens.shape[-1] > _WIDEST:
         return False
-    act, first, other_act, second = layers
-    if not (isinstance(first, nn.Linear) and isinstance(second, nn.Linear)):
-        return False
-    weights = [*first.parameters(), *second.parameters()]
+    act = type(layers[2])
+    weights = _parameters(layers)
     return (
-        type(first) is type(second) is nn.Linear
-        and type(act) is type(other_act)
-        and type(act) in _ACTIVATIONS
-        and all(getattr(layer, "approximate", "none") == "none" for layer in (act, other_act))
-        and len(weights) == 4
-        and {type(p) for p in weights} == {nn.Parameter}  # none quantised
-        and all(p.dtype == rows.dtype and p.is_contiguous() for p in weights)
-        and rows.dtype in (torch.float32, torch.float16, torch.bfloat16)
-        and second.out_features == 2
-        and first.out_features <= _WIDEST
+        act in _ACTIVATIONS
+        and all(type(layer) is (kind or act) for layer, kind in zip(layers, _KINDS, strict=True))
+        and all(getattr(layer, "approximate", "none") == "none" for layer in layers)
+        and len(weights) == 10
+        and all(type(p) is nn.Parameter and p.dtype == tokens.dtype for p in weights)
+        and all(p.is_contiguous() for p in weights)
+        and weights[8].shape[1] <= _OF_LAST
+        and len(weights[8]) == 2
+        and weights[4].shape[1] == len(weights[2])
+        and not torch.is_autocast_enabled(tokens.device.type)
     )
 
 
-def finish(rows: Tensor, shared: Tensor, layers: list[nn.Module]) -> Tensor:
-    """Log-probabilities [B, N, 2] in fp32, from the first linear layer's two parts.
+def predict(tokens: Tensor, present: Tensor | None, layers: list[nn.Module]) -> Tensor:
+    """Keep log-probabilities [B, N, 2] in fp32.
 
     Args:
-        rows: [B, N, H], of each token.
-        shared: [B, 1, H], of all tokens of an image, with the bias.
-        layers: activation, linear (H -> M), activation, linear (M -> 2); see `can_finish`.
+        tokens: [B, N, D], of any strides.
+        present: [B, N] 1 where a token is there; None if all are.
+        layers: norm, linear, then three times activation and linear; see `can_score`.
     """
-    act, first, _, second = layers
-    parameters = (first.weight, first.bias, second.weight, second.bias)
-    return _operator(rows, shared, *parameters, _ACTIVATIONS[type(act)])  # type: ignore[no-any-return]
+    norm: Any = layers[0]
+    return _operator(tokens, present, _parameters(layers), norm.eps, _ACTIVATIONS[type(layers[2])])  # type: ignore[no-any-return]
 
 
-def _finish(*args: Any) -> Tensor:
+def _parameters(layers: list[nn.Module]) -> list[Any]:
+    return [p for layer in layers for p in layer._parameters.values()]
+
+
+def _predict(*args: Any) -> Tensor:
     from tokenprune.ops.kernels import scores_triton
 
-    return scores_triton.finish(*args)
+    return scores_triton.predict(*args)
 
 
-def _fake(rows: Tensor, *rest: Any) -> Tensor:
-    return rows.new_empty(*rows.shape[:2], 2, dtype=torch.float32)
+def _fake(tokens: Tensor, *rest: Any) -> Tensor:
+    return tokens.new_empty(*tokens.shape[:2], 2, dtype=torch.float32)
 
 
-def _flops(rows: Any, shared: Any, weight: Any, *rest: Any, **other: Any) -> int:
-    return int(2 * rows[0] * rows[1] * weight[0] * (weight[1] + 2))
+def _flops(tokens: Any, present: Any, parameters: Any, *rest: Any, **other: Any) -> int:
+    images, rows = tokens[0], tokens[0] * tokens[1]
+    project, first, second, last = (parameters[at] for at in (2, 4, 6, 8))
+    local = tokens[2] // 2
+    per_token = project[0] * project[1] + first[0] * local + second[0] * second[1]
+    per_image = first[0] * (first[1] - local)
+    return int(2 * (rows * (per_token + last[0] * last[1]) + images * per_image))
 
 
 _operator = define(
-    "predictor_scores",
-    "(Tensor rows, Tensor shared, Tensor weight, Tensor bias, Tensor last_weight, Tensor last_bias,"
-    " str activation) -> Tensor",
-    _finish,
+    "predictor",
+    "(Tensor tokens, Tensor? present, Tensor[] parameters, float eps, str activation) -> Tensor",
+    _predict,
     _fake,
     flops=_flops,
 )

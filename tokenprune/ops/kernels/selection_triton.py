@@ -7,9 +7,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tokenprune.ops.kernels.launch import launch
 from tokenprune.ops.selection import GOLDEN, TIES
 
 __all__ = ["gather", "select"]
+
+
+@triton.jit
+@no_type_check
+def _raised(rank, least, by, K):
+    """The largest of `least` and it plus 1, 2 and 3 times `by` that `K` of `rank` reach."""
+    one = tl.sum((rank >= least + by).to(tl.int32), 0) >= K
+    two = tl.sum((rank >= least + 2 * by).to(tl.int32), 0) >= K
+    three = tl.sum((rank >= least + 3 * by).to(tl.int32), 0) >= K
+    return least + by * (one.to(tl.int64) + two.to(tl.int64) + three.to(tl.int64))
 
 
 @triton.jit
@@ -31,25 +42,21 @@ def _select(
     bits = score.to(tl.int32, bitcast=True)
     rank = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64) + 2147483648
     rank = tl.where(n < N, rank, 0)
-    # The K-th largest, bit by bit.
+    # The K-th largest, two bits at a time.
     least = tl.zeros([1], tl.int64)
-    for step in range(32):
-        higher = least + (tl.full([1], 2147483648, tl.int64) >> step)
-        enough = tl.sum((rank >= higher).to(tl.int32), 0) >= K
-        least = tl.where(enough, higher, least)
+    for step in range(16):
+        least = _raised(rank, least, tl.full([1], 1 << 30, tl.int64) >> 2 * step, K)
     level = rank == least
     room = K - tl.sum((rank > least).to(tl.int32), 0)
     if HAS_NUMBERS:
         number = tl.load(NUMBERS + image * snb + n, mask=n < N, other=0)
     else:
         number = n.to(tl.int64)
-    # Of those at the limit the first `room` in the order of ties, again bit by bit: 1 to 2^20.
+    # Of those at the limit the first `room` in the order of ties, 1 to 2^20.
     tie = tl.where(level, (number * GOLDEN) % TIES + 1, 0)
     first = tl.zeros([1], tl.int64)
-    for step in range(21):
-        higher = first + (tl.full([1], TIES, tl.int64) >> step)
-        enough = tl.sum((tie >= higher).to(tl.int32), 0) >= room
-        first = tl.where(enough, higher, first)
+    for step in range(11):
+        first = _raised(tie, first, tl.full([1], TIES, tl.int64) >> 2 * step, room)
     chosen = (rank > least) | (level & (tie >= first))
     to = image * K + tl.cumsum(chosen.to(tl.int32), 0) - 1
     tl.store(PLACES + to, n.to(tl.int64), mask=chosen)
@@ -80,10 +87,11 @@ def select(score: Tensor, numbers: Tensor | None, num_keep: int) -> tuple[Tensor
     block = max(triton.next_power_of_2(length), 32)
     given = places if numbers is None else numbers.contiguous()
     kept = places if numbers is None else torch.empty_like(places)
-    _select[(batch,)](
+    launch(
+        _select, (batch,),
         score, given, places, kept, *score.stride(), given.stride(0), length, num_keep,
-        HAS_NUMBERS=numbers is not None, BN=block, GOLDEN=GOLDEN, TIES=TIES,
-        num_warps=1 if block <= 512 else 4,
+        options={"num_warps": 1 if block <= 512 else 4}, HAS_NUMBERS=numbers is not None, BN=block,
+        GOLDEN=GOLDEN, TIES=TIES,
     )  # fmt: skip
     return places, kept
 
@@ -95,8 +103,9 @@ def gather(tokens: Tensor, places: Tensor, num_prefix: int) -> Tensor:
     length = num_prefix + places.shape[1]
     out = x.new_empty(batch, length, dim)
     rows = 8
-    _gather[(batch, triton.cdiv(length, rows))](
+    launch(
+        _gather, (batch, triton.cdiv(length, rows)),
         x, places, out, *x.stride()[:2], num_prefix, places.shape[1], dim,
-        BR=rows, BD=min(triton.next_power_of_2(dim), 512), num_warps=4,
+        options={"num_warps": 4}, BR=rows, BD=min(triton.next_power_of_2(dim), 512),
     )  # fmt: skip
     return out
