@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 import tokenprune
 from benchmarks.markdown import table
 from tokenprune.cli.runs import host_of
+from tokenprune.errors import PlanError
 from tokenprune.losses.model_loss import ModelLoss
 from tokenprune.recipe import load_recipe
 from tokenprune.recipe.schema import LossSection
@@ -31,6 +32,7 @@ from tokenprune.train import DataBundle, build_host, evaluate, input_settings, l
 ROOT = Path(__file__).parents[1]
 RECIPE = "fashion-mnist-k0.7"
 STEPS, BATCH, PREDICTOR_RATE = 351, 512, 1e-3
+CALIBRATING = 1000
 LOSS = LossSection(ratio=5.0, distill_logits=0.5, distill_tokens=0.0)
 
 
@@ -39,21 +41,24 @@ class Arm(NamedTuple):
 
     method: str
     counts: str
+    noise: str
     host_rate: float
 
     @property
     def name(self) -> str:
         """As `--arms` takes it."""
-        return f"{self.method}{'-' if self.counts else ''}{self.counts}-{self.host_rate:g}"
+        return "-".join(filter(None, (*self[:3], f"{self.host_rate:g}")))
 
 
 ARMS = [
-    Arm("merge-k0.7", "", 1e-3),
-    Arm("merge-k0.7", "", 1e-4),
-    Arm("learned", "fixed", 1e-3),
-    Arm("learned", "free", 1e-3),
-    Arm("learned", "fixed", 1e-4),
-    Arm("learned", "free", 1e-4),
+    Arm("merge-k0.7", "", "", 1e-3),
+    Arm("merge-k0.7", "", "", 1e-4),
+    *(
+        Arm("learned", counts, noise, rate)
+        for rate in (1e-3, 1e-4)
+        for counts in ("fixed", "free")
+        for noise in ("spread", "random")
+    ),
 ]
 HEAD = """# What a short training is worth
 
@@ -65,7 +70,10 @@ loss; AdamW with a cosine, predictors at {rate:g}. One thread each on two shared
     python -m benchmarks.short_training --data FOLDER --host FILE
 
 *Free* counts draw each token on its own (DynamicViT), *fixed* ones keep as many as eval does
-(`sampling.counts`). *Before* is the wrapped model that nobody has trained.
+(`sampling.counts`). *Spread* noise is the same in training and eval (`sampling.noise`); `random`
+noise is there in training only. *Before* is the wrapped model that nobody has trained; *per image*
+is after training, with the threshold at which {calibrating} training images cost on average what
+fixed counts cost.
 
 {rows}
 """
@@ -76,7 +84,7 @@ def wrapped(host: nn.Module, arm: Arm) -> Any:
     if arm.method != "learned":
         return tokenprune.wrap(host, arm.method, verify=False)
     mapping = load_recipe(RECIPE).model_dump(mode="json", exclude_none=True)
-    mapping["sampling"]["counts"] = arm.counts
+    mapping["sampling"] |= {"counts": arm.counts, "noise": arm.noise}
     return tokenprune.wrap(host, mapping, verify=False)
 
 
@@ -117,22 +125,29 @@ def run(arm: Arm, host: nn.Module, data: DataBundle, seed: int) -> dict[str, Any
                 break
     minutes = (time.perf_counter() - started) / 60
     figures = {"before": before, "after": evaluate(model.eval(), data), "dense": dense}
-    macs = tokenprune.profile(model).ratio
-    return {**arm._asdict(), "seed": seed, **figures, "macs": macs, "minutes": minutes}
+    figures |= {"macs": tokenprune.profile(model).ratio, "per_image": None}
+    if arm.method == "learned":
+        images = torch.stack([data.train[n]["pixel_values"] for n in range(CALIBRATING)])
+        try:
+            model.set_budget(macs=figures["macs"], images=images)
+            figures["per_image"] = evaluate(model, data)
+        except PlanError as error:
+            print(arm.name, error)
+    return {**arm._asdict(), "seed": seed, **figures, "minutes": minutes}
 
 
 def as_page(rows: list[dict[str, Any]]) -> str:
     """docs/short_training.md."""
-    head = ["method", "counts", "rate of the host", "MACs", "lost before", "lost after", "minutes"]
+    head = ["method", "counts", "noise", "rate of the host", "MACs", "lost before", "lost after"]
+    head += ["lost, per image", "minutes"]
     cells = []
     for row in rows:
-        lost = [100 * (row["dense"] - row[when]) for when in ("before", "after")]
-        cells.append(
-            [row["method"], row["counts"], f"{row['host_rate']:g}", f"{row['macs']:.2f}"]
-            + [f"{points:.2f}" for points in lost]
-            + [f"{row['minutes']:.0f}"]
-        )
+        measured = (row["before"], row["after"], row["per_image"])
+        lost = ["-" if m is None else f"{100 * (row['dense'] - m):.2f}" for m in measured]
+        how = [row["method"], row["counts"], row["noise"], f"{row['host_rate']:g}"]
+        cells.append([*how, f"{row['macs']:.2f}", *lost, f"{row['minutes']:.0f}"])
     facts = {"dense": 100 * rows[0]["dense"], "seed": rows[0]["seed"], "rate": PREDICTOR_RATE}
+    facts["calibrating"] = CALIBRATING
     return HEAD.format(steps=STEPS, batch=BATCH, rows=table(head, cells), **facts)
 
 
@@ -154,7 +169,7 @@ def main() -> None:
         host.load_state_dict(load_file(options.host))
         row = run(arm, host.eval(), data, options.seed)
         known = json.loads(file.read_text()) if file.exists() else []
-        same = ("method", "counts", "host_rate", "seed")
+        same = ("method", "counts", "noise", "host_rate", "seed")
         rows = [old for old in known if any(old[key] != row[key] for key in same)] + [row]
         file.write_text(json.dumps(rows, indent=1) + "\n")
         (options.docs / "short_training.md").write_text(as_page(rows))

@@ -10,7 +10,7 @@ from torch import nn
 
 import tokenprune
 from tokenprune import methods
-from tokenprune.errors import RecipeError, RegistrationError, UnknownRecipeError
+from tokenprune.errors import PlanError, RecipeError, RegistrationError, UnknownRecipeError
 from tokenprune.recipe import Recipe, load_recipe
 from tokenprune.recipe import methods as registered
 from tokenprune.runtime.model import pruning_of
@@ -40,6 +40,29 @@ def test_wrap_takes_one() -> None:
     assert pruning_of(model).budget.counts([16] * 4) == (13, 10, 7, 4)
     model = tokenprune.wrap(vit(), methods.DynamicViT(keep_ratio=0.5), verify=False, train=False)
     assert pruning_of(model).recipe.scorer == "learned"
+
+
+@pytest.mark.parametrize("threshold", [None, 0.5, 0.3])
+def test_learned_trains_on_the_tokens_that_eval_keeps(threshold: float | None) -> None:
+    model = tokenprune.wrap(vit(), methods.Learned(keep_ratio=0.6), verify=False)
+    for predictor in model.token_predictors:
+        torch.nn.init.normal_(predictor.out_proj[-1].weight, std=3.0)
+    model.set_threshold(threshold)
+    images = torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        seen, of_eval = model.eval()(images, return_trace=True)
+        trained, of_training = model.train()(images, return_trace=True)
+        again = model(images)
+    for eval_stage, stage in zip(of_eval.stages, of_training.stages, strict=True):
+        assert torch.equal(stage.decision.bool(), eval_stage.decision.bool())
+    torch.testing.assert_close(trained, seen, atol=1e-5, rtol=1e-5)
+    assert torch.equal(trained, again)
+
+
+def test_noise_needs_probabilities() -> None:
+    recipe = {"version": 1, "scorer": "token-norm", "sampling": {"noise": "spread"}}
+    with pytest.raises(PlanError, match=r"TokenNorm are no probabilities.* `scorer: learned`"):
+        tokenprune.wrap(vit(), {**recipe, "schedule": {"keep_ratio": 0.7}}, verify=False)
 
 
 def test_they_are_checked_and_never_change() -> None:

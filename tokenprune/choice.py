@@ -73,6 +73,12 @@ def choice_of(recipe: Recipe, spec: ArchSpec) -> Choice:
             "prefix tokens, no class token among them). Use a method that needs none, such as "
             "merge-k0.7 or token-norm-k0.7."
         )
+    if recipe.sampling.noise == "spread" and not choice.scorer.probabilistic:
+        raise PlanError(
+            f"{named} has `sampling.noise: spread`, but the scores of {choice.scorer.__name__} are "
+            "no probabilities, whose margins noise could be added to. Leave it out, or use "
+            "`scorer: learned`."
+        )
     if recipe.sampling.selection == "threshold":
         choice.check_threshold(recipe.sampling.threshold)
     return choice

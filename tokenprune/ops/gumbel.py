@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-__all__ = ["sample_decision", "sample_topk"]
+__all__ = ["sample_decision", "sample_topk", "straight_through"]
 
 
 def sample_decision(
@@ -35,7 +35,7 @@ def sample_decision(
         The decision of this stage, exactly 0 or 1 when `hard` and `previous` holds 0/1.
     """
     margin = _noisy_margin(keep_logits, temperature, generator)
-    return _straight_through(margin, margin >= 0, hard) * previous
+    return straight_through(margin, margin >= 0, hard) * previous
 
 
 def sample_topk(
@@ -64,7 +64,7 @@ def sample_topk(
     best = ranked.topk(num_keep, dim=1)
     chosen = torch.zeros_like(there).scatter(1, best.indices, True)
     last = best.values[:, -1:].nan_to_num(neginf=0.0)
-    return _straight_through(margin - last, chosen, hard) * previous
+    return straight_through(margin - last, chosen, hard) * previous
 
 
 def _noisy_margin(
@@ -86,9 +86,11 @@ def _noisy_margin(
     return (noisy[..., 0] - noisy[..., 1]) / temperature
 
 
-def _straight_through(
+def straight_through(
     margin: Float[Tensor, "B N"], chosen: Bool[Tensor, "B N"], hard: bool
 ) -> Float[Tensor, "B N"]:
+    """`chosen` as 0 and 1, with the gradient of the sigmoid of `margin`; that itself unless
+    `hard`."""
     soft = torch.sigmoid(margin)
     # soft - soft.detach() is exactly 0, so the value stays exactly 0 or 1.
     return chosen.to(soft.dtype) + (soft - soft.detach()) if hard else soft

@@ -19,6 +19,7 @@ __all__ = [
     "DynamicViT",
     "EViT",
     "KeyNorm",
+    "Learned",
     "Merge",
     "MergeFalling",
     "Method",
@@ -143,6 +144,17 @@ class DynamicViT(_Keeping):
     what `wrap(model)` does."""
 
     parts = {"scorer": "learned"}
+
+
+@register_method("learned")
+class Learned(_Keeping):
+    """The same predictors, trained for a short time: each image keeps as many tokens in training as
+    in eval, and of these the same (`sampling: {counts: fixed, noise: spread}`)."""
+
+    parts = {"scorer": "learned"}
+
+    def recipe(self) -> dict[str, Any]:
+        return {**super().recipe(), "sampling": {"counts": "fixed", "noise": "spread"}}
 
 
 @register_method("evit")

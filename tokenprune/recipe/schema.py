@@ -184,6 +184,9 @@ class SamplingSection(Section):
         counts: how many tokens training keeps: `free` decides about each token, and the ratio loss
             holds the mean (DynamicViT); `fixed` keeps as many as eval will, those with the best
             scores after noise, and there is no ratio loss. With a threshold they are free.
+        noise: of the scores: `random` is Gumbel noise in training and none in eval (DynamicViT);
+            `spread` is the same in every call, training or eval, and evenly spread over the tokens,
+            so that training keeps what eval keeps. Better where predictors learn for a short time.
         rounding: how `N * keep_ratio` of the original N becomes a count; see `num_keep`.
         selection: `topk` keeps the same number of tokens of every image; `threshold` keeps the
             tokens above a keep probability, so counts differ between images. `keep_ratio` is then
@@ -196,6 +199,7 @@ class SamplingSection(Section):
     temperature: Annotated[float, Field(gt=0)] = 1.0
     hard: bool = True
     counts: Literal["free", "fixed"] = "free"
+    noise: Literal["random", "spread"] = "random"
     rounding: Rounding = "floor"
     selection: Literal["topk", "threshold"] = "topk"
     threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5

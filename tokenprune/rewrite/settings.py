@@ -30,6 +30,7 @@ class CallSettings:
         temperature: Of the Gumbel-softmax.
         hard: 0/1 decisions.
         fixed: Drawn decisions keep K tokens of each image.
+        spread: Scores get noise that is spread over the tokens, the same in every call.
         keep_indices: Kept sets forced from outside, per stage: [B, K] in original numbering,
             ascending, then -1 where an image has fewer.
         groups: Groups of merged tokens forced from outside, per stage: [B, N] for each patch the
@@ -45,6 +46,7 @@ class CallSettings:
     temperature: float = 1.0
     hard: bool = True
     fixed: bool = False
+    spread: bool = False
     keep_indices: tuple[Tensor, ...] | None = None
     groups: tuple[Tensor, ...] | None = None
     generator: torch.Generator | None = None

@@ -20,6 +20,7 @@ from tokenprune.ops.fusing import fuse
 from tokenprune.ops.gumbel import sample_decision, sample_topk
 from tokenprune.ops.kernels.selection import can_select, keep_best
 from tokenprune.ops.moving import gather_tokens, poisonous
+from tokenprune.ops.spread import spread_decision, with_spread_noise
 from tokenprune.rewrite.settings import CallSettings
 
 __all__ = [
@@ -66,6 +67,7 @@ def choose(
     """Which tokens stay, where no noise is drawn and no set is forced: [B, N'] bool, as `present`
     (what no earlier stage dropped; None: all) and here `real` are. `numbers` as for
     `select_topk`."""
+    logits = with_spread_noise(logits, numbers) if settings.spread else logits
     if settings.threshold is not None:
         return selection.above_threshold(logits, settings.threshold, present, real, numbers)
     ranked = logits if real is None else selection.real_first(logits, real)
@@ -98,6 +100,11 @@ def decide(
     if settings.sample:
         how: dict[str, Any] = {"temperature": settings.temperature, "hard": settings.hard}
         there = previous if real is None else previous * real
+        if settings.spread:
+            chosen = None
+            if settings.fixed or settings.threshold is not None:
+                chosen = choose(logits, settings, stage, previous > 0.5, real)
+            return spread_decision(logits, there, chosen, **how)
         if settings.fixed:
             count = settings.num_keep[stage]
             return sample_topk(logits, there, count, **how, generator=settings.generator)
@@ -153,7 +160,7 @@ def select_gathered(
         num_keep = settings.num_keep[stage]
         if num_keep == logits.shape[1]:
             return tokens, _own_numbers(logits) if previous is None else previous
-        ranked = _ranked(logits, previous, real)
+        ranked = _ranked(logits, settings, previous, real)
         if can_select(tokens, ranked):
             return keep_best(tokens, ranked[..., 0], previous, num_keep, num_prefix)
     places = _places(logits, previous, settings, stage, real)
@@ -161,8 +168,11 @@ def select_gathered(
     return gather_tokens(tokens, places, num_prefix), kept
 
 
-def _ranked(logits: Tensor, previous: Tensor | None, real: Tensor | None) -> Tensor:
+def _ranked(
+    logits: Tensor, settings: CallSettings, previous: Tensor | None, real: Tensor | None
+) -> Tensor:
     there = _real_there(real, previous)
+    logits = with_spread_noise(logits, previous) if settings.spread else logits
     return logits if there is None else selection.real_first(logits, there)
 
 
@@ -172,7 +182,7 @@ def _places(
     """The places [B, K] of the patches that stay among those that are there, ascending."""
     forced = forced_set(settings, stage)
     if forced is None:
-        ranked = _ranked(logits, previous, real)
+        ranked = _ranked(logits, settings, previous, real)
         return selection.select_topk(ranked, settings.num_keep[stage], previous)
     numbers = _own_numbers(logits) if previous is None else previous
     return torch.searchsorted(numbers.contiguous(), forced.to(numbers.device).contiguous())

@@ -314,6 +314,7 @@ class Pruning:
             temperature=sampling.temperature,
             hard=sampling.hard,
             fixed=sampling.counts == "fixed" and self.budget.threshold is None,
+            spread=sampling.noise == "spread",
             keep_indices=forced,
             generator=self.forced.generator,
         )
