@@ -42,7 +42,7 @@ def signature_of(arguments: Arguments, entry: str, training: bool) -> Signature:
     for name, value in arguments.items():
         if isinstance(value, Tensor):
             shape = tuple(value.shape)
-            batched = bool(shape) and shape[0] == batch_size
+            batched = len(shape) > 0 and shape[0] == batch_size
             shape = shape[1:] if batched else shape
             key.append((name, _kind(value), batched, shape, value.dtype, value.device))
         else:
