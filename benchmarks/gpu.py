@@ -30,10 +30,12 @@ from torch import Tensor, nn
 import tokenprune
 from benchmarks.markdown import table
 from benchmarks.speed_parts.hosts import HOSTS, SpeedHost
+from tokenprune.cost.replay import replay_of
 from tokenprune.cost.timing import interleaved
 from tokenprune.errors import TokenPruneError
+from tokenprune.runtime.model import pruning_of
 
-__all__ = ["GpuRow", "main", "replay"]
+__all__ = ["GpuRow", "main"]
 
 ROOT = Path(__file__).parents[1]
 RESIZED = [
@@ -137,8 +139,8 @@ def measure(
             made: Callable[[Any], Any] = _as_is if how == "train" else _compiled
             sides = {n: partial(_step, made(call.func), images) for n, call in sides.items()}  # type: ignore[attr-defined]
         with nullcontext() if train else torch.inference_mode():
-            plain = host.plain and host not in MERGED and not train and how != "jagged"
-            cut_off = replay(dense, wrapped, images) if plain else None
+            plain = host.plain and not train and how != "jagged"
+            cut_off = replay_of(wrapped, pruning_of(wrapped).inputs((images,))) if plain else None
             if how == "jagged":
                 sides["pruned"] = partial(_jagged(wrapped, images), images)
                 sides["replay"] = partial(wrapped, images)
@@ -205,28 +207,6 @@ def _step(model: nn.Module, images: Tensor) -> None:
     logits = getattr(output, "logits", output)
     logits.float().square().mean().backward()
     model.zero_grad(set_to_none=True)
-
-
-def replay(dense: nn.Module, wrapped: Any, images: Tensor) -> nn.Module | None:
-    """A copy of the host whose blocks at the stages get only as many tokens as a stage leaves; None
-    for hosts with tables of positions inside the blocks, which do not take that."""
-    _, trace = wrapped(images, return_trace=True)
-    pruning = wrapped._pruning
-    replay, prefix = copy.deepcopy(dense), pruning.plan.num_prefix
-
-    def cut(length: int, _module: nn.Module, args: Any) -> Any:
-        return args[0][:, :length].contiguous(), *args[1:]
-
-    for block, stage in zip(pruning.plan.blocks, trace.stages, strict=True):
-        module = replay.get_submodule(pruning.spec.blocks[block])
-        module.register_forward_pre_hook(partial(cut, prefix + stage.num_tokens))
-    try:
-        replay(images)
-    except RuntimeError as error:
-        if "must match the size" not in str(error):
-            raise
-        return None
-    return replay
 
 
 def _captured(call: Callable[[], Any]) -> Callable[[], Any]:

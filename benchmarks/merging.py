@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 
 import tokenprune
-from benchmarks.gpu import replay
 from benchmarks.markdown import table
+from tokenprune.cost.replay import replay_of
 from tokenprune.cost.timing import interleaved
+from tokenprune.runtime.model import pruning_of
 
 __all__ = ["main"]
 
@@ -74,7 +75,7 @@ def measured(peer: Path | None, batches: list[int], rounds: int) -> dict[str, An
     with torch.inference_mode():
         for batch in batches:
             images = torch.randn(batch, 3, 224, 224)
-            cut = replay(dense, models["tome-r13"], images)
+            cut = replay_of(models["tome-r13"], pruning_of(models["tome-r13"]).inputs((images,)))
             if cut is None:
                 raise RuntimeError(f"{HOST} cannot be replayed")
             if peer is not None:

@@ -6,6 +6,7 @@ from tokenprune.checkpoints.directory import load, save
 from tokenprune.checkpoints.dynamicvit import convert_dynamicvit, load_dynamicvit
 from tokenprune.checks.certificate import Certificate
 from tokenprune.checks.verify import verify
+from tokenprune.cost.benchmark import Benchmark, benchmark
 from tokenprune.cost.image_macs import ImageMacs
 from tokenprune.cost.profile import Profile, profile
 from tokenprune.exporting import ExportReport, export
@@ -21,6 +22,7 @@ from tokenprune.wrapping import unwrap, wrap
 
 __all__ = [
     "ArchSpec",
+    "Benchmark",
     "CacheInfo",
     "Calibration",
     "Certificate",
@@ -32,6 +34,7 @@ __all__ = [
     "PruningTrace",
     "Recipe",
     "StageTrace",
+    "benchmark",
     "cache_info",
     "calibrate",
     "clear_cache",

@@ -38,7 +38,8 @@ def words(text: str) -> list[list[str]]:
 
 def test_every_command_has_help() -> None:
     listed = run("--help")
-    commands = ("demo", "train", "eval", "inspect", "export", "recipes", "adapters", "visualize")
+    commands = ("demo", "train", "eval", "inspect", "benchmark", "export")
+    commands += ("recipes", "adapters", "visualize")
     commands += ("convert", "compare", "calibrate")
     for command in commands:
         assert command in listed.stdout

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from tokenprune.cli.benchmark import benchmark
 from tokenprune.cli.console import say, show_error
 from tokenprune.cli.convert import register as register_convert
 from tokenprune.cli.demo import demo
@@ -65,6 +66,7 @@ app.command()(demo)
 app.command()(train)
 app.command(name="eval")(evaluate)
 app.command()(inspect)
+app.command()(benchmark)
 app.command()(compare)
 app.command()(calibrate)
 app.command()(export)

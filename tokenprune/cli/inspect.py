@@ -1,8 +1,6 @@
 """`tokenprune inspect`: show the blocks, stages, cost and certificate of a model."""
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from torch import nn
@@ -10,16 +8,13 @@ from torch import nn
 from tokenprune.checks.certificate import Certificate
 from tokenprune.checks.verify import verify
 from tokenprune.cli.console import say, show, working
-from tokenprune.cli.hosts import build, host_of_folder, recipe_for
+from tokenprune.cli.opened import wrapped_model
 from tokenprune.cli.options import AdapterName, HostName, Options, RecipeName
 from tokenprune.cost.profile import Profile, profile
-from tokenprune.errors import HostError
-from tokenprune.hosts.registry import describe
 from tokenprune.hosts.spec import ArchSpec
-from tokenprune.recipe import Recipe, load_recipe
+from tokenprune.recipe import Recipe
 from tokenprune.report.table import Table
 from tokenprune.runtime.model import pruning_of
-from tokenprune.wrapping import wrap
 
 __all__ = ["certificate_table", "cost_table", "inspect", "stage_table"]
 
@@ -39,18 +34,9 @@ def inspect(
     proof: Annotated[bool, typer.Option(help="Run the model to verify the pruning.")] = True,
 ) -> None:
     """Show what an adapter finds in a model, what pruning saves, and the certificate."""
-    wrapped = _reopened(Path(model), recipe, adapter, host, option or ())
-    if wrapped is None:
-        chosen = load_recipe(recipe) if recipe else None
-        with working(f"building {model}"):
-            built = build(model, option or ())
-        spec = describe(built, adapter or None)
-        _show_spec(built, spec)
-        with working("tracing"):
-            chosen = chosen or recipe_for(model, spec)
-            wrapped = wrap(built, chosen, adapter=spec, verify=False, train=False)
-    else:
-        _show_spec(pruning_of(wrapped).host, pruning_of(wrapped).spec)
+    wrapped = wrapped_model(
+        model, recipe=recipe, adapter=adapter, host=host, options=option or (), seen=_show_spec
+    )
     with working("counting"):
         counted = profile(wrapped)
     chosen = pruning_of(wrapped).recipe
@@ -60,26 +46,6 @@ def inspect(
         with working("verifying"):
             certificate = verify(wrapped)
         show(certificate_table(certificate))
-
-
-def _reopened(
-    folder: Path, recipe: str, adapter: str, host: str, options: Sequence[str]
-) -> Any | None:
-    """The model of a folder; None if there is no such folder."""
-    from tokenprune.cli.runs import reopen_model
-
-    if not folder.is_dir():
-        if host:
-            raise HostError(f"--host is for a folder, {str(folder)!r} is none. Leave it out.")
-        return None
-    clash = "--recipe" if recipe else "--adapter" if adapter else None
-    if clash is not None:
-        raise HostError(
-            f"{clash} is for building a model by name; {str(folder)!r} is a folder, and holds its "
-            "own recipe. Leave the option out."
-        )
-    with working(f"loading {folder}"):
-        return reopen_model(folder, host_of_folder(host, options))
 
 
 def _show_spec(host: nn.Module, spec: ArchSpec) -> None:

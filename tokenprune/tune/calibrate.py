@@ -12,13 +12,13 @@ from tokenprune.cost.budget import budget_for, check_share
 from tokenprune.cost.profile import profile
 from tokenprune.hosts.batches import Batches, BatchSource
 from tokenprune.recipe import Recipe
+from tokenprune.report.plots import draw_costs
+from tokenprune.report.progress import ShowProgress, steps
 from tokenprune.report.table import Table
 from tokenprune.runtime.model import PrunedModel, pruning_of
 from tokenprune.scorers.protocol import PREDICTORS
 from tokenprune.tune.divergence import Distance, Read
 from tokenprune.tune.fit import check_same, fit_predictors
-from tokenprune.tune.plots import draw_costs
-from tokenprune.tune.progress import ShowProgress, steps
 from tokenprune.tune.search import Schedule, Search, every_block
 from tokenprune.tune.trials import Reference, Trial
 from tokenprune.wrapping import wrap

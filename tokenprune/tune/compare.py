@@ -18,13 +18,13 @@ from tokenprune.hosts.batches import Batch, Batches, BatchSource
 from tokenprune.hosts.spec import ArchSpec
 from tokenprune.recipe import load_recipe
 from tokenprune.recipe.methods import Method, list_methods
+from tokenprune.report.plots import draw_costs
+from tokenprune.report.progress import ShowProgress, steps
 from tokenprune.report.table import Table
 from tokenprune.runtime.model import PRUNING, PrunedModel, pruning_of
 from tokenprune.scorers import SCORERS
 from tokenprune.tracing.state import in_mode
 from tokenprune.tune.divergence import Distance, Read
-from tokenprune.tune.plots import draw_costs
-from tokenprune.tune.progress import ShowProgress, steps
 from tokenprune.tune.trials import Reference, Trial
 from tokenprune.wrapping import wrap
 

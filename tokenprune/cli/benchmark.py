@@ -1,0 +1,83 @@
+"""`tokenprune benchmark`: what pruning gains on this machine."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from tokenprune.cli.console import say, show
+from tokenprune.cli.opened import wrapped_model
+from tokenprune.cli.options import AdapterName, HostName, Options, RecipeName
+from tokenprune.cost.benchmark import benchmark as run
+from tokenprune.errors import PlanError
+
+__all__ = ["benchmark"]
+
+
+def benchmark(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="timm name, timm:NAME, transformers:CLASS, :TYPE or :CHECKPOINT, without weights; "
+            "or a folder that `tokenprune train` or `tokenprune.save` wrote."
+        ),
+    ],
+    recipe: RecipeName = "",
+    adapter: AdapterName = "",
+    option: Options = None,
+    host: HostName = "",
+    batch: Annotated[str, typer.Option(help="Batch sizes, with commas.")] = "1,8,32",
+    device: Annotated[str, typer.Option(help="Default: an accelerator, if there is one.")] = "",
+    dtype: Annotated[str, typer.Option(help="Such as bfloat16. Default: the model's own.")] = "",
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Run every side under torch.compile.")
+    ] = False,
+    seconds: Annotated[float, typer.Option(help="About how long it may take.")] = 100.0,
+    output: Annotated[Path | None, typer.Option("--output", help="Picture to write.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
+    """Time a pruned model against the dense one, and say from which batch size on it pays."""
+    wrapped = wrapped_model(
+        model, recipe=recipe, adapter=adapter, host=host, options=option or ()
+    ).eval()
+    wrapped.to(_device(device))
+    if dtype:
+        wrapped.to(_dtype(dtype))
+    found = run(wrapped, batches=_sizes(batch), compiled=compiled, seconds=seconds)
+    if as_json:
+        typer.echo(json.dumps(found.to_dict()))
+    else:
+        show(found.table())
+    if output is not None:
+        say(f"wrote {found.plot(output)}")
+
+
+def _sizes(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise PlanError(
+            f"--batch is one number of images, or several with commas: 1,8,32; found {text!r}."
+        ) from None
+
+
+def _device(name: str) -> torch.device:
+    if name:
+        try:
+            return torch.device(name)
+        except RuntimeError as error:
+            raise PlanError(f"--device {name!r} is no device: {error}") from None
+    found: torch.device | None = torch.accelerator.current_accelerator(check_available=True)
+    return found or torch.device("cpu")
+
+
+def _dtype(name: str) -> torch.dtype:
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise PlanError(
+            f"--dtype {name!r} is no floating-point type of torch. Use float32, bfloat16 or "
+            "float16."
+        )
+    return found

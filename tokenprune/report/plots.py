@@ -1,0 +1,79 @@
+"""Pictures of what methods cost, lose and gain."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenprune.errors import MissingDependencyError
+
+__all__ = ["draw_costs", "draw_speed"]
+
+
+def draw_costs(
+    path: Path, points: Sequence[tuple[str, float, float]], what: str, lines: bool = False
+) -> Path:
+    """Write a picture of points.
+
+    Args:
+        path: Its ending says which format.
+        points: (name, share of the dense MACs, loss).
+        what: What the loss is.
+        lines: Points of one name are joined.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    axes = _axes("costs")
+    for name in dict.fromkeys(name for name, *_ in points):
+        own = sorted((macs, loss) for n, macs, loss in points if n == name)
+        style = "o-" if lines else "o"
+        axes.plot([macs for macs, _ in own], [loss for _, loss in own], style, label=name)
+    shares = [macs for _, macs, _ in points]
+    axes.set_xlim(min(shares) - 0.05, max(shares) + 0.05)
+    return _saved(axes, path, "share of the dense MACs", what)
+
+
+def draw_speed(
+    path: Path, sides: Mapping[str, Sequence[tuple[int, float]]], predicted: float
+) -> Path:
+    """Write a picture of speed-ups.
+
+    Args:
+        path: Its ending says which format.
+        sides: Name -> (batch size, dense time / its time).
+        predicted: Speed-up by MACs.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    axes = _axes("speed")
+    for name, points in sides.items():
+        axes.plot([b for b, _ in points], [gain for _, gain in points], "o-", label=name)
+    sizes = sorted({batch for points in sides.values() for batch, _ in points})
+    axes.axhline(predicted, linestyle="--", color="gray", label="by MACs")
+    axes.axhline(1.0, color="black", linewidth=0.8)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sizes, [str(size) for size in sizes])
+    axes.minorticks_off()
+    return _saved(axes, path, "batch size", "dense time / time")
+
+
+def _axes(what: str) -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise MissingDependencyError(
+            f"A picture of {what} needs matplotlib: pip install matplotlib. The table has the same "
+            "figures: print(report)."
+        ) from None
+    return Figure(figsize=(7, 4.5), layout="constrained").add_subplot()
+
+
+def _saved(axes: Any, path: Path, x: str, y: str) -> Path:
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    axes.figure.savefig(path)
+    return path
