@@ -33,6 +33,7 @@ ROOT = Path(__file__).parents[1]
 RECIPE = "fashion-mnist-k0.7"
 STEPS, BATCH, PREDICTOR_RATE = 351, 512, 1e-3
 CALIBRATING = 1000
+DENSE = {"version": 1, "mode": "merge", "schedule": {"keep_ratio": 1.0}}
 LOSS = LossSection(ratio=5.0, distill_logits=0.5, distill_tokens=0.0)
 
 
@@ -51,6 +52,7 @@ class Arm(NamedTuple):
 
 
 ARMS = [
+    Arm("dense", "", "", 1e-3),
     Arm("merge-k0.7", "", "", 1e-3),
     Arm("merge-k0.7", "", "", 1e-4),
     *(
@@ -80,7 +82,9 @@ fixed counts cost.
 
 
 def wrapped(host: nn.Module, arm: Arm) -> Any:
-    """The host, pruned as an arm says."""
+    """The host, pruned as an arm says; `dense` runs the whole host, for comparison."""
+    if arm.method == "dense":
+        return tokenprune.wrap(host, DENSE, verify=False)
     if arm.method != "learned":
         return tokenprune.wrap(host, arm.method, verify=False)
     mapping = load_recipe(RECIPE).model_dump(mode="json", exclude_none=True)

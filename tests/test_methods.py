@@ -44,7 +44,9 @@ def test_wrap_takes_one() -> None:
 
 @pytest.mark.parametrize("threshold", [None, 0.5, 0.3])
 def test_learned_trains_on_the_tokens_that_eval_keeps(threshold: float | None) -> None:
-    model = tokenprune.wrap(vit(), methods.Learned(keep_ratio=0.6), verify=False)
+    recipe = methods.Learned(keep_ratio=0.6).recipe()
+    recipe["sampling"]["counts"] = "fixed"  # or a threshold, which decides about each token
+    model = tokenprune.wrap(vit(), {"version": 1, **recipe}, verify=False)
     for predictor in model.token_predictors:
         torch.nn.init.normal_(predictor.out_proj[-1].weight, std=3.0)
     model.set_threshold(threshold)

@@ -38,6 +38,13 @@ def words(text: str) -> list[list[str]]:
 
 def test_every_command_has_help() -> None:
     listed = run("--help")
+    assert run().output == listed.output  # with nothing given
+    for line in listed.stdout.partition("Start with one of these:")[2].splitlines():
+        name, *command = line.split() or [""]
+        if name == "tokenprune":
+            assert run(command[0], "--help").exit_code == 0
+            asked = [part for part in command[1:] if part.startswith("--")]
+            assert all(option in run(command[0], "--help").stdout for option in asked)
     commands = ("demo", "train", "eval", "inspect", "benchmark", "export")
     commands += ("recipes", "adapters", "visualize")
     commands += ("convert", "compare", "calibrate")

@@ -35,10 +35,20 @@ class _Group(TyperGroup):
             raise typer.Exit(2) from None
 
 
+START = """\b
+Start with one of these:
+  tokenprune demo
+      Train, prune and prove a small model on digits.
+  tokenprune benchmark deit_small_patch16_224 --recipe merge-k0.7
+      What pruning gains on this machine.
+  tokenprune compare deit_small_patch16_224 --pretrained --data IMAGES
+      What each method costs and loses on your own images, without training."""
+
 app = typer.Typer(
     name="tokenprune",
     cls=_Group,
-    help="Learned token pruning for existing vision transformers.",
+    help="Token pruning and merging for existing vision transformers.",
+    epilog=START,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
