@@ -148,3 +148,11 @@ def test_adapters_is_not_importable_twice() -> None:
     )
     assert done.returncode != 0
     assert re.search(r"ImportError: .*import.*tokenprune\.adapters", done.stderr, re.IGNORECASE)
+
+
+def test_other_files_say_the_same_version(settings: dict[str, Any]) -> None:
+    cited = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {settings['project']['version']}\n" in cited
+    named = re.findall(r"\]\(([^)#]+)\)", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+    assert named
+    assert [name for name in named if not (ROOT / name).exists()] == []
