@@ -128,6 +128,7 @@ def test_fewer_heads_of_keys() -> None:
     torch.testing.assert_close(found, varlen.packed_attention(query, wide, wide, lengths))
 
 
+@pytest.mark.skipif(varlen._varlen_attn() is None, reason="torch before 2.10 has no varlen_attn")
 @pytest.mark.parametrize(
     "change",
     [

@@ -48,7 +48,7 @@ def merge_branches(
     others = torch.ones(batch, count, device=x.device, dtype=torch.bool).scatter(1, rows, False)
     dropped = indices_of(others, count - rows.shape[1])
     light = bypass(take_tokens(tokens, dropped)).to(branch.dtype)
-    one_row = layout._replace(rows_per_image=1)
+    one_row = Layout(1, layout.channels_first)  # not _replace(), which torch 2.8 cannot compile
     merged = torch.cat([flat_tokens(branch, one_row), light], dim=1)
     # Where each token of the grid now is: moving whole rows by it beats scattering every number.
     order = torch.cat([rows, dropped], dim=1)

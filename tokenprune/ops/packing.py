@@ -74,6 +74,6 @@ def merge_packed(
         return branch
     tokens = flat_tokens(x, layout)
     light = bypass(tokens.flatten(0, 1).index_select(0, packed.dropped)).to(branch.dtype)
-    kept = flat_tokens(branch, layout._replace(rows_per_image=1)).flatten(0, 1)[: packed.num_kept]
+    kept = flat_tokens(branch, Layout(1, layout.channels_first)).flatten(0, 1)[: packed.num_kept]
     merged = torch.cat([kept, light]).index_select(0, packed.back)
     return flat_tokens_back(merged.reshape(tokens.shape), x.shape, layout)

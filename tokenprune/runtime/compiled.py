@@ -6,12 +6,19 @@ it takes classes that are registered as constants. An equal object is one whose 
 
 from typing import Any
 
+import torch
+
 from tokenprune.private import register_constant
 from tokenprune.runtime.cache import ProgramCache
 from tokenprune.runtime.program import Programs
 from tokenprune.tracing.modes import modes_hold
 
 __all__ = ["Handle", "Seen", "watched_by_dynamo"]
+
+
+# Dynamo of torch 2.8 compares by `==` what is handed on as a constant and nothing else; that of
+# 2.14 takes what is handed on for one by its identity. That of 2.11 compares either.
+_HANDED_ON = torch.__version__ < "2.11"
 
 
 class Handle:
@@ -57,5 +64,11 @@ register_constant(Seen)
 def watched_by_dynamo(pruning: Any) -> None:
     """Make Dynamo compare `seen` before each call. It compares other objects only, so another one
     is put in its place, which what is compiled does as well."""
-    if pruning.seen is not None:  # a use of it: Dynamo looks at nothing that is not used
+    used = _used(pruning.seen) if _HANDED_ON else pruning.seen is not None
+    if used:  # Dynamo looks at nothing that is not used
         pruning.seen = pruning.spare
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _used(seen: Seen) -> bool:
+    return True
