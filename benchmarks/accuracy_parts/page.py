@@ -33,6 +33,9 @@ gather path. One standard error of an accuracy of 90 % on 10,000 images is 0.3 p
   with this selection on the gather path, by the labels and the dense host's logits.
 - **dense longer**: the dense host trained further in the same way, to separate pruning from more
   training.
+
+Without any training: [methods](methods.md), for this host and a pretrained sentence embedder. What few steps are worth,
+and an ablation of counts and noise: [short training](short_training.md).
 """
 
 
