@@ -102,7 +102,7 @@ def test_names_of_recipes_for_any_host() -> None:
     recipe = load_recipe("random-k0.35")
     assert (recipe.scorer, recipe.schedule.keep_ratio) == ("random", 0.35)  # type: ignore[union-attr]
     assert recipe.resolved_stages == ()
-    for name in ("learned-k0.7", "random-k7", "random", "randm-k0.7"):
+    for name in ("learnt-k0.7", "random-k7", "random", "randm-k0.7"):
         with pytest.raises(UnknownRecipeError, match="No recipe is named"):
             load_recipe(name)
     assert Recipe.from_text(recipe.to_yaml()) == recipe
