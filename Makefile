@@ -24,8 +24,8 @@ NEWER := prr or rope_grouped_queries or videoprism
 test-oldest: links
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install -q torch==2.8.0 torchvision==0.23.0 transformers==5.0.0 \
-		timm==1.0.22 numpy==2.2.* jaxtyping pydantic pyyaml safetensors pillow rich typer pytest \
-		pytest-xdist hypothesis beartype
+		timm==1.0.22 numpy==2.2.* jaxtyping pydantic pyyaml safetensors pillow rich typer matplotlib \
+		scikit-learn accelerate pytest pytest-xdist hypothesis beartype
 	HYPOTHESIS_PROFILE=fast OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) \
 		$(OLDEST)/bin/python -m pytest -n 2 --dist worksteal -q -m "not slow" tests
 	HYPOTHESIS_PROFILE=fast OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) \

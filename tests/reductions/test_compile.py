@@ -25,7 +25,15 @@ def no_shape_checks(monkeypatch: pytest.MonkeyPatch) -> None:
                 monkeypatch.setattr(cls, name, inspect.unwrap(value))
 
 
-@pytest.mark.parametrize("name", ["merge-k0.6", "evit-k0.6"])
+MERGED = pytest.param(
+    "merge-k0.6",
+    marks=pytest.mark.skipif(
+        torch.__version__ < "2.11", reason="Dynamo of torch 2.8 reads no property of a named tuple"
+    ),
+)
+
+
+@pytest.mark.parametrize("name", [MERGED, "evit-k0.6"])
 def test_one_graph(name: str) -> None:
     model = tokenprune.wrap(vit(), name, verify=False).eval()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

@@ -342,6 +342,9 @@ def test_compare_leaves_no_trace_on_the_host() -> None:
     assert host.training
 
 
+@pytest.mark.skipif(
+    torch.__version__ < "2.11", reason="Dynamo of torch 2.8 reads no property of a named tuple"
+)
 def test_a_compiled_model_runs_what_calibrate_chose() -> None:
     model = wrapped(depth=2)
     compiled = torch.compile(model, backend="eager")
