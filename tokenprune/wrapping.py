@@ -9,7 +9,6 @@ from torch import nn
 from tokenprune.analysis.blocks import find_blocks
 from tokenprune.analysis.plan import bind
 from tokenprune.checks.verify import verify as verify_model
-from tokenprune.choice import choice_of, with_default_stages
 from tokenprune.errors import (
     AlreadyWrappedError,
     NonFiniteWeightsError,
@@ -21,6 +20,7 @@ from tokenprune.hosts.registry import describe, stated_by
 from tokenprune.hosts.spec import ArchSpec
 from tokenprune.notices import warn_once
 from tokenprune.recipe import RecipeSource, load_recipe
+from tokenprune.reductions.choice import choice_of, with_default_stages
 from tokenprune.runtime.added import added_names
 from tokenprune.runtime.model import (
     PRUNING,

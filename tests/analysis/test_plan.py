@@ -6,11 +6,11 @@ import pytest
 
 from tokenprune.analysis.plan import Budget, Plan, bind
 from tokenprune.analysis.sites import Site
-from tokenprune.choice import choice_of
 from tokenprune.errors import PlanError
 from tokenprune.hosts.spec import ArchSpec
 from tokenprune.recipe import Recipe
 from tokenprune.reductions import Bypass
+from tokenprune.reductions.choice import choice_of
 
 
 def spec(blocks: int = 4, mode: Literal["remove", "bypass"] = "remove") -> ArchSpec:

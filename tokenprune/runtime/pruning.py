@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from tokenprune.analysis.analysis import analyse
 from tokenprune.analysis.blocks import Blocks, find_blocks
 from tokenprune.analysis.plan import Budget, Plan, bind
-from tokenprune.choice import Choice, choice_of
 from tokenprune.errors import HostError, KeepIndicesError, PlanError
 from tokenprune.hosts.inputs import CallSignature, ExampleInputs, first_floating, named_inputs
 from tokenprune.hosts.registry import describe, stated_by
@@ -22,6 +21,7 @@ from tokenprune.hosts.spec import ArchSpec
 from tokenprune.ops.kept_sets import check_keep_indices
 from tokenprune.private import exporting, jit_tracing, without_modes
 from tokenprune.recipe import Recipe
+from tokenprune.reductions.choice import Choice, choice_of
 from tokenprune.rewrite.kept.pruning_trace import PruningTrace
 from tokenprune.rewrite.settings import PATHS, CallSettings, Path, PathName
 from tokenprune.runtime.added import check_parts, check_place

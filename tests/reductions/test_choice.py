@@ -7,8 +7,8 @@ from torch import nn
 
 import tokenprune
 from tokenprune.analysis.blocks import find_blocks
-from tokenprune.choice import with_default_stages
 from tokenprune.errors import PlanError
+from tokenprune.reductions.choice import with_default_stages
 from tokenprune.runtime.model import pruning_of
 from tokenprune.tracing.host_graph import trace
 
