@@ -34,8 +34,8 @@ gather path. One standard error of an accuracy of 90 % on 10,000 images is 0.3 p
 - **dense longer**: the dense host trained further in the same way, to separate pruning from more
   training.
 
-Without any training: [methods](methods.md), for this host and a pretrained sentence embedder. What few steps are worth,
-and an ablation of counts and noise: [short training](short_training.md).
+Without any training: [methods](methods.md), for this host and a pretrained sentence embedder.
+What few steps are worth, and an ablation of counts and noise: [short training](short_training.md).
 """
 
 
