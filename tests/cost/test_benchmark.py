@@ -131,7 +131,8 @@ def test_the_command(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "the MACs predict" in result.output or "Does not pay" in result.output
     assert (tmp_path / "a.png").exists()
-    result = run("--batch", "2", "--json")
+    result = run("--batch", "2", "--json", "--output", str(tmp_path / "b.png"))
+    assert (tmp_path / "b.png").exists()
     assert json.loads(result.stdout)["rows"][0]["batch"] == 2
     for wrong in (["--batch", "1,x"], ["--device", "gpux"], ["--dtype", "int8"]):
         result = run(*wrong)

@@ -9,7 +9,7 @@ import typer
 
 from tokenprune.cli.console import say, show
 from tokenprune.cli.opened import wrapped_model
-from tokenprune.cli.options import AdapterName, HostName, Options, RecipeName
+from tokenprune.cli.options import AdapterName, HostName, ModelName, Options, RecipeName
 from tokenprune.cost.benchmark import benchmark as run
 from tokenprune.errors import PlanError
 
@@ -17,13 +17,7 @@ __all__ = ["benchmark"]
 
 
 def benchmark(
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="timm name, timm:NAME, transformers:CLASS, :TYPE or :CHECKPOINT, without weights; "
-            "or a folder that `tokenprune train` or `tokenprune.save` wrote."
-        ),
-    ],
+    model: ModelName,
     recipe: RecipeName = "",
     adapter: AdapterName = "",
     option: Options = None,
@@ -46,12 +40,13 @@ def benchmark(
     if dtype:
         wrapped.to(_dtype(dtype))
     found = run(wrapped, batches=_sizes(batch), compiled=compiled, seconds=seconds)
+    drawn = None if output is None else found.plot(output)
     if as_json:
         typer.echo(json.dumps(found.to_dict()))
-    else:
-        show(found.table())
-    if output is not None:
-        say(f"wrote {found.plot(output)}")
+        return
+    show(found.table())
+    if drawn is not None:
+        say(f"wrote {drawn}")
 
 
 def _sizes(text: str) -> list[int]:
@@ -66,9 +61,12 @@ def _sizes(text: str) -> list[int]:
 def _device(name: str) -> torch.device:
     if name:
         try:
-            return torch.device(name)
-        except RuntimeError as error:
-            raise PlanError(f"--device {name!r} is no device: {error}") from None
+            return torch.empty(0, device=name).device
+        except (RuntimeError, AssertionError) as error:  # an AssertionError of torch without CUDA
+            raise PlanError(
+                f"--device {name!r} cannot be used here: {error}. Leave it out to run on what is "
+                "there."
+            ) from None
     found: torch.device | None = torch.accelerator.current_accelerator(check_available=True)
     return found or torch.device("cpu")
 

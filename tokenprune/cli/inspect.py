@@ -9,7 +9,7 @@ from tokenprune.checks.certificate import Certificate
 from tokenprune.checks.verify import verify
 from tokenprune.cli.console import say, show, working
 from tokenprune.cli.opened import wrapped_model
-from tokenprune.cli.options import AdapterName, HostName, Options, RecipeName
+from tokenprune.cli.options import AdapterName, HostName, ModelName, Options, RecipeName
 from tokenprune.cost.profile import Profile, profile
 from tokenprune.hosts.spec import ArchSpec
 from tokenprune.recipe import Recipe
@@ -20,13 +20,7 @@ __all__ = ["certificate_table", "cost_table", "inspect", "stage_table"]
 
 
 def inspect(
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="timm name, timm:NAME, transformers:CLASS, :TYPE or :CHECKPOINT, without weights; "
-            "or a folder that `tokenprune train` or `tokenprune.save` wrote."
-        ),
-    ],
+    model: ModelName,
     recipe: RecipeName = "",
     adapter: AdapterName = "",
     option: Options = None,

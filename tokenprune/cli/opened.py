@@ -1,4 +1,4 @@
-"""A wrapped model named on the command line: that of a folder, or one that is built."""
+"""Open the folder, or build and wrap the model, that a command line names."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,8 +32,8 @@ def wrapped_model(
 
     Args:
         name: The folder, or a name as `build` takes it.
-        recipe: For a host; that of the published model if none is named.
-        adapter: For a host; found out if none is named.
+        recipe: Of a host that is built; by default the shipped recipe of its name, if any.
+        adapter: Of a host that is built; by default the one that knows its class.
         host: What a folder's host is, if the folder does not say so.
         options: `KEY=VALUE` for building the host.
         seen: Called with the host and what is known of it, before it is wrapped.

@@ -11,6 +11,7 @@ __all__ = [
     "HostName",
     "Images",
     "KeepRatio",
+    "ModelName",
     "Options",
     "RecipeName",
     "Threshold",
@@ -26,6 +27,13 @@ Images = Annotated[
 ]
 KeepRatio = Annotated[
     str, typer.Option(help="Prune by another ratio: 0.7, or one for each stage: 0.7,0.5.")
+]
+ModelName = Annotated[
+    str,
+    typer.Argument(
+        help="timm name, timm:NAME, transformers:CLASS, :TYPE or :CHECKPOINT, without weights; "
+        "or a folder that `tokenprune train` or `tokenprune.save` wrote."
+    ),
 ]
 Options = Annotated[
     list[str] | None,

@@ -30,7 +30,7 @@ ROUNDS, TURN_SECONDS = 5, 0.15
 GAINS = 1.02
 """Times dense above which a gain is more than noise."""
 IDLE = 1.5
-"""A batch so many times as large takes less than this times as long: the device was not filled."""
+"""Dense time of the largest batch over that of the smallest; below this the device has room."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 Decisions of a predictor that has learned little are noise in training, since Gumbel noise is larger
 than the differences between its scores; a top-K without noise follows those differences alone, and
 then drops whole parts of an image. With noise of the same distribution, whose values are spread
-evenly over the tokens of an image, training and eval keep the same tokens.
+evenly over the tokens of an image, training and eval rank the tokens alike.
 """
 
 import torch

@@ -185,8 +185,9 @@ class SamplingSection(Section):
             holds the mean (DynamicViT); `fixed` keeps as many as eval will, those with the best
             scores after noise, and there is no ratio loss. With a threshold they are free.
         noise: of the scores: `random` is Gumbel noise in training and none in eval (DynamicViT);
-            `spread` is the same in every call, training or eval, and evenly spread over the tokens,
-            so that training keeps what eval keeps. Better where predictors learn for a short time.
+            `spread` is the same in every call, training or eval, and evenly spread over the tokens;
+            with fixed counts or a threshold training keeps what eval keeps. Better where predictors
+            learn for a short time.
         rounding: how `N * keep_ratio` of the original N becomes a count; see `num_keep`.
         selection: `topk` keeps the same number of tokens of every image; `threshold` keeps the
             tokens above a keep probability, so counts differ between images. `keep_ratio` is then

@@ -16,8 +16,8 @@ from tokenprune.tracing.modes import modes_hold
 __all__ = ["Handle", "Seen", "watched_by_dynamo"]
 
 
-# Dynamo of torch 2.8 compares by `==` what is handed on as a constant and nothing else; that of
-# 2.14 takes what is handed on for one by its identity. That of 2.11 compares either.
+# Dynamo of torch 2.8 compares an object by `==` only if a function gets it as a constant; that of
+# torch 2.14 compares such an object by its identity. Torch 2.11 compares by `==` in both cases.
 _HANDED_ON = torch.__version__ < "2.11"
 
 

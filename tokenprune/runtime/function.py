@@ -31,7 +31,7 @@ def as_function(graph: fx.Graph) -> Callable[..., Any]:
 
 def _looked_up_once(source: str, graph: fx.Graph) -> str:
     """The source with the modules that hold others in local variables: `nn.Module` looks up each
-    step of a path in Python, a tenth of a call where the arithmetic is small."""
+    step of a path in Python, which shows where the arithmetic is small."""
     owners: Counter[tuple[str, ...]] = Counter()
     for node in graph.nodes:
         if node.op in ("call_module", "get_attr"):

@@ -108,6 +108,13 @@ def test_other_layers_run_themselves(
         torch.testing.assert_close(predictor(tokens), wanted)
 
 
+def test_layers_that_do_not_fit_each_other_are_an_error(device: torch.device) -> None:
+    predictor = lively(16, "gelu", torch.float32, device)
+    predictor.out_proj[2] = nn.Linear(12, 4, device=device)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        predictor(torch.randn(2, 6, 16, device=device))
+
+
 def test_gradients_pass_through_the_layers(device: torch.device) -> None:
     predictor = lively(16, "gelu", torch.float32, device)
     other = copy.deepcopy(predictor).requires_grad_(False)

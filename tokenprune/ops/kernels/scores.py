@@ -32,10 +32,12 @@ def can_score(tokens: Tensor, layers: list[nn.Module]) -> bool:
         and all(getattr(layer, "approximate", "none") == "none" for layer in layers)
         and len(weights) == 10
         and all(type(p) is nn.Parameter and p.dtype == tokens.dtype for p in weights)
-        and all(p.is_contiguous() for p in weights)
+        and all(p.is_contiguous() and p.device == tokens.device for p in weights)
+        and weights[0].shape == (tokens.shape[-1],)
+        and [len(weights[at]) for at in (0, 2, 4, 6)]
+        == [weights[at].shape[1] for at in (2, 4, 6, 8)]
         and weights[8].shape[1] <= _OF_LAST
         and len(weights[8]) == 2
-        and weights[4].shape[1] == len(weights[2])
         and not torch.is_autocast_enabled(tokens.device.type)
     )
 

@@ -19,7 +19,7 @@ FULL = 128
 @triton.jit
 @no_type_check
 def _erf(x):
-    """To 2e-7 (Abramowitz and Stegun, 7.1.26), in a third of the time of the library's."""
+    """To 2e-7 (Abramowitz and Stegun, 7.1.26), in fewer instructions than the library's."""
     size = tl.abs(x)
     t = 1.0 / (1.0 + 0.3275911 * size)
     sum = t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))
