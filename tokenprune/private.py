@@ -48,6 +48,7 @@ __all__ = [
     "attention_order",
     "built_in_functions",
     "exporting",
+    "flash_attention",
     "function_mode",
     "is_functorch_wrapped_tensor",
     "jit_tracing",
@@ -63,6 +64,11 @@ __all__ = [
     "without_function_mode",
     "without_modes",
 ]
+
+
+flash_attention = torch.ops.aten._flash_attention_forward
+"""What `torch.nn.attention.varlen.varlen_attn` runs on a card; that is in torch 2.10 and newer, and
+takes as long in Python as the kernel on the card."""
 
 
 def exporting() -> bool:

@@ -1,7 +1,9 @@
 """Kept sets whose size differs between images, as rows that end in padding.
 
 The numbers of an image's kept tokens are a row of [B, K]: its own first, ascending, then -1 up to
-the longest row of the batch. So a row says by itself which of its places hold a token.
+the longest row of the batch. So a row says by itself which of its places hold a token. `counts`
+says how many each row has; it is empty where all have K. It is known to Python, so that only the
+stage that chose the tokens waits for a GPU.
 """
 
 from collections.abc import Sequence
@@ -15,7 +17,6 @@ from torch import Tensor
 from tokenprune.ops.align import dropped_along
 from tokenprune.ops.attention import masked_attention
 from tokenprune.ops.moving import gather_aligned, gather_table, gather_tokens, put_back
-from tokenprune.ops.selection import has_padding
 
 __all__ = [
     "blank_padding",
@@ -29,13 +30,17 @@ __all__ = [
 
 
 def kept_policy(
-    numbers: Int[Tensor, "B K"], num_prefix: int, rows_per_image: int = 1
+    numbers: Int[Tensor, "B K"], counts: Sequence[int], num_prefix: int, rows_per_image: int = 1
 ) -> Float[Tensor, "Bf L"] | None:
     """1 at prefix tokens and kept patches, 0 at padding; None where there is no padding."""
-    if not has_padding(numbers):
+    if not counts:
         return None
+    return _policy(numbers, num_prefix).repeat_interleave(rows_per_image, 0)
+
+
+def _policy(numbers: Tensor, num_prefix: int) -> Tensor:
     policy = torch.cat([numbers.new_zeros(numbers.shape[0], num_prefix), numbers], dim=1) >= 0
-    return policy.to(torch.float32).repeat_interleave(rows_per_image, 0)
+    return policy.to(torch.float32)
 
 
 def padded_attention(
@@ -61,13 +66,16 @@ def padded_attention(
 
 
 def take_chosen(
-    tokens: Float[Tensor, "B L D"], chosen: Int[Tensor, "B K"], num_prefix: int
+    tokens: Float[Tensor, "B L D"],
+    chosen: Int[Tensor, "B K"],
+    counts: Sequence[int],
+    num_prefix: int,
 ) -> Float[Tensor, "B P_plus_K D"]:
     """The prefix tokens and the patches at `chosen`; the tokens themselves if all are.
 
     A padded row holds some patch of the same image.
     """
-    if chosen.shape[1] == tokens.shape[1] - num_prefix and not has_padding(chosen):
+    if chosen.shape[1] == tokens.shape[1] - num_prefix and not counts:
         return tokens
     return gather_tokens(tokens, chosen.clamp_min(0), num_prefix)
 
@@ -78,10 +86,11 @@ def gather_table_jagged(
     dims: tuple[int, ...],
     prefix: tuple[int, ...],
     rank: int,
-    rows_per_image: int = 1,
+    rows_per_image: int,
+    counts: Sequence[int],
 ) -> Shaped[Tensor, "..."]:
     """`gather_aligned` of rows with padding; the table itself if every token of all is kept."""
-    if not has_padding(numbers):
+    if not counts:
         return gather_table(table, numbers, dims, prefix, rank, rows_per_image)
     kept = numbers.clamp_min(0).repeat_interleave(rows_per_image, 0)
     return gather_aligned(table, kept, dims, prefix, rank)
@@ -103,10 +112,7 @@ def blank_padding(
     x: Float[Tensor, "B ..."], numbers: Int[Tensor, "B K"], num_prefix: int, dim: int
 ) -> Float[Tensor, "B ..."]:
     """`x` with 0 in the rows along `dim` that are padding."""
-    policy = kept_policy(numbers, num_prefix)
-    if policy is None:
-        return x
-    return x.masked_fill(dropped_along(policy, x.ndim, dim), 0.0)
+    return x.masked_fill(dropped_along(_policy(numbers, num_prefix), x.ndim, dim), 0.0)
 
 
 def filled(x: Shaped[Tensor, "B ..."], sizes: Sequence[int]) -> Shaped[Tensor, "B ..."]:

@@ -11,7 +11,6 @@ from tokenprune.private import exporting
 
 __all__ = [
     "above_threshold",
-    "has_padding",
     "in_order",
     "indices_of",
     "kept_first",
@@ -153,24 +152,17 @@ def above_threshold(
     return torch.where(wanted.any(1, keepdim=True), wanted, best)
 
 
-def kept_first(wanted: Bool[Tensor, "B N"]) -> Int[Tensor, "B K"]:
-    """The places of the wanted tokens, ascending, then -1; K is the largest number of them."""
-    counts = wanted.sum(1, keepdim=True)
-    longest = int(counts.max()) if counts.numel() else 1  # no image: as if it kept its best token
-    order = torch.argsort((~wanted).to(torch.uint8), dim=1, stable=True)[:, :longest]
-    places = torch.arange(longest, device=wanted.device)
-    return torch.where(places < counts, order, -1)
+def kept_first(wanted: Bool[Tensor, "B N"]) -> Int[Tensor, "B N"]:
+    """The places of the wanted tokens, ascending, then -1."""
+    order = torch.argsort((~wanted).to(torch.uint8), dim=1, stable=True)
+    places = torch.arange(wanted.shape[1], device=wanted.device)
+    return torch.where(places < wanted.sum(1, keepdim=True), order, -1)
 
 
 def in_order(keep_indices: Shaped[Tensor, "B K"]) -> Shaped[Tensor, "B K"]:
     """Each row ascending, with what is below 0 at its end."""
     ordered = keep_indices.sort(dim=1).values
     return ordered.gather(1, torch.argsort((ordered < 0).to(torch.uint8), dim=1, stable=True))
-
-
-def has_padding(numbers: Int[Tensor, "B K"]) -> bool:
-    """Whether some image has fewer tokens than the row is long; reads values."""
-    return bool((numbers[:, -1:] < 0).any())
 
 
 def one_hot(numbers: Int[Tensor, "B K"], like: Shaped[Tensor, "B N"]) -> Shaped[Tensor, "B N"]:

@@ -6,6 +6,7 @@ each token alone runs on that as on a batch of one image with T tokens; attentio
 image. Where all images keep as many, the padded form has no padding, and packed means the same.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -15,8 +16,10 @@ from jaxtyping import Float, Int, Shaped
 from torch import Size, Tensor
 
 from tokenprune.ops.jagged import padded_attention
+from tokenprune.ops.kernels.packing import can_place, place_rows
+from tokenprune.ops.kernels.selection import can_take_rows, take_rows
 from tokenprune.ops.moving import gather_tokens
-from tokenprune.ops.selection import has_padding
+from tokenprune.private import flash_attention
 
 __all__ = [
     "Lengths",
@@ -54,27 +57,44 @@ class Lengths(NamedTuple):
     starts: Tensor
 
 
-def lengths_of(numbers: Int[Tensor, "B K"], num_prefix: int) -> Lengths:
-    """How many tokens each image has. Reads values, and so waits for a GPU.
+def lengths_of(
+    numbers: Int[Tensor, "B K"],
+    counts: Int[Tensor, " B"],
+    known: Sequence[int],
+    num_prefix: int,
+) -> Lengths:
+    """How many tokens each image has.
 
-    `numbers` are those of the kept patches, -1 at the end of a row that holds fewer than K.
+    Args:
+        numbers: those of the kept patches, -1 at the end of a row that holds fewer than K.
+        counts: how many each row holds.
+        known: the same in Python, empty where all hold K.
     """
-    batch, longest = numbers.shape[0], num_prefix + numbers.shape[1]
-    if not has_padding(numbers):
+    batch, most = numbers.shape
+    if not known:
         nothing = numbers.new_empty(0)
-        return Lengths((), batch, longest, nothing, nothing, nothing)
-    counts = (numbers >= 0).sum(1) + num_prefix
-    ends = counts.cumsum(0)
-    starts = F.pad(ends, (1, 0))
-    places = torch.arange(longest, device=numbers.device)
+        return Lengths((), batch, num_prefix + most, nothing, nothing, nothing)
+    each = tuple(count + num_prefix for count in known)
+    placed = (place_rows if can_place(counts) else places_of)(counts, most, sum(each), num_prefix)
+    return Lengths(each, batch, num_prefix + most, *placed)
+
+
+def places_of(
+    counts: Int[Tensor, " B"], longest: int, total: int, num_prefix: int
+) -> tuple[Int[Tensor, " T"], Int[Tensor, " B_times_L"], Int[Tensor, " B_plus_1"]]:
+    """`rows`, `back` and `starts` of `Lengths`, from how many patches each image keeps."""
+    counts = counts + num_prefix
+    starts = F.pad(counts.cumsum(0), (1, 0))
+    places = torch.arange(num_prefix + longest, device=counts.device)
     rows = (places < counts[:, None]).flatten().nonzero().squeeze(1)
     back = (torch.minimum(places, counts[:, None] - 1) + starts[:-1, None]).flatten()
-    return Lengths(tuple(counts.tolist()), batch, longest, rows, back, starts.to(torch.int32))
+    return rows, back, starts.to(torch.int32)
 
 
 def take_packed_tokens(
     tokens: Float[Tensor, "B L D"],
     chosen: Int[Tensor, "B K"],
+    counts: Sequence[int],
     num_prefix: int,
     lengths: Lengths,
 ) -> Float[Tensor, "b T D"]:
@@ -82,6 +102,8 @@ def take_packed_tokens(
     if not lengths.of_images:
         whole = chosen.shape[1] == tokens.shape[1] - num_prefix
         return tokens if whole else gather_tokens(tokens, chosen, num_prefix)
+    if can_take_rows(tokens):
+        return take_rows(tokens, chosen, lengths.starts, len(lengths.rows), num_prefix)[None]
     places = torch.cat([torch.arange(num_prefix, device=chosen.device).expand(len(chosen), -1),
                         chosen + num_prefix], dim=1)  # fmt: skip
     places = places + torch.arange(len(chosen), device=chosen.device)[:, None] * tokens.shape[1]
@@ -102,8 +124,8 @@ def unpack(x: Shaped[Tensor, "b ..."], lengths: Lengths, dim: int) -> Shaped[Ten
     if not lengths.of_images:
         return x
     flat = x.movedim(dim, 1).squeeze(0).index_select(0, lengths.back)
-    padded = flat.reshape(lengths.batch, lengths.longest, *flat.shape[1:])
-    return _strided_as(padded.movedim(1, dim), x)
+    padded = flat.view(lengths.batch, lengths.longest, *flat.shape[1:])
+    return padded if dim == 1 and x.is_contiguous() else _strided_as(padded.movedim(1, dim), x)
 
 
 def _strided_as(x: Tensor, like: Tensor) -> Tensor:
@@ -191,29 +213,24 @@ def _padded(
 
 def _at_once_serves(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether `varlen_attn` takes these: it is FlashAttention's kernel."""
-    if not (query.is_cuda and query.dtype in HALVES) or torch.version.hip is not None:
+    if not (query.is_cuda and query.dtype in HALVES and _has_flash(query.device)):
         return False
-    width, capable = query.shape[-1], torch.cuda.get_device_capability(query.device) >= (8, 0)
+    width = query.shape[-1]
     same = query.shape[:-2] == key.shape[:-2] and width == value.shape[-1]
-    return capable and same and width % 8 == 0 and width <= 256 and _varlen_attn() is not None
+    return same and width % 8 == 0 and width <= 256
 
 
 def _at_once(
     query: Tensor, key: Tensor, value: Tensor, lengths: Lengths, scale: float | None
 ) -> Tensor:
-    if scale is not None:  # the kernel divides by the root of d
-        query = query * (scale * query.shape[-1] ** 0.5)
     heads = [x.flatten(0, -3).transpose(0, 1) for x in (query, key, value)]
     starts, longest = lengths.starts, lengths.longest
-    out = _varlen_attn()(*heads, starts, starts, longest, longest)
-    return out.transpose(0, 1).unflatten(0, query.shape[:-2])  # type: ignore[no-any-return]
+    how = (starts, starts, longest, longest, 0.0, False, False)
+    out = flash_attention(*heads, *how, scale=scale)[0]
+    return out.transpose(0, 1).view(query.shape)  # type: ignore[no-any-return]
 
 
 @cache
-def _varlen_attn() -> Any:
-    """`torch.nn.attention.varlen.varlen_attn`; None in torch before 2.10."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    return varlen_attn
+def _has_flash(device: torch.device) -> bool:
+    built = torch.backends.cuda.is_flash_attention_available() and torch.version.hip is None
+    return built and torch.cuda.get_device_capability(device) >= (8, 0)

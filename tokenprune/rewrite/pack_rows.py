@@ -15,6 +15,7 @@ from tokenprune.analysis.nodes import holds_no_tensor
 from tokenprune.analysis.operators import Kind, couples, kind_of
 from tokenprune.ops import varlen
 from tokenprune.ops.jagged import gather_table_jagged, padded_attention, take_chosen
+from tokenprune.rewrite.kept.jagged import counts_of
 from tokenprune.rewrite.passes import Pass
 from tokenprune.rewrite.rewrite import Rewrite
 from tokenprune.tracing.effects import Store, has_effect
@@ -118,7 +119,7 @@ class _Packing:
         if mask.target is not gather_table_jagged:
             return False
         args: tuple[Any, ...] = mask.args
-        table, kept, dims, prefix, rank, rows = args
+        table, kept, dims, prefix, rank, rows, _ = args
         places = {d - self.rw.rank(table) for d in dims}
         if set(prefix) != {self.rw.num_prefix} or kept is not self.rw.records[stage].kept:
             return False
@@ -164,7 +165,8 @@ class _Packing:
 
     def _lengths(self, stage: int) -> fx.Node:
         kept = self.rw.records[stage].kept
-        how = (varlen.lengths_of, kept, self.rw.num_prefix)
+        counts = (counts_of(self.rw, stage, device=True), counts_of(self.rw, stage))
+        how = (varlen.lengths_of, kept, *counts, self.rw.num_prefix)
         return self.rw.once(("lengths", stage), self.rw.insert_after, kept, *how)
 
     def _twin(self, node: fx.Node, stage: int) -> fx.Node:

@@ -9,7 +9,8 @@ number; None if no patch is padding.
 """
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from tokenprune.ops import selection
 from tokenprune.ops.align import policy_of
 from tokenprune.ops.fusing import fuse
 from tokenprune.ops.gumbel import sample_decision, sample_topk
-from tokenprune.ops.kernels.selection import can_select, keep_best
+from tokenprune.ops.kernels.selection import can_keep_above, can_select, keep_above, keep_best
 from tokenprune.ops.moving import gather_tokens, poisonous
 from tokenprune.ops.spread import spread_decision, with_spread_noise
 from tokenprune.rewrite.settings import CallSettings
@@ -226,11 +227,13 @@ def _with_row(tokens: Tensor, row: Tensor, value: Tensor) -> Tensor:
     return tokens.scatter(1, index, value.to(tokens.dtype).unsqueeze(1))
 
 
-def present_jagged(numbers: Tensor | None, real: Tensor | None, tokens: Tensor) -> Tensor | None:
+def present_jagged(
+    numbers: Tensor | None, counts: Sequence[int] | None, real: Tensor | None, tokens: Tensor
+) -> Tensor | None:
     """[B, N'] 1 where a row holds a token, and one that is no padding of the host's own; None
     where all do."""
     seen = _real_there(real, numbers)
-    if numbers is not None and selection.has_padding(numbers):
+    if numbers is not None and counts:
         seen = numbers >= 0 if seen is None else seen & (numbers >= 0)
     return None if seen is None else seen.to(tokens.dtype)
 
@@ -238,22 +241,26 @@ def present_jagged(numbers: Tensor | None, real: Tensor | None, tokens: Tensor) 
 def select_jagged(
     logits: Tensor,
     previous: Tensor | None,
+    counts: Sequence[int] | None,
     settings: CallSettings,
     stage: int,
     real: Tensor | None,
     forced: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+) -> "Jagged":
     """Choose the patches of each image that stay; `take_chosen` then removes the others.
 
     Args:
         previous: [B, N'] original numbers, -1 where a row holds no token; N' is the most
             that an image has.
+        counts: How many each image had; empty where all had N'.
         forced: The forced set of these images, if there is one.
 
     Returns:
-        The places of the chosen ones among the N', [B, K]: ascending, then -1 where an image keeps
-        fewer than the one that keeps most; and their original numbers [B, K].
+        See `Jagged`.
     """
+    plain = forced is None and real is None and not settings.spread
+    if plain and settings.threshold is not None and can_keep_above(logits[..., 0]):
+        return _cut(*keep_above(logits[..., 0], previous, math.log(settings.threshold)))
     numbers = _own_numbers(logits) if previous is None else previous
     if forced is not None:
         last = torch.iinfo(numbers.dtype).max  # after all numbers, as padding is
@@ -261,10 +268,33 @@ def select_jagged(
         forced = forced.to(numbers.device, torch.int64)
         places = torch.where(forced < 0, -1, torch.searchsorted(ascending, forced.contiguous()))
     else:
-        present = numbers >= 0 if previous is not None and selection.has_padding(numbers) else None
+        present = numbers >= 0 if counts else None
         wanted = choose(logits, settings, stage, present, _real_there(real, numbers), numbers)
-        if settings.threshold is None:
-            places = selection.indices_of(wanted, settings.num_keep[stage])
-        else:
-            places = selection.kept_first(wanted)
-    return places, torch.where(places < 0, -1, numbers.gather(1, places.clamp_min(0)))
+        places = selection.kept_first(wanted)
+    kept = torch.where(places < 0, -1, numbers.gather(1, places.clamp_min(0)))
+    return _cut(places, kept, (places >= 0).sum(1))
+
+
+class Jagged(NamedTuple):
+    """What each image keeps at a stage.
+
+    Attributes:
+        known: How many, for Python; empty where all keep K.
+        counts: [B] how many.
+        places: [B, K] of the chosen ones among those that were there: ascending, then -1 where an
+            image keeps fewer than the one that keeps most.
+        numbers: [B, K] their original numbers, and -1.
+    """
+
+    known: tuple[int, ...]
+    counts: Tensor
+    places: Tensor
+    numbers: Tensor
+
+
+def _cut(places: Tensor, kept: Tensor, counts: Tensor) -> Jagged:
+    """Rows as long as the longest. Reads values, and so waits for a GPU."""
+    known = tuple(counts.tolist())
+    longest = max(known, default=1)  # no image: as if it kept its best token
+    same = min(known, default=1) == longest
+    return Jagged(() if same else known, counts, places[:, :longest], kept[:, :longest])

@@ -42,12 +42,12 @@ def run(kernel: Kernel, x: Tensor, count: int = 3, eps: float = 0.5, **changed: 
 def test_the_same_arguments_at_other_places_are_not_compiled_again() -> None:
     kernel, first, second = Kernel(), torch.zeros(8), torch.ones(16)
     run(kernel, first)
-    run(kernel, second, eps=0.25)
+    run(kernel, second, count=5, eps=0.25)
     assert len(kernel.compiled) == 1
     ((grid, args),) = kernel.again
-    assert grid == (2, 3, 1)
+    assert grid == (2, 5, 1)
     assert args[0] is second
-    assert args[1:] == (3, 0.25, 16, False)
+    assert args[1:] == (5, 0.25, 16, False)
 
 
 def test_what_triton_compiles_for_is_compiled_again() -> None:
@@ -56,7 +56,9 @@ def test_what_triton_compiles_for_is_compiled_again() -> None:
     run(kernel, x.double())
     run(kernel, x[1:])  # another alignment
     run(kernel, x, count=1)
+    run(kernel, x, count=32)
+    run(kernel, x, count=2**40)
     run(kernel, x, BLOCK=32)
     run(kernel, x, FLAG=True)
-    assert len(kernel.compiled) == 6
+    assert len(kernel.compiled) == 8
     assert not kernel.again

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from tokenprune.ops import gather_tokens, select_topk
-from tokenprune.ops.kernels.selection import can_select, keep_best
-from tokenprune.ops.selection import indices_of, top_k
+from tokenprune.ops.kernels.packing import place_rows
+from tokenprune.ops.kernels.selection import can_select, keep_above, keep_best, take_rows
+from tokenprune.ops.selection import above_threshold, indices_of, kept_first, top_k
+from tokenprune.ops.varlen import places_of
 
 
 @pytest.mark.parametrize(
@@ -42,6 +44,39 @@ def test_equal_scores_are_spread(device: torch.device, keep: int) -> None:
         left, found = keep_best(tokens, score, given, keep, 0)
         assert torch.equal(found, kept)
         assert torch.equal(left, gather_tokens(tokens, places, 0))
+
+
+@pytest.mark.parametrize(("batch", "patches", "prefix"), [(3, 7, 1), (1, 40, 0), (5, 33, 2)])
+@pytest.mark.parametrize("least", [-0.5, 9.0])
+def test_what_is_above_a_score_stays_packed(
+    device: torch.device, batch: int, patches: int, prefix: int, least: float
+) -> None:
+    torch.manual_seed(1)
+    score = torch.randn(batch, patches, 2, device=device).round()[..., 0] - 1
+    score[0, 2], score[-1, 1] = math.nan, math.inf
+    numbers = torch.arange(0, 3 * patches, 3, device=device).repeat(batch, 1)
+    numbers[0, 5:] = -1
+    logits = torch.stack([score, -score], -1)
+    for given in (None, numbers):
+        there = None if given is None else given >= 0
+        wanted = above_threshold(logits, math.exp(least), there, None, given)
+        places, kept, counts = keep_above(score, given, least)
+        assert torch.equal(counts, wanted.sum(1))
+        assert torch.equal(places, kept_first(wanted))
+        own = torch.arange(patches, device=device).expand(batch, -1) if given is None else given
+        assert torch.equal(kept, own.gather(1, places.clamp_min(0)).where(places >= 0, -1))
+        longest = int(counts.max())
+        cut = places[:, :longest]
+        total = int(counts.sum()) + batch * prefix
+        how = (counts, longest, total, prefix)
+        placed = place_rows(*how)
+        for found, expected in zip(placed, places_of(*how), strict=True):
+            assert found.dtype == expected.dtype
+            assert torch.equal(found, expected)
+        tokens = torch.randn(batch, prefix + patches, 5, device=device)
+        padded = gather_tokens(tokens, cut.clamp_min(0), prefix).flatten(0, 1)
+        taken = take_rows(tokens, cut, placed[2], total, prefix)
+        assert torch.equal(taken, padded.index_select(0, placed[0]))
 
 
 def test_what_needs_a_gradient_runs_plain(device: torch.device) -> None:

@@ -18,8 +18,8 @@ def launch(
     """Run a kernel on the card of its first argument.
 
     Triton looks at every argument of every launch, in Python, which takes longer than most of our
-    kernels run. A kernel that ran with the same numbers, types and alignments before is launched
-    without that.
+    kernels run. A kernel that ran with the same types and alignments before is launched without
+    that. A whole number counts by what Triton compiles for: 1, multiples of 16, and its width.
 
     Args:
         kernel: a function of `triton.jit`.
@@ -48,4 +48,6 @@ def _kind(arg: Any) -> Any:
     """What Triton compiles a kernel for."""
     if isinstance(arg, Tensor):
         return arg.dtype, arg.data_ptr() % 16
-    return "number" if isinstance(arg, float) else arg
+    if isinstance(arg, float):
+        return "number"
+    return arg == 1, arg % 16 == 0, -(2**31) <= arg < 2**31

@@ -1,11 +1,19 @@
-"""Choose the best patches of each image and move their tokens: one operator, two kernels."""
+"""Choose patches of each image and move their tokens: the best by one operator of two kernels;
+those above a threshold by one each, since Python has to know their number in between."""
 
 import torch
 from torch import Tensor
 
 from tokenprune.ops.kernels import define, kernels_run_on
 
-__all__ = ["can_select", "keep_best"]
+__all__ = [
+    "can_keep_above",
+    "can_select",
+    "can_take_rows",
+    "keep_above",
+    "keep_best",
+    "take_rows",
+]
 
 _LARGEST = 16384  # tokens of an image that one program holds
 
@@ -15,6 +23,47 @@ def can_select(tokens: Tensor, score: Tensor) -> bool:
     wanted = torch.is_grad_enabled() and (tokens.requires_grad or score.requires_grad)
     fits = tokens.ndim == 3 and score.dtype == torch.float32 and score.shape[1] <= _LARGEST
     return kernels_run_on(tokens) and fits and tokens.numel() > 0 and not wanted
+
+
+def can_keep_above(score: Tensor) -> bool:
+    """Whether the kernel serves these scores [B, N]."""
+    fits = score.dtype == torch.float32 and score.shape[1] <= _LARGEST and score.numel() > 0
+    return kernels_run_on(score) and fits
+
+
+def keep_above(
+    score: Tensor, numbers: Tensor | None, least: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The patches above a score, the best one where none is: `ops.selection.above_threshold`.
+
+    Args:
+        score: [B, N], fp32.
+        numbers: [B, N] original numbers of the patches, -1 at the end of a row that holds fewer;
+            None if patch i is number i.
+        least: what a score must exceed.
+
+    Returns:
+        Their places and numbers, [B, N] each: ascending, then -1; how many each image has, [B].
+    """
+    return _above_operator(score, numbers, least)  # type: ignore[no-any-return]
+
+
+def can_take_rows(tokens: Tensor) -> bool:
+    """Whether the kernel serves these tokens [B, L, D]: no gradient passes through it."""
+    wanted = torch.is_grad_enabled() and tokens.requires_grad
+    return kernels_run_on(tokens) and tokens.ndim == 3 and tokens.numel() > 0 and not wanted
+
+
+def take_rows(
+    tokens: Tensor, places: Tensor, starts: Tensor, total: int, num_prefix: int
+) -> Tensor:
+    """The prefix tokens and the patches at `places` [B, K] of all images, one after the other.
+
+    Args:
+        tokens: [B, P + N, D].
+        starts: [B + 1] where each image starts among the [total, D], int32.
+    """
+    return _rows_operator(tokens, places, starts, total, num_prefix)  # type: ignore[no-any-return]
 
 
 def keep_best(
@@ -58,4 +107,45 @@ _operator = define(
     " -> (Tensor, Tensor)",
     _keep_best,
     _fake,
+)
+
+
+def _keep_above(score: Tensor, numbers: Tensor | None, least: float) -> tuple[Tensor, ...]:
+    from tokenprune.ops.kernels import selection_triton
+
+    return selection_triton.select_above(score, numbers, least)
+
+
+def _fake_above(score: Tensor, numbers: Tensor | None, least: float) -> tuple[Tensor, ...]:
+    places = score.new_empty(score.shape, dtype=torch.int64)
+    return places, torch.empty_like(places), places.new_empty(len(score))
+
+
+_above_operator = define(
+    "keep_above",
+    "(Tensor score, Tensor? numbers, float least) -> (Tensor, Tensor, Tensor)",
+    _keep_above,
+    _fake_above,
+)
+
+
+def _take_rows(
+    tokens: Tensor, places: Tensor, starts: Tensor, total: int, num_prefix: int
+) -> Tensor:
+    from tokenprune.ops.kernels import selection_triton
+
+    return selection_triton.gather(tokens, places, num_prefix, starts, total)
+
+
+def _fake_rows(
+    tokens: Tensor, places: Tensor, starts: Tensor, total: int, num_prefix: int
+) -> Tensor:
+    return tokens.new_empty(total, tokens.shape[2])
+
+
+_rows_operator = define(
+    "take_rows",
+    "(Tensor tokens, Tensor places, Tensor starts, int total, int num_prefix) -> Tensor",
+    _take_rows,
+    _fake_rows,
 )
