@@ -166,7 +166,7 @@ def test_a_sampled_step_under_autocast_is_finite(make: Any, device: torch.device
         assert parameter.grad.isfinite().all(), name
 
 
-@pytest.mark.filterwarnings("ignore:TensorFloat32")  # a hint of torch.compile's on such a card
+@pytest.mark.filterwarnings("ignore::UserWarning:torch._inductor.*")  # hints on how to be faster
 @HOSTS
 def test_one_graph_when_compiled(make: Any, device: torch.device) -> None:
     model, given = wrapped(make, device, torch.float32), images(4, device)
