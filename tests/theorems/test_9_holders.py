@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import weakref
-from collections import ChainMap, Counter, OrderedDict
+from collections import ChainMap, Counter, OrderedDict, defaultdict, deque, namedtuple
 from collections.abc import Callable
 from enum import Enum
 from functools import partial
@@ -58,6 +58,29 @@ class MakesUp:
         if name == "own":
             return STORE[0]
         raise AttributeError(name)
+
+
+def beside_a_size(config: Plain, size: torch.Size = torch.Size([1])) -> Callable[[Any], float]:
+    return lambda s: config.own * size[0]
+
+
+Pair = namedtuple("Pair", "own")
+
+
+class Words(set[str]):
+    pass
+
+
+class Ring(deque[float]):
+    pass
+
+
+class Finds(dict[str, float]):
+    pass
+
+
+FINDS = Finds(own=1.0)
+WEAK_KEYS: weakref.WeakKeyDictionary[Any, float] = weakref.WeakKeyDictionary()
 
 
 class Base:
@@ -158,6 +181,34 @@ def changed_dtype(s: Any, v: float) -> None:
 # What the block holds, how its forward reads the number, how it is changed.
 HOLDERS: dict[str, Held] = {
     "closure": (None, reader(OF_CLOSURE), own(OF_CLOSURE)),
+    "closure_beside_a_size": (None, beside_a_size(OF_CLOSURE), own(OF_CLOSURE)),
+    "named_tuple_in_a_list": (
+        [Pair(1.0)], lambda s: s.held[0].own, lambda s, v: s.held.__setitem__(0, Pair(v))
+    ),
+    "ordered_dict_in_a_tuple": (
+        (OrderedDict(own=1.0), torch.Size([1])), lambda s: s.held[0]["own"],
+        lambda s, v: s.held[0].update(own=v),
+    ),
+    "kind_of_set": (
+        Words(), lambda s: 3.0 if "on" in s.held else 1.0,
+        lambda s, v: s.held.add("on") if v > 1 else s.held.clear(),
+    ),
+    "kind_of_deque": (Ring([1.0]), lambda s: s.held[0], lambda s, v: s.held.__setitem__(0, v)),
+    "keys_that_are_weak": (
+        None, lambda s: WEAK_KEYS.get(s, 1.0), lambda s, v: WEAK_KEYS.__setitem__(s, v)
+    ),
+    "what_a_dict_makes": (
+        defaultdict(lambda: 1.0), lambda s: s.held.default_factory(),
+        lambda s, v: setattr(s.held, "default_factory", lambda: v),
+    ),
+    "look_up_of_a_dicts_class": (
+        None, lambda s: FINDS["own"],
+        lambda s, v: setattr(Finds, "__getitem__", lambda self, name: v),
+    ),
+    "device_of_a_new_tensor": (
+        None, lambda s: 3.0 if torch.empty(0).device.type == "meta" else 1.0,
+        lambda s, v: torch.set_default_device(None if v == 1 else "meta"),
+    ),
     "default": (None, lambda s: by_default(s), own(by_default.__defaults__[0])),  # type: ignore[index]
     "read_only_view": (MappingProxyType(TABLE), lambda s: s.held["own"], in_table),
     "chain_of_dicts": (ChainMap({}, TABLE), lambda s: s.held["own"], in_table),

@@ -89,8 +89,9 @@ class Pruning:
         self.children = Children(self.host, self.added)
 
     def inputs(self, given: ExampleInputs | None) -> Arguments:
-        """The arguments of an example call; drawn if None."""
-        return named_inputs(self.call, self.spec, self.host, given)
+        """The arguments of an example call; drawn if None, for the host as it is now."""
+        spec = describe(self.host, self.adapter) if given is None else self.spec
+        return named_inputs(self.call, spec, self.host, given)
 
     def as_wrapped(self) -> Arguments:
         """Arguments like those it was wrapped with, of zeros, where the host is now."""

@@ -4,7 +4,7 @@ import logging
 import math
 import threading
 from array import array
-from collections import ChainMap, OrderedDict, UserDict, UserList, deque
+from collections import ChainMap, OrderedDict, UserDict, UserList, defaultdict, deque
 from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from enum import Enum
@@ -12,7 +12,7 @@ from functools import partial
 from numbers import Number
 from types import CellType, FunctionType, MappingProxyType, MethodType, SimpleNamespace
 from typing import Any
-from weakref import WeakValueDictionary, ref
+from weakref import WeakKeyDictionary, WeakValueDictionary, ref
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from torch import nn
 __all__ = [
     "ABSENT",
     "MOST_BYTES",
+    "container_of",
     "equal",
     "has_kinds",
     "has_slots_alone",
@@ -52,11 +53,10 @@ OURS = ("tokenprune.tracing.", "tokenprune.runtime.")
 
 def snapshot(value: Any) -> Any:
     """A value that later equals `value` as long as nothing in its lists, sets and dicts changes."""
-    if type(value) in (list, tuple, set, deque):
-        return type(value)(map(snapshot, value)) if value else type(value)()
-    if isinstance(value, list | tuple):  # a NamedTuple equals a tuple
-        return (tuple if isinstance(value, tuple) else list)(map(snapshot, value))
-    if isinstance(value, dict):
+    kind = container_of(type(value))
+    if kind in (list, tuple, set, deque):  # a NamedTuple equals a tuple
+        return kind(map(snapshot, kind.__iter__(value)))
+    if kind is dict:
         kept = dict(dict.items(value))  # threads may add some; a class may make what it returns
         return {key: snapshot(entry) for key, entry in kept.items()}
     return value
@@ -81,16 +81,24 @@ def in_class(cls: type, name: str, absent: Any) -> Any:
     return absent
 
 
+def container_of(cls: type) -> Any:
+    """The container of Python's that a class is or derives from; the class itself if it is none."""
+    if cls in CONTAINERS or cls in PLAIN:
+        return cls
+    return next((kind for kind in CONTAINERS if issubclass(cls, kind)), cls)
+
+
 def kinds_of(value: Any) -> Any:
     """What `==` does not compare: types (`[1] == [1.0]`), the order of a dict, the sign of 0.0, and
-    which object of a class of the host's own it is. A type if there is no more to say."""
+    which object of a class of the host's own it is. A type if there is no more to say; of what
+    derives from a container that container, as in a `snapshot`."""
     if isinstance(value, dict):
         keys = OrderedDict.keys(value) if isinstance(value, OrderedDict) else dict.keys(value)
         return [*keys, *map(kinds_of, dict.values(value))]
     if isinstance(value, list | tuple | deque):
         types = list(map(type, value))
         plain = PLAIN.issuperset(types) and not (float in types and 0 in value)
-        return types if plain else [*types, *map(kinds_of, value)]
+        return types if plain else [*map(container_of, types), *map(kinds_of, value)]
     if isinstance(value, set | frozenset):
         return set(map(type, value))
     if type(value) is float:
@@ -143,8 +151,10 @@ def state_of(value: Any) -> Any:
         return vars(value)
     if isinstance(value, UserDict | UserList):
         return value.data
-    if isinstance(value, MappingProxyType | WeakValueDictionary):
+    if isinstance(value, MappingProxyType | WeakValueDictionary | WeakKeyDictionary):
         return dict(value)
+    if isinstance(value, defaultdict):
+        return [value.default_factory]
     if isinstance(value, ChainMap):
         return list(value.maps)
     if isinstance(value, bytearray | array):

@@ -101,6 +101,11 @@ def decomposed(module: nn.Module) -> Callable[..., Any] | None:
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """Whether a call of a module is one node: the module itself runs, hooks included."""
-    own = type(module).__module__.startswith(("torch.nn", "torch.ao.nn", "torch.jit"))
-    return own and not isinstance(module, CONTAINERS) and type(module) not in DECOMPOSED
+    """Whether a call of a module is one node: the module itself runs, hooks included.
+
+    A forward set on the object may do anything; accelerate's brings weights and runs the class's.
+    """
+    of_torch = type(module).__module__.startswith(("torch.nn", "torch.ao.nn", "torch.jit"))
+    own = "forward" in vars(module) and "_hf_hook" not in vars(module)
+    plain = not isinstance(module, CONTAINERS) and type(module) not in DECOMPOSED
+    return of_torch and plain and not own

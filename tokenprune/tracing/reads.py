@@ -60,6 +60,7 @@ class Reads:
         tensors: (id, name) of parameters and buffers, and of tensors that are plain attributes.
         missing: (id, name) of what was asked for and is not there (`hasattr`).
         tables: (id of a module, which of torch's tables) -> the names in it.
+        leaves: id -> module of torch's that is one node.
         held: id of an object that `state_of` knows -> it.
         opaque: what nobody can watch: name of an attribute -> the type of what is in it; function
             that asks the system -> the line of the host that calls it.
@@ -72,9 +73,10 @@ class Reads:
         self.objects: dict[int, Any] = {}
         self.values: dict[tuple[int, str], Any] = {}
         self.inherited: dict[tuple[int, str], None] = {}
-        self.children: dict[tuple[int, str], nn.Module] = {}
+        self.children: dict[tuple[int, str], nn.Module | None] = {}
         self.tensors: dict[tuple[int, str], None] = {}
         self.missing: dict[tuple[int, str], None] = {}
+        self.leaves: dict[int, nn.Module] = {}
         self.held: dict[int, Any] = {}
         self.opaque: dict[str, str] = {}
         self.prints: list[str] = []
@@ -109,12 +111,12 @@ class Reads:
                 self._walked.clear()
 
     def registered(self, module: nn.Module, name: str, value: Any) -> None:
-        """Record a child, parameter or buffer, which no instance dict holds."""
+        """Record a child, parameter or buffer, which no instance dict holds; None may be any."""
         module = original(module)
         self.objects[id(module)] = module
-        if isinstance(value, nn.Module):
+        if name in module._modules:
             self.children.setdefault((id(module), name), value)
-        elif isinstance(value, torch.Tensor):
+        elif value is None or isinstance(value, torch.Tensor):
             self.tensors[id(module), name] = None
 
     def asked(self, function: str, file: str, line: int) -> None:

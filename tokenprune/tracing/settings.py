@@ -39,9 +39,10 @@ FLAGS: tuple[Setting, ...] = (
 
 
 def settings_named_by(reached: Reached) -> Iterator[Setting]:
-    """The settings that functions may ask for, by torch's name or one of their own; and that of
-    the dtype, which each new tensor tells."""
-    named, held = reached.words() | {"get_default_dtype"}, reached.values()
+    """The settings that functions may ask for, by torch's name or one of their own; and those of
+    dtype and device, which each new tensor tells."""
+    named = reached.words() | {"get_default_dtype", "get_default_device"}
+    held = reached.values()
     for owner, name in FUNCTIONS:
         if name in named or any(value is getattr(owner, name) for value in held):
             yield owner, name

@@ -339,6 +339,7 @@ class ValueTracer(fx.Tracer):
         self._modules_entered.append(path)
         try:
             if self.is_leaf_module(m, path) and tensors_in((args, kwargs)):  # not Identity()(None)
+                self.reads.leaves[id(m)] = m
                 output = self.create_proxy("call_module", path, args, kwargs)
                 # what they return is not taken here: they run with the module
                 before_host_hooks(self.hooks, m, args, kwargs)

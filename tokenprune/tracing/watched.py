@@ -1,7 +1,6 @@
 """What is watched of all that Python read while a host was traced, and how it is looked up."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from operator import attrgetter
 from types import FunctionType, ModuleType
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ from torch.nn.modules import module as torch_module
 
 from tokenprune.tracing.contents import (
     ABSENT,
+    container_of,
     equal,
     in_class,
     kinds_of,
@@ -40,12 +40,13 @@ __all__ = [
     "state_now",
 ]
 
-BY_TYPE: tuple[str, ...] = (
+BY_TYPE = {
     *("__call__", "__getattr__", "__getitem__", "__iter__", "__contains__", "__len__"),
-    *("__bool__", "__int__", "__float__", "__index__"),
-)
+    *("__bool__", "__int__", "__float__", "__index__", "__eq__", "__missing__"),
+}
 """Methods that Python finds by the class alone."""
-WHOLE = ("__dict__", "_modules")
+LOOKUP = "__getattribute__"
+WHOLE = ("__dict__", "_modules", "_parameters", "_buffers")
 """Tables that are watched in place: a module may get others, by `__setstate__` say."""
 DIFFERS = (RuntimeError, ValueError, TypeError, AttributeError)
 """What a comparison of tensors or arrays raises, and the look at something that is gone."""
@@ -70,7 +71,7 @@ class Watched(NamedTuple):
         """Whether it is as it was."""
         try:
             now = self.look(self.table, self.name, ABSENT)
-            alike = type(now) is type(self.expected) or isinstance(now, list | dict | set | tuple)
+            alike = container_of(type(now)) is container_of(type(self.expected))
             if not (alike and equal(now, self.expected)):
                 return False
             return not self.stored or kinds_of(now) == kinds_of(self.expected)
@@ -127,6 +128,9 @@ def _read(reads: Reads, functions: Iterable[Any]) -> Iterator[Watched]:
             yield from _of_class(type(owner), name)
         if kept is ABSENT or _computes(kept):  # made up by `__getattr__`, or by a descriptor
             yield Watched(owner, getattr, owner, name, snapshot(getattr(owner, name, ABSENT)))
+    for leaf in reads.leaves.values():  # an own forward may mix tokens
+        forward = vars(leaf).get("forward", ABSENT)
+        yield Watched(leaf, dict.get, vars(leaf), "forward", forward)
     for owner_id, name in reads.missing:
         owner = reads.objects[owner_id]
         yield Watched(owner, _is_there, owner, name, False)
@@ -135,29 +139,31 @@ def _read(reads: Reads, functions: Iterable[Any]) -> Iterator[Watched]:
         yield Watched(owner, _names_in, owner, name, names)
     for owner in owners:
         yield Watched(owner, class_of, owner, "__class__", type(owner))
-        leaf = isinstance(owner, nn.Module) and not owner._modules
-        if not leaf and hasattr(owner, "__dict__") and not isinstance(owner, type):
+        if hasattr(owner, "__dict__") and not isinstance(owner, type):
             yield Watched(owner, getattr, owner, "__dict__", vars(owner))
-        if not leaf and isinstance(owner, nn.Module):
+        if isinstance(owner, nn.Module) and owner._modules:
             yield Watched(owner, dict.get, vars(owner), "_modules", owner._modules)
-    of_modules = {type(owner): BY_TYPE[:2] for owner in owners if isinstance(owner, nn.Module)}
-    inside = (type(inner) for value in reads.values.values() for inner in within(value))
-    plain = {cls: BY_TYPE for cls in chain(map(type, owners), inside) if may_be_watched(cls)}
-    for cls, methods in (of_modules | plain).items():
-        of_all = cls.__mro__.index(nn.Module if issubclass(cls, nn.Module) else object)
-        for base in cls.__mro__[:of_all]:
-            for method in methods:
-                yield Watched(base, _of_itself, base, method, vars(base).get(method, ABSENT))
     for (owner_id, name), child in reads.children.items():
         owner = reads.objects[owner_id]
         yield Watched(owner, dict.get, owner._modules, name, child)
     for owner_id, name in reads.tensors:
         owner = reads.objects[owner_id]
-        places = (getattr(owner, kind, {}) for kind in ("__dict__", "_parameters", "_buffers"))
-        table = next((place for place in places if name in place), {})
+        places = {kind: getattr(owner, kind, {}) for kind in WHOLE if kind != "_modules"}
+        kind, table = next(((k, p) for k, p in places.items() if name in p), ("", {}))
+        if kind in ("_parameters", "_buffers"):
+            yield Watched(owner, dict.get, vars(owner), kind, table)
         look = dict.get if table.get(name) is None else of_tensor
         yield Watched(owner, look, table, name, look(table, name, None))
-    known = Reached([*functions, *reads.held.values(), *{type(owner): 0 for owner in owners}])
+    inside = (type(inner) for value in reads.values.values() for inner in within(value))
+    classes = {type(o): 0 for o in owners} | {c: 0 for c in inside if may_be_watched(c)}
+    by_type = [method for cls in classes for method in _by_type(cls)]
+    known = Reached([*functions, *reads.held.values(), *map(type, owners), *by_type])
+    named_in = (type(inner) for value in known.values() for inner in within(value))
+    classes |= {cls: 0 for cls in named_in if may_be_watched(cls)}
+    for base in {base: 0 for cls in classes for base in _own_bases(cls)}:
+        yield Watched(base, _how_many, vars(base), "__dict__", _how_many(vars(base)))
+        for method in vars(base).keys() & BY_TYPE:
+            yield Watched(base, _of_itself, base, method, vars(base)[method])
     for value in {id(v): v for v in (*known.functions, *reads.held.values())}.values():
         for name in CONSTANT if isinstance(value, FunctionType) else ():
             if getattr(value, name) is not None:  # a first default changes no call that was made
@@ -181,6 +187,25 @@ def _read(reads: Reads, functions: Iterable[Any]) -> Iterator[Watched]:
         for name in named & vars(module).keys():
             yield Watched(module, getattr, module, name, snapshot(getattr(module, name)))
             yield from _contents(getattr(module, name), name)
+
+
+def _own_bases(cls: type) -> tuple[type, ...]:
+    """A class and those that it derives from, but for Python's and torch's `Module`."""
+    of_all = cls.__mro__.index(nn.Module if issubclass(cls, nn.Module) else object)
+    return cls.__mro__[:of_all]
+
+
+def _by_type(cls: type) -> list[Any]:
+    """The methods of a class that Python calls by itself."""
+    return [
+        vars(b)[name] for b in _own_bases(cls) for name in (*BY_TYPE, LOOKUP) if name in vars(b)
+    ]
+
+
+def _how_many(names: Mapping[str, Any], _name: str = "", _absent: Any = None) -> int:
+    """How many names a class has: a new one may hide what its objects hold. Less what Python puts
+    there when it copies objects or is asked for annotations."""
+    return len(names) - ("__slotnames__" in names) - ("__annotations__" in names)
 
 
 def _of_class(cls: type, name: str) -> Iterator[Watched]:

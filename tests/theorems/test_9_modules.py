@@ -1,0 +1,100 @@
+"""Theorem 9 where a module itself is changed: its tables, what its class finds, its own forward."""
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tests.theorems.test_9_places import IMAGES, whole, wrapped
+from tests.toys.vit import Block, Vit
+from tokenprune.errors import TokenPruneError
+
+
+class Parts(nn.ModuleList):
+    pass
+
+
+class Odd(Block):
+    """A block whose output depends on what may be None, and on what its class finds."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = super().forward(x) * self.gain
+        for absent in (self.table, self.shift):
+            x = x if absent is None else x + absent
+        x = x if self.part is None else self.part(x)
+        for part in self.parts:
+            x = part(x)
+        return x
+
+
+def host() -> Any:
+    torch.manual_seed(0)
+    made = Vit().eval()
+    block: Any = made.blocks[2]
+    block.__class__ = type("Odd", (Odd,), {"__module__": __name__})  # of this host alone
+    block.register_buffer("table", None)
+    block.register_parameter("shift", None)
+    block.register_module("part", None)
+    parts = type("Parts", (Parts,), {"__module__": __name__})
+    block.gain, block.parts = 2.0, parts([nn.Hardtanh(-0.3, 0.3), nn.Softplus()])
+    return made
+
+
+def reverse(parts: Any) -> Iterator[nn.Module]:
+    return iter([*parts._modules.values()][::-1])
+
+
+def other_table(block: Any) -> None:
+    block.__setstate__(copy.deepcopy(block).__dict__)
+    block.table = torch.ones(1)
+
+
+def of_another(module: Any) -> None:
+    other = copy.deepcopy(module)
+    other.eps = 0.7
+    module.__dict__ = other.__dict__
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "a_buffer_that_was_none": lambda block: setattr(block, "table", torch.ones(1)),
+    "a_parameter_that_was_none": lambda b: setattr(b, "shift", nn.Parameter(torch.ones(1))),
+    "a_child_that_was_none": lambda block: setattr(block, "part", nn.Tanh()),
+    "other_tables_and_a_buffer": other_table,
+    "the_attributes_of_another": lambda block: of_another(block.norm1),
+    "a_property_of_its_class": lambda b: setattr(type(b), "gain", property(lambda self: 0.5)),
+    "the_order_that_its_class_gives": lambda b: setattr(type(b.parts), "__iter__", reverse),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+@torch.no_grad()
+def test_9_a_change_of_a_module_is_seen(name: str) -> None:
+    dense = host()
+    model = wrapped(dense)
+    before = whole(model)
+    CHANGES[name](dense.blocks[2])
+    now = whole(model)
+    assert not torch.equal(now, before)
+    torch.testing.assert_close(now, dense(IMAGES))
+
+
+@torch.no_grad()
+def test_9_an_own_forward_of_torchs_module_that_mixes_tokens_does_not_leak() -> None:
+    dense = Vit().eval()
+    model = wrapped(dense)
+    model(IMAGES)
+    dense.blocks[2].mlp[1].forward = lambda x: F.gelu(x - 2 * x.mean(1, keepdim=True))
+    kept = [torch.arange(0, 16, 2).expand(2, -1)] * 2
+    try:
+        outputs = []
+        for path in ("mask", "gather"):
+            with model.using(path, keep_indices=kept):
+                outputs.append(model(IMAGES))
+    except TokenPruneError as error:
+        assert "mean" in str(error)
+    else:
+        torch.testing.assert_close(*outputs)
