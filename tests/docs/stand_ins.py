@@ -1,0 +1,107 @@
+"""What a page may use without making it: small hosts and images in place of large ones.
+
+Pages name published models. Here `timm.create_model` and `from_pretrained` build the same classes
+small, with random weights, so that a page runs in seconds and without a network.
+"""
+
+import sys
+from typing import Any
+
+import pytest
+import sklearn.datasets
+import timm
+import torch
+import transformers
+from sklearn.utils import Bunch
+from torch.utils.data import DataLoader, TensorDataset
+
+import tokenprune
+from tokenprune.errors import TokenPruneError
+
+__all__ = ["namespace", "small_models"]
+
+VIT = {"img_size": 32, "patch_size": 4, "embed_dim": 16, "depth": 4, "num_heads": 2}
+CONFIG = {
+    "image_size": 32,
+    "patch_size": 4,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+}
+TEXTS = {"vocab_size": 99, "max_position_embeddings": 64}
+CLASSES = 5
+# The modules: tokenprune has functions of these names.
+compare, benchmark = sys.modules["tokenprune.tune.compare"], sys.modules["tokenprune.cost.benchmark"]
+ROUNDS = ("ROUNDS", "TURN_SECONDS")
+
+
+def small_models(patch: pytest.MonkeyPatch) -> None:
+    """Let models that a page names be built small, and timed in short turns."""
+    for module, rounds, turn in ((compare, "TIMED_ROUNDS", "TURN"), (benchmark, *ROUNDS)):
+        patch.setattr(module, rounds, 1)
+        patch.setattr(module, turn, 0.001)
+    digits = sklearn.datasets.load_digits()
+    few = Bunch(images=digits.images[:400], target=digits.target[:400])
+    patch.setattr(sklearn.datasets, "load_digits", lambda: few)
+    create = timm.create_model
+
+    def create_small(name: str, pretrained: bool = False, **options: Any) -> Any:
+        assert timm.is_model(name), f"timm has no {name}"
+        torch.manual_seed(0)
+        shape = {**VIT, "num_classes": CLASSES, **options}
+        model = create("vit_tiny_patch16_224", **shape).eval()
+        size = (shape.get("in_chans", 3), shape["img_size"], shape["img_size"])
+        model.pretrained_cfg = {**model.pretrained_cfg, "input_size": size}
+        return model
+
+    def from_pretrained(cls: Any, name: str, **options: Any) -> Any:
+        torch.manual_seed(0)
+        return cls(transformers.ViTConfig(**CONFIG, num_labels=CLASSES, **options)).eval()
+
+    def texts(cls: Any, name: str, **options: Any) -> Any:
+        torch.manual_seed(0)
+        return cls.from_config(transformers.BertConfig(**CONFIG, **TEXTS, **options)).eval()
+
+    patch.setattr(timm, "create_model", create_small)
+    for host in (transformers.ViTModel, transformers.ViTForImageClassification):
+        patch.setattr(host, "from_pretrained", classmethod(from_pretrained))
+    for auto in (transformers.AutoModel, transformers.AutoModelForSequenceClassification):
+        patch.setattr(auto, "from_pretrained", classmethod(texts))
+
+
+def namespace() -> dict[str, Any]:
+    """The names that a page may use at its start."""
+    host = timm.create_model("deit_small_patch16_224")
+    torch.manual_seed(0)
+    images, labels = torch.randn(8, 3, 32, 32), torch.arange(8) % CLASSES
+    clip = transformers.CLIPConfig(
+        vision_config={**CONFIG, "projection_dim": 16},
+        text_config={"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2},
+        projection_dim=16,
+    )
+    return {
+        "TokenPruneError": TokenPruneError,
+        "batches": [(images, labels)],
+        "clip": transformers.CLIPModel(clip).eval(),
+        "host": host,
+        "images": images,
+        "labels": labels,
+        "loader": DataLoader(TensorDataset(images, labels), batch_size=4),
+        "recipe": "learned-k0.7",
+        "texts": ["a short text", "another one that is longer"],
+        "timm": timm,
+        "tokenizer": tokenizer,
+        "tokenprune": tokenprune,
+        "torch": torch,
+        "transformers": transformers,
+    }
+
+
+def tokenizer(texts: list[str], **options: Any) -> dict[str, torch.Tensor]:
+    """Word numbers, padded to the longest text."""
+    words = [[len(word) for word in text.split()] * 3 for text in texts]
+    longest = max(map(len, words))
+    pad = [line + [0] * (longest - len(line)) for line in words]
+    mask = [[1] * len(line) + [0] * (longest - len(line)) for line in words]
+    return {"input_ids": torch.tensor(pad), "attention_mask": torch.tensor(mask)}
