@@ -1,8 +1,9 @@
-"""What the first pages show: a picture, a comparison of methods, what the page's training prints.
+"""What the first pages show: a picture, a comparison of methods, what training prints, a proof.
 
     python -m benchmarks.front picture   # docs/front.png, half a minute
     python -m benchmarks.front compare   # in docs/choose.md, some minutes
     python -m benchmarks.front start     # in docs/index.md, some minutes
+    python -m benchmarks.front proof     # in docs/proof.md, half a minute
 
 All data is embedded in scikit-learn: a photo, and its digits. Nothing is downloaded.
 """
@@ -19,6 +20,7 @@ from typing import Any
 import timm
 import torch
 from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
 
 import tokenprune
 from benchmarks.markdown import put
@@ -28,14 +30,23 @@ from tokenprune.report.visualize import DROPPED, LEFT, grid_shape, kept_pixels, 
 from tokenprune.train import build_host, input_settings, load_data, pretrain
 
 DOCS = Path(__file__).parents[1] / "docs"
-HOST, METHOD, BATCH = "deit_small_patch16_224", "merge-k0.7", 8
+HOST, METHOD, LEARNED, BATCH = "deit_small_patch16_224", "merge-k0.7", "learned-k0.7", 8
 DEMO, EPOCHS = "demo-digits-k0.7", 12
 MACS = (0.8, 0.65, 0.5)
+LEGEND = """Above: the patches that
+stand for a group.
+
+Below: every group in its
+mean colour, with borders.
+
+No training: similar tokens
+become their mean."""
 
 
 def machine() -> str:
     """What it ran on."""
-    return f"{platform.machine()}, {torch.get_num_threads()} CPU thread(s), torch {torch.__version__}"
+    threads = torch.get_num_threads()
+    return f"{platform.machine()}, {threads} CPU thread(s), torch {torch.__version__}"
 
 
 def photo(size: int) -> torch.Tensor:
@@ -46,9 +57,7 @@ def photo(size: int) -> torch.Tensor:
     side = min(whole.size)
     left, top = (whole.width - side) // 2, (whole.height - side) // 2
     square = whole.crop((left, top, left + side, top + side)).resize((size, size), Image.LANCZOS)
-    return torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8).reshape(
-        1, size, size, 3
-    ).permute(0, 3, 1, 2) / 255
+    return pil_to_tensor(square).unsqueeze(0) / 255
 
 
 def picture(target: Path) -> None:
@@ -73,8 +82,10 @@ def draw(target: Path, pixels: torch.Tensor, trace: Any, seconds: dict[str, floa
     figure = Figure(figsize=(12, 5.1), dpi=120, layout="constrained")
     columns = 1 + len(trace.stages)
     axes = figure.subplot_mosaic(
-        [[f"kept{c}" for c in range(columns)] + ["time"]]
-        + [["legend" if c == 0 else f"group{c}" for c in range(columns)] + ["time"]],
+        [
+            [*(f"kept{c}" for c in range(columns)), "time"],
+            ["legend", *(f"group{c}" for c in range(1, columns)), "time"],
+        ],
         width_ratios=[1] * columns + [0.85],
     )
     size = tuple(pixels.shape[-2:])
@@ -82,12 +93,7 @@ def draw(target: Path, pixels: torch.Tensor, trace: Any, seconds: dict[str, floa
         if name != "time":
             axis.axis("off")
     show(axes["kept0"], pixels, "the image")
-    axes["legend"].text(
-        *(0.02, 0.98, "Above: the patches that\nstand for a group.\n\n"
-          "Below: every group in its\nmean colour, with borders.\n\n"
-          "No training: similar tokens\nbecome their mean."),
-        va="top", fontsize=13,
-    )
+    axes["legend"].text(0.02, 0.98, LEGEND, va="top", fontsize=13)
     for number, stage in enumerate(trace.stages, 1):
         grid = grid_shape(stage.decision.shape[1], *size)
         kept = kept_pixels(stage.decision, grid, size).unsqueeze(1)
@@ -128,14 +134,14 @@ def compare(page: Path) -> None:
     calibrated = tokenprune.calibrate(model, train[0][:512], macs=0.65, progress=False)
     with torch.no_grad():
         right = (model(held_out[0]).argmax(1) == held_out[1]).float().mean().item()
-    advice = found.advice(0.65).replace("\n", "\n    ")
+    seconds, minutes = calibrated.seconds, (time.perf_counter() - started) / 60
     text = (
         f"```text\n{found}\n```\n\n"
-        f"`found.advice(0.65)` is\n\n    {advice}\n\n"
-        f"and `calibrate` of `{METHOD}` at 0.65 of the MACs, on 512 training digits without labels, "
-        f"took {calibrated.seconds:.0f} s and gives {100 * right:.2f} % on the held-out ones.\n\n"
-        f"Made by `python -m benchmarks.front compare` in {(time.perf_counter() - started) / 60:.0f} "
-        f"minutes: {machine()}, next to other jobs, so that *time* is rough."
+        f"`found.advice(0.65)` is\n\n```text\n{found.advice(0.65)}\n```\n\n"
+        f"and `calibrate` of `{METHOD}` at 0.65 of the MACs, on 512 training digits without\n"
+        f"labels, took {seconds:.0f} s and gives {100 * right:.2f} % on the held-out ones.\n\n"
+        f"Made by `python -m benchmarks.front compare` in {minutes:.0f} minutes: "
+        f"{machine()},\nnext to other jobs, so that *time* is rough."
     )
     put(page, "compare", text)
 
@@ -150,7 +156,8 @@ def collected(part: Any) -> tuple[torch.Tensor, torch.Tensor]:
 def start(page: Path) -> None:
     """Run the page's own training, and write what it prints."""
     text = page.read_text(encoding="utf-8")
-    code = next(c for c in re.findall(r"```python[^\n]*\n(.*?)```", text, re.DOTALL) if "digits" in c)
+    blocks = re.findall(r"```python[^\n]*\n(.*?)```", text, re.DOTALL)
+    code = next(block for block in blocks if "digits" in block)
     printed, started = io.StringIO(), time.perf_counter()
     with contextlib.redirect_stdout(printed):
         exec(code, {})
@@ -163,14 +170,25 @@ def start(page: Path) -> None:
     )
 
 
+def proof(page: Path) -> None:
+    """Write the certificate of a model of full size."""
+    torch.manual_seed(0)
+    host = timm.create_model(HOST).eval()
+    certificate = tokenprune.verify(tokenprune.wrap(host, LEARNED, verify=False))
+    text = f"For `{HOST}`, random weights (`python -m benchmarks.front proof`):\n\n"
+    put(page, "certificate", f"{text}```text\n{certificate}\n```")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["picture", "compare", "start"])
+    parser.add_argument("what", choices=["picture", "compare", "start", "proof"])
     asked = parser.parse_args().what
     if asked == "picture":
         picture(DOCS / "front.png")
     elif asked == "compare":
         compare(DOCS / "choose.md")
+    elif asked == "proof":
+        proof(DOCS / "proof.md")
     else:
         start(DOCS / "index.md")
 

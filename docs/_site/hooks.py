@@ -1,4 +1,4 @@
-"""Pages of the site that are made from the code when it is built, so that they cannot be out of date.
+"""Pages of the site that are made from the code when it is built, so that they are never old.
 
 MkDocs calls the functions that begin with `on_`. Nothing here imports tokenprune: sources are read,
 so that a site needs no torch.

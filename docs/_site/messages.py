@@ -11,9 +11,10 @@ __all__ = ["page"]
 
 HEAD = """# Every message
 
-What each error and each warning can say, made from the code when this page was built: put a few words of what you see
-into the search field. A message says what was asked, what was found, and what to do. `…` stands for what it names of
-your model. What each class means is in [errors and warnings](errors.md).
+What each error and each warning can say, made from the code when this page was built: put a few
+words of what you see into the search field. A message says what was asked, what was found, and what
+to do. `…` stands for what it names of your model. What each class means is in
+[errors and warnings](errors.md).
 """
 HOLE = "…"
 

@@ -8,13 +8,15 @@ __all__ = ["PAGES"]
 
 API = """# Functions and classes
 
-What `import tokenprune` gives. Shapes are in brackets: B images, L tokens, of which P are prefix and N patch tokens, K
-kept ones, D channels, H heads. Seconds are seconds, memory is in bytes, MACs are multiply-accumulates.
+What `import tokenprune` gives. Shapes are in brackets: B images, L tokens, of which P are prefix
+and N patch tokens, K kept ones, D channels, H heads. Times are in seconds, memory is in bytes, MACs
+are multiply-accumulates.
 """
 MODEL = """
 ## What a wrapped model has beside its host's names
 
-Call it as the host, or with `return_trace=True`, which also returns a [PruningTrace][tokenprune.PruningTrace].
+Call it as the host, or with `return_trace=True`, which also returns a
+[PruningTrace][tokenprune.PruningTrace].
 """
 
 
@@ -60,7 +62,7 @@ def _public(root: Path, module: str) -> list[str]:
 
 
 def _methods(root: Path) -> str:
-    names = [n for n in _public(root, "tokenprune.recipe.methods") if n != "method_named"]
+    names = _public(root, "tokenprune.recipe.methods")
     text = "Each is a frozen object and has a name: `methods.ToMe(r=13)` is `tome-r13`."
     shown = [f"tokenprune.recipe.methods.{name}" for name in names]
     return _listed("Methods", text + " They are in `tokenprune.methods`.", shown)(root)
@@ -126,7 +128,5 @@ PAGES: dict[str, Callable[[Path], str]] = {
     "api-recipe.md": _listed(
         "Every key of a recipe", "`schedule`, `loss` and so on, as sections.", RECIPE
     ),
-    "api-seams.md": _listed(
-        "Seams", "What code of your own implements; [how](extend.md).", SEAMS
-    ),
+    "api-seams.md": _listed("Seams", "What code of your own implements; [how](extend.md).", SEAMS),
 }

@@ -8,16 +8,17 @@ __all__ = ["page"]
 
 HEAD = """# Supported versions
 
-Version {version} of `tokenprune-torch`, for Python {python}. The column *oldest* is what `pyproject.toml` allows
-and `make test-oldest` builds; *tested* is what `make` installs from `constraints.txt`. Where no oldest version is
-named, any that the tested ones work with will do.
+Version {version} of `tokenprune-torch`, for Python {python}. The column *oldest* is what
+`pyproject.toml` allows; `make test-oldest` builds that of torch, timm and transformers. *Tested* is
+what `make` installs from `constraints.txt`.
 
 | package | needed by | oldest | tested |
 |---|---|---|---|
 """
 TAIL = """
-An older torch, transformers or timm is refused when tokenprune is imported, with the command that installs a newer
-one. What changes between versions of tokenprune, and what to do about it, is in the [changelog](changelog.md).
+An older torch, transformers or timm is refused when tokenprune is imported, with the command that
+installs a newer one. What changes between versions of tokenprune is in the
+[changelog](changelog.md).
 """
 REQUIREMENT = re.compile(r"(?P<name>[A-Za-z0-9_.-]+)(?:\[.*\])?(?P<bound>[<>=!~].*)?")
 
@@ -40,7 +41,7 @@ def page(root: Path) -> str:
             users.append(group)
             rows[match["name"]] = (bound or match["bound"] or "", users)
     lines = [
-        f"| {name} | {', '.join(users)} | {bound.removeprefix('>=')} | {tested.get(_plain(name), '')} |"
+        f"| {name} | {', '.join(users)} | {bound.removeprefix('>=')} | {tested[_plain(name)]} |"
         for name, (bound, users) in sorted(rows.items())
     ]
     python = project["requires-python"].removeprefix(">=") + " and newer"

@@ -11,12 +11,12 @@ import pytest
 import sklearn.datasets
 import timm
 import torch
+import torchvision
 import transformers
 from sklearn.utils import Bunch
 from torch.utils.data import DataLoader, TensorDataset
 
 import tokenprune
-from tokenprune.errors import TokenPruneError
 
 __all__ = ["namespace", "small_models"]
 
@@ -32,15 +32,21 @@ CONFIG = {
 TEXTS = {"vocab_size": 99, "max_position_embeddings": 64}
 CLASSES = 5
 # The modules: tokenprune has functions of these names.
-compare, benchmark = sys.modules["tokenprune.tune.compare"], sys.modules["tokenprune.cost.benchmark"]
+compare = sys.modules["tokenprune.tune.compare"]
+benchmark = sys.modules["tokenprune.cost.benchmark"]
 ROUNDS = ("ROUNDS", "TURN_SECONDS")
 
 
 def small_models(patch: pytest.MonkeyPatch) -> None:
-    """Let models that a page names be built small, and timed in short turns."""
+    """Let models that a page names be built small, timed in short turns, and tried at one cost."""
     for module, rounds, turn in ((compare, "TIMED_ROUNDS", "TURN"), (benchmark, *ROUNDS)):
         patch.setattr(module, rounds, 1)
         patch.setattr(module, turn, 0.001)
+    patch.setitem(tokenprune.compare.__kwdefaults__, "macs", (0.65,))
+    patch.setitem(tokenprune.calibrate.__kwdefaults__, "trials", 2)
+    patch.setitem(tokenprune.benchmark.__kwdefaults__, "batches", (1, 2))
+    vit = torchvision.models.VisionTransformer
+    patch.setattr(torchvision.models, "vit_b_16", lambda: vit(32, 4, 4, 2, 16, 32).eval())
     digits = sklearn.datasets.load_digits()
     few = Bunch(images=digits.images[:400], target=digits.target[:400])
     patch.setattr(sklearn.datasets, "load_digits", lambda: few)
@@ -81,7 +87,6 @@ def namespace() -> dict[str, Any]:
         projection_dim=16,
     )
     return {
-        "TokenPruneError": TokenPruneError,
         "batches": [(images, labels)],
         "clip": transformers.CLIPModel(clip).eval(),
         "host": host,
@@ -94,6 +99,7 @@ def namespace() -> dict[str, Any]:
         "tokenizer": tokenizer,
         "tokenprune": tokenprune,
         "torch": torch,
+        "torchvision": torchvision,
         "transformers": transformers,
     }
 
