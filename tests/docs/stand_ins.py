@@ -20,10 +20,10 @@ import tokenprune
 
 __all__ = ["namespace", "small_models"]
 
-VIT = {"img_size": 32, "patch_size": 4, "embed_dim": 16, "depth": 4, "num_heads": 2}
+VIT = {"img_size": 224, "patch_size": 28, "embed_dim": 96, "depth": 4, "num_heads": 3}
 CONFIG = {
-    "image_size": 32,
-    "patch_size": 4,
+    "image_size": 224,
+    "patch_size": 28,
     "hidden_size": 16,
     "intermediate_size": 32,
     "num_hidden_layers": 4,
@@ -43,10 +43,11 @@ def small_models(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(module, rounds, 1)
         patch.setattr(module, turn, 0.001)
     patch.setitem(tokenprune.compare.__kwdefaults__, "macs", (0.65,))
+    patch.setitem(tokenprune.compare.__kwdefaults__, "methods", ("merge-k0.7", "evit-k0.7"))
     patch.setitem(tokenprune.calibrate.__kwdefaults__, "trials", 2)
     patch.setitem(tokenprune.benchmark.__kwdefaults__, "batches", (1, 2))
     vit = torchvision.models.VisionTransformer
-    patch.setattr(torchvision.models, "vit_b_16", lambda: vit(32, 4, 4, 2, 16, 32).eval())
+    patch.setattr(torchvision.models, "vit_b_16", lambda: vit(224, 28, 4, 2, 16, 32).eval())
     digits = sklearn.datasets.load_digits()
     few = Bunch(images=digits.images[:400], target=digits.target[:400])
     patch.setattr(sklearn.datasets, "load_digits", lambda: few)
@@ -55,11 +56,10 @@ def small_models(patch: pytest.MonkeyPatch) -> None:
     def create_small(name: str, pretrained: bool = False, **options: Any) -> Any:
         assert timm.is_model(name), f"timm has no {name}"
         torch.manual_seed(0)
+        if "img_size" in options:  # the page builds it small itself
+            return create(name, **options).eval()
         shape = {**VIT, "num_classes": CLASSES, **options}
-        model = create("vit_tiny_patch16_224", **shape).eval()
-        size = (shape.get("in_chans", 3), shape["img_size"], shape["img_size"])
-        model.pretrained_cfg = {**model.pretrained_cfg, "input_size": size}
-        return model
+        return create("vit_tiny_patch16_224", **shape).eval()
 
     def from_pretrained(cls: Any, name: str, **options: Any) -> Any:
         torch.manual_seed(0)
@@ -80,7 +80,7 @@ def namespace() -> dict[str, Any]:
     """The names that a page may use at its start."""
     host = timm.create_model("deit_small_patch16_224")
     torch.manual_seed(0)
-    images, labels = torch.randn(8, 3, 32, 32), torch.arange(8) % CLASSES
+    images, labels = torch.randn(4, 3, 224, 224), torch.arange(4) % CLASSES
     clip = transformers.CLIPConfig(
         vision_config={**CONFIG, "projection_dim": 16},
         text_config={"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2},
@@ -92,8 +92,7 @@ def namespace() -> dict[str, Any]:
         "host": host,
         "images": images,
         "labels": labels,
-        "loader": DataLoader(TensorDataset(images, labels), batch_size=4),
-        "recipe": "learned-k0.7",
+        "loader": DataLoader(TensorDataset(images, labels), batch_size=2),
         "texts": ["a short text", "another one that is longer"],
         "timm": timm,
         "tokenizer": tokenizer,
