@@ -32,9 +32,12 @@ def on_files(files: Files, *, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
-    """Give the first page the width of the navigation, of which it has none."""
+    """Give the first page the width of the navigation, of which it has none; let a search find
+    errors first."""
     if page.file.src_uri == "index.md":
         page.meta["hide"] = ["navigation"]
+    if page.file.src_uri in ("errors.md", "messages.md"):
+        page.meta["search"] = {"boost": 4}
     return markdown
 
 
