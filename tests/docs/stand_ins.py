@@ -17,8 +17,13 @@ from sklearn.utils import Bunch
 from torch.utils.data import DataLoader, TensorDataset
 
 import tokenprune
+from tokenprune.analysis import operators
+from tokenprune.losses import ModelLoss
+from tokenprune.recipe import methods
+from tokenprune.recipe.names import MODES, SCORERS
+from tokenprune.rewrite import rules
 
-__all__ = ["namespace", "small_models"]
+__all__ = ["namespace", "predictor_gradients", "small_models"]
 
 VIT = {"img_size": 224, "patch_size": 28, "embed_dim": 96, "depth": 4, "num_heads": 3}
 CONFIG = {
@@ -39,6 +44,10 @@ ROUNDS = ("ROUNDS", "TURN_SECONDS")
 
 def small_models(patch: pytest.MonkeyPatch) -> None:
     """Let models that a page names be built small, timed in short turns, and tried at one cost."""
+    for registry in (SCORERS, MODES, methods._METHODS):  # pages may add to them
+        patch.setattr(registry, "_known", dict(registry._known))
+    patch.setattr(operators, "_KINDS", dict(operators._KINDS))
+    patch.setattr(rules, "_rules", dict(rules._rules))
     for module, rounds, turn in ((compare, "TIMED_ROUNDS", "TURN"), (benchmark, *ROUNDS)):
         patch.setattr(module, rounds, 1)
         patch.setattr(module, turn, 0.001)
@@ -74,6 +83,22 @@ def small_models(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(host, "from_pretrained", classmethod(from_pretrained))
     for auto in (transformers.AutoModel, transformers.AutoModelForSequenceClassification):
         patch.setattr(auto, "from_pretrained", classmethod(texts))
+
+
+def predictor_gradients(patch: pytest.MonkeyPatch) -> list[bool]:
+    """A list that grows with each gradient of a predictor of a model that `for_model` was given:
+    whether it is not zero."""
+    found: list[bool] = []
+    make = ModelLoss.__init__
+
+    def watched(self: ModelLoss, model: Any, *args: Any, **options: Any) -> None:
+        make(self, model, *args, **options)
+        for parameter in model.token_predictors.parameters():
+            if parameter.requires_grad:
+                parameter.register_hook(lambda gradient: found.append(bool(gradient.any())))
+
+    patch.setattr(ModelLoss, "__init__", watched)
+    return found
 
 
 def namespace() -> dict[str, Any]:

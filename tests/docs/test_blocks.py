@@ -12,7 +12,7 @@ import typer
 import yaml
 
 from tests.docs.blocks import Block, blocks_of
-from tests.docs.stand_ins import namespace, small_models
+from tests.docs.stand_ins import namespace, predictor_gradients, small_models
 from tokenprune.cli.app import app
 from tokenprune.recipe import Recipe
 
@@ -30,6 +30,7 @@ OTHERS = [
 def test_python(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     small_models(monkeypatch)
+    gradients = predictor_gradients(monkeypatch)
     names = namespace()
     for block in blocks_of(page):
         if block.language != "python":
@@ -39,6 +40,9 @@ def test_python(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         if block.reason is None:
             torch.manual_seed(0)
             exec(code, names)
+        if page.stem == "own-loop":
+            assert any(gradients), f"the loop at line {block.line} trains no predictor"
+            gradients.clear()
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import tokenprune
+from tests.docs.blocks import blocks_of
 from tests.test_errors import CASES
 from tokenprune import errors
 
@@ -53,6 +54,13 @@ def test_every_public_name_is_in_the_reference() -> None:
     shown += [f"tokenprune.errors.{name}" for name in errors.__all__ if name[0].isupper()]
     shown += [f"tokenprune.recipe.methods.{name}" for name in tokenprune.methods.__all__]
     assert [name for name in shown if f"::: {name}\n" not in page] == []
+
+
+def test_the_first_page_is_short() -> None:
+    """From nothing to a merged, timed and drawn model, and to a trained one."""
+    python = [b for b in blocks_of(ROOT / "docs" / "index.md") if b.language == "python"]
+    merged, trained = (len(list(filter(str.strip, b.code.splitlines()))) for b in python)
+    assert (merged <= 10, trained <= 30) == (True, True)
 
 
 def test_every_dependency_has_a_row() -> None:
