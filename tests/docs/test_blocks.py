@@ -25,7 +25,12 @@ OTHERS = [
 ]
 
 
-@pytest.mark.filterwarnings("default", "error::tokenprune.errors.TokenPruneWarning")
+@pytest.mark.filterwarnings(
+    "error::tokenprune.errors.TokenPruneWarning",  # also the one that other tests ignore
+    "ignore:'pin_memory' argument:UserWarning",
+    "ignore::UserWarning:lightning",
+    "ignore::FutureWarning:lightning",
+)
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=lambda page: page.stem)
 def test_python(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
