@@ -12,6 +12,11 @@ What `import tokenprune` gives. Shapes are in brackets: B images, L tokens, of w
 and N patch tokens, K kept ones, D channels, H heads. Times are in seconds, memory is in bytes, MACs
 are multiply-accumulates.
 """
+METHODS = """They are in `tokenprune.methods`. Each is a frozen object with a name that `wrap`,
+recipes and the command line take: `ToMe(r=13)` is `tome-r13`, `Merge(keep_ratio=0.7)` is
+`merge-k0.7`. All but `ToMe` have one field, `keep_ratio` in (0, 1], 0.7 if it is not given: the share
+that each of three stages keeps of what it sees (`MergeFalling` leaves as many in the end).
+"""
 MODEL = """
 ## What a wrapped model has beside its host's names
 
@@ -41,8 +46,10 @@ def _api(root: Path) -> str:
     return "\n".join([API, *shown[: len(functions)], MODEL, *own, *shown[len(functions) :]])
 
 
-def _listed(title: str, text: str, names: Sequence[str]) -> Callable[[Path], str]:
-    page = "\n".join([f"# {title}\n\n{text}\n", *(_entry(name) for name in names)])
+def _listed(
+    title: str, text: str, names: Sequence[str], **options: object
+) -> Callable[[Path], str]:
+    page = "\n".join([f"# {title}\n\n{text}\n", *(_entry(name, **options) for name in names)])
     return lambda root: page
 
 
@@ -63,9 +70,8 @@ def _public(root: Path, module: str) -> list[str]:
 
 def _methods(root: Path) -> str:
     names = _public(root, "tokenprune.recipe.methods")
-    text = "Each is a frozen object and has a name: `methods.ToMe(r=13)` is `tome-r13`."
     shown = [f"tokenprune.recipe.methods.{name}" for name in names]
-    return _listed("Methods", text + " They are in `tokenprune.methods`.", shown)(root)
+    return _listed("Methods", METHODS, shown, show_bases="false")(root)
 
 
 def _losses(root: Path) -> str:
