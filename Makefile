@@ -3,14 +3,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-fast test-oldest check clean venv links
+.PHONY: demo test test-fast test-oldest check docs docs-serve clean venv links
 
 demo: $(STAMP)
 	$(BIN)/tokenprune demo
 
 # One thread a process: two processes share the machine, and sums keep their order.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q --ignore tests/docs
 
 # A minute: unit tests, and all behaviours over the core toys and the core rows of the zoo.
 test-fast: $(STAMP)
@@ -36,6 +36,20 @@ check: $(STAMP) links
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+# The site in build/site; then every code block of README and site runs, on small models.
+DOCS := $(VENV)/.docs
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs
+docs: $(DOCS)
+	$(MKDOCS) build --strict --quiet
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q tests/docs
+
+docs-serve: $(DOCS)
+	$(MKDOCS) serve
+
+$(DOCS): $(STAMP)
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[docs]'
+	touch $@
 
 venv: $(STAMP)
 

@@ -7,14 +7,13 @@ A part that is not measured keeps its figures in the document.
 """
 
 import argparse
-import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.markdown import table
+from benchmarks.markdown import put, table
 from benchmarks.training_parity import leaks, parities, survivals
 from tokenprune.checkpoints.dynamicvit import convert_dynamicvit
 
@@ -138,23 +137,14 @@ def survival_part() -> str:
     return table(head, cells)
 
 
-def put(text: str, part: str, content: str) -> str:
-    """Replace the text between the marks of a part."""
-    pattern = re.compile(rf"(<!-- {part} -->\n).*?(\n<!-- end -->)", re.DOTALL)
-    if len(pattern.findall(text)) != 1:
-        raise SystemExit(f"{DOCUMENT.name} has not exactly one part marked '{part}'")
-    return pattern.sub(lambda match: match[1] + content + match[2], text)
-
-
 def main() -> None:
     """Measure, and put the figures into the document."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", type=Path, help="folder that benchmarks.official_cases wrote")
     parser.add_argument("--eval-only", action="store_true", help="leave the training part")
     options = parser.parse_args()
-    text = DOCUMENT.read_text(encoding="utf-8")
     if options.cases is not None:
-        text = put(text, "eval", eval_part(options.cases))
+        put(DOCUMENT, "eval", eval_part(options.cases))
     if not options.eval_only:
         for part, measure in {
             "parity": parity_part,
@@ -162,8 +152,7 @@ def main() -> None:
             "survival": survival_part,
         }.items():
             print(f"measuring {part}", file=sys.stderr, flush=True)
-            text = put(text, part, measure())
-    DOCUMENT.write_text(text, encoding="utf-8")
+            put(DOCUMENT, part, measure())
 
 
 if __name__ == "__main__":

@@ -1,9 +1,21 @@
 """Markdown for the pages that the benchmarks write."""
 
-__all__ = ["table"]
+import re
+from pathlib import Path
+
+__all__ = ["put", "table"]
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
     """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def put(page: Path, part: str, content: str) -> None:
+    """Replace what is between the marks of a part, `<!-- part -->` and `<!-- end -->`."""
+    text = page.read_text(encoding="utf-8")
+    pattern = re.compile(rf"(<!-- {part} -->\n).*?(<!-- end -->)", re.DOTALL)
+    if len(pattern.findall(text)) != 1:
+        raise SystemExit(f"{page.name} has not exactly one part marked '{part}'")
+    page.write_text(pattern.sub(lambda match: f"{match[1]}{content}\n{match[2]}", text))

@@ -18,7 +18,7 @@ settings.register_profile("fast", max_examples=5, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
 TESTS = Path(__file__).parent
-PRODUCT = TESTS / "product"
+PRODUCT, DOCS = TESTS / "product", TESTS / "docs"
 # What repeats on other hosts, or with other words, what a fast test of the same folder finds.
 SLOW_FILES = {
     *("test_bad_input.py", "test_errors.py", "analysis/test_blocks.py", "zoo/test_scorers.py"),
@@ -71,8 +71,9 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Do not even import `product` where slow tests are left out."""
-    return True if collection_path == PRODUCT and config.option.markexpr == "not slow" else None
+    """Do not even import `product` and `docs` where slow tests are left out."""
+    left_out = collection_path in (PRODUCT, DOCS) and config.option.markexpr == "not slow"
+    return True if left_out else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

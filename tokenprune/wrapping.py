@@ -176,6 +176,9 @@ def _trace_training(pruning: Pruning, example: Arguments) -> None:
 def unwrap(model: nn.Module) -> nn.Module:
     """The host of a wrapped model; with its weights as they are now, and no pruning.
 
+    Args:
+        model: What `wrap` returned.
+
     Raises:
         NotWrappedError: `model` was not returned by `wrap`.
     """

@@ -45,6 +45,10 @@ _loaded = False
 def register_adapter(adapter: Adapter, *, replace: bool = False) -> None:
     """Make `adapter` known; adapters registered later are asked first.
 
+    Args:
+        adapter: An object with a `name`, `matches(host)` and `describe(host)`.
+        replace: Put it in the place of one of that name.
+
     Raises:
         AdapterError: The name is taken (and `replace` is False), or it is no adapter.
     """

@@ -11,6 +11,9 @@ __all__ = ["cache_info", "clear_cache", "freeze_guards"]
 def cache_info(model: nn.Module) -> CacheInfo:
     """How many programs a wrapped model keeps, and how many it has made.
 
+    Args:
+        model: What `wrap` returned.
+
     Raises:
         NotWrappedError: `model` is not wrapped.
     """
@@ -21,6 +24,7 @@ def clear_cache(model: nn.Module, limit: int | None = None) -> None:
     """Let all programs of a wrapped model go; the next call traces again.
 
     Args:
+        model: What `wrap` returned.
         limit: How many it may keep from now on; as before if None.
 
     Raises:
@@ -43,6 +47,7 @@ def freeze_guards(model: nn.Module, frozen: bool = True) -> None:
     the programs are those of the model as it is.
 
     Args:
+        model: What `wrap` returned.
         frozen: False goes back to looking.
 
     Raises:

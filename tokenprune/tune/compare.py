@@ -154,8 +154,10 @@ def compare(
         labels: [N] for all images in order; None takes those of the batches, if they hold any.
         methods: Names or objects; all that need no training if None.
         macs: Shares of the dense host's MACs.
-        read, divergence: As for `calibrate`.
-        adapter, restore: As for `wrap`.
+        read: As for `calibrate`.
+        divergence: As for `calibrate`.
+        adapter: As for `wrap`.
+        restore: As for `wrap`.
         timed: Also time one batch of each row, in turns.
         seed: Of what is drawn.
         progress: As for `calibrate`.

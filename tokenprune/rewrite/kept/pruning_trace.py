@@ -23,6 +23,10 @@ class StageTrace:
             tokens.
         num_tokens: Patch tokens per image after the stage: K, or their mean over the batch where
             images differ (mask path, threshold).
+        groups: [B, N] where tokens merge: for each original patch the number of the patch that
+            stands for its group; its own if it is that one. None otherwise.
+        sizes: [B, K] where tokens merge: how many original patches each token stands for, in the
+            order of `keep_indices`. None otherwise.
     """
 
     keep_logits: Tensor
