@@ -60,7 +60,7 @@ class MakesUp:
         raise AttributeError(name)
 
 
-def beside_a_size(config: Plain, size: torch.Size = torch.Size([1])) -> Callable[[Any], float]:
+def beside(size: torch.Size, config: Plain) -> Callable[[Any], float]:
     return lambda s: config.own * size[0]
 
 
@@ -181,7 +181,7 @@ def changed_dtype(s: Any, v: float) -> None:
 # What the block holds, how its forward reads the number, how it is changed.
 HOLDERS: dict[str, Held] = {
     "closure": (None, reader(OF_CLOSURE), own(OF_CLOSURE)),
-    "closure_beside_a_size": (None, beside_a_size(OF_CLOSURE), own(OF_CLOSURE)),
+    "closure_beside_a_size": (None, beside(torch.Size([1]), OF_CLOSURE), own(OF_CLOSURE)),
     "named_tuple_in_a_list": (
         [Pair(1.0)], lambda s: s.held[0].own, lambda s, v: s.held.__setitem__(0, Pair(v))
     ),
