@@ -4,6 +4,7 @@ import tokenprune.versions  # noqa: F401  # isort: split
 from tokenprune import errors, losses, methods
 from tokenprune.checkpoints.directory import load, save
 from tokenprune.checkpoints.dynamicvit import convert_dynamicvit, load_dynamicvit
+from tokenprune.checkpoints.sharing import push_to_hub, save_pretrained
 from tokenprune.checks.certificate import Certificate
 from tokenprune.checks.verify import verify
 from tokenprune.cost.benchmark import Benchmark, benchmark
@@ -50,8 +51,10 @@ __all__ = [
     "losses",
     "methods",
     "profile",
+    "push_to_hub",
     "register_adapter",
     "save",
+    "save_pretrained",
     "unwrap",
     "verify",
     "wrap",

@@ -19,7 +19,7 @@ from tokenprune.errors import (
 )
 from tokenprune.recipe.schema import HostSection
 
-__all__ = ["build_host", "input_settings"]
+__all__ = ["build_host", "input_settings", "model_library"]
 
 ANY_SIZE = 224  # of hosts that do not say which they take
 
@@ -94,16 +94,25 @@ def input_settings(
     return settings
 
 
-def _library(section: HostSection) -> Any:
+def model_library(name: str, wanted: str) -> Any:
+    """timm or transformers, for a model of it.
+
+    Raises:
+        MissingDependencyError: It is not installed.
+    """
     try:
-        return import_module(section.library)
+        return import_module(name)
     except ModuleNotFoundError as error:
-        if error.name != section.library:
+        if error.name != name:
             raise
         raise MissingDependencyError(
-            f"{section.model!r} needs {section.library}, which is not installed. "
-            f"Run: pip install 'tokenprune-torch[{section.library}]'"
+            f"{wanted!r} needs {name}, which is not installed. "
+            f"Run: pip install 'tokenprune-torch[{name}]'"
         ) from error
+
+
+def _library(section: HostSection) -> Any:
+    return model_library(section.library, section.model)
 
 
 def _timm(section: HostSection) -> Any:
