@@ -47,7 +47,7 @@ def run(*arguments: str | Path) -> Any:
 
 
 def options(texts: list[str]) -> list[str]:
-    return [part for text in texts for part in ("-o", text)]
+    return [part for text in texts for part in ("--option", text)]
 
 
 @pytest.fixture(scope="module")
@@ -242,7 +242,7 @@ def test_weights_that_are_none(
     [
         (["dynamicvit-deit-small-k0.6"], "No recipe is named 'dynamicvit-deit-small-k0.6'"),
         (["RECIPE", "--data", "nowhere"], "The image folder 'nowhere' does not exist"),
-        (["RECIPE", "-o", "depth=3"], "name it with --model"),
+        (["RECIPE", "--option", "depth=3"], "name it with --model"),
         (["RECIPE", "--model", "torch:x"], "Models come from timm or transformers"),
         (["RECIPE", "--model", "vit_tny"], "timm has no model named 'vit_tny'"),
         (["RECIPE", "--epochs", "0", "--data", "IMAGES"], "epochs"),

@@ -12,7 +12,7 @@ from tokenprune.runtime.model import pruning_of
 
 NAME = "vit_tiny_patch16_224"
 SMALL = ["depth=4", "embed_dim=32", "num_heads=2", "img_size=16", "patch_size=2", "num_classes=10"]
-HOST = [NAME, *(part for option in SMALL for part in ("-o", option))]
+HOST = [NAME, *SMALL]
 FEW = ["--images", "24", "--batch-size", "12"]
 
 

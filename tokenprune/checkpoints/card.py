@@ -68,7 +68,8 @@ def write_card(
             facts.host["library"] or "pytorch",
         ],
     }
-    if type(model).__name__.endswith("ForImageClassification") or getattr(model, "num_classes", 0):
+    classifies = type(model).__name__.endswith("ForImageClassification")
+    if classifies or getattr(model, "num_classes", 0):  # type: ignore[arg-type]
         known["pipeline_tag"] = "image-classification"
     header = hub.ModelCardData(**{**known, **(metadata or {})}).to_yaml()
     pictures = _pictures(model, folder, counted, images)
@@ -148,7 +149,8 @@ def _usage(facts: Facts, name: str, host: str) -> str:
     dense = {
         "timm": f'import timm\n\nhost = timm.create_model("{"local-dir" if local else "hf-hub"}:'
         f'{name}", pretrained=True)',
-        "transformers": f'import transformers\n\nhost = transformers.{host}.from_pretrained("{name}")',
+        "transformers": f"import transformers\n\nhost = transformers.{host}.from_pretrained("
+        f'"{name}")',
     }
     if library:
         lines += [

@@ -54,8 +54,7 @@ def fetched(
                 revision=revision,
                 token=token,
                 allow_patterns=READ,
-                library_name="tokenprune",
-                library_version=versions()["tokenprune"],
+                **_library(),
             )
         )
     except Exception as error:  # the client has many: no such repository, no network, no access
@@ -96,9 +95,7 @@ def uploaded(
         MissingDependencyError: huggingface_hub is not installed.
     """
     hub = hub_client("push_to_hub")
-    api = hub.HfApi(
-        token=token, library_name="tokenprune", library_version=versions()["tokenprune"]
-    )
+    api = hub.HfApi(token=token, **_library())
     name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None:
         api.create_branch(name, branch=revision, exist_ok=True)
@@ -116,6 +113,10 @@ def uploaded(
             ignore_patterns=[CARD] if keep_card else None,
         )
     return str(getattr(done, "commit_url", done))
+
+
+def _library() -> dict[str, str]:
+    return {"library_name": "tokenprune", "library_version": versions()["tokenprune"]}
 
 
 def _first_line(error: Exception) -> str:

@@ -83,14 +83,14 @@ def _shapes(module: nn.Module) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in module.state_dict().items()}
 
 
-def _built(library: str, kind: type[nn.Module], folder: Path) -> nn.Module:
+def _built(library: str, kind: Any, folder: Path) -> nn.Module:
     if library == "timm":
         import tokenprune.models  # noqa: F401  registers lvvit_* with timm
 
         timm = model_library("timm", str(folder))
         return timm.create_model(f"local-dir:{folder}", pretrained=False)  # type: ignore[no-any-return]
-    config = kind.config_class.from_pretrained(folder)  # type: ignore[attr-defined]
-    return kind(config)
+    config = kind.config_class.from_pretrained(folder)
+    return kind(config)  # type: ignore[no-any-return]
 
 
 @contextmanager
@@ -123,7 +123,7 @@ def rebuilt(source: Path, facts: Facts, recipe: Recipe) -> nn.Module:
         )
     module = model_library(library, made)
     try:
-        kind = type(None) if library == "timm" else _class_named(module, made)
+        kind: Any = None if library == "timm" else _class_named(module, made)
         return _built(library, kind, source).eval()
     except TokenPruneError:
         raise

@@ -73,16 +73,8 @@ def save_pretrained(
     if options.pop("push_to_hub", False):
         upload = {key: options.pop(key) for key in OF_UPLOADS if key in options}
         repo_id = options.pop("repo_id", target.name)
-        push_to_hub(
-            model,
-            repo_id,
-            card=card,
-            images=images,
-            certify=certify,
-            host=host,
-            **upload,
-            **options,
-        )
+        own: dict[str, Any] = {"card": card, "images": images, "certify": certify, "host": host}
+        push_to_hub(model, repo_id, **own, **upload, **options)
     light = not options.keys().isdisjoint(BY_TRAINERS)
     if options.get("is_main_process") is False:
         return target
