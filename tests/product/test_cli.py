@@ -161,7 +161,7 @@ def test_inspect_with_a_recipe_and_an_adapter(tmp_path: Any) -> None:
         (["ViTForImageClassification"], "write transformers:ViTForImageClassification"),
         (["transformers:ViTForImageClasification"], "Did you mean 'ViTForImageClassification'"),
         (["keras:vit"], "Models come from timm or transformers, found 'keras'"),
-        (["vit_tiny_patch16_224", "depth"], "An option is written KEY=VALUE"),
+        (["vit_tiny_patch16_224", "depth"], "An option is written KEY=VALUE, found 'depth'"),
         (["vit_tiny_patch16_224", "depth=["], "The value of option 'depth=[' cannot be read"),
         (["vit_tiny_patch16_224", "dept=3"], "timm cannot build 'vit_tiny_patch16_224' with"),
         (["transformers:vit", "hidden_size=big"], "transformers cannot build 'vit' with"),

@@ -60,8 +60,8 @@ def fetched(
     except Exception as error:  # the client has many: no such repository, no network, no access
         raise CheckpointError(
             f"There is no folder {directory!r} here, and the Hugging Face Hub gives none of this "
-            f"name: {type(error).__name__}: {_first_line(error)} Check the name; for a private one "
-            "pass token=..., without a network name a folder."
+            f"name ({type(error).__name__}: {_first_line(error)}). Check the name; for a private "
+            "one pass token=..., without a network name a folder."
         ) from error
 
 
@@ -121,4 +121,4 @@ def _library() -> dict[str, str]:
 
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0].rstrip(".") + "." if lines else ""
+    return lines[0].rstrip(".") if lines else ""

@@ -39,7 +39,8 @@ def shared_names(state: Mapping[str, Any]) -> dict[str, str]:
         if not isinstance(value, Tensor) or value.is_meta:
             found = "a tensor without data" if isinstance(value, Tensor) else type(value).__name__
             raise CheckpointError(
-                f"Cannot save {name!r}: it is {found}. A checkpoint holds tensors only."
+                f"Cannot save {name!r}: it is {found}. A checkpoint holds tensors only. Let its "
+                "module keep a tensor there (register_buffer), or leave it out of the state dict."
             )
         shared = (value.data_ptr(), value.shape, value.stride(), value.dtype, value.device)
         if value.numel() and first.setdefault(shared, name) != name:

@@ -70,7 +70,8 @@ def _sizes(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise PlanError(
-            f"--batch is one number of images, or several with commas: 1,8,32; found {text!r}."
+            f"--batch is one number of images, or several with commas, found {text!r}. Give "
+            "--batch 1,8,32."
         ) from None
 
 

@@ -69,11 +69,16 @@ def parse_options(texts: Sequence[str]) -> dict[str, Any]:
     for text in texts:
         key, equals, value = text.partition("=")
         if not equals or not key.isidentifier():
-            raise HostError(f"An option is written KEY=VALUE, such as img_size=32; found {text!r}.")
+            raise HostError(
+                f"An option is written KEY=VALUE, found {text!r}. Write it so: img_size=32."
+            )
         try:
             options[key] = load_yaml(value, f"option {key}")
         except RecipeError as error:
-            raise HostError(f"The value of option {text!r} cannot be read: {error}") from error
+            raise HostError(
+                f"The value of option {text!r} cannot be read: {error}. Write it as in YAML, such "
+                "as depths=[2,2]."
+            ) from error
     return options
 
 
@@ -86,7 +91,10 @@ def host_section(name: str, options: Sequence[str]) -> HostSection:
     except ValidationError as error:
         faults = (f"{'.'.join(map(str, f['loc']))}: {f['msg']}" for f in error.errors())
         asked = f"{name!r} with options {list(options)}"
-        raise HostError(f"{asked} names no host: {'; '.join(faults)}") from error
+        raise HostError(
+            f"{asked} names no host: {'; '.join(faults)}. Write timm:NAME or transformers:NAME, "
+            "and plain values."
+        ) from error
 
 
 def build(name: str, options: Sequence[str], *, pretrained: bool = False) -> nn.Module:
@@ -134,7 +142,9 @@ def _called(name: str, kwargs: dict[str, Any]) -> nn.Module:
     try:
         host = make(**kwargs)
     except TypeError as error:
-        raise HostError(f"{name} cannot be called with {kwargs}: {error}") from error
+        raise HostError(
+            f"{name} cannot be called with {kwargs}: {error}. Give its arguments as KEY=VALUE."
+        ) from error
     if not isinstance(host, nn.Module):
         raise HostError(
             f"{name} returned {type(host).__name__}, where a torch.nn.Module is needed. Name a "

@@ -111,7 +111,7 @@ def _build(
 def load_host_weights(host: nn.Module, file: Path) -> None:
     """Load a dense host's weights: safetensors, or a torch file that holds tensors only."""
     if not file.is_file():
-        raise CheckpointError(f"There is no file {str(file)!r} with weights of the host.")
+        raise CheckpointError(f"There is no file {str(file)!r}. Name one with weights.")
     try:
         if file.suffix == ".safetensors":
             state = load_file(file)
@@ -125,8 +125,10 @@ def load_host_weights(host: nn.Module, file: Path) -> None:
             "wrote and that holds tensors only."
         ) from error
     except RuntimeError as error:
-        message = f"{str(file)!r} does not fit {type(host).__name__}: {error}"
-        raise CheckpointError(message) from error
+        raise CheckpointError(
+            f"{str(file)!r} does not fit {type(host).__name__}: {error}\nBuild the host as the one "
+            "of the file was built: give its arguments as KEY=VALUE."
+        ) from error
 
 
 def write_input(directory: Path, data: str | None, run: Run) -> None:
@@ -276,8 +278,8 @@ def image_argument(model: nn.Module) -> str | None:
     found = ", ".join(f"{name} {list(example.shape)}" for name, example in inputs.items())
     raise HostError(
         f"Asked for what becomes of image patches, but {type(host).__name__} takes no images: its "
-        f"inputs are {found}, without the batch. `tokenprune inspect` shows the token counts of "
-        "any model as a table."
+        f"inputs are {found}, without the batch. Run `tokenprune inspect`, which shows the "
+        "token counts of any model as a table."
     )
 
 
@@ -349,8 +351,8 @@ def keep_ratios(text: str) -> float | list[float]:
         ratios = [float(part) for part in text.split(",")]
     except ValueError:
         raise PlanError(
-            f"A keep ratio is a number such as 0.7, or one for each stage such as 0.7,0.5,0.3; "
-            f"found {text!r}."
+            f"A keep ratio is a number, or one for each stage, found {text!r}. Give 0.7, or "
+            "0.7,0.5,0.3."
         ) from None
     return ratios[0] if len(ratios) == 1 else ratios
 

@@ -75,8 +75,8 @@ def _shares(text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise PlanError(
-            f"--macs is one share of the dense MACs, or several with commas: 0.8,0.65; found "
-            f"{text!r}."
+            f"--macs is one share of the dense MACs, or several with commas, found {text!r}. Give "
+            "--macs 0.8,0.65."
         ) from None
 
 

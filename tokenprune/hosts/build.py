@@ -65,7 +65,7 @@ def build_host(
         given = f"the options {dict(section.kwargs) | asked}, pretrained={pretrained}"
         raise HostError(
             f"{section.library} cannot build {section.model!r} with {given}: "
-            f"{type(error).__name__}: {error}"
+            f"{type(error).__name__}: {error}. Change the options, or give none."
         ) from error
 
 
@@ -200,7 +200,9 @@ def _config(section: HostSection, pretrained: bool) -> tuple[Any, Callable[[Any]
         try:
             known = config = library.AutoConfig.from_pretrained(model, **section.kwargs)
         except (OSError, ValueError) as error:
-            raise UnsupportedHostError(f"{unknown} {error}") from error
+            raise UnsupportedHostError(
+                f"{unknown} {error} Check the name, or name a folder that save_pretrained wrote."
+            ) from error
     else:
         if model not in types:
             build = getattr(library, model, None)

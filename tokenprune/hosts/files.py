@@ -58,7 +58,8 @@ def host_of_files(path: Path, options: Mapping[str, Any]) -> nn.Module:
     except Exception as error:  # a library may refuse a folder in any way
         raise HostError(
             f"{library.__name__} cannot build the model of {str(path)!r} with the options "
-            f"{dict(options)}: {type(error).__name__}: {error}"
+            f"{dict(options)}: {type(error).__name__}: {error}. Change the options, or fetch the "
+            "folder again."
         ) from error
 
 

@@ -82,8 +82,8 @@ def _axes(what: str) -> Any:
         from matplotlib.figure import Figure
     except ImportError:
         raise MissingDependencyError(
-            f"A picture of {what} needs matplotlib: pip install matplotlib. The table has the same "
-            "figures: print(report)."
+            f"A picture of {what} needs matplotlib. Run: pip install matplotlib. The table has the "
+            "same figures: print(report)."
         ) from None
     return Figure(figsize=(7, 4.5), layout="constrained").add_subplot()
 

@@ -35,7 +35,7 @@ FX_TRACED = (
     "A torch.fx tracer was run on a {} that tokenprune wrapped (torch.fx.symbolic_trace, a feature "
     "extractor of torchvision or timm): its forward chooses a program by the shapes of real "
     "tensors, which such a tracer has not. Make the feature extractor of the host and wrap that, "
-    "read features with a forward hook, or use tokenprune.export(model, ...) for a graph."
+    'read features with a forward hook, or call tokenprune.export(model, "model.pt2") for a graph.'
 )
 
 
