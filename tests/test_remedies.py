@@ -348,7 +348,9 @@ def test_every_message_says_what_to_do() -> None:
     lacking = [
         f"{place} {text}"
         for place, text in texts
-        if OF_HOSTS.isdisjoint(Path(place.partition(":")[0]).parts) and not ADVICE.search(text)
+        if OF_HOSTS.isdisjoint(Path(place.partition(":")[0]).parts)
+        and not ADVICE.search(text)
+        and not text.endswith(":")  # the faults follow, each with its own
     ]
     assert lacking == [], "\n".join(lacking)
     assert issubclass(errors.HostError, TokenPruneError)

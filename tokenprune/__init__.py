@@ -1,6 +1,7 @@
 """Learned token pruning for vision transformers that somebody else wrote."""
 
-import tokenprune.versions  # noqa: F401  # isort: split
+from tokenprune.versions import DISTRIBUTION, version_of  # isort: split
+
 from tokenprune import errors, losses, methods
 from tokenprune.checkpoints.directory import load, save
 from tokenprune.checkpoints.dynamicvit import convert_dynamicvit, load_dynamicvit
@@ -20,6 +21,9 @@ from tokenprune.runtime.serving import cache_info, clear_cache, freeze_guards
 from tokenprune.tune.calibrate import Calibration, calibrate
 from tokenprune.tune.compare import Comparison, compare
 from tokenprune.wrapping import unwrap, wrap
+
+__version__ = version_of(DISTRIBUTION) or "unknown"
+"""Of the distribution `tokenprune-torch`; unknown in a source tree that was never installed."""
 
 __all__ = [
     "ArchSpec",

@@ -358,3 +358,19 @@ def test_names_that_transformers_changes(tmp_path: Path) -> None:
     ):
         found = again.eval()(IMAGES).last_hidden_state
         assert torch.equal(found, model(IMAGES).last_hidden_state)
+
+
+def test_the_page_about_sharing(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its code, in order."""
+    monkeypatch.chdir(tmp_path)
+    model = wrapped(vit(depth=4), "learned-k0.7")
+    names: dict[str, Any] = {"model": model, "images": IMAGES, "timm": timm}
+    names |= {"tokenprune": tokenprune, "host": vit(seed=5, depth=4)}
+    trained = tmp_path / "run" / "checkpoint-500"
+    trained.mkdir(parents=True)
+    save_file(model.state_dict(), trained / WEIGHTS, metadata={"format": "pt"})
+    tokenprune.save(model, "mine")
+    page = Path(__file__).parents[2] / "docs" / "sharing.md"
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+        exec(block, names)
+    assert torch.equal(names["dense"].eval()(IMAGES), dense(model))

@@ -3,8 +3,6 @@
 import json
 import platform
 import sys
-from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ from pydantic import BaseModel
 
 from tokenprune.errors import CheckpointError, RecipeError
 from tokenprune.recipe import Recipe
+from tokenprune.versions import DISTRIBUTION, version_of
 
 __all__ = [
     "ADDED",
@@ -119,10 +118,7 @@ def read_recipe(source: Path) -> Recipe:
 
 def versions() -> dict[str, str]:
     """Of Python, this library, torch, and the model libraries that are loaded."""
-    packages = {"tokenprune": "tokenprune-torch", "torch": "torch"}
+    packages = {"tokenprune": DISTRIBUTION, "torch": "torch"}
     packages |= {name: name for name in ("timm", "transformers") if name in sys.modules}
-    found = {"python": platform.python_version()} | dict.fromkeys(packages, "unknown")
-    for name, distribution in packages.items():
-        with suppress(PackageNotFoundError):  # run from a source tree that was never installed
-            found[name] = version(distribution)
-    return found
+    found = {name: version_of(package) or "unknown" for name, package in packages.items()}
+    return {"python": platform.python_version(), **found}

@@ -4,12 +4,12 @@ Exit codes: 0 done, 1 an error that is a fault of this library or its machine, 2
 message says how to mend, 130 interrupted.
 """
 
-from importlib import metadata
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from tokenprune import __version__
 from tokenprune.cli.benchmark import benchmark
 from tokenprune.cli.console import say, show_error
 from tokenprune.cli.convert import register as register_convert
@@ -78,7 +78,7 @@ app = typer.Typer(
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        say(f"tokenprune {metadata.version('tokenprune-torch')}")
+        say(f"tokenprune {__version__}")
         raise typer.Exit
 
 

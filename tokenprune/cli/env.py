@@ -1,13 +1,13 @@
 """`tokenprune env`: versions and devices, for the report of a fault."""
 
 import platform
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
 from tokenprune.cli.console import report
 from tokenprune.cli.options import Json
 from tokenprune.report.table import Table
+from tokenprune.versions import version_of
 
 __all__ = ["env", "environment"]
 
@@ -26,11 +26,7 @@ def env(as_json: Json = False) -> None:
 def environment() -> dict[str, str]:
     """Name -> version or device."""
     found = {"python": platform.python_version(), "system": platform.platform()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
+    found |= {name: version_of(name) or "not installed" for name in PACKAGES}
     found["torch"] = torch.__version__  # with its build, which metadata leave out
     found["threads"] = str(torch.get_num_threads())
     found["CUDA of torch"] = str(torch.version.cuda or "none")

@@ -58,9 +58,7 @@ class Method(BaseModel):
             found = error.errors(include_url=False)
             problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in found]
             asked = ", ".join(f"{name}={value!r}" for name, value in fields.items())
-            raise RecipeError(
-                f"{type(self).__name__}({asked}) is no method; give it numbers that are:", problems
-            ) from None
+            raise RecipeError(f"{type(self).__name__}({asked}) is no method:", problems) from None
 
     @property
     def name(self) -> str:

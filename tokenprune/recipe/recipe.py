@@ -157,7 +157,7 @@ class Recipe(Section):
         except ValidationError as error:
             problems = list(_problems(error, mapping))
         count = "is 1 fault" if len(problems) == 1 else f"are {len(problems)} faults"
-        raise RecipeError(f"There {count} in {where}; change what is named:", problems)
+        raise RecipeError(f"There {count} in {where}:", problems)
 
     @classmethod
     def from_text(cls, text: str, where: str = "the recipe") -> Self:
