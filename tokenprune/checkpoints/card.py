@@ -40,6 +40,7 @@ def write_card(
     facts: Facts,
     *,
     name: str,
+    local: bool,
     certificate: Certificate | None,
     images: Tensor | None = None,
     metadata: Mapping[str, Any] | None = None,
@@ -51,6 +52,7 @@ def write_card(
         folder: Where to.
         facts: Of the folder.
         name: Of the folder or repository, as `tokenprune.load` takes it.
+        local: It is a folder.
         certificate: What `verify` found.
         images: [B, C, height, width] as the model takes them; the first few are drawn.
         metadata: Of the Hub: `license`, `datasets`, `base_model`, ...
@@ -78,7 +80,7 @@ def write_card(
         _what(pruning, counted, merged),
         _figures(pruning, counted),
         *pictures,
-        _usage(facts, name, type(pruning.host).__name__),
+        _usage(facts, name, local, type(pruning.host).__name__),
         _proof(certificate),
         _files(folder, facts),
         MARK,
@@ -136,8 +138,8 @@ def _pictures(model: nn.Module, folder: Path, counted: Profile, images: Tensor |
     return drawn
 
 
-def _usage(facts: Facts, name: str, host: str) -> str:
-    library, local = facts.host["library"], Path(name).is_dir() or Path(name).is_absolute()
+def _usage(facts: Facts, name: str, local: bool, host: str) -> str:
+    library = facts.host["library"]
     given = f'"{name}"' if library else f'"{name}", host'
     lines = [
         "## Use",

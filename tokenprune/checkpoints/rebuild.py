@@ -53,8 +53,7 @@ def write_config(host: nn.Module, folder: Path) -> tuple[str, str]:
             _write_timm(host, file)
         elif not there:
             _write_transformers(host, folder)
-        with torch.device("meta"), _quiet(library):
-            again = _built(library, type(host), folder)
+        again = _sketch(library, type(host), folder)
         if type(again) is type(host) and _shapes(again) == _shapes(host):
             return library, ""
         why_not = f"{library} builds another model by its configuration: a layer was replaced"
@@ -81,6 +80,17 @@ def _write_transformers(host: Any, folder: Path) -> None:
 
 def _shapes(module: nn.Module) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in module.state_dict().items()}
+
+
+def _sketch(library: str, kind: Any, folder: Path) -> nn.Module:
+    """A host of the same kind without weights; on the meta device, if its code can be run there."""
+    with _quiet(library):
+        try:
+            with torch.device("meta"):
+                return _built(library, kind, folder)
+        except Exception:  # its code reads a number from a tensor, say
+            with torch.random.fork_rng():
+                return _built(library, kind, folder)
 
 
 def _built(library: str, kind: Any, folder: Path) -> nn.Module:

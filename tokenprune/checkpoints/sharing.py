@@ -107,6 +107,7 @@ def save_pretrained(
             write_card(
                 *(model, folder, facts),
                 name=str(save_directory) if name is None else name,
+                local=name is None,
                 certificate=certificate,
                 images=images,
                 metadata=card if isinstance(card, Mapping) else None,
