@@ -121,7 +121,9 @@ def gmacs(output: str, path: str) -> float:
 
 
 def test_eval_by_another_ratio_and_path(trained: Path) -> None:
-    usual = gmacs(run("eval", trained, "--path", "gather").stdout, "pruned (gather)")
+    found = json.loads(run("eval", trained, "--path", "gather", "--json").stdout)
+    assert [path["path"] for path in found["paths"]] == ["gather"]
+    usual = found["paths"][0]["gmacs"]
     result = run("eval", trained, "--path", "gather", "--keep-ratio", "0.5,0.1")
     assert result.exit_code == 0, result.output
     assert "nothing pruned" not in result.stdout

@@ -70,14 +70,14 @@ def save_pretrained(
         MissingDependencyError: huggingface_hub is not installed, which cards need.
     """
     pruning, target = pruning_of(model), Path(save_directory)
+    if options.get("is_main_process") is False:
+        return target
     if options.pop("push_to_hub", False):
         upload = {key: options.pop(key) for key in OF_UPLOADS if key in options}
         repo_id = options.pop("repo_id", target.name)
         own: dict[str, Any] = {"card": card, "images": images, "certify": certify, "host": host}
         push_to_hub(model, repo_id, **own, **upload, **options)
     light = not options.keys().isdisjoint(BY_TRAINERS)
-    if options.get("is_main_process") is False:
-        return target
     own_way = getattr(type(pruning.host), "save_pretrained", None)
     given = options.pop("state_dict", None)
     state = model.state_dict() if given is None else given
