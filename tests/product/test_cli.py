@@ -377,8 +377,6 @@ def test_a_fault_has_its_own_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_shell_completes() -> None:
-    shown = run("--show-completion", "bash")
-    assert shown.exit_code == 0
     asked = {"_TOKENPRUNE_COMPLETE": "complete_bash", "COMP_WORDS": "tokenprune ins"}
     asked |= {"COMP_CWORD": "1"}
     found = CliRunner().invoke(app, [], env=asked, prog_name="tokenprune")
