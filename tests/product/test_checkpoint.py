@@ -395,6 +395,8 @@ def test_what_release_0_1_saved_gives_the_same_logits(mode: str) -> None:
     """Written at commit ca61f60; `<mode>.safetensors` holds its images, logits and kept sets."""
     saved = Path(__file__).parents[1] / "data" / "saved_by_0.1"
     known = load_file(saved / f"{mode}.safetensors")
+    with pytest.raises(CheckpointError, match="an older release saved it"):
+        load(saved / mode)
     model = load(saved / mode, SAVED_BY_0_1[mode]()).eval()
     with torch.no_grad():
         logits, trace = model(known["images"], return_trace=True)

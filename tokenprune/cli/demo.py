@@ -11,7 +11,7 @@ import typer
 
 from tokenprune.checkpoints.directory import save
 from tokenprune.checks.verify import verify
-from tokenprune.cli.console import bar, report, working
+from tokenprune.cli.console import bar, report, say, working
 from tokenprune.cli.demo_report import Figures, accuracy_table, settings_table, speed_table, write
 from tokenprune.cli.inspect import certificate_table, cost_table, stage_table
 from tokenprune.cli.options import Json
@@ -49,12 +49,13 @@ def demo(
     started = time.perf_counter()
     chosen = load_recipe(recipe)
     run = prepare(chosen, None, pretrained=False)
-    found = [
+    intro = (
         f"{len(run.data.train)} digits to train on, {len(run.data.eval)} held out; "  # type: ignore[arg-type]
         f"{type(run.model).__name__} with "
         f"{sum(p.numel() for p in run.model.parameters()) / 1e6:.2f} M parameters."
-    ]
-    report(False, None, *([] if as_json else found))
+    )
+    if not as_json:
+        say(intro)
     with bar("dense host") as step:
         pretrain(run.model, run.data, dense_epochs, progress=step, seed=chosen.train.seed)
     accuracy = {"dense": evaluate(run.model, run.data, path="dense")}

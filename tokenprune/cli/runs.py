@@ -253,7 +253,8 @@ def settings_of(model: nn.Module, published: bool, folder: Path | None = None) -
         return settings
     named = str(getattr(getattr(host, "config", None), "_name_or_path", ""))
     for place in (str(folder), named) if published else ():
-        if (Path(place) / "preprocessor_config.json").is_file() or place.count("/") == 1:
+        remote = place.count("/") == 1 and not Path(place).exists()
+        if remote or (Path(place) / "preprocessor_config.json").is_file():
             processor = model_library("transformers", place).AutoImageProcessor
             found = processor.from_pretrained(place)
             settings |= {"mean": tuple(found.image_mean), "std": tuple(found.image_std)}

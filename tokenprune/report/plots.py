@@ -74,6 +74,7 @@ def draw_blocks(path: Path, dense: Sequence[float], pruned: Sequence[float]) -> 
     axes.bar(numbers, dense, color="#c9d6e6", label="dense")
     axes.bar(numbers, pruned, width=0.55, color="#2f6fb7", label="this model")
     axes.set_xticks(list(numbers))
+    axes.set_axisbelow(True)
     return _saved(axes, path, "block", "GMACs of one image")
 
 
