@@ -56,7 +56,10 @@ def write_config(host: nn.Module, folder: Path) -> tuple[str, str]:
         again = _sketch(library, type(host), folder)
         if type(again) is type(host) and _shapes(again) == _shapes(host):
             return library, ""
-        why_not = f"{library} builds another model by its configuration: a layer was replaced"
+        why = "a layer was replaced"
+        if library == "timm" and not hasattr(host, "_model_args"):
+            why += ", or it was built with arguments, which this older timm does not note"
+        why_not = f"{library} builds another model by its configuration: {why}"
     except Exception as error:  # whatever a library says to a configuration that it cannot take
         why_not = f"{library} cannot note how it was built: {type(error).__name__}: {error}"
     if not there:
@@ -67,9 +70,11 @@ def write_config(host: nn.Module, folder: Path) -> tuple[str, str]:
 def _write_timm(host: nn.Module, file: Path) -> None:
     from timm.models._hub import save_config_for_hf
 
-    # timm before 1.0.30 does not note what a model was made with
-    known = {} if hasattr(host, "_model_args") else {"num_classes": host.num_classes}
-    save_config_for_hf(host, str(file), model_args=known)
+    known: dict[str, Any] = {}
+    if not hasattr(host, "_model_args"):  # an older timm does not note what a model was made with
+        size = getattr(getattr(host, "patch_embed", None), "img_size", None)
+        known = {"num_classes": host.num_classes} | ({"img_size": size} if size else {})
+    save_config_for_hf(host, file, model_args=known)
 
 
 def _write_transformers(host: Any, folder: Path) -> None:
