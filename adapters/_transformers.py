@@ -77,7 +77,8 @@ class TransformersFamily:
         if not blocks:
             raise UnsupportedHostError(
                 f"Adapter {self.name!r} found no {self.block} that works on image patches in "
-                f"{type(host).__name__}. It prunes the patches of the image models of {self.home}."
+                f"{type(host).__name__}. It prunes the patches of the image models of {self.home}. "
+                "Use adapter='generic', or pass an ArchSpec."
             )
         config = nearest_config(host, blocks[0])
         return ArchSpec(

@@ -1,9 +1,11 @@
 """Learned token pruning for vision transformers that somebody else wrote."""
 
-import tokenprune.versions  # noqa: F401  # isort: split
+from tokenprune.versions import DISTRIBUTION, version_of  # isort: split
+
 from tokenprune import errors, losses, methods
 from tokenprune.checkpoints.directory import load, save
 from tokenprune.checkpoints.dynamicvit import convert_dynamicvit, load_dynamicvit
+from tokenprune.checkpoints.sharing import push_to_hub, save_pretrained
 from tokenprune.checks.certificate import Certificate
 from tokenprune.checks.verify import verify
 from tokenprune.cost.benchmark import Benchmark, benchmark
@@ -19,6 +21,9 @@ from tokenprune.runtime.serving import cache_info, clear_cache, freeze_guards
 from tokenprune.tune.calibrate import Calibration, calibrate
 from tokenprune.tune.compare import Comparison, compare
 from tokenprune.wrapping import unwrap, wrap
+
+__version__ = version_of(DISTRIBUTION) or "unknown"
+"""Of the distribution `tokenprune-torch`; unknown in a source tree that was never installed."""
 
 __all__ = [
     "ArchSpec",
@@ -50,8 +55,10 @@ __all__ = [
     "losses",
     "methods",
     "profile",
+    "push_to_hub",
     "register_adapter",
     "save",
+    "save_pretrained",
     "unwrap",
     "verify",
     "wrap",

@@ -3,7 +3,7 @@
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,11 +11,12 @@ __all__ = ["all_or_nothing"]
 
 
 @contextmanager
-def all_or_nothing(target: Path, last: str) -> Iterator[Path]:
+def all_or_nothing(target: Path, last: str, replaces: Sequence[str] = ()) -> Iterator[Path]:
     """A new folder, whose files are moved into the folder `target` if the block succeeds.
 
     A `target` that does not exist appears with all files at once. In one that exists, files of the
-    same names are replaced one by one, that named `last` after all others, and other files stay.
+    same names are replaced one by one, that named `last` after all others, and other files stay,
+    but for those that a pattern of `replaces` names.
     """
     target = target.resolve()
     exists = target.exists()
@@ -26,10 +27,16 @@ def all_or_nothing(target: Path, last: str) -> Iterator[Path]:
     try:
         yield folder
         for file in folder.iterdir():
-            _flush(file)
+            if file.is_file():
+                _flush(file)
         if exists:
+            new = {file.name for file in folder.iterdir()}
+            old = {file for pattern in replaces for file in target.glob(pattern)}
             for file in sorted(folder.iterdir(), key=lambda file: file.name == last):
                 file.replace(target / file.name)
+            for file in old:
+                if file.name not in new:
+                    file.unlink()
         else:
             folder.rename(target)
     finally:

@@ -1,14 +1,24 @@
-"""The oldest torch, transformers and timm that the tests ran with (`make test-oldest`).
+"""The version of this package, which `pyproject.toml` alone states; and the oldest torch,
+transformers and timm that the tests ran with (`make test-oldest`).
 
-Refused here, when tokenprune is imported: an older one fails later, from inside of a trace.
+Older ones are refused here, when tokenprune is imported: they fail later, from inside of a trace.
 """
 
 import re
 from importlib.metadata import PackageNotFoundError, version
 
-__all__ = ["FLOORS", "refuse_older"]
+__all__ = ["DISTRIBUTION", "FLOORS", "refuse_older", "version_of"]
 
+DISTRIBUTION = "tokenprune-torch"
 FLOORS = {"torch": "2.8", "transformers": "5.0", "timm": "1.0.22"}
+
+
+def version_of(distribution: str) -> str | None:
+    """The version of a distribution; None if it is not installed."""
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
 
 
 def refuse_older(floors: dict[str, str] = FLOORS) -> None:
@@ -18,11 +28,8 @@ def refuse_older(floors: dict[str, str] = FLOORS) -> None:
         ImportError: One is; the message says what to install.
     """
     for package, floor in floors.items():
-        try:
-            found = version(package)
-        except PackageNotFoundError:  # timm and transformers are optional
-            continue
-        if _numbers(found) < _numbers(floor):
+        found = version_of(package)
+        if found is not None and _numbers(found) < _numbers(floor):
             raise ImportError(
                 f"tokenprune needs {package} {floor} or newer, found {found}. "
                 f"Install it: pip install -U '{package}>={floor}'"

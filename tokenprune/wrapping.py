@@ -97,11 +97,13 @@ def wrap(
     """
     if isinstance(model, PrunedModel) and hasattr(model, PRUNING):
         raise AlreadyWrappedError(
-            f"This {type(model).__name__} is wrapped already. Use tokenprune.unwrap(model) first, "
-            "or model.set_keep_ratio(...) to prune it otherwise."
+            f"This {type(model).__name__} is wrapped already. Call tokenprune.unwrap(model) first, "
+            "or model.set_keep_ratio(0.5) to prune it otherwise."
         )
     if not isinstance(model, nn.Module):
-        raise UnsupportedHostError(f"wrap needs an nn.Module, found {type(model).__name__}.")
+        raise UnsupportedHostError(
+            f"wrap needs an nn.Module, found {type(model).__name__}. Pass the host itself."
+        )
     model = as_host(model)
     inner = next((path for path, m in model.named_modules() if isinstance(m, PrunedModel)), None)
     if inner is not None:
@@ -187,10 +189,15 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def _check_free(host: nn.Module) -> None:
     refuse_closed(host)
+    own: Any = host.__dict__.get("forward")
+    if getattr(own, "__func__", None) is type(host).forward and own.__self__ is host:
+        del host.__dict__["forward"]  # accelerate leaves the class's own there, as an attribute
     if "forward" in host.__dict__:
         raise UnsupportedHostError(
             f"The forward of this {type(host).__name__} was replaced on the object (accelerate and "
-            "some profilers do so). Wrap the model before it is prepared."
+            "some profilers do so). Wrap first, then prepare what wrap returned: take accelerate's "
+            "hooks off again by accelerate.hooks.remove_hook_from_submodules(host), call model = "
+            "tokenprune.wrap(host, recipe), and then accelerate.cpu_offload(model)."
         )
     taken = [name for name in (*added_names(), PRUNING, *PUBLIC) if hasattr(host, name)]
     if taken:

@@ -123,7 +123,7 @@ def test_other_mistakes() -> None:
 
 def test_the_command(tmp_path: Path) -> None:
     def run(*arguments: str) -> Any:
-        options = [f"-o{key}={value}" for key, value in SMALL.items()]
+        options = [f"{key}={value}" for key, value in SMALL.items()]
         given = ["benchmark", "vit_tiny_patch16_224", *options, "--device", "cpu", *arguments]
         return CliRunner().invoke(app, given)
 

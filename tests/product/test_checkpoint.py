@@ -12,11 +12,12 @@ import pytest
 import timm
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import tokenprune
-from tokenprune.checkpoints.directory import FACTS, RECIPE, WEIGHTS, load, save
+from tokenprune.checkpoints.directory import load, save
+from tokenprune.checkpoints.facts import ADDED, CONFIG, FACTS, RECIPE, WEIGHTS
 from tokenprune.errors import (
     AlreadyWrappedError,
     CheckpointError,
@@ -116,8 +117,9 @@ def test_a_loaded_model_is_the_saved_one(make: Any, recipe: Any, tmp_path: Path)
     assert type(again) is type(model)
 
 
-def test_three_files_and_no_pickle(saved: Path) -> None:
-    assert sorted(f.name for f in saved.iterdir()) == sorted([WEIGHTS, RECIPE, FACTS])
+def test_five_files_and_no_pickle(saved: Path) -> None:
+    files = [WEIGHTS, ADDED, RECIPE, FACTS, CONFIG]
+    assert sorted(f.name for f in saved.iterdir()) == sorted(files)
     facts = json.loads((saved / FACTS).read_text())
     assert facts["versions"].keys() >= {"tokenprune", "torch", "timm"}
     assert facts["host"]["class"] == "timm.models.vision_transformer.VisionTransformer"
@@ -200,7 +202,7 @@ def test_the_hosts_own_checkpoint_still_loads(saved: Path) -> None:
 
 @pytest.mark.parametrize("there", [False, True], ids=["new", "over an old one"])
 @pytest.mark.parametrize(
-    "moment", ["checkpoints.directory.save_file", "checkpoints.directory._sha256", "files._flush"]
+    "moment", ["checkpoints.directory.save_file", "checkpoints.directory.sha256", "files._flush"]
 )
 def test_a_crash_leaves_no_half_directory(
     moment: str, there: bool, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -273,6 +275,12 @@ def spoil(saved: Path, name: str) -> str:
     if name == "no weights":
         file.unlink()
         return r"is no checkpoint: it lacks model.safetensors"
+    if name == "no predictors":
+        (saved / ADDED).unlink()
+        return r"lacks predictors\.safetensors.*wrap\(host, recipe\)"
+    if name == "other weights":
+        save_file(vit(seed=7).state_dict(), file)
+        return r"checksum is not the one.*or the weights of another model"
     if name == "no facts":
         (saved / FACTS).unlink()
         return "it lacks tokenprune.json"
@@ -283,12 +291,12 @@ def spoil(saved: Path, name: str) -> str:
         (saved / FACTS).write_text("[1, 2]")
         return r"tokenprune.json in .* is damaged"
     if name == "facts without a key":
-        (saved / FACTS).write_text(json.dumps({**facts, "sha256": None}))
-        return r"tokenprune.json in .* is damaged(.|\n)*sha256"
+        (saved / FACTS).write_text(json.dumps({**facts, "files": None}))
+        return r"tokenprune.json in .* is damaged(.|\n)*files"
     if name == "newer":
-        newer = {"format": 2, "versions": {"tokenprune": "9.1"}, "unheard": "of"}
+        newer = {"format": 3, "versions": {"tokenprune": "9.1"}, "unheard": "of"}
         (saved / FACTS).write_text(json.dumps(newer))
-        return r"format 2 \(written by tokenprune 9.1\).*reads up to 1. Install a newer"
+        return r"format 3 \(written by tokenprune 9.1\).*reads up to 2. Run: pip install --upgrade"
     (saved / RECIPE).write_text("version: 1\nstagse: []\n")
     return r"recipe.yaml in .* is damaged(.|\n)*stagse"
 
@@ -297,6 +305,7 @@ def spoil(saved: Path, name: str) -> str:
     "name",
     [
         *("truncated", "empty", "a flipped bit", "a pickle", "no weights", "no facts"),
+        *("no predictors", "other weights"),
         *("facts cut off", "facts of another kind", "facts without a key", "newer", "recipe"),
     ],
 )
@@ -386,6 +395,8 @@ def test_what_release_0_1_saved_gives_the_same_logits(mode: str) -> None:
     """Written at commit ca61f60; `<mode>.safetensors` holds its images, logits and kept sets."""
     saved = Path(__file__).parents[1] / "data" / "saved_by_0.1"
     known = load_file(saved / f"{mode}.safetensors")
+    with pytest.raises(CheckpointError, match="an older release saved it"):
+        load(saved / mode)
     model = load(saved / mode, SAVED_BY_0_1[mode]()).eval()
     with torch.no_grad():
         logits, trace = model(known["images"], return_trace=True)

@@ -1,16 +1,20 @@
 """The command line: what it prints, its exit codes, and its messages."""
 
+import json
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import typer
 from typer.testing import CliRunner
 
 import tokenprune
-from tokenprune.cli import main
+from tokenprune.cli import console, main
 from tokenprune.cli.app import app
 from tokenprune.cli.hosts import host_section, parse_options, recipe_for, split_name
 from tokenprune.errors import HostError
@@ -28,7 +32,7 @@ def run(*arguments: str) -> Any:
 
 
 def inspect(model: str, *options: str, rest: tuple[str, ...] = ()) -> Any:
-    return run("inspect", model, *(part for o in options for part in ("-o", o)), *rest)
+    return run("inspect", model, *options, *rest)
 
 
 def words(text: str) -> list[list[str]]:
@@ -45,10 +49,7 @@ def test_every_command_has_help() -> None:
             assert run(command[0], "--help").exit_code == 0
             asked = [part for part in command[1:] if part.startswith("--")]
             assert all(option in run(command[0], "--help").stdout for option in asked)
-    commands = ("demo", "train", "eval", "inspect", "benchmark", "export")
-    commands += ("recipes", "adapters", "visualize")
-    commands += ("convert", "compare", "calibrate")
-    for command in commands:
+    for command in COMMANDS:
         assert command in listed.stdout
         shown = run(command, "--help")
         assert shown.exit_code == 0
@@ -156,11 +157,11 @@ def test_inspect_with_a_recipe_and_an_adapter(tmp_path: Any) -> None:
         (["ViTForImageClassification"], "write transformers:ViTForImageClassification"),
         (["transformers:ViTForImageClasification"], "Did you mean 'ViTForImageClassification'"),
         (["keras:vit"], "Models come from timm or transformers, found 'keras'"),
-        (["vit_tiny_patch16_224", "-o", "depth"], "An option is written KEY=VALUE"),
-        (["vit_tiny_patch16_224", "-o", "depth=["], "The value of option 'depth=[' cannot be read"),
-        (["vit_tiny_patch16_224", "-o", "dept=3"], "timm cannot build 'vit_tiny_patch16_224' with"),
-        (["transformers:vit", "-o", "hidden_size=big"], "transformers cannot build 'vit' with"),
-        (["transformers:vit", "-o", "hiden_size=8"], "has no option 'hiden_size'. Did you mean"),
+        (["vit_tiny_patch16_224", "depth"], "An option is written KEY=VALUE, found 'depth'"),
+        (["vit_tiny_patch16_224", "depth=["], "The value of option 'depth=[' cannot be read"),
+        (["vit_tiny_patch16_224", "dept=3"], "timm cannot build 'vit_tiny_patch16_224' with"),
+        (["transformers:vit", "hidden_size=big"], "transformers cannot build 'vit' with"),
+        (["transformers:vit", "hiden_size=8"], "has no option 'hiden_size'. Did you mean"),
         (["vit_tiny_patch16_224", "--recipe", "nothing"], "No recipe is named 'nothing'"),
         (["vit_tiny_patch16_224", "--adapter", "timm/vit"], "No adapter is named 'timm/vit'"),
     ],
@@ -235,6 +236,75 @@ def test_without_a_model_library(library: str, monkeypatch: pytest.MonkeyPatch) 
     result = run("inspect", f"{library}:vit")
     assert result.exit_code == 2
     assert f"pip install 'tokenprune-torch[{library}]'" in result.stderr
+
+
+def test_json_of_what_is_listed() -> None:
+    assert {row["adapter"] for row in json.loads(run("adapters", "--json").stdout)} == set(
+        tokenprune.list_adapters()
+    )
+    first = json.loads(run("recipes", "--json").stdout)[0]
+    assert first.keys() == {"recipe", "host", "mode", "blocks", "keep_ratios"}
+    found = json.loads(run("env", "--json").stdout)
+    assert found["torch"] == torch.__version__
+    assert "threads" in run("env").stdout
+
+
+COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+PRINT_TABLES = {"demo", "train", "eval", "inspect", "benchmark", "compare", "calibrate", "export"}
+PRINT_TABLES |= {"recipes", "adapters", "env"}
+WRITE = {"demo", "train", "benchmark", "compare", "calibrate", "export", "visualize", "convert"}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_options_that_all_commands_share(name: str) -> None:
+    given = [option for parameter in COMMANDS[name].params for option in parameter.opts]
+    assert ("--json" in given) == (name in PRINT_TABLES)
+    assert ("-o" in given and "--output" in given) == (name in WRITE)
+
+
+def test_a_line_every_few_seconds_where_there_is_no_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "EVERY", 0.01)
+    with console.working("tracing"):
+        time.sleep(0.2)
+    with console.bar("training") as step:
+        time.sleep(0.02)
+        step(1, 4, {"loss": 0.5})
+    with console.progress("comparing", "rows") as told:
+        time.sleep(0.02)
+        told(2, 3, "merge-k0.7")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines.count("tracing: 0 s") > 1
+    assert lines[-2:] == [
+        "training: 1/4 steps, loss 0.500, 0 s",
+        "comparing: 2/3 rows, merge-k0.7, 0 s",
+    ]
+    monkeypatch.setenv("RANK", "1")
+    with console.bar("training") as step, console.working("tracing"):
+        time.sleep(0.05)
+        step(1, 4, {})
+    assert capsys.readouterr().err == ""
+
+
+def test_a_fault_has_its_own_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise ZeroDivisionError("x")
+
+    monkeypatch.setattr("tokenprune.cli.lists.list_recipes", fail)
+    result = run("recipes")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: ZeroDivisionError: x\nThis is a fault of tokenprune")
+    assert "Traceback" not in result.output
+    assert isinstance(run("--debug", "recipes").exception, ZeroDivisionError)
+    assert run("recipes", "--unknown").exit_code == 2  # typer's own
+
+
+def test_the_shell_completes() -> None:
+    asked = {"_TOKENPRUNE_COMPLETE": "complete_bash", "COMP_WORDS": "tokenprune ins"}
+    asked |= {"COMP_CWORD": "1"}
+    found = CliRunner().invoke(app, [], env=asked, prog_name="tokenprune")
+    assert "inspect" in found.stdout.split()
 
 
 def test_the_installed_command_ends_with_its_exit_code() -> None:

@@ -47,7 +47,7 @@ def run(*arguments: str | Path) -> Any:
 
 
 def options(texts: list[str]) -> list[str]:
-    return [part for text in texts for part in ("-o", text)]
+    return [part for text in texts for part in ("--option", text)]
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,9 @@ def gmacs(output: str, path: str) -> float:
 
 
 def test_eval_by_another_ratio_and_path(trained: Path) -> None:
-    usual = gmacs(run("eval", trained, "--path", "gather").stdout, "pruned (gather)")
+    found = json.loads(run("eval", trained, "--path", "gather", "--json").stdout)
+    assert [path["path"] for path in found["paths"]] == ["gather"]
+    usual = found["paths"][0]["gmacs"]
     result = run("eval", trained, "--path", "gather", "--keep-ratio", "0.5,0.1")
     assert result.exit_code == 0, result.output
     assert "nothing pruned" not in result.stdout
@@ -242,7 +244,7 @@ def test_weights_that_are_none(
     [
         (["dynamicvit-deit-small-k0.6"], "No recipe is named 'dynamicvit-deit-small-k0.6'"),
         (["RECIPE", "--data", "nowhere"], "The image folder 'nowhere' does not exist"),
-        (["RECIPE", "-o", "depth=3"], "name it with --model"),
+        (["RECIPE", "--option", "depth=3"], "name it with --model"),
         (["RECIPE", "--model", "torch:x"], "Models come from timm or transformers"),
         (["RECIPE", "--model", "vit_tny"], "timm has no model named 'vit_tny'"),
         (["RECIPE", "--epochs", "0", "--data", "IMAGES"], "epochs"),

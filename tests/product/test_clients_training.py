@@ -84,7 +84,7 @@ def test_accelerate_dispatches(make: Any, tmp_path: Path) -> None:
 
 def test_a_host_that_was_dispatched_is_refused(tmp_path: Path) -> None:
     host = dispatch_model(vit(), {"": "cpu"}, main_device="cpu", force_hooks=True)
-    with pytest.raises(UnsupportedHostError, match=r"Wrap the model before it is prepared"):
+    with pytest.raises(UnsupportedHostError, match=r"Wrap first, then prepare what wrap"):
         wrapped(host)
 
 

@@ -24,7 +24,7 @@ from tokenprune.exporting import write as export_module
 from tokenprune.exporting.check import compare, margins
 from tokenprune.exporting.run import named_tensors, open_exported
 
-OPTIONS = [part for key, value in TINY.items() for part in ("-o", f"{key}={value}")]
+OPTIONS = [f"{key}={value}" for key, value in TINY.items()]
 
 
 @pytest.fixture(autouse=True)

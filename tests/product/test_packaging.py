@@ -4,13 +4,18 @@ import ast
 import re
 import subprocess
 import sys
+import tarfile
 import tomllib
+import venv
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+
+import tokenprune
 
 ROOT = Path(__file__).parents[2]
 FOLDERS_AT_THE_TOP = {"tokenprune.adapters": "adapters", "tokenprune.recipes": "recipes"}
@@ -39,17 +44,40 @@ def settings() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel built from a copy of the tracked tree, so that no build folder is left behind."""
-    source = tmp_path_factory.mktemp("source")
+def archives(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """An sdist of a copy of the tracked tree, so that no build folder is left behind; and a wheel
+    that is built from the sdist alone."""
+    source, folder = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("built")
     for name in ("pyproject.toml", "README.md", "LICENSE", "tokenprune", "adapters", "recipes"):
         copy(ROOT / name, source / name)
-    folder = tmp_path_factory.mktemp("wheel")
+    build = "import sys, setuptools.build_meta as b; b.build_sdist(sys.argv[1])"
+    run(sys.executable, "-c", build, folder, cwd=source)
+    (sdist,) = folder.glob("*.tar.gz")
     options = ["--no-deps", "--no-build-isolation", "--no-index", "--quiet"]
-    command = [sys.executable, "-m", "pip", "wheel", *options, "--wheel-dir", folder, source]
+    command = [sys.executable, "-m", "pip", "wheel", *options, "--wheel-dir", folder, sdist]
     run(*command, cwd=folder)
     (built,) = folder.glob("*.whl")
-    return built
+    return sdist, built
+
+
+@pytest.fixture(scope="module")
+def wheel(archives: tuple[Path, Path]) -> Path:
+    return archives[1]
+
+
+@pytest.fixture(scope="module")
+def clean(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An environment with the wheel, and its requirements from the one that runs the tests. The
+    source tree and its editable install are not on its path."""
+    folder = tmp_path_factory.mktemp("clean")
+    venv.create(folder, with_pip=False)
+    options = ["--no-deps", "--no-index", "--quiet"]
+    python = folder / "bin" / "python"
+    run(sys.executable, "-m", "pip", "--python", python, "install", *options, wheel, cwd=folder)
+    (site,) = folder.glob("lib/python*/site-packages")
+    others = [path for path in sys.path if path.endswith("site-packages")]
+    (site / "requirements.pth").write_text("\n".join(others) + "\n")
+    return folder
 
 
 def copy(source: Path, target: Path) -> None:
@@ -115,19 +143,23 @@ def test_wheel_holds_adapters_recipes_and_the_typing_marker(wheel: Path) -> None
     assert not [name for name in files if name.startswith(("adapters/", "recipes/", "tests/"))]
 
 
-def test_wheel_works_outside_the_tree(wheel: Path, tmp_path: Path) -> None:
-    target = tmp_path / "site"
-    run(
-        *(sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--quiet"),
-        *("--target", target, wheel),
-        cwd=tmp_path,
-    )
-    output = run(sys.executable, "-c", LOOK_AROUND, cwd=tmp_path, PYTHONPATH=str(target))
-    core, adapters, names = output.splitlines()
-    assert Path(core) == target
-    assert Path(adapters) == target / "tokenprune"
+def test_the_sdist_has_everything_to_build(archives: tuple[Path, Path]) -> None:
+    with tarfile.open(archives[0]) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"pyproject.toml", "README.md", "LICENSE", "tokenprune/py.typed"} <= names
+    assert {"adapters/generic.py", "recipes/fashion-mnist-k0.7.yaml"} <= names
+
+
+def test_the_wheel_works_in_a_clean_environment(clean: Path, settings: dict[str, Any]) -> None:
+    version, python = settings["project"]["version"], clean / "bin" / "python"
+    core, adapters, names = run(python, "-c", LOOK_AROUND, cwd=clean).splitlines()
+    (site,) = clean.glob("lib/python*/site-packages")
+    assert Path(core) == site
+    assert Path(adapters) == site / "tokenprune"
     shipped = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
     assert names.split()[: len(shipped)] == shipped
+    shown = run(clean / "bin" / "tokenprune", "--version", cwd=clean)
+    assert shown == f"tokenprune {version}\n"
 
 
 def test_editable_install_works_outside_the_tree(tmp_path: Path) -> None:
@@ -153,6 +185,16 @@ def test_adapters_is_not_importable_twice() -> None:
 def test_other_files_say_the_same_version(settings: dict[str, Any]) -> None:
     cited = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     assert f"\nversion: {settings['project']['version']}\n" in cited
+    assert tokenprune.__version__ == settings["project"]["version"]
     named = re.findall(r"\]\(([^)#]+)\)", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
     assert named
     assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_issue_templates_ask_for_what_there_is() -> None:
+    forms = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
+    assert [form.stem for form in forms] == ["bug", "config", "host"]
+    for form in forms[::2]:
+        read = yaml.safe_load(form.read_text(encoding="utf-8"))
+        assert {"name", "description", "body"} <= read.keys()
+        assert any("`tokenprune env`" in part["attributes"]["label"] for part in read["body"])

@@ -17,7 +17,7 @@ from tests.toys.table import TOYS
 from tokenprune.errors import TokenPruneWarning
 from tokenprune.runtime.model import pruning_of
 
-LINES = "`tokenprune.calibrate(model, batches)`", '`tokenprune.wrap(model, "merge-k0.7")`'
+LINES = "`tokenprune.calibrate(model, batches)`", '`tokenprune.wrap(host, "merge-k0.7")`'
 pytestmark = pytest.mark.filterwarnings("error", "always:untrained predictors")
 
 

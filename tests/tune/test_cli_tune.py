@@ -1,5 +1,6 @@
 """`tokenprune compare` and `tokenprune calibrate`."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from tokenprune.runtime.model import pruning_of
 
 NAME = "vit_tiny_patch16_224"
 SMALL = ["depth=4", "embed_dim=32", "num_heads=2", "img_size=16", "patch_size=2", "num_classes=10"]
-HOST = [NAME, *(part for option in SMALL for part in ("-o", option))]
+HOST = [NAME, *SMALL]
+UNTIMED = ["--no-timed", "--json"]
 FEW = ["--images", "24", "--batch-size", "12"]
 
 
@@ -31,9 +33,12 @@ def test_methods_are_compared_on_images(tmp_path: Path) -> None:
     assert "model.set_budget(0.6)" in result.stdout
     assert picture.stat().st_size > 1000
     other = [*HOST[:-1], "num_classes=4"]
-    result = run("compare", *other, *FEW, "--method", "merge-k0.7", "--macs", "0.7", "--no-timed")
+    result = run("compare", *other, *FEW, "--method", "merge-k0.7", "--macs", "0.7", *UNTIMED)
     assert result.exit_code == 0, result.output
-    assert "accuracy" not in result.stdout  # the images have other classes
+    found = json.loads(result.stdout)
+    assert found["dense_accuracy"] is None  # the images have other classes
+    assert found["rows"][0]["method"] == "merge-k0.7"
+    assert "model.set_budget(0.7)" in found["advice"]["0.7"]
 
 
 def test_a_calibrated_model_is_saved_and_opened(tmp_path: Path) -> None:
@@ -46,8 +51,10 @@ def test_a_calibrated_model_is_saved_and_opened(tmp_path: Path) -> None:
     opened = run("compare", folder, *FEW, "--data", "digits", "--method", "tome-r3", "--no-timed")
     assert opened.exit_code == 0, opened.output
     assert "this model" in opened.stdout
-    again = run("calibrate", folder, *FEW, "--data", "digits", "--trials", "7", "--output", folder)
+    rest = ["--data", "digits", "--trials", "7", "--output", folder, "--json"]
+    again = run("calibrate", folder, *FEW, *rest)
     assert again.exit_code == 0, again.output
+    assert json.loads(again.stdout)["images"] == 24
     assert pruning_of(tokenprune.load(folder, build(NAME, SMALL))).recipe.mode == "merge"
 
 

@@ -1,55 +1,67 @@
-"""Save a wrapped model to a directory, and load it into a host again. Never pickle.
+"""Save a wrapped model to a folder, and load it again. Never pickle.
 
-The directory holds three files: `model.safetensors` (the host's weights and what tokenprune added),
-`recipe.yaml` (with the keep ratios in force) and `tokenprune.json` (versions, facts about the host,
-and a checksum of the weights).
+A folder holds `model.safetensors` (the host's weights), `predictors.safetensors` (what tokenprune
+added, if anything), `recipe.yaml` (with the keep ratios in force), `tokenprune.json` (versions,
+facts about the host, checksums), and `config.json` of timm or transformers, from which these build
+the host. Folders of format 1 hold all weights in one file.
 """
 
 import hashlib
 import json
 import os
-import platform
-import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from tokenprune.checkpoints.card import CARD_PICTURES, is_generated
+from tokenprune.checkpoints.facts import (
+    ADDED,
+    CARD,
+    CERTIFICATE,
+    FACTS,
+    FORMAT,
+    RECIPE,
+    WEIGHTS,
+    Facts,
+    read_facts,
+    read_recipe,
+    versions,
+)
 from tokenprune.checkpoints.fit import check_fit
-from tokenprune.errors import CheckpointError, RecipeError
+from tokenprune.checkpoints.hub import fetched
+from tokenprune.checkpoints.rebuild import like_saved, rebuilt, reloaded, write_config
+from tokenprune.checkpoints.weights import (
+    is_added,
+    on_their_own,
+    read_files,
+    read_tensors,
+    sha256,
+    shared_names,
+)
+from tokenprune.errors import CheckpointError
 from tokenprune.files import all_or_nothing
 from tokenprune.hosts.registry import list_adapters
-from tokenprune.recipe import Recipe
-from tokenprune.runtime.added import added_names
+from tokenprune.recipe import Recipe, RecipeSource, load_recipe
 from tokenprune.runtime.fitted import have_learned
 from tokenprune.runtime.model import PrunedModel, pruning_of
 from tokenprune.runtime.pruning import Pruning
 from tokenprune.wrapping import wrap
 
-__all__ = ["load", "save", "saved_recipe"]
+__all__ = ["describe_weights", "load", "save", "saved_recipe", "write_folder"]
 
-FORMAT = 1
-WEIGHTS, RECIPE, FACTS = "model.safetensors", "recipe.yaml", "tokenprune.json"
-
-
-class Facts(BaseModel):
-    """What `tokenprune.json` holds."""
-
-    format: int  # of the directory; a larger number is from a newer release
-    versions: dict[str, str]  # of Python and of the libraries that took part, for readers
-    host: dict[str, Any]  # its class and what it was described as, for readers and messages
-    wrap: dict[str, Any]  # options that `wrap` got
-    aliases: dict[str, str]  # name of a shared parameter -> the name it is stored under
-    sha256: str  # of the weights file
-    fitted: bool = True  # the predictors were trained or calibrated; older releases do not say
+FOR_TORCH = {"format": "pt"}
+"""transformers reads only files that say so."""
+GENERATED = (
+    *(WEIGHTS, "model-*-of-*.safetensors", f"{WEIGHTS}.index.json", ADDED, CERTIFICATE),
+    *CARD_PICTURES,
+)
+"""Files of an earlier save that would say something else than those of a later one."""
 
 
 def save(
@@ -62,12 +74,14 @@ def save(
 
     The files are written elsewhere and moved into place, so the directory holds a whole checkpoint
     or none. A checkpoint that is there already is replaced; other files in the directory stay.
+    `model.save_pretrained(directory)` writes the same, a certificate and a model card.
 
     Args:
         model: What `wrap` returned.
         directory: Made if it does not exist, parents included.
-        host: How to build the host, for the command line: the `host` section of a recipe, with
-            `library`, `model` and the `kwargs` it was built with. None keeps the recipe's own.
+        host: How to build a host that timm or transformers would build otherwise: the `host`
+            section of a recipe, with `library`, `model` and the `kwargs` it was built with. None
+            notes what its library says, or keeps the recipe's own.
 
     Returns:
         The directory.
@@ -79,74 +93,155 @@ def save(
 
     Example:
         >>> tokenprune.save(model, "runs/deit")
-        >>> model = tokenprune.load("runs/deit", timm.create_model("deit_small_patch16_224"))
+        >>> model = tokenprune.load("runs/deit")
+    """
+    return write_folder(model, directory, host=host)
+
+
+def write_folder(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    host: Mapping[str, Any] | None = None,
+    state: Mapping[str, Any] | None = None,
+    write_host: Callable[[Path], Any] | None = None,
+    beside: Callable[[Path, Facts], Any] | None = None,
+) -> Path:
+    """`save`, with other writers.
+
+    Args:
+        model: What `wrap` returned.
+        directory: Made if it does not exist.
+        host: As for `save`.
+        state: The weights, if not those of the model (a trainer has gathered them).
+        write_host: Writes the weights of the host into a folder, in its library's way.
+        beside: Writes more files, given the folder and the facts, after all others.
     """
     pruning, target = pruning_of(model), Path(directory)
     if target.exists() and not target.is_dir():
         raise CheckpointError(f"Cannot save to {str(target)!r}: it is a file. Name a directory.")
-    tensors, aliases = _one_name_each(model.state_dict())
+    state = model.state_dict() if state is None else state
+    aliases = shared_names(state)
+    # the facts come last: until then their checksums do not fit the weights, and `load` says so
+    replaced = (*GENERATED, CARD) if is_generated(target / CARD) else GENERATED
+    with all_or_nothing(target, last=FACTS, replaces=replaced) as folder:
+        if write_host is not None:
+            write_host(folder)
+        else:
+            dense = {name: tensor for name, tensor in state.items() if not is_added(name)}
+            save_file(on_their_own(dense, aliases), folder / WEIGHTS, metadata=FOR_TORCH)
+        own = {name: tensor for name, tensor in state.items() if is_added(name)}
+        if own and not _holds(folder, own):
+            save_file(on_their_own(own, aliases), folder / ADDED, metadata=FOR_TORCH)
+        describe_weights(pruning, folder, host=host, beside=beside)
+    return target
+
+
+def describe_weights(
+    pruning: Pruning,
+    folder: Path,
+    *,
+    host: Mapping[str, Any] | None = None,
+    beside: Callable[[Path, Facts], Any] | None = None,
+) -> None:
+    """Write the recipe and the facts beside the weights that a folder holds, so that `load` reads
+    them.
+
+    Raises:
+        CheckpointError: There are none.
+        RecipeError: `host` is no `host` section.
+    """
+    files = sorted(file.name for file in folder.glob("*.safetensors"))
+    if not [name for name in files if name != ADDED and not name.startswith("adapter_")]:
+        raise CheckpointError(
+            f"save_pretrained of {type(pruning.host).__name__} wrote {', '.join(files) or 'none'} "
+            "instead of its weights (adapters alone, say). Write them by "
+            "tokenprune.save(model, folder)."
+        )
+    state = pruning.host.state_dict()
     recipe = _recipe_in_force(pruning)
     if host is not None:
         mapping = recipe.model_dump(mode="json", exclude_none=True)
         recipe = Recipe.parse({**mapping, "host": dict(host)}, where="save(host=...)")
-    # the facts come last: until then their checksum does not fit the weights, and `load` says so
-    with all_or_nothing(target, last=FACTS) as folder:
-        save_file(tensors, folder / WEIGHTS)
-        (folder / RECIPE).write_bytes(recipe.to_yaml().encode())
-        facts = Facts(
-            format=FORMAT,
-            versions=_versions(),
-            host=_host_facts(pruning, tensors),
-            wrap={"adapter": pruning.spec.adapter, "restore": pruning.restore},
-            aliases=aliases,
-            sha256=_sha256(folder / WEIGHTS),
-            fitted=pruning.fitted or have_learned(pruning.added) is not False,
-        )
-        (folder / FACTS).write_text(facts.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    return target
+    (folder / RECIPE).write_bytes(recipe.to_yaml().encode())
+    library, why_not = write_config(pruning.host, folder)
+    facts = Facts(
+        format=FORMAT,
+        versions=versions(),
+        host={"library": library, "why_not": why_not, **_host_facts(pruning, state)},
+        wrap={"adapter": pruning.spec.adapter, "restore": pruning.restore},
+        aliases=shared_names(state),
+        files={name: sha256(folder / name) for name in files},
+        fitted=pruning.fitted or have_learned(pruning.added) is not False,
+    )
+    if beside is not None:
+        beside(folder, facts)
+    (folder / FACTS).write_text(facts.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
-def load(directory: str | os.PathLike[str], host: nn.Module, **options: Any) -> Any:
-    """Load a saved model into a host of the same architecture, wrapped.
-
-    The host gets the saved weights. If anything fails, it keeps its own.
+def load(
+    directory: str | os.PathLike[str],
+    host: nn.Module | None = None,
+    *,
+    recipe: RecipeSource | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    **options: Any,
+) -> Any:
+    """Load a saved model, wrapped.
 
     Args:
-        directory: What `save` wrote.
-        host: A fresh host, built as the saved one was; its weights do not matter.
+        directory: What `save`, `save_pretrained` or a Trainer wrote; or the name of a repository on
+            the Hugging Face Hub, such as `me/deit-pruned`.
+        host: A host built as the saved one was; its weights do not matter, and if anything fails,
+            it keeps them. None builds it: by timm or transformers from `config.json`, or as the
+            `host` section of the recipe says. No code of the folder is run.
+        recipe: Of a folder that holds none, which a Trainer wrote for a host that is not of
+            transformers; with `host`.
+        revision: Branch, tag or commit of a repository.
+        token: For a private repository.
         options: Passed to `wrap`: `example_inputs`, `adapter`, `verify`, `train`.
 
     Returns:
-        The wrapped model.
+        The wrapped model; in eval mode if its host was built here.
 
     Raises:
         CheckpointError: It is no such directory, a file is damaged or of a newer release, or it
             does not fit the host; lists what is missing, unexpected, or of another shape.
+        MissingDependencyError: The host's library, or huggingface_hub, is not installed.
         AlreadyWrappedError: `host` is wrapped; unwrap it first.
     """
-    source = Path(directory)
-    facts, recipe = _read_facts(source), _read_recipe(source)
-    tensors = _read_tensors(source, facts)
+    source = fetched(directory, revision, token)
+    facts = _facts_of(source) if recipe is not None else read_facts(source)
+    chosen = read_recipe(source) if recipe is None else load_recipe(recipe)
+    tensors = read_tensors(source, facts)
     if isinstance(host, PrunedModel):
-        return wrap(host, recipe)  # raises
-    state = {name: tensor for name, tensor in tensors.items() if not name.startswith(added_names())}
+        return wrap(host, chosen)  # raises
+    state = {name: tensor for name, tensor in tensors.items() if not is_added(name)}
+    if host is None:
+        host = like_saved(rebuilt(source, facts, chosen), state)
     if any(tensor.is_meta for tensor in host.state_dict().values()):
         raise CheckpointError(
             "The host is on the meta device and has no memory to load into. Call "
             'host.to_empty(device="cpu") first.'
         )
+    if state.keys() != host.state_dict().keys():
+        state = reloaded(host, source) or state
     made = facts.host.get("class", "unknown")
     head = f"The checkpoint {str(source)!r} of a {made} does not fit"
-    tail = "Build the host as the saved one was built (same model, classes and image size)."
+    tail = (
+        "Build the host as the saved one was built (same model, classes and image size)"
+        f"{', or leave it out: tokenprune.load(folder)' if facts.host.get('library') else ''}."
+    )
     check = partial(check_fit, source="checkpoint", tail=tail)
     check(state, host.state_dict(), head=f"{head} this {type(host).__name__}:")
     with _restored_on_error(host):
         host.load_state_dict(state)
-        model = wrap(host, recipe, **{**_wrap_options(facts), **options})
-        added = {name: tensors[name] for name in tensors.keys() - state.keys()}
-        own = {name: t for name, t in model.state_dict().items() if name.startswith(added_names())}
+        model = wrap(host, chosen, **{**_wrap_options(facts), **options})
+        added = {name: tensor for name, tensor in tensors.items() if is_added(name)}
+        own = {name: tensor for name, tensor in model.state_dict().items() if is_added(name)}
         check(added, own, head=f"{head} what its recipe adds to the host:")
-        model.load_state_dict(tensors)
+        model.load_state_dict({**state, **added})
     pruning_of(model).fitted = facts.fitted
     return model
 
@@ -157,29 +252,30 @@ def saved_recipe(directory: str | os.PathLike[str]) -> Recipe:
     Raises:
         CheckpointError: It is no such directory, or the recipe is damaged.
     """
-    _read_facts(Path(directory))
-    return _read_recipe(Path(directory))
+    read_facts(Path(directory))
+    return read_recipe(Path(directory))
 
 
-def _one_name_each(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors under their first name, in memory of their own; other name -> first name."""
-    tensors: dict[str, Tensor] = {}
-    aliases: dict[str, str] = {}
-    first: dict[Any, str] = {}
-    for name, value in state.items():
-        if not isinstance(value, Tensor) or value.is_meta:
-            found = "a tensor without data" if isinstance(value, Tensor) else type(value).__name__
-            raise CheckpointError(
-                f"Cannot save {name!r}: it is {found}. A checkpoint holds tensors only."
-            )
-        shared = (value.data_ptr(), value.shape, value.stride(), value.dtype, value.device)
-        if value.numel() and first.setdefault(shared, name) != name:
-            aliases[name] = first[shared]
-            continue
-        whole = value.untyped_storage().nbytes() == value.numel() * value.element_size()
-        value = value.detach().cpu().contiguous()
-        tensors[name] = value if whole else value.clone()
-    return tensors, aliases
+def _facts_of(source: Path) -> Facts:
+    """What can be known of a folder that holds weights alone.
+
+    Raises:
+        CheckpointError: It holds none.
+    """
+    files = sorted(file.name for file in source.glob("model*.safetensors"))
+    if not files:
+        raise CheckpointError(
+            f"{str(source)!r} holds no model.safetensors, which a Trainer writes. Name its newest "
+            "folder, checkpoint-N."
+        )
+    sums = {name: sha256(source / name) for name in files}
+    return Facts(format=FORMAT, versions={}, host={}, wrap={}, aliases={}, files=sums)
+
+
+def _holds(folder: Path, own: Mapping[str, Tensor]) -> bool:
+    """Whether the files of a folder hold what tokenprune added: a trainer's call writes all."""
+    files = [file.name for file in folder.glob("*.safetensors")]
+    return own.keys() <= read_files(folder, files).keys()
 
 
 def _recipe_in_force(pruning: Pruning) -> Recipe:
@@ -195,19 +291,9 @@ def _recipe_in_force(pruning: Pruning) -> Recipe:
     return recipe.with_stages(pruning.plan.blocks, ratios)
 
 
-def _versions() -> dict[str, str]:
-    packages = {"tokenprune": "tokenprune-torch", "torch": "torch"}
-    packages |= {name: name for name in ("timm", "transformers") if name in sys.modules}
-    found = {"python": platform.python_version()} | dict.fromkeys(packages, "unknown")
-    for name, distribution in packages.items():
-        with suppress(PackageNotFoundError):  # run from a source tree that was never installed
-            found[name] = version(distribution)
-    return found
-
-
-def _host_facts(pruning: Pruning, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def _host_facts(pruning: Pruning, state: Mapping[str, Tensor]) -> dict[str, Any]:
     kind = type(pruning.host)
-    shapes = {n: list(t.shape) for n, t in tensors.items() if not n.startswith(added_names())}
+    shapes = {name: list(tensor.shape) for name, tensor in state.items()}
     return {
         "class": f"{kind.__module__}.{kind.__qualname__}",
         "blocks": len(pruning.spec.blocks),
@@ -215,75 +301,6 @@ def _host_facts(pruning: Pruning, tensors: Mapping[str, Tensor]) -> dict[str, An
         "tensors": len(shapes),
         "shapes_sha256": hashlib.sha256(json.dumps(sorted(shapes.items())).encode()).hexdigest(),
     }
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def _read_facts(source: Path) -> Facts:
-    missing = [name for name in (FACTS, RECIPE, WEIGHTS) if not (source / name).is_file()]
-    if missing == [FACTS, RECIPE] and _holds_predictors(source / WEIGHTS):
-        raise CheckpointError(
-            f"{str(source)!r} holds the weights of a wrapped model, but not its recipe: "
-            "save_pretrained or a trainer wrote it. Write such a folder by tokenprune.save(model, "
-            "folder). To load this one, make its host (from_pretrained reads it, where that wrote "
-            "it), then model = tokenprune.wrap(host, recipe) with the recipe it had; "
-            "model.load_state_dict(safetensors.torch.load_file("
-            f"{str(source / WEIGHTS)!r}), strict=False)."
-        )
-    if missing:
-        what = "is no directory" if not source.is_dir() else f"lacks {', '.join(missing)}"
-        raise CheckpointError(
-            f"{str(source)!r} is no checkpoint: it {what}. Name a directory that tokenprune.save "
-            "wrote."
-        )
-    try:
-        read = json.loads((source / FACTS).read_text(encoding="utf-8"))
-        if read.get("format", 0) > FORMAT:
-            raise CheckpointError(
-                f"{str(source)!r} has format {read['format']} (written by tokenprune "
-                f"{read.get('versions', {}).get('tokenprune', 'unknown')}); this release reads up "
-                f"to {FORMAT}. Install a newer tokenprune-torch."
-            )
-        return Facts.model_validate(read)
-    except (ValueError, AttributeError, TypeError) as error:
-        raise _damaged(source, FACTS, f"it cannot be read ({error})") from error
-
-
-def _holds_predictors(weights: Path) -> bool:
-    try:
-        with safe_open(weights, framework="pt") as file:
-            return any(name.startswith(added_names()) for name in file.keys())  # noqa: SIM118
-    except (SafetensorError, OSError):
-        return False
-
-
-def _damaged(source: Path, name: str, how: str) -> CheckpointError:
-    return CheckpointError(
-        f"{name} in {str(source)!r} is damaged: {how}. Save the model again or fetch another copy."
-    )
-
-
-def _read_recipe(source: Path) -> Recipe:
-    try:
-        return Recipe.load(source / RECIPE)
-    except RecipeError as error:
-        raise _damaged(source, RECIPE, str(error)) from error
-
-
-def _read_tensors(source: Path, facts: Facts) -> dict[str, Tensor]:
-    try:
-        with safe_open(source / WEIGHTS, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise _damaged(source, WEIGHTS, f"it cannot be read ({error})") from error
-    if _sha256(source / WEIGHTS) != facts.sha256:
-        how = f"its checksum is not the one in {FACTS} (a broken copy, or a save that was cut off)"
-        raise _damaged(source, WEIGHTS, how)
-    shared = {a: tensors[name] for a, name in facts.aliases.items() if name in tensors}
-    return {**tensors, **shared}
 
 
 def _wrap_options(facts: Facts) -> dict[str, Any]:

@@ -217,7 +217,10 @@ def _recipe(
     swin, stages = layout == "swin", range(len(blocks))
     exact = [rho - SWIN_STEP * s if swin else rho ** (s + 1) for s in stages]
     if not all(0.0 < ratio <= 1.0 for ratio in exact):
-        raise PlanError(f"keep_ratio {rho} gives stages of {exact}; every one must lie in (0, 1].")
+        raise PlanError(
+            f"keep_ratio {rho} gives stages of {exact}; every one must lie in (0, 1]. Give a ratio "
+            "in (0, 1], for Swin one above 0.4."
+        )
     patches = _num_patches(layout, weights)
     ratios = [_ratio_for(int(patches * ratio), patches, ratio) for ratio in exact]
     if name != recipe.name or ratios != [s.keep_ratio for s in recipe.resolved_stages]:

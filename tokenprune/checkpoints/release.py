@@ -45,7 +45,7 @@ def read_release(source: Source) -> tuple[dict[str, Tensor], float | None]:
     """The state dict in a file, and the base ratio if the file holds training arguments."""
     name = os.fspath(source)
     if not Path(source).is_file():
-        raise CheckpointError(f"There is no file {name!r}.")
+        raise CheckpointError(f"There is no file {name!r}. Check its path.")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what the reader makes of a pickle it then refuses
@@ -72,12 +72,13 @@ def read_release(source: Source) -> tuple[dict[str, Tensor], float | None]:
     if not pairs or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in pairs):
         raise CheckpointError(
             f"{name!r} holds no state dict, neither by itself nor under 'model' or 'state_dict': "
-            f"found {_kind(content)}."
+            f"found {_kind(content)}. Save the state dict alone: "
+            "torch.save(model.state_dict(), file)."
         )
     named = {key.removeprefix("module."): value for key, value in state.items()}
     bad = [k for k, v in named.items() if v.is_floating_point() and not v.isfinite().all()]
     if bad:
-        raise NonFiniteWeightsError(f"{name!r} holds NaN or inf in {some(bad)}.")
+        raise NonFiniteWeightsError(f"{name!r} holds NaN or inf in {some(bad)}. Get a sound copy.")
     return named, float(rho) if isinstance(rho, int | float) else None
 
 

@@ -1,15 +1,20 @@
-"""The typer application: its commands, and the exit code of an error."""
+"""The typer application: its commands, and the exit code of an error.
 
-from importlib import metadata
+Exit codes: 0 done, 1 an error that is a fault of this library or its machine, 2 an error that the
+message says how to mend, 130 interrupted.
+"""
+
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from tokenprune import __version__
 from tokenprune.cli.benchmark import benchmark
 from tokenprune.cli.console import say, show_error
 from tokenprune.cli.convert import register as register_convert
 from tokenprune.cli.demo import demo
+from tokenprune.cli.env import env
 from tokenprune.cli.evaluate import evaluate
 from tokenprune.cli.export import export
 from tokenprune.cli.inspect import inspect
@@ -21,9 +26,15 @@ from tokenprune.errors import TokenPruneError
 
 __all__ = ["app"]
 
+FAULT, MENDABLE = 1, 2
+INTERNAL = (
+    "{kind}: {error}\nThis is a fault of tokenprune, or of what it runs on. "
+    "`tokenprune --debug COMMAND ...` shows where; report it with the output of `tokenprune env`."
+)
+
 
 class _Group(TyperGroup):
-    """Prints a `TokenPruneError` as one message and exits with code 2."""
+    """Prints an error as one message, without its traceback, and exits with its code."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -32,7 +43,13 @@ class _Group(TyperGroup):
             if ctx.params.get("debug"):
                 raise
             show_error(error)
-            raise typer.Exit(2) from None
+            raise typer.Exit(MENDABLE) from None
+        except Exception as error:
+            # what typer and click raise by themselves they also show
+            if ctx.params.get("debug") or type(error).__module__.startswith(("click", "typer")):
+                raise
+            show_error(INTERNAL.format(kind=type(error).__name__, error=error))
+            raise typer.Exit(FAULT) from None
 
 
 START = """\b
@@ -42,7 +59,11 @@ Start with one of these:
   tokenprune benchmark deit_small_patch16_224 --recipe merge-k0.7
       What pruning gains on this machine.
   tokenprune compare deit_small_patch16_224 --pretrained --data IMAGES
-      What each method costs and loses on your own images, without training."""
+      What each method costs and loses on your own images, without training.
+
+\b
+Exit codes: 0 done; 1 a fault of tokenprune or of the machine (--debug shows where);
+2 a mistake that the message says how to mend; 130 interrupted."""
 
 app = typer.Typer(
     name="tokenprune",
@@ -57,7 +78,7 @@ app = typer.Typer(
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        say(f"tokenprune {metadata.version('tokenprune-torch')}")
+        say(f"tokenprune {__version__}")
         raise typer.Exit
 
 
@@ -84,3 +105,4 @@ app.add_typer(recipes, name="recipes")
 app.command()(adapters)
 app.command()(visualize)
 register_convert(app)
+app.command()(env)

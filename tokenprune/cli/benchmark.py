@@ -1,15 +1,25 @@
 """`tokenprune benchmark`: what pruning gains on this machine."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 
-from tokenprune.cli.console import say, show
-from tokenprune.cli.opened import wrapped_model
-from tokenprune.cli.options import AdapterName, HostName, ModelName, Options, RecipeName
+from tokenprune.cli.console import progress, report
+from tokenprune.cli.opened import open_model
+from tokenprune.cli.options import (
+    AdapterName,
+    HostName,
+    HostWeights,
+    Json,
+    ModelName,
+    Options,
+    Pretrained,
+    RecipeName,
+    Settings,
+    output,
+)
 from tokenprune.cost.benchmark import benchmark as run
 from tokenprune.errors import PlanError
 
@@ -18,10 +28,13 @@ __all__ = ["benchmark"]
 
 def benchmark(
     model: ModelName,
+    setting: Settings = None,
     recipe: RecipeName = "",
     adapter: AdapterName = "",
     option: Options = None,
     host: HostName = "",
+    pretrained: Pretrained = False,
+    host_weights: HostWeights = None,
     batch: Annotated[str, typer.Option(help="Batch sizes, with commas.")] = "1,8,32",
     device: Annotated[str, typer.Option(help="Default: an accelerator, if there is one.")] = "",
     dtype: Annotated[str, typer.Option(help="Such as bfloat16. Default: the model's own.")] = "",
@@ -29,24 +42,27 @@ def benchmark(
         bool, typer.Option("--compile", help="Run every side under torch.compile.")
     ] = False,
     seconds: Annotated[float, typer.Option(help="About how long it may take.")] = 100.0,
-    output: Annotated[Path | None, typer.Option("--output", help="Picture to write.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    picture: Annotated[Path | None, output("Picture to write: .png, .svg or .pdf.")] = None,
+    as_json: Json = False,
 ) -> None:
     """Time a pruned model against the dense one, and say from which batch size on it pays."""
-    wrapped = wrapped_model(
-        model, recipe=recipe, adapter=adapter, host=host, options=option or ()
-    ).eval()
+    wrapped = open_model(
+        model,
+        [*(setting or ()), *(option or ())],
+        recipe=recipe,
+        adapter=adapter,
+        host=host,
+        pretrained=pretrained,
+        host_weights=host_weights,
+    ).model.eval()
     wrapped.to(_device(device))
     if dtype:
         wrapped.to(_dtype(dtype))
-    found = run(wrapped, batches=_sizes(batch), compiled=compiled, seconds=seconds)
-    drawn = None if output is None else found.plot(output)
-    if as_json:
-        typer.echo(json.dumps(found.to_dict()))
-        return
-    show(found.table())
-    if drawn is not None:
-        say(f"wrote {drawn}")
+    sizes = _sizes(batch)
+    with progress("timing") as step:
+        found = run(wrapped, batches=sizes, compiled=compiled, seconds=seconds, progress=step)
+    drawn = [] if picture is None else [f"wrote {found.plot(picture)}"]
+    report(as_json, found.to_dict(), found.table(), *drawn)
 
 
 def _sizes(text: str) -> list[int]:
@@ -54,7 +70,8 @@ def _sizes(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise PlanError(
-            f"--batch is one number of images, or several with commas: 1,8,32; found {text!r}."
+            f"--batch is one number of images, or several with commas, found {text!r}. Give "
+            "--batch 1,8,32."
         ) from None
 
 

@@ -6,6 +6,9 @@ from typing import Annotated
 import typer
 
 from tokenprune.checkpoints.dynamicvit import Converted, convert_dynamicvit
+from tokenprune.cli.console import working
+from tokenprune.cli.options import output
+from tokenprune.errors import CheckpointError
 
 __all__ = ["register"]
 
@@ -17,7 +20,10 @@ def register(app: typer.Typer) -> None:
 
 def convert(
     source: Annotated[Path, typer.Argument(help="The authors' file (DeiT, LV-ViT or Swin).")],
-    directory: Annotated[Path, typer.Argument(help="Where to write; tokenprune.load reads it.")],
+    directory: Annotated[
+        Path | None, typer.Argument(help="Where to write; tokenprune.load reads it. Or --output.")
+    ] = None,
+    folder: Annotated[Path | None, output("Where to write.")] = None,
     keep_ratio: Annotated[
         float | None, typer.Option(help="Base ratio rho. Default: the file's, else 0.7.")
     ] = None,
@@ -26,20 +32,22 @@ def convert(
 
     The model is recognised by its parameter names and shapes. No code in the file is run.
     """
-    typer.echo(describe(convert_dynamicvit(source, directory, keep_ratio=keep_ratio)))
+    target = folder or directory
+    if target is None:
+        raise CheckpointError(
+            f"There is no folder to write to. Name one: tokenprune convert {source} FOLDER"
+        )
+    with working(f"converting {source}"):
+        done = convert_dynamicvit(source, target, keep_ratio=keep_ratio)
+    typer.echo(describe(done))
 
 
 def describe(done: Converted) -> str:
     """What was found and written, and how to load it."""
     stages = ", ".join(f"{s.keep_ratio:g} at {s.block}" for s in done.recipe.resolved_stages)
-    host = done.recipe.host
-    name, kwargs = (host.model, host.kwargs) if host else (done.host, {})
-    options = "".join(f", {key}={value!r}" for key, value in kwargs.items())
-    own = "import tokenprune.models  # registers it with timm\n  " if "lvvit" in done.host else ""
     return (
         f"{done.host}: {len(done.weights)} tensors\n"
         f"recipe {done.recipe.name}, {done.recipe.mode}; keeps {stages}\n"
         f"written to {done.path}. Load it with:\n"
-        f"  {own}host = timm.create_model({name!r}{options})\n"
-        f"  model = tokenprune.load({str(done.path)!r}, host)"
+        f"  model = tokenprune.load({str(done.path)!r})"
     )

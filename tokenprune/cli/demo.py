@@ -11,9 +11,11 @@ import typer
 
 from tokenprune.checkpoints.directory import save
 from tokenprune.checks.verify import verify
-from tokenprune.cli.console import bar, say, show, working
+from tokenprune.cli.console import bar, report, say, working
 from tokenprune.cli.demo_report import Figures, accuracy_table, settings_table, speed_table, write
 from tokenprune.cli.inspect import certificate_table, cost_table, stage_table
+from tokenprune.cli.options import Json
+from tokenprune.cli.options import output as output_option
 from tokenprune.cli.visualize import draw
 from tokenprune.cost.profile import profile
 from tokenprune.cost.timing import interleaved
@@ -28,11 +30,12 @@ BATCHES = (1, 64)
 
 
 def demo(
-    output: Annotated[Path, typer.Option(help="Folder for all output.")] = Path("runs/demo"),
+    output: Annotated[Path, output_option("Folder for all output.")] = Path("runs/demo"),
     dense_epochs: Annotated[int, typer.Option(min=1, help="Epochs of the dense host.")] = 12,
     epochs: Annotated[int | None, typer.Option(help="Overrides the recipe's epochs.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of timing.")] = 9,
     recipe: Annotated[str, typer.Option(help="Name or file; must name a host.")] = RECIPE,
+    as_json: Json = False,
 ) -> None:
     """Train a small ViT on scikit-learn's digits, prune it, and report accuracy and speed."""
     try:
@@ -46,17 +49,20 @@ def demo(
     started = time.perf_counter()
     chosen = load_recipe(recipe)
     run = prepare(chosen, None, pretrained=False)
-    say(
+    intro = (
         f"{len(run.data.train)} digits to train on, {len(run.data.eval)} held out; "  # type: ignore[arg-type]
         f"{type(run.model).__name__} with "
         f"{sum(p.numel() for p in run.model.parameters()) / 1e6:.2f} M parameters."
     )
+    if not as_json:
+        say(intro)
     with bar("dense host") as step:
         pretrain(run.model, run.data, dense_epochs, progress=step, seed=chosen.train.seed)
     accuracy = {"dense": evaluate(run.model, run.data, path="dense")}
     dense_done = time.perf_counter()
 
-    model = wrap(run.model, chosen)
+    with working("tracing and proving"):
+        model = wrap(run.model, chosen)
     with bar("pruned model") as step:
         fit(
             None,
@@ -69,7 +75,7 @@ def demo(
             save_every="never",
         )
     tuned_done = time.perf_counter()
-    with working("evaluating"):
+    with working("evaluating and proving"):
         accuracy["pruned"] = evaluate(model, run.data, path="gather")
         accuracy["fine-tuned, nothing pruned"] = evaluate(model, run.data, path="dense")
         certificate = verify(model.eval())
@@ -94,18 +100,16 @@ def demo(
     stages = stage_table(chosen, counted, certificate.num_keep)
     tables = [accuracy_table(figures), speed_table(figures), stages]
     details = [cost_table(counted), certificate_table(certificate), settings_table(figures)]
-    for table in (*tables, details[-1]):
-        show(table)
-
     checkpoint = save(model, output / "checkpoint")
     write_input(checkpoint, None, run)
     picture = output / "pruning.png"
     draw(model, run.data, count=10).save(picture, format="PNG")
-    report = write(output / "report.html", counted, [*tables, *details], picture)
+    page = write(output / "report.html", counted, [*tables, *details], picture)
     facts = output / "figures.json"
     facts.write_text(json.dumps(figures.as_dict(), indent=2) + "\n", encoding="utf-8")
-    say(f"checkpoint   {checkpoint}", f"picture      {picture}")
-    say(f"report       {report}", f"figures      {facts}")
+    written = {"checkpoint": checkpoint, "picture": picture, "report": page, "figures": facts}
+    lines = [f"{name:<12} {path}" for name, path in written.items()]
+    report(as_json, {**figures.as_dict(), "files": written}, *tables, details[-1], *lines)
 
 
 def _time(model: Any, images: Any, rounds: int, step: Any) -> dict[int, dict[str, Any]]:

@@ -4,9 +4,16 @@ from typing import Annotated
 
 import typer
 
-from tokenprune.cli.console import show, working
-from tokenprune.cli.hosts import host_of_folder
-from tokenprune.cli.options import Checkpoint, HostName, Images, KeepRatio, Options, Threshold
+from tokenprune.cli.console import bar, report, working
+from tokenprune.cli.options import (
+    Checkpoint,
+    HostName,
+    Images,
+    Json,
+    KeepRatio,
+    Options,
+    Threshold,
+)
 from tokenprune.errors import HostError
 from tokenprune.rewrite.settings import PATHS
 
@@ -24,18 +31,19 @@ def evaluate(
     host: HostName = "",
     option: Options = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per forward.")] = 256,
+    as_json: Json = False,
 ) -> None:
     """Evaluate a checkpoint on held-out images."""
     from tokenprune.cli.runs import prune_by, reopen
-    from tokenprune.cli.scores import score_table
+    from tokenprune.cli.scores import scores
 
     chosen = [known for known in PATHS if known in (path or ("gather", "dense"))]
     unknown = sorted(set(path or ()) - set(PATHS))
     if unknown:
         raise HostError(f"There is no path {unknown[0]!r}. Choose among {', '.join(PATHS)}.")
     with working("loading"):
-        run = reopen(checkpoint, data, host_of_folder(host, option or ()))
+        run = reopen(checkpoint, data, host, option or ())
         prune_by(run.model, keep_ratio, threshold)
-    with working("evaluating"):
-        table = score_table(run.model, run.data, chosen, batch_size)
-    show(table)
+    with bar("evaluating", "images") as step:
+        found, table = scores(run.model, run.data, chosen, batch_size, progress=step)
+    report(as_json, found, table)

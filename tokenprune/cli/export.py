@@ -1,6 +1,7 @@
 """`tokenprune export`: write a model to a file, check it, and time it against its dense export."""
 
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -8,104 +9,96 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from tokenprune.cli.console import bar, show, working
-from tokenprune.cli.hosts import build, host_of_folder, recipe_for
-from tokenprune.cli.options import AdapterName, HostName, KeepRatio, Options, RecipeName
+from tokenprune.cli.console import bar, report, working
+from tokenprune.cli.opened import open_model
+from tokenprune.cli.options import (
+    AdapterName,
+    HostName,
+    HostWeights,
+    Json,
+    KeepRatio,
+    ModelName,
+    Options,
+    Pretrained,
+    RecipeName,
+    Settings,
+    output,
+)
 from tokenprune.cost.profile import profile
 from tokenprune.cost.timing import Timing, interleaved
-from tokenprune.errors import ExportError, HostError
+from tokenprune.errors import ExportError
 from tokenprune.exporting import FORMATS, ExportReport, format_of, open_exported
 from tokenprune.exporting import export as write
 from tokenprune.hosts.inputs import draw_inputs
-from tokenprune.hosts.registry import describe
-from tokenprune.recipe import load_recipe
 from tokenprune.report.table import Table
 from tokenprune.runtime.model import pruning_of
-from tokenprune.wrapping import wrap
 
 __all__ = ["export"]
 
 
 def export(
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="timm name, timm:NAME, transformers:CLASS, :TYPE or :CHECKPOINT; or a folder that "
-            "`tokenprune train` or `tokenprune.save` wrote."
-        ),
-    ],
+    model: ModelName,
+    setting: Settings = None,
     recipe: RecipeName = "",
     format: Annotated[
         str, typer.Option("--format", "-f", help=f"{' or '.join(FORMATS)}. Default: by file name.")
     ] = "",
-    output: Annotated[
-        Path | None, typer.Option(help="The file. Default: the model's name in this folder.")
+    file: Annotated[
+        Path | None, output("The file. Default: the model's name in this folder.")
     ] = None,
     option: Options = None,
     host: HostName = "",
     adapter: AdapterName = "",
-    pretrained: Annotated[
-        bool, typer.Option("--pretrained", help="Start from the published weights.")
-    ] = False,
-    host_weights: Annotated[
-        Path | None, typer.Option(help="Start from these weights of the dense host.")
-    ] = None,
+    pretrained: Pretrained = False,
+    host_weights: HostWeights = None,
     keep_ratio: KeepRatio = "",
     batch_size: Annotated[int, typer.Option(min=1, help="Images per timed call.")] = 8,
     rounds: Annotated[
         int, typer.Option(min=0, help="Timing rounds of half a second; 0: no timing.")
     ] = 7,
+    as_json: Json = False,
 ) -> None:
     """Write the eval path for any batch size, and compare the file with the model."""
-    from tokenprune.cli.runs import load_host_weights, prune_by, reopen_model
+    from tokenprune.cli.runs import prune_by
 
-    asked = format_of(output or "", format or None) if format or output else "onnx"
-    by_name: dict[str, Any] = {"--recipe": recipe, "--adapter": adapter}
-    by_name |= {"--pretrained": pretrained, "--host-weights": host_weights}
-    by_name |= {} if host else {"--option": option}
-    clash = next((name for name, value in by_name.items() if value), None)
-    is_folder = Path(model).is_dir()
-    if is_folder and clash is not None:
-        raise HostError(
-            f"{clash} is for building a model by name; {model!r} is a folder, and holds its own "
-            "recipe and weights. Leave the option out."
-        )
-    if host and not is_folder:
-        raise HostError(f"--host is for a folder, {model!r} is none. Leave it out.")
-    with working(f"building {model}"):
-        if is_folder:
-            wrapped = reopen_model(Path(model), host_of_folder(host, option or ()))
-        else:
-            chosen = load_recipe(recipe) if recipe else None
-            built = build(model, option or (), pretrained=pretrained)
-            if host_weights is not None:
-                load_host_weights(built, host_weights)
-            spec = describe(built, adapter or None)
-            wrapped = wrap(built, chosen or recipe_for(model, spec), adapter=spec, train=False)
-        prune_by(wrapped, keep_ratio)
-    target = output or Path(f"{Path(model.rpartition(':')[2]).name}.{asked}")
+    asked = format_of(file or "", format or None) if format or file else "onnx"
+    wrapped = open_model(
+        model,
+        [*(setting or ()), *(option or ())],
+        recipe=recipe,
+        adapter=adapter,
+        host=host,
+        pretrained=pretrained,
+        host_weights=host_weights,
+        verify=True,
+    ).model
+    prune_by(wrapped, keep_ratio)
+    target = file or Path(f"{Path(model.rpartition(':')[2]).name}.{asked}")
     with working(f"exporting to {asked}"):
-        report = write(wrapped, target, asked)
+        written = write(wrapped, target, asked)
     dense, timings = None, {}
     if rounds:
         with TemporaryDirectory() as folder:
             # where the dense host cannot be exported, the pruned file is compared with nothing
             with working("exporting the dense host"), suppress(ExportError), wrapped.using("dense"):
                 dense = write(wrapped, Path(folder) / f"dense.{asked}", asked)
-            timings = _time(wrapped, report, dense, batch_size, rounds)
-    show(_table(model, report, dense, timings, profile(wrapped).ratio, batch_size))
+            timings = _time(wrapped, written, dense, batch_size, rounds)
+    ratio = profile(wrapped).ratio
+    seconds = {side: timing.seconds for side, timing in timings.items()}
+    data = {**asdict(written), "macs": ratio, "batch_size": batch_size, "seconds": seconds}
+    report(as_json, data, _table(model, written, dense, timings, ratio, batch_size))
 
 
 def _time(
-    wrapped: Any, report: ExportReport, dense: ExportReport | None, batch_size: int, rounds: int
+    wrapped: Any, pruned: ExportReport, dense: ExportReport | None, batch_size: int, rounds: int
 ) -> dict[str, Timing]:
     host = pruning_of(wrapped)
     inputs = draw_inputs(host.spec, host.host, batch_size)
     device = next(iter(inputs.values())).device
     calls = {}
-    for name, written in (("pruned", report), ("dense", dense)):
+    for name, written in (("pruned", pruned), ("dense", dense)):
         if written is not None:
-            run = open_exported(written.path, report.format, device)
+            run = open_exported(written.path, pruned.format, device)
             calls[name] = lambda run=run: run(inputs)
     with bar("timing", "rounds") as step:
         return interleaved(
@@ -115,21 +108,21 @@ def _time(
 
 def _table(
     model: str,
-    report: ExportReport,
+    pruned: ExportReport,
     dense: ExportReport | None,
     timings: dict[str, Timing],
     ratio: float,
     batch_size: int,
 ) -> Table:
-    both = [found for found in (report, dense) if found is not None]
+    both = [found for found in (pruned, dense) if found is not None]
     rows = [
         ("size", *(f"{found.num_bytes / 1e6:.1f} MB" for found in both)),
         ("largest deviation from eager", *(f"{found.deviation:.1e}" for found in both)),
     ]
     notes = [
-        f"Written to {report.path}, batch size open. Compared with the model at batch sizes "
-        f"{' and '.join(map(str, report.checked))};",
-        f"{report.tolerance:.0e} of the output's scale is allowed.",
+        f"Written to {pruned.path}, batch size open. Compared with the model at batch sizes "
+        f"{' and '.join(map(str, pruned.checked))};",
+        f"{pruned.tolerance:.0e} of the output's scale is allowed.",
     ]
     if timings:
         speed = (f"{timing.per_second(batch_size):.1f}" for timing in timings.values())
@@ -146,4 +139,4 @@ def _table(
     elif timings:
         notes.append("The host cannot be exported without pruning, so nothing is compared.")
     columns = ("", "pruned", "dense")[: 1 + len(both)]
-    return Table(f"{model} as {report.format}", columns, tuple(rows), "\n".join(notes))
+    return Table(f"{model} as {pruned.format}", columns, tuple(rows), "\n".join(notes))

@@ -1,15 +1,26 @@
 """`tokenprune inspect`: show the blocks, stages, cost and certificate of a model."""
 
-from typing import Annotated
+from dataclasses import asdict
+from typing import Annotated, Any
 
 import typer
 from torch import nn
 
 from tokenprune.checks.certificate import Certificate
 from tokenprune.checks.verify import verify
-from tokenprune.cli.console import say, show, working
-from tokenprune.cli.opened import wrapped_model
-from tokenprune.cli.options import AdapterName, HostName, ModelName, Options, RecipeName
+from tokenprune.cli.console import report, say, working
+from tokenprune.cli.opened import open_model
+from tokenprune.cli.options import (
+    AdapterName,
+    HostName,
+    HostWeights,
+    Json,
+    ModelName,
+    Options,
+    Pretrained,
+    RecipeName,
+    Settings,
+)
 from tokenprune.cost.profile import Profile, profile
 from tokenprune.hosts.spec import ArchSpec
 from tokenprune.recipe import Recipe
@@ -21,25 +32,40 @@ __all__ = ["certificate_table", "cost_table", "inspect", "stage_table"]
 
 def inspect(
     model: ModelName,
+    setting: Settings = None,
     recipe: RecipeName = "",
     adapter: AdapterName = "",
     option: Options = None,
     host: HostName = "",
+    pretrained: Pretrained = False,
+    host_weights: HostWeights = None,
     proof: Annotated[bool, typer.Option(help="Run the model to verify the pruning.")] = True,
+    as_json: Json = False,
 ) -> None:
     """Show what an adapter finds in a model, what pruning saves, and the certificate."""
-    wrapped = wrapped_model(
-        model, recipe=recipe, adapter=adapter, host=host, options=option or (), seen=_show_spec
-    )
+    wrapped = open_model(
+        model,
+        [*(setting or ()), *(option or ())],
+        recipe=recipe,
+        adapter=adapter,
+        host=host,
+        pretrained=pretrained,
+        host_weights=host_weights,
+        seen=(lambda host, spec: None) if as_json else _show_spec,
+    ).model
+    pruning = pruning_of(wrapped)
     with working("counting"):
         counted = profile(wrapped)
-    chosen = pruning_of(wrapped).recipe
-    show(stage_table(chosen, counted, pruning_of(wrapped).budget.counts(counted.patches_per_stage)))
-    show(cost_table(counted))
+    kept = pruning.budget.counts(counted.patches_per_stage)
+    tables = [stage_table(pruning.recipe, counted, kept), cost_table(counted)]
+    data: dict[str, Any] = {"profile": {**asdict(counted), "ratio": counted.ratio}, "kept": kept}
+    data |= {"adapter": pruning.spec.adapter, "recipe": pruning.recipe.name}
     if proof:
         with working("verifying"):
             certificate = verify(wrapped)
-        show(certificate_table(certificate))
+        tables.append(certificate_table(certificate))
+        data["certificate"] = asdict(certificate)
+    report(as_json, data, *tables)
 
 
 def _show_spec(host: nn.Module, spec: ArchSpec) -> None:

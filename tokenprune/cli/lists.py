@@ -4,7 +4,8 @@ from importlib.resources import files
 
 import typer
 
-from tokenprune.cli.console import show
+from tokenprune.cli.console import report
+from tokenprune.cli.options import Json
 from tokenprune.hosts.registry import list_adapters
 from tokenprune.recipe import list_recipes, load_recipe
 from tokenprune.report.table import Table
@@ -15,19 +16,22 @@ recipes = typer.Typer(help="List the shipped recipes, or show one.")
 
 
 @recipes.callback(invoke_without_command=True)
-def _list(ctx: typer.Context) -> None:
+def _list(ctx: typer.Context, as_json: Json = False) -> None:
     if ctx.invoked_subcommand is not None:
         return
-    rows = []
+    rows, data = [], []
     for name in list_recipes():
         recipe = load_recipe(name)
         host = f"{recipe.host.library}:{recipe.host.model}" if recipe.host else "any"
-        blocks = ", ".join(str(stage.block) for stage in recipe.resolved_stages)
-        ratios = ", ".join(f"{stage.keep_ratio:g}" for stage in recipe.resolved_stages)
-        rows.append((name, host, recipe.mode, blocks, ratios))
+        blocks = [stage.block for stage in recipe.resolved_stages]
+        ratios = [stage.keep_ratio for stage in recipe.resolved_stages]
+        shown = (", ".join(map(str, blocks)), ", ".join(f"{ratio:g}" for ratio in ratios))
+        rows.append((name, host, recipe.mode, *shown))
+        one = {"recipe": name, "host": host, "mode": recipe.mode}
+        data.append({**one, "blocks": blocks, "keep_ratios": ratios})
     columns = ("recipe", "host", "mode", "before blocks", "kept share")
     note = "tokenprune recipes show NAME prints one; tokenprune train NAME runs it."
-    show(Table(f"{len(rows)} recipes", columns, tuple(rows), note))
+    report(as_json, data, Table(f"{len(rows)} recipes", columns, tuple(rows), note))
 
 
 @recipes.command(name="show")
@@ -40,11 +44,13 @@ def _show(name: str) -> None:
     typer.echo(text.rstrip("\n"))
 
 
-def adapters() -> None:
+def adapters(as_json: Json = False) -> None:
     """List the architecture adapters."""
     names = list_adapters()
     rows = []
     for name in names:
         library, _, family = name.rpartition("/")
         rows.append((name, library or "any", family if library else "any with a stack of blocks"))
-    show(Table(f"{len(names)} adapters", ("adapter", "library", "family"), tuple(rows)))
+    columns = ("adapter", "library", "family")
+    data = [dict(zip(columns, row, strict=True)) for row in rows]
+    report(as_json, data, Table(f"{len(names)} adapters", columns, tuple(rows)))

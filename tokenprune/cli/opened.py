@@ -1,67 +1,111 @@
-"""Open the folder, or build and wrap the model, that a command line names."""
+"""Open the model that a command line names: the one way in of all commands that take a model."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from tokenprune.checkpoints.facts import CONFIG, FACTS
 from tokenprune.cli.console import working
-from tokenprune.cli.hosts import build, host_of_folder, recipe_for
+from tokenprune.cli.hosts import build, is_function, recipe_for
 from tokenprune.errors import HostError
 from tokenprune.hosts.registry import describe
 from tokenprune.hosts.spec import ArchSpec
 from tokenprune.recipe import load_recipe
-from tokenprune.runtime.model import pruning_of
+from tokenprune.runtime.model import PrunedModel, pruning_of
 from tokenprune.wrapping import wrap
 
-__all__ = ["wrapped_model"]
+__all__ = ["Opened", "open_model"]
 
 
-def wrapped_model(
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """A model, and where it came from.
+
+    Attributes:
+        name: As it was given.
+        model: In eval mode; wrapped, unless it was built and only asked for as it is.
+        folder: Of a saved model; None if it was built.
+        published: It has weights that were trained, on images that were normalised for them.
+    """
+
+    name: str
+    model: Any
+    folder: Path | None
+    published: bool
+
+    def image_settings(self) -> dict[str, Any]:
+        """How images are prepared for it: the keyword arguments of `read_images`, `load_data`."""
+        from tokenprune.cli.runs import noted_settings, settings_of
+
+        noted = None if self.folder is None else noted_settings(self.folder)
+        return noted or settings_of(self.model, self.published, self.folder)
+
+
+def open_model(
     name: str,
+    options: Sequence[str] = (),
     *,
     recipe: str = "",
     adapter: str = "",
     host: str = "",
-    options: Sequence[str] = (),
+    pretrained: bool = False,
+    host_weights: Path | None = None,
+    wrapped: bool = True,
+    verify: bool = False,
     seen: Callable[[nn.Module, ArchSpec], None] = lambda host, spec: None,
-) -> Any:
-    """The model of a folder that `tokenprune train` or `save` wrote; or a host, built without
-    weights and wrapped by a recipe.
+) -> Opened:
+    """Load a saved model, or build a host and wrap it.
 
     Args:
-        name: The folder, or a name as `build` takes it.
+        name: A folder that `tokenprune train` or `save` wrote; or a host, as `cli.hosts` says.
+        options: `KEY=VALUE` for building the host.
         recipe: Of a host that is built; by default the shipped recipe of its name, if any.
         adapter: Of a host that is built; by default the one that knows its class.
         host: What a folder's host is, if the folder does not say so.
-        options: `KEY=VALUE` for building the host.
+        pretrained: Load published weights into a host that is built.
+        host_weights: File with weights of a host that is built.
+        wrapped: Wrap a host that is built.
+        verify: Prove it.
         seen: Called with the host and what is known of it, before it is wrapped.
 
     Raises:
         HostError: An option does not go with what the name is.
     """
+    from tokenprune.cli.runs import load_host_weights, reopen_model
+
     folder = Path(name)
-    if folder.is_dir():
-        clash = "--recipe" if recipe else "--adapter" if adapter else None
+    of_host = {"--recipe": recipe, "--adapter": adapter, "--pretrained": pretrained}
+    of_host |= {"--host-weights": host_weights}
+    if folder.is_dir() and ((folder / FACTS).exists() or not (folder / CONFIG).exists()):
+        clash = next((option for option, value in of_host.items() if value), None)
         if clash is not None:
             raise HostError(
                 f"{clash} is for building a model by name; {name!r} is a folder, and holds its own "
-                "recipe. Leave the option out."
+                "recipe and weights. Leave the option out."
             )
-        from tokenprune.cli.runs import reopen_model
-
         with working(f"loading {folder}"):
-            model = reopen_model(folder, host_of_folder(host, options))
+            model = reopen_model(folder, host, options)
         seen(pruning_of(model).host, pruning_of(model).spec)
-        return model
+        return Opened(name=name, model=model.eval(), folder=folder, published=True)
     if host:
-        raise HostError(f"--host is for a folder, {name!r} is none. Leave it out.")
-    chosen = load_recipe(recipe) if recipe else None
+        raise HostError(f"--host is for a folder, {name!r} is none. Leave --host out.")
     with working(f"building {name}"):
-        built = build(name, options)
-    spec = describe(built, adapter or None)
-    seen(built, spec)
-    with working("tracing"):
-        chosen = chosen or recipe_for(name, spec)
-        return wrap(built, chosen, adapter=spec, verify=False, train=False)
+        built = build(name, options, pretrained=pretrained)
+        if host_weights is not None:
+            load_host_weights(built, host_weights)
+    published = pretrained or folder.is_dir() or is_function(name)
+    if isinstance(built, PrunedModel):  # a function may return one
+        clash = "--recipe" if recipe else "--adapter" if adapter else None
+        if clash is not None:
+            raise HostError(f"{name} returns a wrapped model, which has both. Leave {clash} out.")
+        seen(pruning_of(built).host, pruning_of(built).spec)
+    elif wrapped:
+        spec = describe(built, adapter or None)
+        seen(built, spec)
+        with working("tracing and proving" if verify else "tracing"):
+            chosen = load_recipe(recipe) if recipe else recipe_for(name, spec)
+            built = wrap(built, chosen, adapter=spec, verify=verify, train=False)
+    return Opened(name=name, model=built, folder=None, published=published)

@@ -12,30 +12,42 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tokenprune.checkpoints.directory import load, saved_recipe
+from tokenprune.checkpoints.directory import load
+from tokenprune.checkpoints.facts import read_facts, read_recipe
 from tokenprune.cli.console import warn
-from tokenprune.errors import CheckpointError, PlanError
-from tokenprune.hosts.build import build_host, input_settings
+from tokenprune.cli.hosts import build, host_section, is_function
+from tokenprune.errors import CheckpointError, HostError, PlanError
+from tokenprune.hosts.build import build_host, input_settings, model_library
+from tokenprune.hosts.files import is_host_files
+from tokenprune.hosts.registry import describe
 from tokenprune.recipe import Recipe
 from tokenprune.recipe.schema import HostSection
+from tokenprune.runtime.model import PrunedModel, pruning_of
 from tokenprune.train import DataBundle, DataError, load_data
 from tokenprune.train.data import HELD_OUT
 
 __all__ = [
     "Run",
+    "held_out_images",
     "host_of",
-    "image_settings",
+    "image_argument",
     "keep_ratios",
     "load_host_weights",
+    "noted_settings",
     "prepare",
     "prune_by",
     "read_images",
     "reopen",
     "reopen_model",
+    "settings_of",
     "write_input",
 ]
 
 INPUT = "input.json"
+NO_IMAGES = (
+    "{!r} does not say on which images it was trained (there is no {}, which `tokenprune train` "
+    "writes). Give images with --data."
+)
 
 
 class _Input(BaseModel):
@@ -99,7 +111,7 @@ def _build(
 def load_host_weights(host: nn.Module, file: Path) -> None:
     """Load a dense host's weights: safetensors, or a torch file that holds tensors only."""
     if not file.is_file():
-        raise CheckpointError(f"There is no file {str(file)!r} with weights of the host.")
+        raise CheckpointError(f"There is no file {str(file)!r}. Name one with weights.")
     try:
         if file.suffix == ".safetensors":
             state = load_file(file)
@@ -113,8 +125,10 @@ def load_host_weights(host: nn.Module, file: Path) -> None:
             "wrote and that holds tensors only."
         ) from error
     except RuntimeError as error:
-        message = f"{str(file)!r} does not fit {type(host).__name__}: {error}"
-        raise CheckpointError(message) from error
+        raise CheckpointError(
+            f"{str(file)!r} does not fit {type(host).__name__}: {error}\nBuild the host as the one "
+            "of the file was built: give its arguments as KEY=VALUE."
+        ) from error
 
 
 def write_input(directory: Path, data: str | None, run: Run) -> None:
@@ -125,64 +139,74 @@ def write_input(directory: Path, data: str | None, run: Run) -> None:
     (directory / INPUT).write_text(noted.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
-def reopen(directory: Path, data: str | None, host: HostSection | None = None) -> Run:
-    """The wrapped model of a checkpoint, and images prepared as in its training.
+def reopen(directory: Path, data: str | None, host: str = "", options: Sequence[str] = ()) -> Run:
+    """The wrapped model of a checkpoint, and `held_out_images`. `host` and `options` say which host
+    to build, if the folder does not."""
+    if data is None and _read_input(directory) is None:
+        read_facts(directory)
+        raise CheckpointError(NO_IMAGES.format(str(directory), INPUT))
+    model = reopen_model(directory, host, options)
+    bundle, settings = held_out_images(directory, model, data)
+    return Run(model=model, data=bundle, settings=settings)
 
-    `host` says which host to build, if not the one that the recipe names. The images are those it
-    was trained with if `data` is None. Of other images than those, all are
-    evaluated on, unless they are in train/ and val/.
+
+def held_out_images(
+    directory: Path, model: nn.Module, data: str | None
+) -> tuple[DataBundle, dict[str, Any]]:
+    """Images prepared as in the training of a checkpoint, and how. They are those it was trained
+    with if `data` is None. Of other images than those, all are evaluated on, unless they are in
+    train/ and val/.
+
+    Raises:
+        CheckpointError: There is no training run, and `data` is None.
+        DataError: They have other classes.
     """
-    recipe = saved_recipe(directory)
-    section = host or host_of(recipe, directory)
     noted = _read_input(directory)
+    if noted is None and data is None:
+        raise CheckpointError(NO_IMAGES.format(str(directory), INPUT))
     if noted is None:
-        if data is None:
-            raise CheckpointError(
-                f"{str(directory)!r} does not say on which images it was trained (there is no "
-                f"{INPUT}, which `tokenprune train` writes). Give images with --data."
-            )
         warn(f"{directory} lacks {INPUT}: images are prepared as for the host's published weights")
-        settings = input_settings(section, recipe.train.image_size, pretrained=True)
-        held_out = 1.0
+        settings, held_out = settings_of(model, True, directory), 1.0
     else:
         others = data is not None and _resolved(data) != noted.data
         settings, data = noted.settings, data or noted.data
         held_out = 1.0 if others else HELD_OUT
-    options = {**settings, "held_out": held_out, "train": recipe.train, "seed": recipe.train.seed}
-    bundle = load_data(data, **options)
+    train = pruning_of(model).recipe.train
+    bundle = load_data(data, **settings, held_out=held_out, train=train, seed=train.seed)
     if noted is not None and list(bundle.class_names) != noted.class_names:
         raise DataError(
             f"The model in {str(directory)!r} knows the classes {_short(noted.class_names)}, the "
             f"images of {bundle.name!r} have {_short(bundle.class_names)}. Give images of the same "
             "classes with --data."
         )
-    built = _build(section, bundle.num_classes, settings)
-    return Run(model=_loaded(directory, built, host), data=bundle, settings=settings)
+    return bundle, settings
 
 
-def reopen_model(directory: Path, host: HostSection | None = None) -> Any:
+def reopen_model(directory: Path, host: str = "", options: Sequence[str] = ()) -> Any:
     """The wrapped model of a checkpoint; no images are read.
 
     Args:
         directory: What `tokenprune train` or `tokenprune.save` wrote.
-        host: Which host to build; None for the one that the recipe names.
+        host: Which host to build, as `cli.hosts` names it; what the folder says if empty.
+        options: `KEY=VALUE` for building it.
     """
-    noted = _read_input(directory)
-    section = host or host_of(saved_recipe(directory), directory)
+    if options and not host:
+        raise HostError("--option is for building a host; name it with --host.")
+    facts, recipe, noted = read_facts(directory), read_recipe(directory), _read_input(directory)
+    if not host and facts.host.get("library"):
+        return load(directory)
+    if host and (is_function(host) or is_host_files(Path(host))):
+        return load(directory, build(host, options))
+    section = host_section(host, options) if host else host_of(recipe, directory)
     if noted is None:  # written by `tokenprune.save`: the host as it is described
         built = build_host(section)
     else:
         built = _build(section, len(noted.class_names), noted.settings)
-    return _loaded(directory, built, host)
-
-
-def _loaded(directory: Path, built: nn.Module, host: HostSection | None) -> Any:
     try:
         return load(directory, built)
     except CheckpointError as error:
-        if host is not None or "does not fit" not in str(error):
+        if host or "does not fit" not in str(error):
             raise
-        section = host_of(saved_recipe(directory), directory)
         raise CheckpointError(
             f"{error}\nIf that host was built with more arguments than its recipe says, which are "
             f"{section.kwargs}, give it with --host {section.library}:{section.model} and an "
@@ -190,32 +214,92 @@ def _loaded(directory: Path, built: nn.Module, host: HostSection | None) -> Any:
         ) from error
 
 
-def image_settings(
-    directory: Path | None, host: HostSection | None, pretrained: bool = False
-) -> dict[str, Any]:
-    """How images are prepared: the keyword arguments of `read_images`.
+def noted_settings(directory: Path) -> dict[str, Any] | None:
+    """How the images of a training run were prepared; None if the folder does not say so."""
+    noted = _read_input(directory)
+    return None if noted is None else noted.settings
+
+
+def settings_of(model: nn.Module, published: bool, folder: Path | None = None) -> dict[str, Any]:
+    """How images are prepared for a model that is there: the keyword arguments of `read_images`.
 
     Args:
-        directory: Of a checkpoint, if there is one: its training may have noted them.
-        host: Which host takes them; None for the one that the checkpoint's recipe names.
-        pretrained: As for the published weights; always so for a checkpoint that says nothing, if
-            there are published weights for as many channels.
+        model: A host, or a wrapped model.
+        published: Normalise as its weights were trained; otherwise to mean and deviation 0.5.
+        folder: Where it was loaded from: transformers keeps a processor beside its weights.
+
+    Raises:
+        HostError: It takes no images.
     """
-    noted = None if directory is None else _read_input(directory)
-    if noted is not None:
-        return noted.settings
-    if host is None:
-        if directory is None:
-            raise ValueError("image_settings needs a checkpoint or a host")
-        host = host_of(saved_recipe(directory), directory)
-    published = host.library == "timm" or "/" in host.model
-    settings = input_settings(host, None, pretrained or (directory is not None and published))
-    if len(settings["mean"]) != settings["in_chans"]:
-        settings |= dict.fromkeys(("mean", "std"), (0.5,) * settings["in_chans"])
-    size = host.kwargs.get("img_size", host.kwargs.get("image_size"))
-    if isinstance(size, list):  # of images that are not square
-        settings["image_size"] = tuple(size)
+    host = pruning_of(model).host if isinstance(model, PrunedModel) else model
+    channels, height, width = image_shape(model)
+    half = (0.5,) * channels
+    settings: dict[str, Any] = {
+        "image_size": height if height == width else (height, width),
+        "in_chans": channels,
+        "mean": half,
+        "std": half,
+        "crop_pct": 1.0,
+        "interpolation": "bilinear",
+    }
+    known: Any = getattr(host, "pretrained_cfg", None)
+    if known:
+        from timm.data import resolve_data_config
+
+        config = resolve_data_config(pretrained_cfg=dict(known), verbose=False)
+        settings |= {key: config[key] for key in ("crop_pct", "interpolation")}
+        if published and len(config["mean"]) == channels:
+            settings |= {key: tuple(config[key]) for key in ("mean", "std")}
+        return settings
+    named = str(getattr(getattr(host, "config", None), "_name_or_path", ""))
+    for place in (str(folder), named) if published else ():
+        remote = place.count("/") == 1 and not Path(place).exists()
+        if remote or (Path(place) / "preprocessor_config.json").is_file():
+            processor = model_library("transformers", place).AutoImageProcessor
+            found = processor.from_pretrained(place)
+            settings |= {"mean": tuple(found.image_mean), "std": tuple(found.image_std)}
+            break
     return settings
+
+
+def image_argument(model: nn.Module) -> str | None:
+    """Name of the argument that takes images; None if the adapter does not know the arguments.
+
+    Raises:
+        HostError: None of them takes images.
+    """
+    wrapped = isinstance(model, PrunedModel)
+    host = pruning_of(model).host if wrapped else model
+    inputs = (pruning_of(model).spec if wrapped else describe(host)).inputs
+    for name, example in inputs.items():
+        if len(example.shape) == 3 and example.high is None:
+            return name
+    if not inputs:
+        return None
+    found = ", ".join(f"{name} {list(example.shape)}" for name, example in inputs.items())
+    raise HostError(
+        f"Asked for what becomes of image patches, but {type(host).__name__} takes no images: its "
+        f"inputs are {found}, without the batch. Run `tokenprune inspect`, which shows the "
+        "token counts of any model as a table."
+    )
+
+
+def image_shape(model: nn.Module) -> tuple[int, int, int]:
+    """Channels, height and width of the images that a model takes."""
+    name, wrapped = image_argument(model), isinstance(model, PrunedModel)
+    if wrapped:
+        tensors = pruning_of(model).example.tensors
+        example = tensors[name] if name in tensors else next(iter(tensors.values()))
+        shape = tuple(example.shape[1:])
+    else:
+        inputs = describe(model).inputs
+        shape = tuple(inputs[name].shape) if name else ()
+    if len(shape) != 3:
+        raise HostError(
+            f"{type(model).__name__} does not say which images it takes. Give its shape by an "
+            "adapter (docs/adapters.md), or call tokenprune from Python with example_inputs."
+        )
+    return shape
 
 
 def read_images(
@@ -268,8 +352,8 @@ def keep_ratios(text: str) -> float | list[float]:
         ratios = [float(part) for part in text.split(",")]
     except ValueError:
         raise PlanError(
-            f"A keep ratio is a number such as 0.7, or one for each stage such as 0.7,0.5,0.3; "
-            f"found {text!r}."
+            f"A keep ratio is a number, or one for each stage, found {text!r}. Give 0.7, or "
+            "0.7,0.5,0.3."
         ) from None
     return ratios[0] if len(ratios) == 1 else ratios
 

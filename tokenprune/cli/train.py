@@ -6,8 +6,10 @@ from typing import Annotated
 import typer
 
 from tokenprune.checkpoints.directory import save
-from tokenprune.cli.console import bar, is_main_process, say, show, working
+from tokenprune.cli.console import bar, is_main_process, report, working
 from tokenprune.cli.hosts import host_section
+from tokenprune.cli.options import Json
+from tokenprune.cli.options import output as output_option
 from tokenprune.errors import HostError, UnsupportedHostError
 from tokenprune.recipe import load_recipe
 from tokenprune.wrapping import unwrap, wrap
@@ -27,12 +29,12 @@ def train(
         ),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="Folder of checkpoints. Default: runs/RECIPE.")
+        Path | None, output_option("Folder of checkpoints. Default: runs/RECIPE.")
     ] = None,
     model: Annotated[str, typer.Option(help="Another host: timm:NAME or transformers:TYPE.")] = "",
     option: Annotated[
         list[str] | None,
-        typer.Option("--option", "-o", help="KEY=VALUE for building that host; may be repeated."),
+        typer.Option("--option", help="KEY=VALUE for building that host; may be repeated."),
     ] = None,
     scratch: Annotated[
         bool, typer.Option("--scratch", help="Start from random weights, not the published ones.")
@@ -54,13 +56,14 @@ def train(
     resume: Annotated[
         bool, typer.Option(help="Resume from the newest checkpoint in the output folder.")
     ] = True,
+    as_json: Json = False,
 ) -> None:
     """Train the predictors and the host of a recipe; resume an interrupted run.
 
     On several processes: torchrun --nproc-per-node 2 --no-python tokenprune train RECIPE
     """
     from tokenprune.cli.runs import load_host_weights, prepare, write_input
-    from tokenprune.cli.scores import score_table
+    from tokenprune.cli.scores import scores
     from tokenprune.train import fit, pretrain
     from tokenprune.train.arguments import with_overrides
     from tokenprune.train.run_folder import newest_checkpoint
@@ -116,7 +119,7 @@ def train(
     if is_main_process():
         write_input(folder, data, run)
         save(wrapped, folder)
-        with working("evaluating"):
-            table = score_table(wrapped, run.data)
-        show(table)
-        say(f"checkpoint   {folder}", f"next         tokenprune visualize {folder}")
+        with bar("evaluating", "images") as step:
+            found, table = scores(wrapped, run.data, progress=step)
+        lines = (f"checkpoint   {folder}", f"next         tokenprune visualize {folder}")
+        report(as_json, {**found, "folder": folder}, table, *lines)

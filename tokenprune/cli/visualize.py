@@ -1,5 +1,6 @@
 """`tokenprune visualize`: which patches a model keeps, and which it merges."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,95 +9,92 @@ import typer
 from torch import nn
 
 from tokenprune.cli.console import say, working
-from tokenprune.cli.hosts import host_of_folder
-from tokenprune.cli.options import HostName, Images, KeepRatio, RecipeName, Threshold
-from tokenprune.cli.pictures import check_ending, open_images, picture_of, trace_of, write_picture
+from tokenprune.cli.opened import open_model
+from tokenprune.cli.options import (
+    AdapterName,
+    HostName,
+    HostWeights,
+    Images,
+    KeepRatio,
+    ModelName,
+    Options,
+    Pretrained,
+    RecipeName,
+    Threshold,
+    output,
+)
+from tokenprune.cli.pictures import check_ending, picture_of, trace_of, write_picture
 from tokenprune.errors import HostError
 from tokenprune.report.visualize import pruning_grid
 from tokenprune.rewrite.kept.pruning_trace import PruningTrace
 
 __all__ = ["draw", "drawn", "visualize"]
 
+SETTING = re.compile(r"[A-Za-z_]\w*=")
+
 
 def visualize(
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="A folder that `tokenprune train` or `tokenprune.save` wrote; or a model to "
-            "build: timm:NAME, transformers:CLASS, :TYPE or :CHECKPOINT."
-        ),
-    ],
+    model: ModelName,
     image: Annotated[
-        list[Path] | None,
-        typer.Argument(help="Image files. Default: held-out images of the training run."),
+        list[str] | None,
+        typer.Argument(
+            metavar="[IMAGE|KEY=VALUE]...",
+            help="Image files; default: held-out images of the training run. And settings for "
+            "building the model, such as img_size=64.",
+        ),
     ] = None,
     data: Images = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output", "-o", help="A .png, or an .html page. Default: pruning.png in the folder."
-        ),
+    picture: Annotated[
+        Path | None, output("A .png, or an .html page. Default: pruning.png in the folder.")
     ] = None,
     count: Annotated[int, typer.Option(min=1, help="How many held-out images.")] = 8,
     tile: Annotated[int, typer.Option(min=16, help="Side of an image, in pixels.")] = 112,
     keep_ratio: KeepRatio = "",
     threshold: Threshold = None,
     recipe: RecipeName = "",
+    adapter: AdapterName = "",
     host: HostName = "",
-    option: Annotated[
-        list[str] | None,
-        typer.Option("--option", help="KEY=VALUE for building the host; may be repeated."),
-    ] = None,
-    pretrained: Annotated[
-        bool, typer.Option("--pretrained", help="Build a model with the published weights.")
-    ] = False,
-    host_weights: Annotated[
-        Path | None, typer.Option(help="Build a model with these weights of the dense host.")
-    ] = None,
+    option: Options = None,
+    pretrained: Pretrained = False,
+    host_weights: HostWeights = None,
 ) -> None:
     """Draw images at each stage: dropped patches are dimmed, merged ones painted by group."""
     from tokenprune.cli.runs import prune_by, reopen
 
+    given = [text for text in image or () if not SETTING.match(text) or Path(text).exists()]
+    options = [*(text for text in image or () if text not in given), *(option or ())]
     is_folder = Path(model).is_dir()
-    target = output or (Path(model) if is_folder else Path()) / "pruning.png"
+    target = picture or (Path(model) if is_folder else Path()) / "pruning.png"
     check_ending(target)
-    if image and data is not None:
+    if given and data is not None:
         raise HostError("Give image files or --data, not both.")
-    if not image and not is_folder and not Path(model).exists():
+    if not given and not is_folder and not Path(model).exists():
         raise HostError(
             f"Asked to draw {model!r}, which is no folder of a training run, without images. Name "
             f"image files: tokenprune visualize {model} cat.png dog.png -o out.png"
         )
-    for_a_name = {"--recipe": recipe, "--pretrained": pretrained, "--host-weights": host_weights}
-    clash = next((name for name, value in for_a_name.items() if value), None)
-    if is_folder and clash is not None:
-        raise HostError(
-            f"{clash} is for building a model by name; {model!r} is a folder, and holds its own "
-            "recipe and weights. Leave the option out."
+    if given:
+        opened = open_model(
+            model,
+            options,
+            recipe=recipe,
+            adapter=adapter,
+            host=host,
+            pretrained=pretrained,
+            host_weights=host_weights,
         )
-    if image:
-        with working("loading"):
-            opened = open_images(
-                model,
-                image,
-                recipe=recipe,
-                host=host,
-                options=option or (),
-                pretrained=pretrained,
-                host_weights=host_weights,
-            )
-            prune_by(opened.model, keep_ratio, threshold)
         wrapped = opened.model
+        prune_by(wrapped, keep_ratio, threshold)
         with working("drawing"):
-            picture, trace = picture_of(opened, tile)
+            shown, trace = picture_of(opened, [Path(file) for file in given], tile)
     else:
         with working("loading"):
-            run = reopen(Path(model), data, host_of_folder(host, option or ()))
+            run = reopen(Path(model), data, host, options)
             prune_by(run.model, keep_ratio, threshold)
         wrapped = run.model
         with working("drawing"):
-            picture, trace = drawn(wrapped, run.data, count, tile)
-    say(f"picture   {write_picture(target, picture, trace, wrapped)}")
+            shown, trace = drawn(wrapped, run.data, count, tile)
+    say(f"picture   {write_picture(target, shown, trace, wrapped)}")
 
 
 def draw(model: nn.Module, data: Any, count: int, tile: int = 112) -> Any:

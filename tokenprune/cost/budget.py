@@ -138,8 +138,8 @@ def check_possible(macs: float, least: float, blocks: Sequence[int]) -> None:
     if least > macs + CLOSE:
         raise PlanError(
             f"asked for {macs:.3g} of the dense MACs; the least that this model can do is "
-            f"{least:.3g}, with its stages at blocks {list(blocks)}. Ask for more, or put stages "
-            "at earlier blocks."
+            f"{least:.3g}, with its stages at blocks {list(blocks)}. Call model.set_budget("
+            f"{math.ceil(1000 * least) / 1000:g}), or put stages at earlier blocks."
         )
 
 

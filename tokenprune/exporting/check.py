@@ -50,7 +50,7 @@ def compare(
         if wanted.keys() != found.keys():
             raise ExportError(
                 f"{name!r} returns {', '.join(found)}; the model returns {', '.join(wanted)}. "
-                "Nothing was written."
+                "Nothing was written. Give the outputs names of their own (a dict or a dataclass)."
             )
         for output, value in wanted.items():
             error = _difference(value, found[output], batch_size)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenprune.errors import ExportError
+from tokenprune.errors import ExportError, PlanError
 from tokenprune.exporting.check import compare
 from tokenprune.exporting.run import (
     Format,
@@ -200,6 +200,8 @@ def _export(model: nn.Module, given: Arguments | Mapping[str, Any]) -> tuple[Any
         program = torch.export.export(
             _plain(model, example), (), dict(example), dynamic_shapes=shapes
         )
+    except PlanError:  # of the model, with its own remedy
+        raise
     except Exception as error:  # the exporter may refuse in any way
         raise _cannot(type(model).__name__, "torch.export", error) from error
     return program, tuple(outputs)

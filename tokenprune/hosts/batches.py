@@ -100,7 +100,7 @@ class Batches:
             if batch.labels is not None and batch.labels.shape != (batch.size,):
                 raise HostError(
                     f"Labels must be one whole number an image: found {list(batch.labels.shape)} "
-                    f"of them beside {batch.size} images."
+                    f"of them beside {batch.size} images. Pass a tensor [{batch.size}] of classes."
                 )
             yield batch
         if self.labels is not None and len(self.labels) != taken:
@@ -126,13 +126,14 @@ class Batches:
         else:
             raise HostError(
                 f"A batch is a tensor, a mapping of the host's arguments or a tuple that begins "
-                f"with one, found {type(given).__name__}."
+                f"with one, found {type(given).__name__}. Pass one of these, or a list of them."
             )
         tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
         if not tensors:
             raise HostError(
                 f"A batch holds none of the arguments that the host takes "
-                f"({', '.join(self.call.names)}), found {sorted(map(str, given))}."
+                f"({', '.join(self.call.names)}), found {sorted(map(str, given))}. Name its keys "
+                "as the forward names its arguments."
             )
         labels = labels if labels is None else labels.to(like.device)
         return Batch(args, kwargs, labels, tensors[0].shape[0])

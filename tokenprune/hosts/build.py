@@ -19,7 +19,7 @@ from tokenprune.errors import (
 )
 from tokenprune.recipe.schema import HostSection
 
-__all__ = ["build_host", "input_settings"]
+__all__ = ["build_host", "input_settings", "model_library"]
 
 ANY_SIZE = 224  # of hosts that do not say which they take
 
@@ -65,7 +65,7 @@ def build_host(
         given = f"the options {dict(section.kwargs) | asked}, pretrained={pretrained}"
         raise HostError(
             f"{section.library} cannot build {section.model!r} with {given}: "
-            f"{type(error).__name__}: {error}"
+            f"{type(error).__name__}: {error}. Change the options, or give none."
         ) from error
 
 
@@ -94,16 +94,25 @@ def input_settings(
     return settings
 
 
-def _library(section: HostSection) -> Any:
+def model_library(name: str, wanted: str) -> Any:
+    """timm or transformers, for a model of it.
+
+    Raises:
+        MissingDependencyError: It is not installed.
+    """
     try:
-        return import_module(section.library)
+        return import_module(name)
     except ModuleNotFoundError as error:
-        if error.name != section.library:
+        if error.name != name:
             raise
         raise MissingDependencyError(
-            f"{section.model!r} needs {section.library}, which is not installed. "
-            f"Run: pip install 'tokenprune-torch[{section.library}]'"
+            f"{wanted!r} needs {name}, which is not installed. "
+            f"Run: pip install 'tokenprune-torch[{name}]'"
         ) from error
+
+
+def _library(section: HostSection) -> Any:
+    return model_library(section.library, section.model)
 
 
 def _timm(section: HostSection) -> Any:
@@ -191,7 +200,9 @@ def _config(section: HostSection, pretrained: bool) -> tuple[Any, Callable[[Any]
         try:
             known = config = library.AutoConfig.from_pretrained(model, **section.kwargs)
         except (OSError, ValueError) as error:
-            raise UnsupportedHostError(f"{unknown} {error}") from error
+            raise UnsupportedHostError(
+                f"{unknown} {error} Check the name, or name a folder that save_pretrained wrote."
+            ) from error
     else:
         if model not in types:
             build = getattr(library, model, None)

@@ -130,7 +130,7 @@ class CallSignature:
             given = [*names[: len(args)], *(["..."] if len(args) > len(names) else []), *kwargs]
             raise HostError(
                 f"The host's forward takes ({', '.join(names)}), but was called with "
-                f"({', '.join(given)})."
+                f"({', '.join(given)}). Call it with the arguments that it takes."
             )
         # no `zip(strict=...)` either: torch 2.8 cannot compile it
         given_here = names[: min(len(args), self.num_positional)]
@@ -169,7 +169,8 @@ def named_inputs(
         arguments = call.bind((given,) if isinstance(given, Tensor) else tuple(given), {})
     if not arguments.tensors:
         raise HostError(
-            f"example_inputs must hold at least one tensor, found {sorted(arguments) or 'nothing'}."
+            "example_inputs must hold at least one tensor, found "
+            f"{sorted(arguments) or 'nothing'}. Pass a batch of images, or a dict of arguments."
         )
     empty = [name for name, tensor in arguments.tensors.items() if tensor.shape[:1] == (0,)]
     if empty:

@@ -175,14 +175,18 @@ class LVViT(nn.Module):
         super().__init__()
         height, width = to_2tuple(img_size)
         if patch_size < 2 or patch_size % 2:
-            raise HostError(f"patch_size must be an even number from 2 on, got {patch_size}.")
+            raise HostError(
+                f"patch_size must be an even number from 2 on, got {patch_size}. Use 16."
+            )
         if min(height, width) < patch_size or height % patch_size or width % patch_size:
             raise HostError(
-                f"img_size must be a multiple of patch_size={patch_size}, got {height}x{width}."
+                f"img_size must be a multiple of patch_size={patch_size}, got {height}x{width}. "
+                "Pass another img_size."
             )
         if embed_dim % num_heads:
             raise HostError(
-                f"embed_dim must be a multiple of num_heads={num_heads}, got {embed_dim}."
+                f"embed_dim must be a multiple of num_heads={num_heads}, got {embed_dim}. "
+                "Pass another one of the two."
             )
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.num_prefix_tokens = 1
@@ -237,7 +241,9 @@ class LVViT(nn.Module):
                 "asked. Leave it out or pass 'token'."
             )
         if num_classes < 0:
-            raise HostError(f"num_classes must be 0 or more, got {num_classes}.")
+            raise HostError(
+                f"num_classes must be 0 or more, got {num_classes}. Pass 0 for no head."
+            )
         self.num_classes = num_classes
         self.head, self.aux_head = self._new_head(), self._new_head()
 

@@ -52,7 +52,8 @@ def token_dim(x: Shaped[Tensor, "..."], policy: Float[Tensor, "B L"], dim: int) 
     if (x.shape[0], x.shape[found]) != tuple(policy.shape):
         raise LeakError(
             f"the policy must have the shape [{x.shape[0]}, {x.shape[found]}] (images, tokens "
-            f"along dim {dim}), found {list(policy.shape)}; these are not the policy's tokens"
+            f"along dim {dim}), found {list(policy.shape)}; these are not the policy's tokens. "
+            "Pass the policy of these tokens"
         )
     return found
 

@@ -129,7 +129,8 @@ def _check(
     if tuple(policy.shape) != (leading[0], num_keys):
         raise LeakError(
             f"the policy must have the shape [{leading[0]}, {num_keys}] (images, keys), found "
-            f"{list(policy.shape)}; the keys are not this policy's tokens"
+            f"{list(policy.shape)}; the keys are not this policy's tokens. Pass the policy of the "
+            "keys"
         )
     if own_key and num_queries != num_keys:
         raise LeakError(

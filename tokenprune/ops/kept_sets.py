@@ -31,7 +31,7 @@ def check_keep_indices(
     if keep_indices.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
         raise KeepIndicesError(
             f"keep_indices must hold integers, found {keep_indices.dtype}; "
-            "a mask becomes indices with mask.nonzero()"
+            "call mask.nonzero() to turn a mask into indices"
         )
     shape = tuple(keep_indices.shape)
     wanted = num_keep if num_keep is not None else f"K from 1 to {num_patches}"

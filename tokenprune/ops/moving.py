@@ -98,7 +98,7 @@ def gather_aligned(
     places = sorted(zip((dim % max(table.ndim, 1) + offset for dim in dims), prefix, strict=False))
     found = f"found a table of shape {tuple(table.shape)}, dims {dims}, prefix {prefix}"
     if len(dims) != len(prefix) or len({place for place, _ in places}) != len(dims):
-        raise PlanError(f"each token dim needs one prefix count; {found}")
+        raise PlanError(f"each token dim needs one prefix count; {found}. Give as many as dims")
     if offset < 0 or any(place == 0 for place, _ in places):
         raise PlanError(
             f"asked to gather for {batch} images at rank {rank}, which leaves no dim for the "
@@ -107,7 +107,7 @@ def gather_aligned(
     if shape[0] not in (1, batch):
         raise PlanError(
             f"asked to gather for {batch} images; {found}: dim 0 must be 1 or {batch} "
-            f"once the table has rank {rank}"
+            f"once the table has rank {rank}. Pass a table for one image or for all"
         )
     out = table.reshape(shape)
     if len(places) == 2 and places[1][0] == places[0][0] + 1:

@@ -142,7 +142,8 @@ class Recipe(Section):
         if not isinstance(mapping, Mapping):
             raise RecipeError(
                 "A recipe must be a mapping of keys such as `version` and `stages`, "
-                f"found {type(mapping).__name__} in {where}."
+                f"found {type(mapping).__name__} in {where}. Write "
+                "{version: 1, schedule: {keep_ratio: 0.7}}, or more."
             )
         version = mapping.get("version")
         if type(version) is not int or version != _VERSION:
@@ -178,11 +179,14 @@ class Recipe(Section):
             text = Path(path).read_text(encoding="utf-8")
         except FileNotFoundError:
             raise RecipeError(
-                f"There is no recipe file {os.fspath(path)!r}. A shipped recipe is given by its "
-                "name, without folder and ending; list_recipes() shows the names."
+                f"There is no recipe file {os.fspath(path)!r}. Give a shipped recipe by its name, "
+                "without folder and ending; tokenprune.list_recipes() shows the names."
             ) from None
         except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError(f"Cannot read recipe file {os.fspath(path)!r}: {error}") from error
+            raise RecipeError(
+                f"Cannot read recipe file {os.fspath(path)!r}: {error}. Name a text file that may "
+                "be read."
+            ) from error
         return cls.from_text(text, where=f"recipe file {os.fspath(path)!r}")
 
     def to_yaml(self) -> str:
@@ -236,7 +240,7 @@ def load_recipe(source: RecipeSource) -> Recipe:
     if not isinstance(source, str):
         raise RecipeError(
             "A recipe is given as a name, a method, a path, a mapping or a Recipe, "
-            f"found {type(source).__name__}."
+            f"found {type(source).__name__}. Pass one of these, such as 'merge-k0.7'."
         )
     if source.endswith((".yaml", ".yml")) or "/" in source or os.sep in source:
         return Recipe.load(source)
@@ -268,11 +272,24 @@ def _problems(error: ValidationError, mapping: Mapping[str, Any]) -> Iterator[st
             yield problem
 
 
+def _where_it_belongs(key: str, found_in: type[Section]) -> str:
+    """A sentence for a key that is one of another part of a recipe."""
+    if found_in is not Recipe and key in Recipe.model_fields:
+        return f"Put `{key}` at the top level, beside `{_name_of(found_in)}`."
+    homes = [name for name, section in _SECTIONS.items() if key in section.model_fields]
+    return f"Put it into `{homes[0]}`: {{{homes[0]}: {{{key}: ...}}}}." if len(homes) == 1 else ""
+
+
+def _name_of(section: type[Section]) -> str:
+    return next(name for name, known in _SECTIONS.items() if known is section)
+
+
 def _problem(detail: ErrorDetails) -> str:
     if detail["type"] == "extra_forbidden":
         *parents, key = detail["loc"]
         section = _SECTIONS[str(parents[0])] if parents else Recipe
-        return f"unknown key. {did_you_mean(str(key), section.model_fields)}"
+        hint = did_you_mean(str(key), section.model_fields)
+        return f"unknown key. {_where_it_belongs(str(key), section) or hint}"
     if detail["type"] == "missing":
         return "this key is missing"
     if detail["type"] == "value_error":

@@ -79,9 +79,9 @@ def load_yaml(text: str, where: str = "the recipe") -> Any:
         finally:
             loader.dispose()
     except yaml.YAMLError as error:
-        raise RecipeError(f"No valid YAML in {where}: {error}") from error
+        raise RecipeError(f"No valid YAML in {where}; change it there: {error}") from error
     except RecursionError:
-        raise RecipeError(f"Lists or mappings nest too deeply in {where}.") from None
+        raise RecipeError(f"Lists or mappings nest too deeply in {where}. Write fewer.") from None
 
 
 def dump_yaml(value: Any) -> str:
@@ -120,4 +120,4 @@ def _construct(loader: _Loader, node: yaml.Node, where: str) -> Any:
     try:
         return loader.construct_document(node)
     except ValueError as error:  # a whole number with more digits than int() accepts
-        raise RecipeError(f"A number in {where} cannot be read: {error}") from error
+        raise RecipeError(f"A number in {where} cannot be read; change it: {error}") from error

@@ -111,7 +111,7 @@ def with_default_stages(
         raise PlanError(
             f"A host needs at least {needed} to be pruned, but among the {len(spec.blocks)} blocks "
             f"that adapter {spec.adapter!r} found in {type(host).__name__} there are "
-            f"{len(candidates)}."
+            f"{len(candidates)}. Use a host with more blocks."
         )
     patches = shape_of(blocks[candidates[0]].entry)[1] - spec.num_prefix_tokens
     if schedule.r is None and not schedule.falling:
@@ -124,7 +124,9 @@ def with_default_stages(
         try:
             ratios = list(schedule.ratios(len(chosen), patches))
         except ValueError as error:
-            raise PlanError(f"{recipe.name or 'the recipe'}: {error}.") from error
+            raise PlanError(
+                f"{recipe.name or 'the recipe'}: {error}. Change the recipe."
+            ) from error
     stages = [{"block": b, "keep_ratio": r} for b, r in zip(chosen, ratios, strict=True)]
     mapping = recipe.model_dump(mode="json", exclude_none=True, exclude={"schedule"})
     place = reduction.place(recipe.place, [blocks[number] for number in chosen])

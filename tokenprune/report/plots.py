@@ -6,7 +6,7 @@ from typing import Any
 
 from tokenprune.errors import MissingDependencyError
 
-__all__ = ["draw_costs", "draw_speed"]
+__all__ = ["draw_blocks", "draw_costs", "draw_speed"]
 
 
 def draw_costs(
@@ -58,13 +58,33 @@ def draw_speed(
     return _saved(axes, path, "batch size", "dense time / time")
 
 
+def draw_blocks(path: Path, dense: Sequence[float], pruned: Sequence[float]) -> Path:
+    """Write a picture of what each block costs.
+
+    Args:
+        path: Its ending says which format.
+        dense: 10^9 MACs of each block of the dense host.
+        pruned: The same as the model runs it, with the predictor before the block.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    axes = _axes("blocks")
+    numbers = range(len(dense))
+    axes.bar(numbers, dense, color="#c9d6e6", label="dense")
+    axes.bar(numbers, pruned, width=0.55, color="#2f6fb7", label="this model")
+    axes.set_xticks(list(numbers))
+    axes.set_axisbelow(True)
+    return _saved(axes, path, "block", "GMACs of one image")
+
+
 def _axes(what: str) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise MissingDependencyError(
-            f"A picture of {what} needs matplotlib: pip install matplotlib. The table has the same "
-            "figures: print(report)."
+            f"A picture of {what} needs matplotlib. Run: pip install matplotlib. The table has the "
+            "same figures: print(report)."
         ) from None
     return Figure(figsize=(7, 4.5), layout="constrained").add_subplot()
 

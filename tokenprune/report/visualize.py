@@ -182,7 +182,8 @@ def _columns(pixels: Tensor, trace: PruningTrace, tile: int) -> list[tuple[str, 
 def _check(images: Tensor, trace: PruningTrace, labels: Sequence[str]) -> None:
     if images.ndim != 4 or images.shape[1] not in (1, 3):
         raise HostError(
-            f"Images must have the shape [B, 1 or 3, height, width], found {list(images.shape)}."
+            f"Images must have the shape [B, 1 or 3, height, width], found {list(images.shape)}. "
+            "Pass the images of the traced call."
         )
     if not trace.stages:
         raise HostError(

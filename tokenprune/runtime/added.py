@@ -30,7 +30,7 @@ def check_place(host: nn.Module, added: Mapping[str, nn.Module]) -> None:
         raise HostError(
             f"{type(host).__name__} is {theirs.dtype} on {theirs.device} now, but what wrap added "
             f"({', '.join(added)}) is {ours.dtype} on {ours.device}. Move and cast the wrapped "
-            "model, not its host: model.to(...)."
+            f'model, not its host: model.to("{theirs.device}", {theirs.dtype}).'
         )
 
 

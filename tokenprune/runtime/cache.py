@@ -33,7 +33,7 @@ def signature_of(arguments: Arguments, entry: str, training: bool) -> Signature:
     """
     tensors = list(arguments.tensors.values())
     if not tensors:
-        raise HostError("A wrapped model must be called with at least one tensor.")
+        raise HostError("A wrapped model was called without a tensor. Pass it a batch of images.")
     batch_size = tensors[0].shape[0] if tensors[0].ndim else 1
     device = tensors[0].device.type
     autocast = device != "meta" and torch.is_autocast_enabled(device)

@@ -50,7 +50,7 @@ def warn_if_fresh(kind: str, added: Mapping[str, nn.Module], mergeable: bool) ->
         return False
     learned = have_learned(added)
     merge = "Or merge similar tokens of the host instead, without training: "
-    merge = f'{merge}`tokenprune.wrap(model, "merge-k0.7")`. ' if mergeable else ""
+    merge = f'{merge}`tokenprune.wrap(host, "merge-k0.7")`. ' if mergeable else ""
     if learned is False:
         warn_once(
             scorers,

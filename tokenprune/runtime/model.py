@@ -26,6 +26,8 @@ __all__ = ["PUBLIC", "PrunedModel", "as_host", "pruned_class", "pruning_of", "wr
 
 PUBLIC = ("using", "set_budget", "set_keep_ratio", "set_threshold")
 """Names that a wrapped model has beside its host's."""
+SHARING = ("save_pretrained", "push_to_hub")
+"""Methods that a wrapped model has in the place of its host's, which they call."""
 PRUNING = "_pruning"
 OWN = "_own_forward"
 CALL_WRAP = "Call tokenprune.wrap(model, recipe) first."
@@ -33,7 +35,7 @@ FX_TRACED = (
     "A torch.fx tracer was run on a {} that tokenprune wrapped (torch.fx.symbolic_trace, a feature "
     "extractor of torchvision or timm): its forward chooses a program by the shapes of real "
     "tensors, which such a tracer has not. Make the feature extractor of the host and wrap that, "
-    "read features with a forward hook, or use tokenprune.export(model, ...) for a graph."
+    'read features with a forward hook, or call tokenprune.export(model, "model.pt2") for a graph.'
 )
 
 
@@ -179,6 +181,27 @@ class PrunedModel(nn.Module):
             pruning.budget, share = threshold_for(self, macs, images, example_inputs)
         return share
 
+    def save_pretrained(self, save_directory: Any, *args: Any, **options: Any) -> Any:
+        """Write the whole model to a folder: host, predictors, recipe, certificate, model card.
+
+        `tokenprune.load(folder)` makes this model of it again; timm and transformers make the dense
+        host. Where the host has a `save_pretrained` of its own, that writes the host. See
+        `tokenprune.save_pretrained` for the options.
+        """
+        if not hasattr(self, PRUNING):
+            return super().save_pretrained(save_directory, *args, **options)  # type: ignore[misc]
+        from tokenprune.checkpoints.sharing import save_pretrained
+
+        return save_pretrained(self, save_directory, *args, **options)
+
+    def push_to_hub(self, repo_id: str, *args: Any, **options: Any) -> Any:
+        """Upload what `save_pretrained` writes. See `tokenprune.push_to_hub` for the options."""
+        if not hasattr(self, PRUNING):
+            return super().push_to_hub(repo_id, *args, **options)  # type: ignore[misc]
+        from tokenprune.checkpoints.sharing import push_to_hub
+
+        return push_to_hub(self, repo_id, *args, **options)
+
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
@@ -284,7 +307,7 @@ def pruned_class(host_class: type[nn.Module]) -> type[PrunedModel]:
     names = {
         "__module__": host_class.__module__,
         "__doc__": host_class.__doc__,
-        **{name: _pruned(name, method) for name, method in methods_of(host_class).items()},
+        **{n: _pruned(n, m) for n, m in methods_of(host_class).items() if n not in SHARING},
         "forward": forward,
         **{name: property(_added(name)) for name in added_names()},
     }

@@ -47,7 +47,8 @@ def forced_sets(
     if wrong:
         found = f"shape {tuple(wrong[0].shape)}" if isinstance(wrong[0], Tensor) else wrong[0]
         raise KeepIndicesError(
-            f"keep_indices must be [B, K] tensors of whole numbers, one per stage; found {found!r}."
+            f"keep_indices must be [B, K] tensors of whole numbers, found {found!r}. Give one for "
+            "each stage."
         )
     if nested:
         _check_nested(sets)
@@ -62,7 +63,7 @@ def _check_nested(sets: Sequence[Tensor]) -> None:
             if lost:
                 raise KeepIndicesError(
                     f"keep_indices of stage {stage} keep patches {lost[:5]} of image {image}, "
-                    f"which stage {stage - 1} dropped. Each stage's set must lie in the set of the "
+                    f"which stage {stage - 1} dropped. Choose each stage's set from the set of the "
                     "stage before."
                 )
 

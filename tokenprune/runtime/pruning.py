@@ -182,8 +182,8 @@ class Pruning:
             raise HostError(
                 f"torch.jit.trace (or the old torch.onnx exporter) was run on a "
                 f"{type(self.host).__name__} that tokenprune wrapped: its forward chooses a "
-                "program by shapes and modes, which such a trace would freeze in silence. Use "
-                "tokenprune.export(model, ...) for a program or an ONNX file."
+                "program by shapes and modes, which such a trace would freeze in silence. Call "
+                'tokenprune.export(model, "model.onnx") or tokenprune.export(model, "model.pt2").'
             )
         if torch.compiler.is_dynamo_compiling():
             call = self.call if entry == "forward" else CallSignature.of(type(self.host), entry)

@@ -104,7 +104,7 @@ def load_data(
     from timm.data import create_transform
 
     if not 0 < held_out <= 1:
-        raise DataError(f"held_out must lie in (0, 1], got {held_out}.")
+        raise DataError(f"held_out must lie in (0, 1], got {held_out}. Give 0.2, say.")
     half = (_HALF,) * in_chans
     mean, std = tuple(mean or half), tuple(std or half)
     if not len(mean) == len(std) == in_chans:

@@ -1,6 +1,6 @@
 """Accuracy on the evaluation images, by default on the gather path."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -21,7 +21,12 @@ __all__ = ["evaluate", "kept_tokens", "score"]
 
 
 def evaluate(
-    model: nn.Module, data: DataBundle, path: Path = "gather", batch_size: int = 256
+    model: nn.Module,
+    data: DataBundle,
+    path: Path = "gather",
+    batch_size: int = 256,
+    *,
+    progress: Callable[[int], Any] | None = None,
 ) -> float:
     """Accuracy on `data.eval`, in [0, 1].
 
@@ -32,6 +37,7 @@ def evaluate(
         data: what `load_data` returned.
         path: "gather" removes tokens, "mask" hides them, "dense" keeps them.
         batch_size: images per forward; does not change the result.
+        progress: called after each batch with the number of images done.
 
     Raises:
         NotWrappedError: `model` is a host and `path` is not "dense".
@@ -40,7 +46,8 @@ def evaluate(
     """
     images = data.eval
     everything = range(len(images))  # type: ignore[arg-type]
-    correct, _, count = score(model, images, everything, data.num_classes, path, batch_size)
+    given = (images, everything, data.num_classes, path, batch_size)
+    correct, _, count = score(model, *given, progress=progress)
     return correct / count
 
 
@@ -79,6 +86,7 @@ def score(
     path: Path | None,
     batch_size: int,
     num_workers: int = 0,
+    progress: Callable[[int], Any] | None = None,
 ) -> tuple[float, float, float]:
     """Over the chosen images: how many are right, the sum of the cross entropy, how many there are.
 
@@ -93,6 +101,8 @@ def score(
             correct += int((logits.argmax(1) == labels).sum())
             loss += float(F.cross_entropy(logits, labels, reduction="sum"))
             count += len(labels)
+            if progress is not None:
+                progress(int(count))
     return correct, loss, count
 
 

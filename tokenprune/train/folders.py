@@ -35,7 +35,7 @@ def read_folder(root: Path, held_out: float, seed: int) -> tuple[list[str], List
         if set(others) != set(names):
             raise DataError(
                 f"{str(train)!r} has {len(names)} classes and {str(val)!r} {len(others)}; only "
-                f"one of them has {sorted(set(names) ^ set(others))[:5]}. Both need the same ones."
+                f"one of them has {sorted(set(names) ^ set(others))[:5]}. Give both the same ones."
             )
         return names, _images(train, names), _images(val, names)
     if train.is_dir() or val.is_dir():
@@ -58,7 +58,8 @@ def _classes(folder: Path) -> list[str]:
     if len(names) < 2:
         found = f"only {names[0]!r}" if names else "none"
         raise DataError(
-            f"{str(folder)!r} needs one subfolder for each of at least two classes, found {found}."
+            f"{str(folder)!r} needs one subfolder for each of at least two classes, found {found}. "
+            "Add them, or name the folder that has them."
         )
     return names
 

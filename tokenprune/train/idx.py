@@ -32,7 +32,7 @@ def read_idx_folder(root: Path) -> tuple[list[str], Labelled, Labelled]:
     if beyond:
         raise DataError(
             f"{str(root)!r} has the labels 0 to {classes - 1} to train on, but {beyond[0]} to "
-            "evaluate on. Both parts need the same classes."
+            "evaluate on. Give two parts with the same classes."
         )
     return [str(label) for label in range(classes)], train, held
 

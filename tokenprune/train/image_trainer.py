@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from tokenprune.checkpoints.directory import describe_weights
 from tokenprune.losses.logits import class_logits
 from tokenprune.recipe.schema import TrainSection
 from tokenprune.rewrite.settings import Path as ModelPath
+from tokenprune.runtime.model import PrunedModel, pruning_of
 from tokenprune.train.arguments import Progress
 from tokenprune.train.average import WeightAverage
 from tokenprune.train.data import DataBundle
@@ -247,6 +249,8 @@ class ImageTrainer(Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         if self.args.should_save:
             save_model(self.model, str(folder / WEIGHTS))
+            if isinstance(self.model, PrunedModel):  # so that tokenprune.load reads it
+                describe_weights(pruning_of(self.model), folder)
             if self.average is not None:
                 self.average.save(folder / AVERAGE)
 

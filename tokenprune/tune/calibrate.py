@@ -10,6 +10,7 @@ from torch import nn
 
 from tokenprune.cost.budget import budget_for, check_share
 from tokenprune.cost.profile import profile
+from tokenprune.errors import PlanError
 from tokenprune.hosts.batches import Batches, BatchSource
 from tokenprune.recipe import Recipe
 from tokenprune.report.plots import draw_costs
@@ -121,7 +122,8 @@ def calibrate(
 
     Raises:
         NotWrappedError: `model` is not wrapped.
-        PlanError: The budget is out of (0, 1] or below what this model can do; the message says
+        PlanError: The predictors are frozen. The budget is out of (0, 1] or below what this model
+            can do; the message says
             how much that is. Or `resume` is the file of another calibration.
         HostError: There are no images, or they do not fit the host.
     """
@@ -129,6 +131,7 @@ def calibrate(
     pruning = pruning_of(model)
     if macs is not None:
         check_share(macs)
+    _check_trainable(model)
     assert isinstance(model, PrunedModel)  # noqa: S101 - pruning_of has looked
     reference = Reference(pruning.host, Batches(pruning.host, batches), read, divergence)
     example = reference.example
@@ -156,6 +159,17 @@ def calibrate(
     seconds = time.perf_counter() - started
     facts = (reference.distance, reference.images, before, after, tuple(tried))
     return Calibration(method, *facts, pruning.recipe, seconds)
+
+
+def _check_trainable(model: nn.Module) -> None:
+    """Raise PlanError if predictors would have to be fitted, and all of them are frozen."""
+    own = list(model.get_submodule(PREDICTORS).parameters())
+    if own and not any(parameter.requires_grad for parameter in own):
+        raise PlanError(
+            "calibrate fits the predictors of this model, but all are frozen (requires_grad is "
+            f"False). Call model.{PREDICTORS}.requires_grad_(True) first; freeze them again "
+            "afterwards if you like."
+        )
 
 
 def _fit(

@@ -87,7 +87,9 @@ class Comparison:
         best = self.best(macs)
         if best.method == THIS_MODEL:
             return f"model.set_budget({macs:g})"
-        return f'model = tokenprune.wrap(model, "{best.method}")\nmodel.set_budget({macs:g})'
+        wrapped = any(row.method == THIS_MODEL for row in self.rows)
+        host = "tokenprune.unwrap(model)" if wrapped else "model"
+        return f'model = tokenprune.wrap({host}, "{best.method}")\nmodel.set_budget({macs:g})'
 
     def table(self) -> Table:
         """All rows."""
