@@ -351,7 +351,8 @@ def test_names_that_transformers_changes(tmp_path: Path) -> None:
     host = transformers.DINOv3ViTModel(config).eval()
     model = tokenprune.wrap(host, RECIPE, restore=True, verify=False, train=False)
     model.save_pretrained(tmp_path, certify=False, card=False)
-    assert load_file(tmp_path / WEIGHTS).keys() != host.state_dict().keys()
+    if [int(n) for n in transformers.__version__.split(".")[:2]] >= [5, 23]:  # 5.0 keeps them
+        assert load_file(tmp_path / WEIGHTS).keys() != host.state_dict().keys()
     for again in (
         tokenprune.load(tmp_path, verify=False, train=False),
         tokenprune.load(tmp_path, transformers.DINOv3ViTModel(config), verify=False, train=False),
