@@ -90,7 +90,7 @@ class Pruning:
 
     def inputs(self, given: ExampleInputs | None) -> Arguments:
         """The arguments of an example call; drawn if None."""
-        return named_inputs(self.call, self.spec, self.host, given)
+        return named_inputs(self.call, self.spec, self.host, given, self.as_wrapped)
 
     def as_wrapped(self) -> Arguments:
         """Arguments like those it was wrapped with, of zeros, where the host is now."""
