@@ -1,4 +1,4 @@
-"""Compare all methods that need no training on your images, and spend a budget where least is lost."""
+"""Compare methods without training on your own images, and spend a budget where least is lost."""
 
 from _digits import accuracy, digits, trained_vit
 

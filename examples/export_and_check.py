@@ -3,6 +3,7 @@
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import onnxruntime
@@ -56,7 +57,7 @@ with tempfile.TemporaryDirectory() as folder:
     for name, report in (("ONNX Runtime, pruned", onnx), ("ONNX Runtime, dense", dense)):
         session = onnxruntime.InferenceSession(report.path, providers=["CPUExecutionProvider"])
         asked = report.inputs[0]
-        took = quickest(lambda: session.run(None, {asked: few.numpy()}))
+        took = quickest(partial(session.run, None, {asked: few.numpy()}))
         if report is onnx:
             (found,) = session.run(None, {asked: held_out.numpy()})
             compared(name, torch.from_numpy(found), took)
@@ -66,5 +67,5 @@ with tempfile.TemporaryDirectory() as folder:
     program = torch.export.load(pt2.path).module()
     asked = pt2.inputs[0]
     with torch.no_grad():
-        took = quickest(lambda: program(**{asked: few}))
+        took = quickest(partial(program, **{asked: few}))
         compared("torch.export, pruned", program(**{asked: held_out}), took)

@@ -46,9 +46,8 @@ with torch.no_grad():
     _, trace = model(held_out, return_trace=True)
 costs = costs_of(trace) / costs_of.dense
 least, most = (float(costs.quantile(q)) for q in (0.1, 0.9))
-print(
-    f"per image        {100 * free:.2f} % at {float(costs.mean()):.3f} on average, {least:.3f} to {most:.3f}"
-)
+mean = float(costs.mean())
+print(f"per image        {100 * free:.2f} % at {mean:.3f} on average, {least:.3f} to {most:.3f}")
 
 kept = trace.stages[-1].decision.sum(1)
 for digit in range(10):
@@ -63,5 +62,5 @@ print(f"threshold 0.5    {100 * at_half:.2f} %")
 
 if most - least < 0.02:
     raise SystemExit("all images cost the same: the threshold makes no difference between them")
-if fixed - free > 0.02 or abs(float(costs.mean()) - share) > 0.05:
+if fixed - free > 0.02 or abs(mean - share) > 0.05:
     raise SystemExit("at the same mean cost the threshold does worse than fixed counts")

@@ -27,9 +27,7 @@ LIMIT = 600  # seconds of one example
 def describe(name: str) -> str:
     """What an example shows: the first line of its docstring."""
     if name == NOTEBOOK:
-        return (
-            "The same in short, as a notebook with its outputs: merge, picture, benchmark, train."
-        )
+        return "A notebook with its outputs: merge, picture, budget, benchmark, training."
     text = ast.get_docstring(ast.parse(SCRIPTS[name].read_text(encoding="utf-8"))) or ""
     return text.partition("\n")[0]
 
@@ -54,6 +52,7 @@ def run_notebook(save: bool) -> str | None:
     path = HERE / f"{NOTEBOOK}.ipynb"
     notebook = nbformat.read(path, as_version=4)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # of tqdm, which finds no widgets
     client = NotebookClient(
         notebook, timeout=LIMIT, kernel_name="python3", resources={"metadata": {"path": HERE}},
         record_timing=False,
@@ -67,28 +66,33 @@ def run_notebook(save: bool) -> str | None:
     return None
 
 
-def page(seconds: dict[str, float]) -> str:
-    """docs/examples.md."""
-    rows = [
-        f"| [{name}](../examples/{file.relative_to(HERE)}) | {describe(name)} | {seconds[name]:.0f} |"
-        for name in NAMES
-        for file in [SCRIPTS.get(name, HERE / f"{NOTEBOOK}.ipynb")]
-    ]
-    table = "\n".join(["| example | what it shows | seconds |", "|---|---|---:|", *rows])
-    machine = f"one thread of {platform.machine()}, Python {platform.python_version()}"
-    return f"""# Examples
+PAGE = """\
+# Examples
 
-Each runs on data that is there (scikit-learn's digits, Python's own texts), prints what it measured, and fails if its
-claim does not hold. `make examples` installs what they need and runs all of them;
-`python examples/own_loop.py` runs one.
+Each runs on data that is there (scikit-learn's digits, Python's own texts), prints what it
+measured, and fails if its claim does not hold. `make examples` installs what they need and runs
+all of them; `python examples/own_loop.py` runs one.
 
 {table}
 
-All took {sum(seconds.values()) / 60:.1f} minutes, on {machine}. The first one that needs the small ViT trains it
-and keeps its weights in `runs/examples`; others read them. This page is written by `python examples/run.py --page`.
-Several processes: [many_gpus.md](many_gpus.md). A package with an adapter and a scorer of its own:
-[third_party_package](../examples/third_party_package).
+All took {minutes:.1f} minutes, on {machine}. The first one that needs the small ViT trains it and
+keeps its weights in `runs/examples`; the others read them. This page is written by
+`python examples/run.py --page`. Several processes: [many_gpus.md](many_gpus.md). A package with an
+adapter and a scorer of its own: [third_party_package](../examples/third_party_package).
 """
+
+
+def page(seconds: dict[str, float]) -> str:
+    """docs/examples.md."""
+    rows = []
+    for name in NAMES:
+        file = SCRIPTS.get(name, HERE / f"{NOTEBOOK}.ipynb").relative_to(ROOT)
+        rows.append(f"| [{name}](../{file}) | {describe(name)} | {seconds[name]:.0f} |")
+    return PAGE.format(
+        table="\n".join(["| example | what it shows | seconds |", "|---|---|---:|", *rows]),
+        minutes=sum(seconds.values()) / 60,
+        machine=f"one thread of {platform.machine()}, Python {platform.python_version()}",
+    )
 
 
 def main() -> int:
@@ -115,9 +119,8 @@ def main() -> int:
         if said:
             failed.append(name)
             print(said, flush=True)
-    print(
-        f"{len(seconds) - len(failed)} of {len(seconds)} in {sum(seconds.values()) / 60:.1f} minutes"
-    )
+    right, minutes = len(seconds) - len(failed), sum(seconds.values()) / 60
+    print(f"{right} of {len(seconds)} in {minutes:.1f} minutes")
     if options.page and not failed:
         (ROOT / "docs/examples.md").write_text(page(seconds), encoding="utf-8")
     return bool(failed)

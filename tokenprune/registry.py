@@ -67,6 +67,14 @@ class Registry(Generic[T]):
         """Once: add what other packages name, unless their import has added it."""
         group, self._group = self._group, None  # before loading, which may look things up itself
         for entry in entry_points(group=group) if group else ():
-            thing = entry.load()
+            try:
+                thing = entry.load()
+            except Exception as error:  # of code that somebody else wrote
+                self._group = group
+                raise RegistrationError(
+                    f"The {self.what} {entry.name!r} of an installed package ({entry.value}) "
+                    f"cannot be loaded: {type(error).__name__}: {error}. Repair that package, or "
+                    "uninstall it."
+                ) from error
             if thing not in self._known.values():
                 self.register(entry.name)(thing)

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-HERE = Path(__file__).parent
-sys.path.append(str(HERE.parent))
+sys.path.append(str(Path(__file__).parents[1]))
 from _digits import digits, trained_vit
 
+HERE = Path(__file__).parent
 STEPS = 24
 TWO = ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1")
 FIXED = ("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0")
@@ -44,9 +44,8 @@ with tempfile.TemporaryDirectory() as name:
     alone = torch.tensor(found["one process"]["steps"])
     for kind in ("DDP", "FSDP2"):
         apart = (torch.tensor(found[kind]["steps"]) - alone).abs().max(0).values
-        print(
-            f"{kind}: losses of {STEPS} steps {apart[0]:.1e} apart, kept shares {apart[1:].max():.1e}"
-        )
+        shares = apart[1:].max()
+        print(f"{kind}: losses of {STEPS} steps {apart[0]:.1e} apart, kept shares {shares:.1e}")
         if found[kind]["processes"] != 2 or apart.max() > 2e-3:
             raise SystemExit(f"training by {kind} differs from one process")
 

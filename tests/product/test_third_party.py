@@ -1,5 +1,5 @@
-"""Another distribution (`examples/third_party_package`): its adapter and its scorer are found through
-entry points, in a process that imports neither."""
+"""Another distribution (`examples/third_party_package`): its adapter and its scorer are found by
+their entry points."""
 
 import os
 import shutil
