@@ -22,8 +22,8 @@ CONFIG = CLIPConfig(
         "bos_token_id": FIRST, "eos_token_id": LAST, "pad_token_id": 0,
     },
     vision_config={
-        "image_size": 32, "patch_size": 4, "hidden_size": 64, "intermediate_size": 256,
-        "num_hidden_layers": 6, "num_attention_heads": 4,
+        "image_size": 32, "patch_size": 4, "hidden_size": 48, "intermediate_size": 192,
+        "num_hidden_layers": 6, "num_attention_heads": 3,
     },
     projection_dim=48,
 )  # fmt: skip
