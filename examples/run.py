@@ -79,7 +79,7 @@ Seconds of processor time on {machine}; on a machine that does nothing else they
 took {minutes:.1f} minutes. The first one that needs the small ViT trains it and keeps its weights
 in `runs/examples`; the others read them. This page is written by
 `python examples/run.py --page`. Several processes: [many_gpus.md](many_gpus.md). A package with an
-adapter and a scorer of its own: [third_party_package](../examples/third_party_package).
+adapter and a scorer of its own: `examples/third_party_package`.
 """
 
 
@@ -94,7 +94,7 @@ def page(seconds: dict[str, float]) -> str:
     rows = []
     for name in NAMES:
         file = SCRIPTS.get(name, HERE / f"{NOTEBOOK}.ipynb").relative_to(ROOT)
-        rows.append(f"| [{name}](../{file}) | {describe(name)} | {seconds[name]:.0f} |")
+        rows.append(f"| `{file}` | {describe(name)} | {seconds[name]:.0f} |")
     return PAGE.format(
         table="\n".join(["| example | what it shows | seconds |", "|---|---|---:|", *rows]),
         minutes=sum(seconds.values()) / 60,
