@@ -1,12 +1,19 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+DEMO := $(VENV)/.demo
 STAMP := $(VENV)/.installed
+EXAMPLES := $(VENV)/.examples
+INSTALL := $(BIN)/python -m pip install -q -c constraints.txt
 
-.PHONY: demo test test-fast test-oldest check docs docs-serve clean venv links
+.PHONY: demo examples test test-fast test-oldest check docs docs-serve clean venv links
 
-demo: $(STAMP)
+demo: $(DEMO)
 	$(BIN)/tokenprune demo
+
+# Each script of examples/ and the notebook, a line with its time for each.
+examples: $(EXAMPLES)
+	OMP_NUM_THREADS=1 $(BIN)/python examples/run.py
 
 # One thread a process: two processes share the machine, and sums keep their order.
 test: $(STAMP)
@@ -48,17 +55,26 @@ docs-serve: $(DOCS)
 	$(MKDOCS) serve
 
 $(DOCS): $(STAMP)
-	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[docs]'
+	$(INSTALL) --no-build-isolation -e '.[docs]'
 	touch $@
 
 venv: $(STAMP)
 
+# Each stamp is a set of packages: what the demo needs, then what tests or examples add to it.
 # torch comes first and exact, so that nothing after it asks for another build of it.
-$(STAMP): pyproject.toml constraints.txt
+$(DEMO): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt setuptools
-	$(BIN)/python -m pip install -q -c constraints.txt torch==2.14.1 torchvision==0.29.1
-	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(INSTALL) setuptools
+	$(INSTALL) torch==2.14.1 torchvision==0.29.1
+	$(INSTALL) --no-build-isolation -e '.[train]'
+	touch $@
+
+$(STAMP): $(DEMO)
+	$(INSTALL) --no-build-isolation -e '.[dev]'
+	touch $@
+
+$(EXAMPLES): $(DEMO)
+	$(INSTALL) --no-build-isolation -e '.[examples]'
 	touch $@
 
 # mypy and editors find the two top-level folders under the names they are installed with.

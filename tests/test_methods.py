@@ -95,8 +95,9 @@ def test_another_package_adds_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
 
     entry = EntryPoint("halving", "here:Halving", registered.ENTRY_POINTS)
     monkeypatch.setattr(EntryPoint, "load", lambda self: Halving)
-    monkeypatch.setattr(registered, "_loaded", False)
-    monkeypatch.setattr(registered, "entry_points", lambda group: [entry])
+    monkeypatch.setattr(registered._METHODS, "_group", registered.ENTRY_POINTS)
+    installed = {registered.ENTRY_POINTS: [entry]}
+    monkeypatch.setattr("tokenprune.registry.entry_points", lambda group: installed.get(group, []))
     assert "halving-b2" in methods.list_methods()
     model = tokenprune.wrap(vit(), "halving-b1", verify=False, train=False)
     assert pruning_of(model).plan.blocks == (1,)

@@ -179,6 +179,14 @@ def odd(prefix: int = 0, **options: Any) -> Any:
     )
 
 
+def test_what_a_host_was_wrapped_with_says_how_its_inputs_look() -> None:
+    model = odd()
+    assert tokenprune.verify(model).num_patches == 5
+    drawn = model._pruning.inputs(None).tensors["x"]
+    assert drawn.shape == (2, 5, 4)
+    assert drawn.unique().numel() == drawn.numel()
+
+
 def traces_itself() -> Any:
     class Traces(Odd):
         def forward(self, x: Tensor, return_trace: bool = False) -> Tensor:

@@ -84,6 +84,8 @@ def check_command(words: list[str]) -> None:
     elif words[0] == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert words[1] in targets
+    elif words[:2] == ["accelerate", "launch"]:
+        assert all((ROOT / word).exists() for word in words if word.endswith(".py")), words
     elif words[:2] == ["python", "-m"]:
         assert (ROOT / f"{words[2].replace('.', '/')}.py").exists(), words[2]
     else:

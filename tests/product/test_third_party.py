@@ -1,79 +1,46 @@
-"""An adapter in another distribution, found through the entry-point group `tokenprune.adapters`."""
+"""Another distribution (`examples/third_party_package`): its adapter and its scorer are found by
+their entry points."""
 
 import os
+import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-
-ADAPTER = '''
-import torch
-from torch import nn
-from tokenprune import ArchSpec, ExampleInput
-
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.norm = nn.LayerNorm(16)
-        self.mixer = nn.MultiheadAttention(16, 2, batch_first=True)
-        self.mlp = nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
-
-    def forward(self, x):
-        y = self.norm(x)
-        x = x + self.mixer(y, y, y, need_weights=False)[0]
-        return x + self.mlp(x)
-
-class Tower(nn.Module):
-    """A host that no shipped adapter tells apart: its blocks lie in three places."""
-
-    def __init__(self):
-        super().__init__()
-        self.low, self.middle, self.high = Block(), Block(), Block()
-        self.first = nn.Parameter(torch.randn(1, 1, 16))
-
-    def forward(self, points):
-        x = torch.cat([self.first.expand(points.shape[0], -1, -1), points], dim=1)
-        return self.high(self.middle(self.low(x)))[:, 0]
-
-class TowerAdapter:
-    name = "elsewhere/tower"
-
-    def matches(self, host):
-        return isinstance(host, Tower)
-
-    def describe(self, host):
-        return ArchSpec(
-            adapter=self.name,
-            blocks=("low", "middle", "high"),
-            num_prefix_tokens=1,
-            inputs={"points": ExampleInput((12, 16))},
-        )
-
-adapter = TowerAdapter()
-'''
+PACKAGE = ROOT / "examples/third_party_package"
 
 USE = """
-import torch, tokenprune, elsewhere
-print("elsewhere/tower" in tokenprune.list_adapters(), len(tokenprune.list_adapters()))
-host = elsewhere.Tower().eval()
-model = tokenprune.wrap(host, {"version": 1, "schedule": {"blocks": [1, 2], "keep_ratio": 0.5}})
+import torch, tokenprune
+from tokenprune_contrast.tower import Tower
+print("tokenprune-contrast/tower" in tokenprune.list_adapters(), len(tokenprune.list_adapters()))
+recipe = {"version": 1, "schedule": {"blocks": [1, 2], "keep_ratio": 0.5}, "scorer": "contrast"}
+model = tokenprune.wrap(Tower().eval(), recipe)  # the first that asks for a scorer by name
 certificate = tokenprune.verify(model)
 print(certificate.adapter, certificate.num_patches, *certificate.num_keep)
-out, trace = model.eval()(torch.randn(2, 12, 16), return_trace=True)
+out, trace = model.eval()(torch.randn(2, 24, 16), return_trace=True)
 print(*out.shape, *(stage.num_tokens for stage in trace.stages))
+print("contrast-k0.7" in tokenprune.list_recipes())
 """
 
 
-def install(site: Path, entry: str) -> None:
-    """What an installer leaves in `site` for a distribution with one module and one entry."""
-    (site / "elsewhere.py").write_text(ADAPTER)
-    facts = site / "tokenprune_elsewhere-1.0.dist-info"
+def install(site: Path, adapter: str) -> None:
+    """What an installer leaves in `site`, with another entry in place of the adapter's."""
+    shutil.copytree(PACKAGE / "src", site, dirs_exist_ok=True)
+    project = tomllib.loads((PACKAGE / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    groups = project["entry-points"] | {"tokenprune.adapters": {"tower": adapter}}
+    facts = site / "tokenprune_contrast-0.1.0.dist-info"
     facts.mkdir()
     (facts / "METADATA").write_text(
-        "Metadata-Version: 2.1\nName: tokenprune-elsewhere\nVersion: 1.0\n"
+        f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
     )
-    (facts / "entry_points.txt").write_text(f"[tokenprune.adapters]\ntower = {entry}\n")
+    (facts / "entry_points.txt").write_text(
+        "".join(
+            f"[{group}]\n" + "".join(f"{name} = {entry}\n" for name, entry in entries.items())
+            for group, entries in groups.items()
+        )
+    )
 
 
 def use(site: Path) -> "subprocess.CompletedProcess[str]":
@@ -88,17 +55,17 @@ def use(site: Path) -> "subprocess.CompletedProcess[str]":
     )
 
 
-def test_an_adapter_of_another_distribution_is_found_and_used(tmp_path: Path) -> None:
-    install(tmp_path, "elsewhere:adapter")
+def test_adapter_and_scorer_of_another_distribution_are_found_and_used(tmp_path: Path) -> None:
+    install(tmp_path, "tokenprune_contrast.tower:ADAPTER")
     done = use(tmp_path)
     assert done.returncode == 0, done.stderr
     first, *rest = done.stdout.splitlines()
     assert first.startswith("True ")
-    assert rest == ["elsewhere/tower 12 6 3", "2 16 6 3"]
+    assert rest == ["tokenprune-contrast/tower 24 12 6", "2 4 12 6", "True"]
 
 
 def test_an_entry_that_is_no_adapter_is_named(tmp_path: Path) -> None:
-    install(tmp_path, "elsewhere:TowerAdapter.describe")
+    install(tmp_path, "tokenprune_contrast.tower:TowerAdapter.describe")
     done = use(tmp_path)
     assert done.returncode != 0
     last = done.stderr.splitlines()[-1]

@@ -1,7 +1,7 @@
 """Example inputs: drawn from an adapter's facts, or given by the caller in one of several forms."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -156,10 +156,21 @@ def _signature(host: Any, method: str, _function: Any) -> CallSignature:
 
 
 def named_inputs(
-    call: CallSignature, spec: ArchSpec, host: nn.Module, given: ExampleInputs | None
+    call: CallSignature,
+    spec: ArchSpec,
+    host: nn.Module,
+    given: ExampleInputs | None,
+    wrapped: Callable[[], Arguments] | None = None,
 ) -> Arguments:
-    """The arguments of a call of a host; a batch of two is drawn if none are given."""
-    if given is None:
+    """The arguments of a call of a host.
+
+    If none are given they are drawn: a batch of two of the shapes that the adapter knows, or else
+    inputs like those that the host was wrapped with.
+    """
+    like = wrapped() if given is None and wrapped is not None and not spec.inputs else None
+    if like is not None and all(x.is_floating_point() for x in like.tensors.values()):
+        arguments = _drawn_like(like)
+    elif given is None:
         drawn = draw_inputs(spec, host, batch_size=2)
         unnamed = [drawn.pop(call.rest)] if call.rest in drawn else []  # of `forward(*args)`
         arguments = call.bind(unnamed, drawn)
@@ -179,3 +190,14 @@ def named_inputs(
             "the wrapped model takes empty batches too."
         )
     return arguments
+
+
+def _drawn_like(example: Arguments) -> Arguments:
+    """Random inputs like an example of real numbers; of others it does not tell the range."""
+    generator = torch.Generator().manual_seed(0)
+    return example.with_tensors(
+        {
+            name: torch.randn(value.shape, generator=generator, device="cpu").to(value)
+            for name, value in example.tensors.items()
+        }
+    )

@@ -7,7 +7,6 @@ the entry-point group `tokenprune.methods`.
 
 import re
 from collections.abc import Callable
-from importlib.metadata import entry_points
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -72,8 +71,24 @@ class Method(BaseModel):
 
 
 M = TypeVar("M", bound=type[Method])
-_METHODS: Registry[type[Method]] = Registry("method")
-_loaded = False
+
+
+class _Methods(Registry[type[Method]]):
+    """Each method knows its name."""
+
+    def register(
+        self, name: str, *, replace: bool = False
+    ) -> Callable[[type[Method]], type[Method]]:
+        add = super().register(name, replace=replace)
+
+        def named(method: type[Method]) -> type[Method]:
+            add(method).registered = name
+            return method
+
+        return named
+
+
+_METHODS = _Methods("method", group=ENTRY_POINTS)
 
 
 def register_method(name: str, *, replace: bool = False) -> Callable[[M], M]:
@@ -89,7 +104,6 @@ def register_method(name: str, *, replace: bool = False) -> Callable[[M], M]:
 
     def add(method: M) -> M:
         _METHODS.register(name, replace=replace)(method)
-        method.registered = name
         return method
 
     return add
@@ -97,15 +111,15 @@ def register_method(name: str, *, replace: bool = False) -> Callable[[M], M]:
 
 def list_methods() -> list[str]:
     """A name for each method, with the number it has if none is given."""
-    return sorted(method().name for method in _known().values())
+    return sorted(method().name for method in _METHODS.values())
 
 
 def method_named(name: str) -> Method | None:
     """The method of a name such as `tome-r13`; None if there is none."""
-    match, known = NAME.fullmatch(name), _known()
-    if match is None or match["method"] not in known:
+    match = NAME.fullmatch(name)
+    if match is None or match["method"] not in _METHODS:
         return None
-    method = known[match["method"]]
+    method = _METHODS[match["method"]]
     letter, field = method.letter
     if letter != match["letter"]:
         return None
@@ -114,18 +128,6 @@ def method_named(name: str) -> Method | None:
         return method(**{field: float(text) if "." in text else int(text)})
     except RecipeError:
         return None
-
-
-def _known() -> dict[str, type[Method]]:
-    """Those of this package, and of others that are installed."""
-    global _loaded
-    if not _loaded:
-        _loaded = True
-        for entry in entry_points(group=ENTRY_POINTS):
-            method = entry.load()
-            if not method.registered:
-                register_method(entry.name)(method)
-    return {name: _METHODS[name] for name in _METHODS}
 
 
 class _Keeping(Method):

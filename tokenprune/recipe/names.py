@@ -8,9 +8,9 @@ from tokenprune.registry import Registry
 
 __all__ = ["MODES", "SCORERS", "named_recipe", "named_recipes", "recipe_of"]
 
-SCORERS: Registry[Any] = Registry("scorer")
+SCORERS: Registry[Any] = Registry("scorer", group="tokenprune.scorers")
 """Classes of `tokenprune.scorers`, by the `scorer` of a recipe."""
-MODES: Registry[Any] = Registry("mode")
+MODES: Registry[Any] = Registry("mode", group="tokenprune.modes")
 """Classes of `tokenprune.reductions`, by the `mode` of a recipe."""
 
 NAME = re.compile(r"(?P<part>.+)-k(?P<ratio>0?\.\d+|1)")

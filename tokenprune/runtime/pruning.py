@@ -91,7 +91,7 @@ class Pruning:
     def inputs(self, given: ExampleInputs | None) -> Arguments:
         """The arguments of an example call; drawn if None, for the host as it is now."""
         spec = describe(self.host, self.adapter) if given is None else self.spec
-        return named_inputs(self.call, spec, self.host, given)
+        return named_inputs(self.call, spec, self.host, given, self.as_wrapped)
 
     def as_wrapped(self) -> Arguments:
         """Arguments like those it was wrapped with, of zeros, where the host is now."""

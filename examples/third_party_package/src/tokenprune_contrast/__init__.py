@@ -1,0 +1,1 @@
+"""An adapter and a scorer for tokenprune, found by their entry points."""
