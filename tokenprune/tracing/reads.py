@@ -114,7 +114,7 @@ class Reads:
         """Record a child, parameter or buffer, which no instance dict holds; None may be any."""
         module = original(module)
         self.objects[id(module)] = module
-        if name in module._modules:
+        if name in object.__getattribute__(module, "__dict__")["_modules"]:  # no read to record
             self.children.setdefault((id(module), name), value)
         elif value is None or isinstance(value, torch.Tensor):
             self.tensors[id(module), name] = None
