@@ -8,8 +8,9 @@ INSTALL := $(BIN)/python -m pip install -q -c constraints.txt
 
 .PHONY: demo examples test test-fast test-oldest check docs docs-serve clean venv links
 
+# A host this small is no faster on two threads, and much slower where they wait for each other.
 demo: $(DEMO)
-	$(BIN)/tokenprune demo
+	OMP_NUM_THREADS=1 $(BIN)/tokenprune demo
 
 # Each script of examples/ and the notebook, a line with its time for each.
 examples: $(EXAMPLES)

@@ -75,9 +75,9 @@ all of them; `python examples/own_loop.py` runs one.
 
 {table}
 
-Seconds of processor time on {machine}; on a machine that does nothing else they take as long. All
-took {minutes:.1f} minutes. The first one that needs the small ViT trains it and keeps its weights
-in `runs/examples`; the others read them. This page is written by
+Seconds of processor time ({machine}), {minutes:.1f} minutes in all;
+on a machine that does nothing else they take as long. The first example that needs the small ViT
+trains it and keeps its weights in `runs/examples`; the others read them. This page is written by
 `python examples/run.py --page`. Several processes: [many_gpus.md](many_gpus.md). A package with an
 adapter and a scorer of its own: `examples/third_party_package`.
 """
