@@ -164,7 +164,7 @@ CASES: list[tuple[type[Exception], type[Exception], Callable[[], Any], str]] = [
         errors.UnsupportedHostError,
         ValueError,
         lambda: tokenprune.wrap(timm.create_model("resnet50"), RECIPE),
-        "no stack of transformer blocks in ResNet",
+        "No transformer block is found in ResNet: .*adapter=ArchSpec",
     ),
     (
         errors.TraceError,

@@ -111,18 +111,19 @@ def analyse(
 
 
 def _final(root: nn.Module, traced: HostGraph, blocks: Blocks, spec: ArchSpec) -> fx.Node:
-    """The output of the final norm, or of the last block if there is no norm."""
-    if spec.norm is None:
-        last = blocks.get(len(spec.blocks) - 1)
-        found = last.call.output if last else None
-    else:
+    """The output of the final norm; of the last block if no norm runs."""
+    found = None
+    if spec.norm is not None:
         paths = {module: path for path, module in root.named_modules()}
         found = traced.output_of(paths[root.get_submodule(spec.norm)])
     if found is None:
+        last = blocks[max(blocks)]
+        found = last.call.output
+    if found is None:
         raise UnsupportedHostError(
-            f"Module '{spec.norm or spec.blocks[-1]}', whose output should be the final tokens, "
-            "returns no tensor in the host's forward. Pass adapter=ArchSpec(..., norm=...) with "
-            "the right path."
+            f"Block {last.number} ('{last.path}') is the last one, but nobody reads the tensor "
+            f"that it returns in the forward of {traced.host}. Leave it out: pass adapter=ArchSpec("
+            f"blocks={spec.blocks[: last.number]!r}, num_prefix_tokens={spec.prefix})."
         )
     return found
 

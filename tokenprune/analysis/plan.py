@@ -109,7 +109,7 @@ def bind(recipe: Recipe, spec: ArchSpec) -> tuple[Plan, Budget]:
             f"(0 to {len(spec.blocks) - 1}), found by adapter {spec.adapter!r}. Name blocks that "
             "exist."
         )
-    plan = Plan(tuple(Site(stage.block, recipe.place) for stage in stages), spec.num_prefix_tokens)
+    plan = Plan(tuple(Site(stage.block, recipe.place) for stage in stages), spec.prefix)
     ratios = tuple(stage.keep_ratio for stage in stages)
     threshold = sampling.threshold if sampling.selection == "threshold" else None
     return plan, Budget(ratios, sampling.rounding, threshold)

@@ -18,7 +18,14 @@ from tokenprune.errors import HostError
 from tokenprune.runtime.program import Programs
 from tokenprune.tracing.state import Passing
 
-__all__ = ["BlocksReached", "check_what_follows", "methods_of", "stopped_at", "stopping"]
+__all__ = [
+    "BlocksReached",
+    "called_in",
+    "check_what_follows",
+    "methods_of",
+    "stopped_at",
+    "stopping",
+]
 
 
 class BlocksReached(BaseException):
@@ -35,6 +42,13 @@ def methods_of(host_class: type[nn.Module]) -> dict[str, FunctionType]:
         for name, value in found.items()
         if isinstance(value, FunctionType) and name[:2] != "__" and name not in of_all
     }
+
+
+def called_in(block: nn.Module) -> list[nn.Module]:
+    """The module by which a block is known; those inside of it, if it is a mere list of them."""
+    if not isinstance(block, nn.ModuleList | nn.ModuleDict):
+        return [block]
+    return [module for child in block.children() for module in called_in(child)]
 
 
 @contextmanager

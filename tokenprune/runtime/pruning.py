@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.analysis.analysis import analyse
-from tokenprune.analysis.blocks import Blocks, find_blocks
+from tokenprune.analysis.blocks import Blocks
 from tokenprune.analysis.plan import Budget, Plan, bind
+from tokenprune.analysis.reading import Reading, settle
 from tokenprune.errors import HostError, KeepIndicesError, PlanError
 from tokenprune.hosts.inputs import CallSignature, ExampleInputs, first_floating, named_inputs
-from tokenprune.hosts.registry import describe, stated_by
+from tokenprune.hosts.registry import hints, stated_by
 from tokenprune.hosts.spec import ArchSpec
 from tokenprune.ops.kept_sets import check_keep_indices
 from tokenprune.private import exporting, jit_tracing, without_modes
@@ -28,7 +29,13 @@ from tokenprune.runtime.added import check_parts, check_place
 from tokenprune.runtime.cache import ProgramCache, Signature, signature_of
 from tokenprune.runtime.children import Children
 from tokenprune.runtime.compiled import Handle, Seen, watched_by_dynamo
-from tokenprune.runtime.entries import BlocksReached, check_what_follows, stopped_at, stopping
+from tokenprune.runtime.entries import (
+    BlocksReached,
+    called_in,
+    check_what_follows,
+    stopped_at,
+    stopping,
+)
 from tokenprune.runtime.fitted import warn_if_fresh
 from tokenprune.runtime.overrides import NOTHING, Overrides, forced_sets
 from tokenprune.runtime.program import Programs
@@ -52,6 +59,7 @@ class Pruning:
     Attributes:
         host: The dense model.
         adapter: Which adapter was asked for.
+        reading: Where the facts were found that it left open.
         spec: What it says of the host.
         recipe: With its stages.
         plan: Where the stages are; of the newest trace, each `Programs` has its own.
@@ -68,6 +76,7 @@ class Pruning:
 
     host: nn.Module
     adapter: str | ArchSpec | None
+    reading: Reading
     spec: ArchSpec
     recipe: Recipe
     method: Choice
@@ -149,7 +158,7 @@ class Pruning:
         if name not in self.entries:
             method = getattr(super(type(model), model), name)
             paths = [self.spec.blocks[block] for block in self.plan.blocks]
-            staged = list(map(self.host.get_submodule, paths))
+            staged = [m for path in paths for m in called_in(self.host.get_submodule(path))]
             try:
                 with stopped_at(staged):
                     given = method(*args, **kwargs)
@@ -273,23 +282,23 @@ class Pruning:
         check_place(host, self.added)
         if traced is None or blocks is None:
             refuse_closed(host)
-            self.spec = describe(host, self.adapter)  # it may have other blocks, or tokens, now
-            choice_of(self.recipe, self.spec)  # it may keep a grid now
-            self.plan, _ = bind(self.recipe, self.spec)
+            known = hints(host, self.adapter)  # it may have other blocks, or tokens, now
             if not signature.batch_size:
                 arguments = _with_images(arguments)
-            traced = trace(host, arguments, entry, stated=stated_by(host, self.spec))
-            blocks = find_blocks(host, traced, self.spec)
+            traced = trace(host, arguments, entry, stated=stated_by(host, known))
+            self.spec, blocks = settle(host, traced, known, self.reading)
+            choice_of(self.recipe, self.spec)  # it may keep a grid now
+            self.plan, _ = bind(self.recipe, self.spec)
         leave = self.method.reduction.removes
         plain, unseen = stand_ins(host, traced.fake_mode), without_modes()
         with unseen, plain, no_autocast_cache(), buffers_kept(host):
             others = [programs.analysis for programs in self.cache]
             given = (host, traced, blocks, self.plan, self.spec)
-            known = analyse(*given, tokens_leave=leave, known=others)
-            reduction = self.method.reduction(host, known)
+            analysis = analyse(*given, tokens_leave=leave, known=others)
+            reduction = self.method.reduction(host, analysis)
         check_parts(host, self.added, reduction)
         forget_weights(traced.fake_mode)
-        found = Programs(known, reduction, self.method.scorer, self.restore)
+        found = Programs(analysis, reduction, self.method.scorer, self.restore)
         self.cache.add(signature, found)
         return found
 
