@@ -15,6 +15,7 @@ from tokenprune.errors import (
     NonFiniteWeightsError,
     PlanError,
     TokenPruneError,
+    TokensReturnedError,
     UnsupportedHostError,
     VerificationError,
 )
@@ -114,16 +115,15 @@ def wrap(
         )
     _check_free(model)
     chosen = None if recipe is None else load_recipe(recipe)
-    known = hints(model, adapter)
-    if chosen is not None and known.blocks:
-        choice_of(chosen, known)
-        bind(chosen, known)
-    _check_finite(model)
-    call = CallSignature.of(type(model))
-    example = named_inputs(call, known, model, example_inputs)
-    task = _Task(model, adapter, known, chosen, call, example, restore, verify, train)
     try:
-        return task.done()
+        known = hints(model, adapter)
+        if chosen is not None and known.blocks:
+            choice_of(chosen, known)
+            bind(chosen, known)
+        _check_finite(model)
+        call = CallSignature.of(type(model))
+        example = named_inputs(call, known, model, example_inputs)
+        return _Task(model, adapter, known, chosen, call, example, restore, verify, train).done()
     except (TokenPruneError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -152,12 +152,15 @@ class _Task:
         """
         guessed = self.adapter in (None, GENERIC) and self.hints.adapter == GENERIC
         asked = self.recipe is not None and "mode" in self.recipe.model_fields_set
-        ways = readings(self.hints, guessed=guessed, mode_is_open=not asked)
+        stated = isinstance(self.adapter, ArchSpec)
+        ways = readings(self.hints, guessed=guessed, mode_is_open=not (asked or stated))
         refused: list[TokenPruneError] = []
         for reading in ways:
             traced = self._traced()  # anew: where blocks are is marked in a trace
             try:
                 wrapped = self._read_as(reading, traced)
+            except TokensReturnedError:
+                raise  # the caller is to say what becomes of them
             except (PlanError, UnsupportedHostError, VerificationError) as error:
                 refused.append(error)
             else:
@@ -183,9 +186,12 @@ class _Task:
         host, example = self.host, self.example
         with in_mode(host, training=False):
             spec, blocks = settle(host, traced, self.hints, reading)
-            if self.recipe is not None:
-                choice_of(self.recipe, spec)
-            chosen = with_default_stages(self.recipe, host, spec, traced, blocks)
+            recipe = self.recipe
+            if recipe is not None and reading.mode is not None:
+                recipe = recipe.model_copy(update={"mode": reading.mode})
+            if recipe is not None:
+                choice_of(recipe, spec)
+            chosen = with_default_stages(recipe, host, spec, traced, blocks)
             plan, budget = bind(chosen, spec)
             pruning = Pruning(
                 host=host,

@@ -94,11 +94,11 @@ def _dense() -> Iterator[HeldOut]:
     )  # fmt: skip
     glpn = {**seg, "decoder_hidden_size": 8}
     yield _row("GLPNForDepthEstimation", "GLPNConfig", glpn, _pixels())
-    for kind in ("Dinov2", "Dinov2WithRegisters", "Beit", "ViTDet", "Swin", "Swinv2", "DINOv3ViT"):
+    for kind in ("Dinov2", "Dinov2WithRegisters", "Beit", "VitDet", "Swin", "Swinv2", "DINOv3ViT"):
         given = {**(GRID if kind.startswith("Swin") else VIT)}
         if not kind.startswith("Swin"):
             given |= {"out_features": ["stage2", "stage4"]}
-        if kind == "ViTDet":
+        if kind == "VitDet":
             given = {k: v for k, v in given.items() if k != "intermediate_size"} | {"mlp_ratio": 2}
             given |= {"window_size": 4, "window_block_indices": [0, 2], "pretrain_image_size": 64}
         else:
@@ -120,14 +120,14 @@ def _dense() -> Iterator[HeldOut]:
         {"hidden_size": 16, "num_labels": 3, "auxiliary_in_channels": 64, "auxiliary_channels": 8},
         _pixels(), inner=swin,
     )  # fmt: skip
-    masks = {"fpn_feature_size": 16, "mask_feature_size": 16, "num_labels": 3}
+    masks = {"fpn_feature_size": 32, "mask_feature_size": 32, "num_labels": 3}
     yield _row(
         "MaskFormerForInstanceSegmentation", "MaskFormerConfig", masks, _pixels(),
-        inner={**swin, "decoder_config": ("DetrConfig", {**DETR, "d_model": 16})},
+        inner={**swin, "decoder_config": ("DetrConfig", DETR)},
     )  # fmt: skip
     yield _row(
         "Mask2FormerForUniversalSegmentation", "Mask2FormerConfig",
-        {"feature_size": 16, "mask_feature_size": 16, "hidden_dim": 16, "encoder_layers": 2,
+        {"feature_size": 32, "mask_feature_size": 32, "hidden_dim": 32, "encoder_layers": 2,
          "encoder_feedforward_dim": 32, "dim_feedforward": 32, "decoder_layers": 2,
          "num_attention_heads": 2, "num_queries": 5, "num_labels": 3},
         _pixels(), inner=swin,
@@ -175,10 +175,15 @@ def _masked() -> Iterator[HeldOut]:
 
     for kind in ("ViT", "DeiT", "Beit"):
         yield _row(
-            f"{kind}ForMaskedImageModeling", f"{kind}Config", {**VIT, "vocab_size": 50},
+            f"{kind}ForMaskedImageModeling", f"{kind}Config", {**VIT, "vocab_size": 50, "encoder_stride": 8, "use_mask_token": True},
             _pixels(bool_masked_pos=mask(64)),
         )  # fmt: skip
-    yield _row("SwinForMaskedImageModeling", "SwinConfig", GRID, _pixels(bool_masked_pos=mask(256)))
+    yield _row(
+        "SwinForMaskedImageModeling",
+        "SwinConfig",
+        {**GRID, "encoder_stride": 8},
+        _pixels(bool_masked_pos=mask(256)),
+    )
     decoder = {
         "decoder_hidden_size": 16,
         "decoder_num_hidden_layers": 2,

@@ -15,7 +15,7 @@ from tokenprune.analysis.plan import Plan
 from tokenprune.analysis.reuse import facts_for
 from tokenprune.analysis.sites import PLACES
 from tokenprune.analysis.token_probe import find_facts
-from tokenprune.errors import PlanError, TraceError, UnsupportedHostError
+from tokenprune.errors import PlanError, TraceError
 from tokenprune.hosts.spec import ArchSpec
 from tokenprune.tracing.host_graph import HostGraph
 
@@ -111,21 +111,15 @@ def analyse(
 
 
 def _final(root: nn.Module, traced: HostGraph, blocks: Blocks, spec: ArchSpec) -> fx.Node:
-    """The output of the final norm; of the last block if no norm runs."""
-    found = None
+    """The output of the final norm; of the last block that returns tokens, if no norm runs; what
+    enters that block, if nobody reads what it returns."""
     if spec.norm is not None:
         paths = {module: path for path, module in root.named_modules()}
         found = traced.output_of(paths[root.get_submodule(spec.norm)])
-    if found is None:
-        last = blocks[max(blocks)]
-        found = last.call.output
-    if found is None:
-        raise UnsupportedHostError(
-            f"Block {last.number} ('{last.path}') is the last one, but nobody reads the tensor "
-            f"that it returns in the forward of {traced.host}. Leave it out: pass adapter=ArchSpec("
-            f"blocks={spec.blocks[: last.number]!r}, num_prefix_tokens={spec.prefix})."
-        )
-    return found
+        if found is not None:
+            return found
+    last = blocks[max(blocks)]
+    return last.entry if last.call.output is None else last.call.output
 
 
 def _check_order(traced: HostGraph, staged: Sequence[Block]) -> None:

@@ -46,9 +46,9 @@ def readings(hints: ArchSpec, *, guessed: bool, mode_is_open: bool) -> list[Read
         mode_is_open: The recipe asks for no mode.
     """
     of_graph = not hints.blocks
-    if not guessed:
-        return [Reading(of_graph)]
     modes: tuple[Mode | None, ...] = (None, "bypass") if mode_is_open else (None,)
+    if not guessed:
+        return [Reading(of_graph, mode) for mode in modes]
     found = [Reading(graph, mode, True) for mode in modes for graph in (of_graph, True)]
     return list(dict.fromkeys(found))
 
@@ -64,9 +64,8 @@ def settle(
     """
     spec = hints if reading.mode is None else replace(hints, mode=reading.mode)
     if not reading.of_graph and _are_called(host, traced, spec.blocks):
-        return spec if spec.num_prefix_tokens is not None else replace(
-            spec, num_prefix_tokens=0
-        ), find_blocks(host, traced, spec)
+        blocks = find_blocks(host, traced, spec)
+        return _with_prefix(host, traced, spec, blocks, reading), blocks
     calls = find_stretches(host, traced)
     if spec.blocks and not (reading.of_graph or reading.guessed):
         calls = _named(host, calls, spec.blocks)
@@ -88,11 +87,8 @@ def settle(
     blocks = blocks_of(host, traced, enumerate(calls), spec)
     paths = tuple(call.path for call in calls)
     notes = (*spec.notes, f"{len(calls)} blocks found in the graph, from {paths[0] or 'the host'}")
-    prefix = spec.num_prefix_tokens
-    if prefix is None or reading.guessed:
-        prefix, how = _prefix(host, traced, calls[0], prefix or 0)
-        notes = (*notes, how)
-    return replace(spec, blocks=paths, num_prefix_tokens=prefix, notes=notes), blocks
+    found = replace(spec, blocks=paths, notes=notes)
+    return _with_prefix(host, traced, found, blocks, reading), blocks
 
 
 def _are_called(host: nn.Module, traced: HostGraph, paths: Sequence[str]) -> bool:
@@ -137,11 +133,17 @@ def _entering(call: ModuleCall) -> tuple[int, ...]:
     return () if entry is None else shape_of(entry)
 
 
-def _prefix(host: nn.Module, traced: HostGraph, first: ModuleCall, likely: int) -> tuple[int, str]:
-    (entry,) = first.inputs
-    own = None if entry is None else own_tokens(host, traced, entry)
+def _with_prefix(
+    host: nn.Module, traced: HostGraph, spec: ArchSpec, blocks: Blocks, reading: Reading
+) -> ArchSpec:
+    """The facts with the number of prefix tokens that the graph shows, unless somebody stated it."""
+    if spec.num_prefix_tokens is not None and not reading.guessed:
+        return spec
+    own = own_tokens(host, traced, blocks[min(blocks)].entry) if blocks else None
     if own is None:
-        return likely, f"{likely} prefix tokens: nothing else tells which are of the image"
+        how = f"{spec.prefix} prefix tokens: nothing else tells which are of the image"
+        return replace(spec, num_prefix_tokens=spec.prefix, notes=(*spec.notes, how))
     front, end = own
     how = f"{front} prefix tokens: they are the same for every image"
-    return front, how + (f"; so are the last {end}, which count as patches" if end else "")
+    how += f"; so are the last {end}, which count as patches" if end else ""
+    return replace(spec, num_prefix_tokens=front, notes=(*spec.notes, how))

@@ -104,8 +104,20 @@ def describe(host: nn.Module, adapter: str | ArchSpec | None = None) -> ArchSpec
 
 
 def hints(host: nn.Module, adapter: str | ArchSpec | None = None) -> ArchSpec:
-    """What is known of `host` before it is traced: `describe`, but perhaps without blocks."""
-    spec = adapter if isinstance(adapter, ArchSpec) else _adapter(host, adapter).describe(host)
+    """What is known of `host` before it is traced: `describe`, but perhaps without blocks.
+
+    Where the adapter of its family cannot describe it and none was asked for, the generic one does.
+    """
+    if isinstance(adapter, ArchSpec):
+        spec = adapter
+    else:
+        found = _adapter(host, adapter)
+        try:
+            spec = found.describe(host)
+        except UnsupportedHostError:
+            if adapter is not None or found.name == GENERIC:
+                raise
+            spec = _registry[GENERIC].describe(host)
     paths = dict(host.named_modules())
     missing = [path for path in (*spec.blocks, *filter(None, [spec.norm])) if path not in paths]
     if missing:

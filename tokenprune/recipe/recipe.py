@@ -272,6 +272,8 @@ def _problem(detail: ErrorDetails) -> str:
     if detail["type"] == "extra_forbidden":
         *parents, key = detail["loc"]
         section = _SECTIONS[str(parents[0])] if parents else Recipe
+        if parents and str(key) in Recipe.model_fields:
+            return f"unknown key here. Put {str(key)!r} at the top level of the recipe"
         return f"unknown key. {did_you_mean(str(key), section.model_fields)}"
     if detail["type"] == "missing":
         return "this key is missing"

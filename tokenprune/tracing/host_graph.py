@@ -230,9 +230,14 @@ def _explained(
 def unexpected(host: nn.Module, error: Exception) -> UnsupportedHostError:
     """The error in the place of one that nothing in this library foresaw."""
     steps = traceback.extract_tb(error.__traceback__)
-    own = str(Path(__file__).parents[1])
+    python, torchs = Path(traceback.__file__).parent, Path(torch.__file__).parent
+    others = tuple(map(str, (Path(__file__).parents[1], torchs, python)))
+    packages = tuple(str(python / name) for name in ("site-packages", "dist-packages"))
     of_host = [
-        s for s in steps if not s.filename.startswith((own, str(Path(torch.__file__).parent)))
+        step
+        for step in steps
+        if not step.filename.startswith(others)
+        or (step.filename.startswith(packages) and not step.filename.startswith(others[:2]))
     ]
     line = of_host[-1] if of_host else steps[-1]
     return UnsupportedHostError(
