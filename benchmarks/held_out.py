@@ -4,7 +4,7 @@
         kornia_rs monai segment-anything ftfy wcwidth loguru
     python -m benchmarks.held_out                            all parts, about an hour on one core
     python -m benchmarks.held_out --part vit_pytorch --only 'cait*'
-    python -m benchmarks.held_out --render-only              write docs/held_out.md from the rows so far
+    python -m benchmarks.held_out --render-only              write the page from the rows so far
 
 Each host is built small with random weights and wrapped with the default recipe and with
 `merge-k0.7`. `wrap` proves: with every token kept it is the host, bit for bit; the mask path is the

@@ -151,9 +151,12 @@ class _Task:
             TokenPruneError: None is; what stands in the way of the likeliest one.
         """
         guessed = self.adapter in (None, GENERIC) and self.hints.adapter == GENERIC
-        asked = self.recipe is not None and "mode" in self.recipe.model_fields_set
         stated = isinstance(self.adapter, ArchSpec)
-        ways = readings(self.hints, guessed=guessed, mode_is_open=not (asked or stated))
+        open_ = self.recipe is None or "mode" not in self.recipe.model_fields_set
+        asked = self.hints.mode if stated else None
+        if self.recipe is not None and not open_:
+            asked = self.recipe.mode
+        ways = readings(self.hints, guessed=guessed, mode=asked)
         refused: list[TokenPruneError] = []
         for reading in ways:
             traced = self._traced()  # anew: where blocks are is marked in a trace
@@ -164,7 +167,7 @@ class _Task:
             except (PlanError, UnsupportedHostError, VerificationError) as error:
                 refused.append(error)
             else:
-                if refused and reading.mode is not None:
+                if refused and asked is None and reading.mode is not None:
                     self._say_mode(reading.mode, refused[0])
                 return wrapped
         raise refused[0]

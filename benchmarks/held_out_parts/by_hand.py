@@ -180,8 +180,8 @@ class ByHand(nn.Module):
             y: Tensor = self.inner(x, x, x, need_weights=False)[0]
             return y
         if self.kind == "torch weights":
-            y, weights = self.inner(x, x, x)
-            return y
+            y, _ = self.inner(x, x, x)
+            return self.out(y)  # type: ignore[no-any-return]
         q, k, v = self.qkv(x).reshape(batch, length, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
         scale = q.shape[-1] ** -0.5
         if self.kind == "memory":
@@ -212,8 +212,7 @@ class ByHand(nn.Module):
             if self.kind == "talking":
                 weights = self.heads(weights)
             z = weights @ v
-        y = self.out(z.transpose(1, 2).reshape(batch, length, WIDTH))
-        return y
+        return self.out(z.transpose(1, 2).reshape(batch, length, WIDTH))  # type: ignore[no-any-return]
 
 
 class Attributes(nn.Module):

@@ -175,7 +175,8 @@ def _masked() -> Iterator[HeldOut]:
 
     for kind in ("ViT", "DeiT", "Beit"):
         yield _row(
-            f"{kind}ForMaskedImageModeling", f"{kind}Config", {**VIT, "vocab_size": 50, "encoder_stride": 8, "use_mask_token": True},
+            f"{kind}ForMaskedImageModeling", f"{kind}Config",
+            {**VIT, "vocab_size": 50, "encoder_stride": 8, "use_mask_token": True},
             _pixels(bool_masked_pos=mask(64)),
         )  # fmt: skip
     yield _row(
@@ -249,7 +250,8 @@ def _signals_and_words() -> Iterator[HeldOut]:
     whisper |= {"num_labels": 3, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     yield _row("WhisperForAudioClassification", "WhisperConfig", whisper,
                lambda: {"input_features": torch.randn(2, 16, 80)}, restore=None)  # fmt: skip
-    yield _row("BertForSequenceClassification", "BertConfig", {**WORDS, "chunk_size_feed_forward": 4},
+    chunked = {**WORDS, "chunk_size_feed_forward": 4}
+    yield _row("BertForSequenceClassification", "BertConfig", chunked,
                _ids(), note="chunked feed-forward", restore=None)  # fmt: skip
     yield _row("BertForTokenClassification", "BertConfig", WORDS, _ids())
     yield _row("RobertaForSequenceClassification", "RobertaConfig", WORDS, _ids(), restore=None)

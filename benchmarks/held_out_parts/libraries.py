@@ -174,8 +174,8 @@ def _others() -> Iterator[HeldOut]:
     yield _row("kornia", "TinyViT", make, image(64))
     vision = {**usual, "num_layers": 4, "hidden_dim": 32, "mlp_dim": 64, "num_classes": 7}
     yield _row(
-        "torchvision", "VisionTransformer", made_of("torchvision.models", "VisionTransformer", **vision),
-        image(),
+        "torchvision", "VisionTransformer",
+        made_of("torchvision.models", "VisionTransformer", **vision), image(),
     )  # fmt: skip
     swin = {"patch_size": [4, 4], "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 2]}
     swin |= {"window_size": [4, 4], "num_classes": 7}

@@ -6,6 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 from benchmarks.atlas_parts.row import Row
 from benchmarks.held_out_parts.host import HeldOut
 from benchmarks.held_out_parts.measure import ABSENT, MERGING, RAW
+from benchmarks.markdown import table
 
 __all__ = ["as_page"]
 
@@ -44,37 +45,36 @@ def _lines(
         f"({_versions()}; one thread of a shared CPU)."
     )
     yield ""
-    yield f"| part | hosts | certified | tokens leave | {MERGING} | refused | raw |"
-    yield "|---|---|---|---|---|---|---|"
-    for part, hosts in parts.items():
-        found = _found(hosts, rows)
-        good = [row for row in found if row.certified]
-        leave = sum(row.mode != "bypass" for row in good)
-        merged = sum(row.certified_at is not None for row in good)
-        raw = sum(row.status == RAW for row in found)
-        refused = len(found) - len(good) - raw
-        share = f"{len(good)} ({len(good) / max(len(found), 1):.2f})"
-        yield f"| {TITLES[part]} | {len(found)} | {share} | {leave} | {merged} | {refused} | {raw} |"
+    head = ["part", "hosts", "certified", "tokens leave", MERGING, "refused", "raw"]
+    yield table(head, [_sums(TITLES[part], _found(h, rows)) for part, h in parts.items()])
     for part, hosts in parts.items():
         yield ""
         yield f"## {TITLES[part]}"
         yield ""
-        yield "| host | result | blocks | prefix | stages at | merging |"
-        yield "|---|---|---|---|---|---|"
-        for row in _found(hosts, rows):
-            name = (
-                f"`{row.model}`" if row.library == "vit-pytorch" else f"{row.library}: {row.model}"
-            )
-            if row.certified:
-                merging = "yes" if row.certified_at else "no"
-                stages = ", ".join(map(str, row.stages))
-                yield f"| {name} | {row.mode} | {row.blocks} | {row.prefix} | {stages} | {merging} |"
-            else:
-                yield f"| {name} | {row.status}: {_cell(row.reason)} | | | | |"
+        head = ["host", "result", "blocks", "prefix", "stages at", "merging"]
+        yield table(head, [_line(row) for row in _found(hosts, rows)])
         absent = [h.model for h in hosts if _status(h, rows) == ABSENT]
         if absent:
             yield ""
-            yield f"Not run, since the library itself cannot build or run them: {', '.join(absent)}."
+            yield f"Not run, since their library cannot build or run them: {', '.join(absent)}."
+
+
+def _sums(title: str, found: Sequence[Row]) -> list[str]:
+    good = [row for row in found if row.certified]
+    leave = sum(row.mode != "bypass" for row in good)
+    merged = sum(row.certified_at is not None for row in good)
+    raw = sum(row.status == RAW for row in found)
+    share = f"{len(good)} ({len(good) / max(len(found), 1):.2f})"
+    numbers = (len(found), share, leave, merged, len(found) - len(good) - raw, raw)
+    return [title, *map(str, numbers)]
+
+
+def _line(row: Row) -> list[str]:
+    name = f"`{row.model}`" if row.library == "vit-pytorch" else f"{row.library}: {row.model}"
+    if not row.certified:
+        return [name, f"{row.status}: {_cell(row.reason)}", "", "", "", ""]
+    merging, stages = "yes" if row.certified_at else "no", ", ".join(map(str, row.stages))
+    return [name, str(row.mode), str(row.blocks), str(row.prefix), stages, merging]
 
 
 def _cell(text: str) -> str:

@@ -38,15 +38,17 @@ class Reading(NamedTuple):
     guessed: bool = False
 
 
-def readings(hints: ArchSpec, *, guessed: bool, mode_is_open: bool) -> list[Reading]:
+def readings(hints: ArchSpec, *, guessed: bool, mode: str | None) -> list[Reading]:
     """The ways to read a host, the likeliest first. Each is proven before it is used.
 
     Args:
         guessed: The facts are of the generic adapter; other ones are taken at their word.
-        mode_is_open: The recipe asks for no mode.
+        mode: What the recipe asks for; None if it leaves that open.
     """
     of_graph = not hints.blocks
-    modes: tuple[Mode | None, ...] = (None, "bypass") if mode_is_open else (None,)
+    modes: tuple[Mode | None, ...] = (None, "bypass") if mode is None else (None,)
+    if guessed and mode == "bypass":  # then blocks on any grid count
+        modes = ("bypass",)
     if not guessed:
         return [Reading(of_graph, mode) for mode in modes]
     found = [Reading(graph, mode, True) for mode in modes for graph in (of_graph, True)]
@@ -92,13 +94,10 @@ def settle(
 
 
 def _are_called(host: nn.Module, traced: HostGraph, paths: Sequence[str]) -> bool:
-    """Whether each of these modules is one whose call is in the graph, or at least runs on its
-    own (a container does not)."""
+    """Whether these are modules that the host calls, all or some of them; lists of modules that
+    hold a block each are not."""
     own = {module: path for path, module in host.named_modules()}
-    modules = [host.get_submodule(path) for path in paths]
-    return bool(paths) and not any(
-        isinstance(m, nn.ModuleList | nn.ModuleDict) or own[m] not in traced.calls for m in modules
-    )
+    return any(own[host.get_submodule(path)] in traced.calls for path in paths)
 
 
 def _named(host: nn.Module, calls: Sequence[ModuleCall], paths: Sequence[str]) -> list[ModuleCall]:
@@ -136,7 +135,7 @@ def _entering(call: ModuleCall) -> tuple[int, ...]:
 def _with_prefix(
     host: nn.Module, traced: HostGraph, spec: ArchSpec, blocks: Blocks, reading: Reading
 ) -> ArchSpec:
-    """The facts with the number of prefix tokens that the graph shows, unless somebody stated it."""
+    """The facts with the prefix tokens that the graph shows, unless somebody stated them."""
     if spec.num_prefix_tokens is not None and not reading.guessed:
         return spec
     own = own_tokens(host, traced, blocks[min(blocks)].entry) if blocks else None
@@ -145,5 +144,6 @@ def _with_prefix(
         return replace(spec, num_prefix_tokens=spec.prefix, notes=(*spec.notes, how))
     front, end = own
     how = f"{front} prefix tokens: they are the same for every image"
-    how += f"; so are the last {end}, which count as patches" if end else ""
-    return replace(spec, num_prefix_tokens=front, notes=(*spec.notes, how))
+    how += f"; so are the last {end}, which always stay" if end else ""
+    notes = (*spec.notes, how)
+    return replace(spec, num_prefix_tokens=front, num_suffix_tokens=end, notes=notes)

@@ -34,6 +34,8 @@ class ArchSpec:
             blocks that are found in the graph; none at all takes all of those.
         num_prefix_tokens: P, the class, distillation and register tokens before the patches; None
             counts the tokens at the front that are the same for every image.
+        num_suffix_tokens: Tokens after the patches that are no patches (detection tokens): they
+            count as patches, and always stay. Counted with the prefix where that is None.
         class_token: The first prefix token, if there is one, is the class token and no register.
         norm: Path of the norm after the last block, if any: its output is `patch_tokens`.
         padding_mask: Name of the argument that says which tokens are real (1) and which only fill
@@ -48,6 +50,7 @@ class ArchSpec:
     adapter: str = "by hand"
     blocks: tuple[str, ...] = ()
     num_prefix_tokens: int | None = None
+    num_suffix_tokens: int = 0
     class_token: bool = True
     norm: str | None = None
     padding_mask: str | None = None
