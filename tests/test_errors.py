@@ -172,6 +172,12 @@ CASES: list[tuple[type[Exception], type[Exception], Callable[[], Any], str]] = [
         lambda: stack(AsksForAValue),
         "cannot be traced.*test_errors.py.*if x.sum",
     ),
+    (
+        errors.TokensReturnedError,
+        ValueError,
+        lambda: tokenprune.wrap(vit(num_classes=0, global_pool=""), RECIPE),
+        "output holds tokens after a stage.*restore=True",
+    ),
     (errors.LeakError, ValueError, lambda: stack(TokensFirst), "first dim is not the batch"),
     (
         errors.VerificationError,

@@ -124,7 +124,7 @@ def wrap(
         call = CallSignature.of(type(model))
         example = named_inputs(call, known, model, example_inputs)
         return _Task(model, adapter, known, chosen, call, example, restore, verify, train).done()
-    except (TokenPruneError, MemoryError, torch.OutOfMemoryError):
+    except (TokenPruneError, Warning, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         raise unexpected(model, error) from error

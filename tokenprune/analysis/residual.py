@@ -254,8 +254,10 @@ def _labels(blocks: Sequence[Sequence[fx.Node]]) -> list[str]:
     for path in (path for paths in ran for path in paths):
         count[path] = count.get(path, 0) + 1
     labels = []
-    for paths in ran:
-        own = [path for path in paths if count[path] == 1] or list(paths)
+    for nodes, paths in zip(blocks, ran, strict=True):
+        around = nodes[-1].meta["where"].module  # where the sum is made, perhaps of all blocks
+        inside = [path for path in paths if path != around]
+        own = [path for path in paths if count[path] == 1] or inside or list(paths)
         common = _common(own)
         others = [p for other in ran if other is not paths for p in other if count[p] == 1]
         if len(own) > 1 and any(_inside(other, common) for other in others):

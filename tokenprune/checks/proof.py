@@ -78,6 +78,8 @@ class Theorems:
             count = max(1, min(kept.shape[1] - 1, round(kept.shape[1] * 0.65)))
             rank = torch.rand(kept.shape, generator=generator, device="cpu")
             rank = rank + (kept < 0)  # padding last
+            last = patches - self.programs.analysis.plan.num_suffix
+            rank = rank.masked_fill(kept >= last, -1.0)  # these stay
             kept = self._shortened(in_order(kept.gather(1, rank.argsort(dim=1)[:, :count])))
             sets.append(kept.to(device))
         return tuple(sets)

@@ -240,9 +240,10 @@ def unexpected(host: nn.Module, error: Exception) -> UnsupportedHostError:
         or (step.filename.startswith(packages) and not step.filename.startswith(others[:2]))
     ]
     line = of_host[-1] if of_host else steps[-1]
+    said = f"{type(error).__name__}: {error}".rstrip(" .:")
     return UnsupportedHostError(
         f"{type(host).__name__} was to be wrapped, but at {line.filename}:{line.lineno} "
-        f"({line.line}) came {type(error).__name__}: {error}. If a smaller part of the model holds "
+        f"({line.line}) came {said}. If a smaller part of the model holds "
         "its blocks, wrap that part: model.encoder = tokenprune.wrap(model.encoder, ...)."
     )
 
