@@ -153,7 +153,7 @@ class _Task:
         guessed = self.adapter in (None, GENERIC) and self.hints.adapter == GENERIC
         stated = isinstance(self.adapter, ArchSpec)
         open_ = self.recipe is None or "mode" not in self.recipe.model_fields_set
-        asked = self.hints.mode if stated else None
+        asked: str | None = self.hints.mode if stated else None
         if self.recipe is not None and not open_:
             asked = self.recipe.mode
         ways = readings(self.hints, guessed=guessed, mode=asked)

@@ -71,15 +71,15 @@ def _step_by_step(
 ) -> Tensor:
     """The same by torch's own function, which a trace goes through."""
     turn = module.batch_first and query.dim() == 3
-    given = [t.transpose(0, 1) if turn else t for t in (query, key, value)]
+    q, k, v = (t.transpose(0, 1) if turn else t for t in (query, key, value))
     packed = module._qkv_same_embed_dim
     own = {} if packed else {f"{n}_proj_weight": getattr(module, f"{n}_proj_weight") for n in "qkv"}
+    options: dict[str, Any] = {"need_weights": need_weights, "is_causal": is_causal, **own, **masks}
     output, _ = F.multi_head_attention_forward(
-        *given, module.embed_dim, module.num_heads, module.in_proj_weight, module.in_proj_bias,
+        q, k, v, module.embed_dim, module.num_heads, module.in_proj_weight, module.in_proj_bias,
         module.bias_k, module.bias_v, module.add_zero_attn, module.dropout,
         module.out_proj.weight, module.out_proj.bias, training=module.training,
-        need_weights=need_weights, is_causal=is_causal, use_separate_proj_weight=not packed,
-        **own, **masks,
+        use_separate_proj_weight=not packed, **options,
     )  # fmt: skip
     return output.transpose(0, 1) if turn else output
 
