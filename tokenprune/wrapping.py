@@ -165,6 +165,8 @@ class _Task:
             except TokensReturnedError:
                 raise  # the caller is to say what becomes of them
             except (PlanError, UnsupportedHostError, VerificationError) as error:
+                if isinstance(error, VerificationError) and not guessed:
+                    raise  # the facts are right; what does not hold is the host's
                 refused.append(error)
             else:
                 if refused and asked is None and reading.mode is not None:

@@ -131,7 +131,8 @@ def _monai() -> Iterator[HeldOut]:
     vit = {"in_channels": 3, "img_size": 32, "patch_size": 8, "hidden_size": 32, "mlp_dim": 64}
     vit |= {"num_layers": 4, "num_heads": 2, "spatial_dims": 2}
     head = {"classification": True, "num_classes": 7}
-    yield _row("monai", "ViT, class", made_of(nets, "ViT", **vit, **head), image())
+    make = made_of(nets, "ViT", **vit, **head)
+    yield _row("monai", "ViT, class", make, image(), restore=True)
     make = made_of(nets, "ViT", **vit)
     yield _row("monai", "ViT, tokens", make, image(), restore=True)
     yield _row(

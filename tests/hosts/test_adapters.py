@@ -179,7 +179,7 @@ def test_a_host_without_its_blocks_is_refused() -> None:
 def test_a_host_without_attention_is_refused(model: str) -> None:
     with torch.device("meta"):
         host = timm.create_model(model)
-    with pytest.raises(UnsupportedHostError, match="found no stack of transformer blocks am"):
+    with pytest.raises(UnsupportedHostError, match="found no stack of transformer blocks in "):
         describe(host)
 
 

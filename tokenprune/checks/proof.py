@@ -113,9 +113,9 @@ class Theorems:
         program = self.programs.get(self.host, path)
         try:
             output, *_ = program.run(self.model, settings, **tensors)
-        except RuntimeError as error:
+        except (RuntimeError, IndexError) as error:
             at, inputs = None, {SETTINGS: settings, **tensors}
-            with suppress(RuntimeError):
+            with suppress(RuntimeError, IndexError):
                 for node, _ in run(self.model, program.rewrite.graph, inputs):
                     at = node.next
             raise VerificationError(

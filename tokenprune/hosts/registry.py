@@ -96,7 +96,7 @@ def describe(host: nn.Module, adapter: str | ArchSpec | None = None) -> ArchSpec
     spec = hints(host, adapter)
     if not spec.blocks:
         raise UnsupportedHostError(
-            f"Adapter {spec.adapter!r} found no stack of transformer blocks among the modules of "
+            f"Adapter {spec.adapter!r} found no stack of transformer blocks in "
             f"{type(host).__name__}: {'; '.join(spec.notes) or 'it names none'}. tokenprune.wrap "
             "looks for them in the traced graph; to name them, pass adapter=ArchSpec(blocks=...)."
         )
