@@ -93,7 +93,7 @@ def describe(host: nn.Module, adapter: str | ArchSpec | None = None) -> ArchSpec
         UnsupportedHostError: The adapter cannot describe this host, or knows no module that is a
             block of it. `wrap` then looks for blocks in the traced graph.
     """
-    spec = hints(host, adapter)
+    spec = _said(host, adapter)
     if not spec.blocks:
         raise UnsupportedHostError(
             f"Adapter {spec.adapter!r} found no stack of transformer blocks in "
@@ -108,16 +108,17 @@ def hints(host: nn.Module, adapter: str | ArchSpec | None = None) -> ArchSpec:
 
     Where the adapter of its family cannot describe it and none was asked for, the generic one does.
     """
-    if isinstance(adapter, ArchSpec):
-        spec = adapter
-    else:
-        found = _adapter(host, adapter)
-        try:
-            spec = found.describe(host)
-        except UnsupportedHostError:
-            if adapter is not None or found.name == GENERIC:
-                raise
-            spec = _registry[GENERIC].describe(host)
+    try:
+        return _said(host, adapter)
+    except UnsupportedHostError:
+        if adapter is not None or _adapter(host, None).name == GENERIC:
+            raise
+        return _said(host, GENERIC)
+
+
+def _said(host: nn.Module, adapter: str | ArchSpec | None) -> ArchSpec:
+    """What an adapter says, if the host has the modules that it names."""
+    spec = adapter if isinstance(adapter, ArchSpec) else _adapter(host, adapter).describe(host)
     paths = dict(host.named_modules())
     missing = [path for path in (*spec.blocks, *filter(None, [spec.norm])) if path not in paths]
     if missing:

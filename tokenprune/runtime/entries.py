@@ -44,11 +44,12 @@ def methods_of(host_class: type[nn.Module]) -> dict[str, FunctionType]:
     }
 
 
-def called_in(block: nn.Module) -> list[nn.Module]:
-    """The module by which a block is known; those inside of it, if it is a mere list of them."""
-    if not isinstance(block, nn.ModuleList | nn.ModuleDict):
+def called_in(block: nn.Module, path: str) -> list[nn.Module]:
+    """The module by which a block is known; those inside of it, if it is a mere list of them, or
+    the host itself, of whose own code the block is."""
+    if path and not isinstance(block, nn.ModuleList | nn.ModuleDict):
         return [block]
-    return [module for child in block.children() for module in called_in(child)]
+    return [m for name, child in block.named_children() for m in called_in(child, name)]
 
 
 @contextmanager

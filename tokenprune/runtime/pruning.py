@@ -158,7 +158,7 @@ class Pruning:
         if name not in self.entries:
             method = getattr(super(type(model), model), name)
             paths = [self.spec.blocks[block] for block in self.plan.blocks]
-            staged = [m for path in paths for m in called_in(self.host.get_submodule(path))]
+            staged = [m for path in paths for m in called_in(self.host.get_submodule(path), path)]
             try:
                 with stopped_at(staged):
                     given = method(*args, **kwargs)
