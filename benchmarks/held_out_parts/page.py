@@ -45,9 +45,11 @@ def _lines(
         f"({_versions()}; one thread of a shared CPU)."
     )
     yield ""
-    head = ["part", "hosts", "certified", "tokens leave", MERGING, "refused", "raw"]
+    head = ["part", "hosts measured", "certified", "tokens leave", MERGING, "refused", "raw"]
     yield table(head, [_sums(TITLES[part], _found(h, rows)) for part, h in parts.items()])
     for part, hosts in parts.items():
+        if not _found(hosts, rows):
+            continue
         yield ""
         yield f"## {TITLES[part]}"
         yield ""

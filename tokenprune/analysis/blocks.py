@@ -11,16 +11,27 @@ from typing import NamedTuple
 import torch
 from torch import fx, nn
 
+from tokenprune.analysis.batch_probe import probe_batch
 from tokenprune.analysis.equations import equation_of
 from tokenprune.analysis.nodes import makers, shape_of
 from tokenprune.analysis.operators import Kind, argument, attends, kind_of
 from tokenprune.hosts.spec import ArchSpec
 from tokenprune.tracing.calls import NUMBER, ModuleCall
 from tokenprune.tracing.host_graph import HostGraph, untraceable
+from tokenprune.tracing.interpret import quiet_trials
 from tokenprune.tracing.modes import MODES, where_predictors_learn
 from tokenprune.tracing.opaque import OPAQUE, REASON
 
-__all__ = ["Attention", "Block", "Blocks", "blocks_of", "find_blocks", "mark_tokens", "site_marker"]
+__all__ = [
+    "Attention",
+    "Block",
+    "Blocks",
+    "blocks_of",
+    "find_blocks",
+    "mark_tokens",
+    "sequence_first",
+    "site_marker",
+]
 
 
 class Attention(NamedTuple):
@@ -117,7 +128,7 @@ def blocks_of(
             handed_on = call.output is not None and same.get(call.output, call.output) is tokens
             if handed_on:  # perhaps written into: what follows reads the same tensor
                 readers = [node for node in tokens.users if _order(node) >= _order(first)]
-            if _sequence_first(traced, tokens):
+            if sequence_first(host, traced, tokens):
                 tokens, back = _turned(traced, tokens, readers, first)
                 entry = mark_tokens(traced, tokens, number, [back], back)
             else:
@@ -131,10 +142,15 @@ def blocks_of(
     return dict(sorted(blocks.items()))
 
 
-def _sequence_first(traced: HostGraph, tokens: fx.Node) -> bool:
-    """Whether a block takes [L, B, D]."""
+def sequence_first(host: nn.Module, traced: HostGraph, tokens: fx.Node) -> bool:
+    """Whether tokens are [L, B, D]; where sizes leave that open, more images tell."""
     shape, images = shape_of(tokens), traced.batch_size
-    return len(shape) == 3 and shape[1] == images != shape[0]
+    if len(shape) != 3 or shape[1] != images or shape[0] == images:
+        return False
+    with quiet_trials(), torch.no_grad(), traced.fake_mode:
+        facts, bound = probe_batch(host, traced)
+    found = facts[tokens]
+    return bound or (found.batched and found.rows_per_image is None)
 
 
 def _turned(

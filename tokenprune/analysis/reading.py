@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 from torch import nn
 
-from tokenprune.analysis.blocks import Blocks, blocks_of, find_blocks
+from tokenprune.analysis.blocks import Blocks, blocks_of, find_blocks, sequence_first
 from tokenprune.analysis.nodes import shape_of
 from tokenprune.analysis.prefix import own_tokens
 from tokenprune.analysis.residual import find_stretches
@@ -78,7 +78,7 @@ def settle(
             "tokens to prune. If modules of it are blocks of another kind, name them: "
             "adapter=ArchSpec(blocks=('layers.0', 'layers.1'), num_prefix_tokens=0)."
         )
-    main, plain = _main(calls, traced.batch_size)
+    main, plain = _main(host, traced, calls)
     if reading.guessed and reading.mode is None:
         spec = replace(spec, mode="remove")
     if spec.mode == "remove" and reading.mode is None and not plain:
@@ -115,11 +115,19 @@ def _named(host: nn.Module, calls: Sequence[ModuleCall], paths: Sequence[str]) -
     return found
 
 
-def _main(calls: Sequence[ModuleCall], images: int) -> tuple[list[ModuleCall], bool]:
-    """The largest group of blocks that one sequence [B, L, D] goes through; and whether tokens can
-    leave there: it is most of the host."""
+def _main(
+    host: nn.Module, traced: HostGraph, calls: Sequence[ModuleCall]
+) -> tuple[list[ModuleCall], bool]:
+    """The largest group of blocks that one sequence [B, L, D] or [L, B, D] goes through; and
+    whether tokens can leave there: it is most of the host."""
     shapes = Counter(_entering(call) for call in calls)
-    plain = {shape: n for shape, n in shapes.items() if len(shape) == 3 and images in shape[:2]}
+    entries = {_entering(call): call.inputs[0] for call in calls}
+    plain = {
+        shape: shapes[shape]
+        for shape, entry in entries.items()
+        if len(shape) == 3 and entry is not None
+        if shape[0] == traced.batch_size or sequence_first(host, traced, entry)
+    }
     if not plain:
         return list(calls), False
     most = max(plain, key=lambda shape: (plain[shape], max(shape[:2])))
