@@ -25,7 +25,9 @@ def text_inputs(host: nn.Module) -> dict[str, ExampleInput]:
     if getattr(host, "main_input_name", None) != "input_ids":
         return {}
     config: Any = host.config
-    text = config.text_config
+    text = getattr(config, "text_config", None)
+    if text is None:
+        return {}
     return {"input_ids": ExampleInput((text.max_position_embeddings,), high=text.vocab_size)}
 
 

@@ -20,7 +20,6 @@ from tokenprune.adapters._facts import (
 from tokenprune.adapters._probe import BATCH, Watched, watch
 from tokenprune.adapters._signals import image_side, signal_inputs
 from tokenprune.adapters._transformers import config_inputs, nearest_config
-from tokenprune.errors import UnsupportedHostError
 from tokenprune.hosts.registry import GENERIC, STATED
 from tokenprune.hosts.spec import ArchSpec, ExampleInput
 
@@ -45,15 +44,14 @@ class Generic:
         return True
 
     def describe(self, host: nn.Module) -> ArchSpec:
-        """The facts about `host`; `notes` says how they were found."""
+        """The facts about `host`; `notes` says how they were found. Without blocks, if no list of
+        modules holds such as each have an attention and a feed-forward part."""
         stacks = find_stacks(host)
         if not stacks:
-            raise UnsupportedHostError(
-                f"Adapter {self.name!r} found no stack of transformer blocks in "
-                f"{type(host).__name__}: no nn.ModuleList or nn.Sequential holds modules that each "
-                "have an attention (query projections) and a feed-forward part. Convolutional "
-                "networks have no tokens to prune. If the host has blocks, pass "
-                "adapter=ArchSpec(...) with their paths."
+            return _without_blocks(
+                host,
+                "no nn.ModuleList or nn.Sequential holds modules that each have an attention "
+                "(query projections) and a feed-forward part",
             )
         stack, *others = stacks
         blocks = stack.blocks
@@ -69,8 +67,10 @@ class Generic:
             widths = {_width(host.get_submodule(path)) for path in blocks}
             plain = len(widths) == 1
             notes.append(f"widths of the blocks: {sorted(widths)}")
+        elif not seen.entered:
+            return _without_blocks(host, f"{stack} do not run as modules, from {blocks[0]}")
         else:
-            blocks = _ran(host, seen, blocks)
+            blocks = tuple(path for path, _ in seen.entered)  # in order; what runs twice is twice
             plain = _is_plain(seen)
             if norm is not None and seen.normed != seen.entered[-1][1]:
                 notes.append(f"{norm} does not see every token")
@@ -92,6 +92,20 @@ class Generic:
             inputs=inputs,
             notes=(*notes, f"{prefix} prefix tokens: {how}"),
         )
+
+
+def _without_blocks(host: nn.Module, why: str) -> ArchSpec:
+    """What is known of a host whose blocks only a trace can show."""
+    inputs = _inputs(host, "")
+    text = "input_ids" in inputs and "pixel_values" not in inputs
+    return ArchSpec(
+        adapter=GENERIC,
+        num_prefix_tokens=1 if text else None,
+        class_token=_class_token(host),
+        padding_mask=_padding_mask(host, ""),
+        inputs=inputs,
+        notes=(why,),
+    )
 
 
 def _inputs(host: nn.Module, block: str) -> Mapping[str, ExampleInput]:
@@ -123,16 +137,6 @@ def _reads_neighbours(block: nn.Module) -> bool:
         isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and max(module.kernel_size) > 1
         for module in block.modules()
     )
-
-
-def _ran(host: nn.Module, seen: Watched, blocks: tuple[str, ...]) -> tuple[str, ...]:
-    """The blocks in the order they ran; a block that ran twice is listed twice."""
-    if not seen.entered:
-        raise UnsupportedHostError(
-            f"None of the {len(blocks)} blocks found in {type(host).__name__} (from {blocks[0]}) "
-            "runs in its forward. Pass adapter=ArchSpec(...) with the paths of those that do."
-        )
-    return tuple(path for path, _ in seen.entered)
 
 
 def _is_plain(seen: Watched) -> bool:

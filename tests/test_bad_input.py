@@ -159,7 +159,7 @@ CASES = (
         cnn,
         wrap(RECIPE),
         errors.UnsupportedHostError,
-        "no stack of transformer blocks in ResNet",
+        "No transformer block is found in ResNet",
     ),
     Case(
         "mixer without a rule",

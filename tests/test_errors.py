@@ -164,13 +164,19 @@ CASES: list[tuple[type[Exception], type[Exception], Callable[[], Any], str]] = [
         errors.UnsupportedHostError,
         ValueError,
         lambda: tokenprune.wrap(timm.create_model("resnet50"), RECIPE),
-        "no stack of transformer blocks in ResNet",
+        "No transformer block is found in ResNet: .*adapter=ArchSpec",
     ),
     (
         errors.TraceError,
         ValueError,
         lambda: stack(AsksForAValue),
         "cannot be traced.*test_errors.py.*if x.sum",
+    ),
+    (
+        errors.TokensReturnedError,
+        ValueError,
+        lambda: tokenprune.wrap(vit(num_classes=0, global_pool=""), RECIPE),
+        "output holds tokens after a stage.*restore=True",
     ),
     (errors.LeakError, ValueError, lambda: stack(TokensFirst), "first dim is not the batch"),
     (

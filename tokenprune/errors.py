@@ -23,6 +23,7 @@ __all__ = [
     "RegistrationError",
     "TokenPruneError",
     "TokenPruneWarning",
+    "TokensReturnedError",
     "TraceError",
     "UnknownAdapterError",
     "UnknownRecipeError",
@@ -61,6 +62,10 @@ class UnsupportedHostError(TokenPruneError, ValueError):
 
 class TraceError(UnsupportedHostError):
     """The host's forward could not be traced; the message names the line of the host's source."""
+
+
+class TokensReturnedError(UnsupportedHostError):
+    """An output holds tokens, and `restore` does not say what becomes of dropped ones."""
 
 
 class LeakError(UnsupportedHostError):

@@ -1,25 +1,29 @@
 """`wrap` and `unwrap`: the public entry points."""
 
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from tokenprune.analysis.blocks import find_blocks
 from tokenprune.analysis.plan import bind
+from tokenprune.analysis.reading import Reading, readings, settle
 from tokenprune.checks.verify import verify as verify_model
 from tokenprune.errors import (
     AlreadyWrappedError,
     NonFiniteWeightsError,
+    PlanError,
     TokenPruneError,
+    TokensReturnedError,
     UnsupportedHostError,
+    VerificationError,
 )
 from tokenprune.hosts.inputs import CallSignature, ExampleInputs, first_floating, named_inputs
-from tokenprune.hosts.registry import describe, stated_by
+from tokenprune.hosts.registry import GENERIC, hints, stated_by
 from tokenprune.hosts.spec import ArchSpec
 from tokenprune.notices import warn_once
-from tokenprune.recipe import RecipeSource, load_recipe
+from tokenprune.recipe import Recipe, RecipeSource, load_recipe
 from tokenprune.reductions.choice import choice_of, with_default_stages
 from tokenprune.runtime.added import added_names
 from tokenprune.runtime.model import (
@@ -35,7 +39,7 @@ from tokenprune.scorers.protocol import PREDICTORS, Predictors
 from tokenprune.tracing.arguments import Arguments
 from tokenprune.tracing.closed import refuse_closed
 from tokenprune.tracing.contents import slots_of
-from tokenprune.tracing.host_graph import trace
+from tokenprune.tracing.host_graph import HostGraph, trace, unexpected
 from tokenprune.tracing.stand_ins import is_plain
 from tokenprune.tracing.state import in_mode
 
@@ -113,46 +117,117 @@ def wrap(
         )
     _check_free(model)
     chosen = None if recipe is None else load_recipe(recipe)
-    spec = describe(model, adapter)
-    if chosen is not None:
-        choice_of(chosen, spec)
-        bind(chosen, spec)
-    _check_finite(model)
+    try:
+        known = hints(model, adapter)
+        if chosen is not None and known.blocks:
+            choice_of(chosen, known)
+            bind(chosen, known)
+        _check_finite(model)
+        call = CallSignature.of(type(model))
+        example = named_inputs(call, known, model, example_inputs)
+        return _Task(model, adapter, known, chosen, call, example, restore, verify, train).done()
+    except (TokenPruneError, Warning, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise unexpected(model, error) from error
 
-    call = CallSignature.of(type(model))
-    example = named_inputs(call, spec, model, example_inputs)
-    with in_mode(model, training=False):
-        traced = trace(model, example, stated=stated_by(model, spec))
-        blocks = find_blocks(model, traced, spec)
-        chosen = with_default_stages(chosen, model, spec, traced, blocks)
-        plan, budget = bind(chosen, spec)
-        pruning = Pruning(
-            host=model,
-            adapter=adapter,
-            spec=spec,
-            recipe=chosen,
-            method=choice_of(chosen, spec),
-            plan=plan,
-            budget=budget,
-            call=call,
-            restore=restore,
-            example=example.with_tensors({n: x.to("meta") for n, x in example.tensors.items()}),
+
+@dataclass(frozen=True)
+class _Task:
+    """What `wrap` was asked, once its arguments are checked; `hints` is what the adapter says."""
+
+    host: nn.Module
+    adapter: str | ArchSpec | None
+    hints: ArchSpec
+    recipe: Recipe | None
+    call: CallSignature
+    example: Arguments
+    restore: bool | None
+    verify: bool
+    train: bool
+
+    def done(self) -> Any:
+        """The wrapped model, by the first reading of the host that is proven.
+
+        Raises:
+            TokenPruneError: None is; what stands in the way of the likeliest one.
+        """
+        guessed = self.adapter in (None, GENERIC) and self.hints.adapter == GENERIC
+        stated = isinstance(self.adapter, ArchSpec)
+        open_ = self.recipe is None or "mode" not in self.recipe.model_fields_set
+        asked: str | None = self.hints.mode if stated else None
+        if self.recipe is not None and not open_:
+            asked = self.recipe.mode
+        ways = readings(self.hints, guessed=guessed, mode=asked)
+        refused: list[TokenPruneError] = []
+        for reading in ways:
+            traced = self._traced()  # anew: where blocks are is marked in a trace
+            try:
+                wrapped = self._read_as(reading, traced)
+            except TokensReturnedError:
+                raise  # the caller is to say what becomes of them
+            except (PlanError, UnsupportedHostError, VerificationError) as error:
+                if isinstance(error, VerificationError) and not guessed:
+                    raise  # the facts are right; what does not hold is the host's
+                refused.append(error)
+            else:
+                if refused and asked is None and reading.mode is not None:
+                    self._say_mode(reading.mode, refused[0])
+                return wrapped
+        raise refused[0]
+
+    def _say_mode(self, mode: str, refused: TokenPruneError) -> None:
+        warn_once(
+            self.host,
+            f"mode: {mode}",
+            f"This {type(self.host).__name__} was wrapped with `mode: {mode}`, in which every "
+            f"tensor keeps its size. Tokens cannot leave it: {refused} Put `mode: {mode}` into the "
+            "recipe to choose it without this warning.",
         )
-        programs = pruning.programs(example, traced=traced, blocks=blocks)
-        programs.get(model, pruning.path_name(pruning.method.path(training=False)))
-    if train:
-        _trace_training(pruning, example)
-    wrapped = wrapper_of(pruning)
-    first = first_floating(model)
-    like = {"device": first.device, "dtype": first.dtype}
-    make, grids = pruning.method.scorer.make, programs.analysis.grids
-    with torch.inference_mode(False):  # what it adds may be trained later
-        scorers = [make(grid.num_channels, chosen.predictor, **like) for grid in grids]
-        added = {PREDICTORS: Predictors(*scorers), **programs.reduction.modules(**like)}
-    pruning.added.update({name: module.train(model.training) for name, module in added.items()})
-    if verify:
-        verify_model(wrapped, example, gradients=False)
-    return wrapped
+
+    def _traced(self) -> HostGraph:
+        with in_mode(self.host, training=False):
+            return trace(self.host, self.example, stated=stated_by(self.host, self.hints))
+
+    def _read_as(self, reading: Reading, traced: HostGraph) -> Any:
+        host, example = self.host, self.example
+        with in_mode(host, training=False):
+            spec, blocks = settle(host, traced, self.hints, reading)
+            recipe = self.recipe
+            if recipe is not None and reading.mode is not None:
+                recipe = recipe.model_copy(update={"mode": reading.mode})
+            if recipe is not None:
+                choice_of(recipe, spec)
+            chosen = with_default_stages(recipe, host, spec, traced, blocks)
+            plan, budget = bind(chosen, spec)
+            pruning = Pruning(
+                host=host,
+                adapter=self.adapter,
+                reading=reading,
+                spec=spec,
+                recipe=chosen,
+                method=choice_of(chosen, spec),
+                plan=plan,
+                budget=budget,
+                call=self.call,
+                restore=self.restore,
+                example=example.with_tensors({n: x.to("meta") for n, x in example.tensors.items()}),
+            )
+            programs = pruning.programs(example, traced=traced, blocks=blocks)
+            programs.get(host, pruning.path_name(pruning.method.path(training=False)))
+        if self.train:
+            _trace_training(pruning, example)
+        wrapped = wrapper_of(pruning)
+        first = first_floating(host)
+        like = {"device": first.device, "dtype": first.dtype}
+        make, grids = pruning.method.scorer.make, programs.analysis.grids
+        with torch.inference_mode(False):  # what it adds may be trained later
+            scorers = [make(grid.num_channels, chosen.predictor, **like) for grid in grids]
+            added = {PREDICTORS: Predictors(*scorers), **programs.reduction.modules(**like)}
+        pruning.added.update({name: m.train(host.training) for name, m in added.items()})
+        if self.verify:
+            verify_model(wrapped, example, gradients=False)
+        return wrapped
 
 
 def _trace_training(pruning: Pruning, example: Arguments) -> None:

@@ -3,11 +3,20 @@
 With gradients on, as here, torch runs the module's operations one by one; so does a graph.
 """
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from tokenprune.tracing.decompose import multihead_attention
+from tokenprune.tracing.decompose import (
+    decoder,
+    decomposed,
+    encoder,
+    encoder_layer,
+    is_leaf,
+    multihead_attention,
+)
 
 
 def tokens(length: int, batch: int, width: int) -> Tensor:
@@ -61,8 +70,58 @@ def test_a_mask_hides_the_same(kind: str, weights: bool) -> None:
     torch.testing.assert_close(ours, expected)
 
 
-@pytest.mark.parametrize("option", ["add_bias_kv", "add_zero_attn"])
-def test_what_is_not_opened(option: str) -> None:
-    module, x = nn.MultiheadAttention(16, 2, **{option: True}), tokens(3, 2, 16)
-    with pytest.raises(NotImplementedError, match="bias_k, add_zero_attn, key_padding_mask"):
-        multihead_attention(module, x, x, x)
+@pytest.mark.parametrize("weights", [True, False])
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("option", ["", "add_bias_kv", "add_zero_attn", "kdim"])
+def test_more_keys_and_masks_of_every_shape(option: str, batch_first: bool, weights: bool) -> None:
+    torch.manual_seed(0)
+    more: dict[str, Any] = {option: 16 if option == "kdim" else True} if option else {}
+    module, x = nn.MultiheadAttention(16, 2, batch_first=batch_first, **more), tokens(5, 3, 16)
+    given = x if batch_first else x.transpose(0, 1)
+    padded = torch.tensor([[0, 0, 0, 0, 0], [0, 0, 0, 0, 1], [0, 0, 1, 1, 1]]).bool()
+    for masks in (
+        {"key_padding_mask": padded},
+        {"key_padding_mask": torch.zeros(3, 5).masked_fill(padded, float("-inf"))},
+        {"attn_mask": torch.randn(3 * 2, 5, 5)},
+        {"key_padding_mask": padded, "attn_mask": torch.ones(5, 5, dtype=torch.bool).triu(1)},
+    ):
+        expected, _ = module(given, given, given, need_weights=weights, **masks)
+        ours, _ = multihead_attention(module, given, given, given, need_weights=weights, **masks)
+        assert torch.equal(ours, expected)
+    one = given.select(0 if batch_first else 1, 0)
+    expected, _ = module(one, one, one, need_weights=weights)
+    assert torch.equal(
+        multihead_attention(module, one, one, one, need_weights=weights)[0], expected
+    )
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize("mask", ["none", "causal", "padding"])
+def test_encoders_and_decoders_round_as_torch_does(mask: str, norm_first: bool) -> None:
+    torch.manual_seed(0)
+    how: dict[str, Any] = {"dim_feedforward": 24, "batch_first": True, "norm_first": norm_first}
+    layer = nn.TransformerEncoderLayer(16, 2, **how)
+    module = nn.TransformerEncoder(layer, 2, nn.LayerNorm(16), enable_nested_tensor=False)
+    x, masks = tokens(5, 3, 16), dict[str, Any]()
+    if mask == "causal":
+        masks = {"mask": nn.Transformer.generate_square_subsequent_mask(5)}
+    elif mask == "padding":
+        masks = {"src_key_padding_mask": torch.tensor([[False] * 4 + [True]] * 3)}
+    expected = module.eval()(x, **masks)
+    torch.testing.assert_close(encoder(module, x, **masks), expected)
+    other = nn.TransformerDecoder(nn.TransformerDecoderLayer(16, 2, **how), 2).eval()
+    names = {"mask": "tgt_mask", "src_key_padding_mask": "tgt_key_padding_mask"}
+    masks = {names[name]: value for name, value in masks.items()}
+    torch.testing.assert_close(decoder(other, x, x + 1, **masks), other(x, x + 1, **masks))
+
+
+def test_what_is_opened() -> None:
+    class Own(nn.TransformerEncoderLayer):
+        def forward(self, src: Tensor, *_: Any, **__: Any) -> Tensor:
+            return src
+
+    given: Any = (16, 2, 24)
+    for module in (nn.TransformerEncoderLayer(*given), nn.TransformerDecoderLayer(*given)):
+        assert not is_leaf(module)
+    assert decomposed(nn.TransformerEncoderLayer(*given)) is encoder_layer
+    assert decomposed(Own(*given)) is None

@@ -10,7 +10,7 @@ from torch import Tensor
 import tokenprune
 from tests.zoo.hosts import HF, TEXT
 from tests.zoo.rows import randomize_weights
-from tokenprune.errors import UnsupportedHostError, VerificationError
+from tokenprune.errors import UnsupportedHostError
 
 pytestmark = pytest.mark.slow
 RECIPE = {"version": 1, "schedule": {"blocks": [0, 1], "keep_ratio": 0.6}}
@@ -79,13 +79,13 @@ def test_contrastive_training_reaches_the_predictors() -> None:
         assert parameter.grad.isfinite().all()
 
 
-def test_the_whole_dual_model_is_refused_since_each_image_meets_every_text() -> None:
+def test_the_whole_dual_model_is_proven_though_each_image_meets_every_text() -> None:
     host = dual("CLIPModel")
     inputs = {"pixel_values": images(), "input_ids": words()}
     with pytest.raises(UnsupportedHostError, match=r"vision_model_output.*restore=True"):
         tokenprune.wrap(host, RECIPE, example_inputs=inputs)
-    with pytest.raises(VerificationError, match="depends on the other images of its batch"):
-        tokenprune.wrap(host, RECIPE, example_inputs=inputs, restore=True)
+    model = tokenprune.wrap(host, RECIPE, example_inputs=inputs, restore=True, train=False)
+    assert all(check.passed for check in tokenprune.verify(model, inputs, gradients=False).checks)
 
 
 @pytest.mark.parametrize("restore", [True, False])

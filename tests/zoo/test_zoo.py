@@ -18,6 +18,7 @@ import tokenprune
 from tests.theorems.case import difference, same_bits, tensors
 from tests.zoo.hosts import ZOO
 from tests.zoo.rows import Row, over, restored
+from tokenprune.analysis.residual import find_stretches
 from tokenprune.errors import UnsupportedHostError
 from tokenprune.recipe.counting import num_keep
 
@@ -54,6 +55,20 @@ def case_of(row: Row) -> Case:
     return Case(host, model, dense, keys)
 
 
+OTHER_BLOCKS = {
+    "hiera": "two blocks pool their queries, so what is added to the stream is another tensor",
+    "levit": "its adapter counts an attention and a feed-forward part as a block each",
+    "mobilevitv2": "its attention is a weighted sum, and multiplies no tokens by tokens",
+    "focalnet": "it mixes tokens by convolutions, and does not attend",
+    "conformer": "half of the feed-forward part stands before the attention",
+    "wav2vec2_bert": "half of the feed-forward part stands before the attention",
+    "timesformer": "attention along time and in space are added to parts of the stream",
+    "vjepa2": "the blocks of its predictor are found as well",
+    "videoprism": "the blocks along time are found as well",
+}
+"""Rows in which the graph shows other blocks than the adapter names, each with the reason."""
+
+
 def outputs(model: nn.Module, inputs: dict[str, Tensor]) -> list[Tensor]:
     with torch.no_grad():
         return tensors(model(**inputs))
@@ -84,6 +99,14 @@ def test_the_certificate_holds(row: Row) -> None:
     assert certificate.adapter == row.family
     assert certificate.num_prefix_tokens == row.num_prefix
     assert certificate.num_patches == row.num_patches()
+
+
+@over(RUN)
+def test_the_graph_shows_the_blocks_that_the_adapter_names(row: Row) -> None:
+    analysis = next(iter(case_of(row).model._pruning.cache)).analysis
+    found = [call.inputs[0] for call in find_stretches(case_of(row).host, analysis.traced)]
+    named = [block.entry for block in analysis.blocks.values()]
+    assert (found == named) == (row.name not in OTHER_BLOCKS), OTHER_BLOCKS.get(row.name)
 
 
 @over([row for row in RUN if row.mode == "remove"])

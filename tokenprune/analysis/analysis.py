@@ -15,7 +15,7 @@ from tokenprune.analysis.plan import Plan
 from tokenprune.analysis.reuse import facts_for
 from tokenprune.analysis.sites import PLACES
 from tokenprune.analysis.token_probe import find_facts
-from tokenprune.errors import PlanError, TraceError, UnsupportedHostError
+from tokenprune.errors import PlanError, TraceError
 from tokenprune.hosts.spec import ArchSpec
 from tokenprune.tracing.host_graph import HostGraph
 
@@ -111,20 +111,15 @@ def analyse(
 
 
 def _final(root: nn.Module, traced: HostGraph, blocks: Blocks, spec: ArchSpec) -> fx.Node:
-    """The output of the final norm, or of the last block if there is no norm."""
-    if spec.norm is None:
-        last = blocks.get(len(spec.blocks) - 1)
-        found = last.call.output if last else None
-    else:
+    """The output of the final norm; of the last block that returns tokens, if no norm runs; what
+    enters that block, if nobody reads what it returns."""
+    if spec.norm is not None:
         paths = {module: path for path, module in root.named_modules()}
         found = traced.output_of(paths[root.get_submodule(spec.norm)])
-    if found is None:
-        raise UnsupportedHostError(
-            f"Module '{spec.norm or spec.blocks[-1]}', whose output should be the final tokens, "
-            "returns no tensor in the host's forward. Pass adapter=ArchSpec(..., norm=...) with "
-            "the right path."
-        )
-    return found
+        if found is not None:
+            return found
+    last = blocks[max(blocks)]
+    return last.entry if last.call.output is None else last.call.output
 
 
 def _check_order(traced: HostGraph, staged: Sequence[Block]) -> None:

@@ -4,22 +4,34 @@ Which modules are blocks, and which of their arguments holds the tokens, the hos
 A block's attention and its middle are found in the graph.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import fx, nn
 
+from tokenprune.analysis.batch_probe import probe_batch
+from tokenprune.analysis.equations import equation_of
 from tokenprune.analysis.nodes import makers, shape_of
 from tokenprune.analysis.operators import Kind, argument, attends, kind_of
 from tokenprune.hosts.spec import ArchSpec
 from tokenprune.tracing.calls import NUMBER, ModuleCall
 from tokenprune.tracing.host_graph import HostGraph, untraceable
+from tokenprune.tracing.interpret import quiet_trials
 from tokenprune.tracing.modes import MODES, where_predictors_learn
 from tokenprune.tracing.opaque import OPAQUE, REASON
 
-__all__ = ["Attention", "Block", "Blocks", "find_blocks", "mark_tokens", "site_marker"]
+__all__ = [
+    "Attention",
+    "Block",
+    "Blocks",
+    "blocks_of",
+    "find_blocks",
+    "mark_tokens",
+    "sequence_first",
+    "site_marker",
+]
 
 
 class Attention(NamedTuple):
@@ -82,14 +94,25 @@ def find_blocks(host: nn.Module, traced: HostGraph, spec: ArchSpec) -> dict[int,
     waiting: dict[str, list[int]] = {}
     for number, path in enumerate(spec.blocks):
         waiting.setdefault(paths[host.get_submodule(path)], []).append(number)
-    running: list[tuple[fx.Node, int, ModuleCall]] = []
+    running: list[tuple[int, ModuleCall]] = []
     for path, numbers in waiting.items():
         found = traced.calls.get(path, ())
         if len(found) > len(numbers):
             reason = f"block '{path}' runs more often than the adapter's `blocks` name it"
             raise _refusal(traced, found[len(numbers)].first, reason)
-        pairs = zip(numbers, found, strict=False)
-        running += [(call.first, n, call) for n, call in pairs if call.first is not None]
+        running += zip(numbers, found, strict=False)
+    return blocks_of(host, traced, running, spec)
+
+
+def blocks_of(
+    host: nn.Module, traced: HostGraph, numbered: Iterable[tuple[int, ModuleCall]], spec: ArchSpec
+) -> dict[int, Block]:
+    """Number -> block of the calls that made nodes; their entries are marked in the graph.
+
+    Raises:
+        TraceError: Code decides by what tensors hold at the first block or after it.
+    """
+    running = [(call.first, n, call) for n, call in numbered if call.first is not None]
     running.sort(key=lambda run: _order(run[0]))
     for node in traced.graph.nodes if running else ():
         if OPAQUE in node.meta and _order(node) >= _order(running[0][0]):
@@ -105,7 +128,11 @@ def find_blocks(host: nn.Module, traced: HostGraph, spec: ArchSpec) -> dict[int,
             handed_on = call.output is not None and same.get(call.output, call.output) is tokens
             if handed_on:  # perhaps written into: what follows reads the same tensor
                 readers = [node for node in tokens.users if _order(node) >= _order(first)]
-            entry = mark_tokens(traced, tokens, number, readers, first)
+            if sequence_first(host, traced, tokens):
+                tokens, back = _turned(traced, tokens, readers, first)
+                entry = mark_tokens(traced, tokens, number, [back], back)
+            else:
+                entry = mark_tokens(traced, tokens, number, readers, first)
             entry.meta["where"] = first.meta["where"]._replace(module=call.path)
             if handed_on and call.output is not None:
                 same[call.output] = entry
@@ -113,6 +140,32 @@ def find_blocks(host: nn.Module, traced: HostGraph, spec: ArchSpec) -> dict[int,
             middle, attention = _middle(host, nodes, entry), _attention(host, nodes)
             blocks[number] = Block(number, call, entry, middle, attention)
     return dict(sorted(blocks.items()))
+
+
+def sequence_first(host: nn.Module, traced: HostGraph, tokens: fx.Node) -> bool:
+    """Whether tokens are [L, B, D]; where sizes leave that open, more images tell."""
+    shape, images = shape_of(tokens), traced.batch_size
+    if len(shape) != 3 or shape[1] != images or shape[0] == images:
+        return False
+    with quiet_trials(), torch.no_grad(), traced.fake_mode:
+        facts, bound = probe_batch(host, traced)
+    found = facts[tokens]
+    return bound or (found.batched and found.rows_per_image is None)
+
+
+def _turned(
+    traced: HostGraph, tokens: fx.Node, readers: Sequence[fx.Node], at: fx.Node
+) -> tuple[fx.Node, fx.Node]:
+    """[B, L, D] of [L, B, D], and those turned back, which `readers` read."""
+    value, kept = tokens.meta["val"], (NUMBER, "where", MODES)
+    with traced.graph.inserting_before(at):
+        there = traced.graph.call_method("transpose", (tokens, 0, 1))
+        back = traced.graph.call_method("transpose", (there, 0, 1))
+    for node, seen in ((there, value.transpose(0, 1)), (back, value)):
+        node.meta = {"val": seen, **{key: at.meta[key] for key in kept if key in at.meta}}
+    for reader in readers:
+        reader.replace_input_with(tokens, back)
+    return there, back
 
 
 def mark_tokens(
@@ -150,13 +203,13 @@ def _attention(host: nn.Module, nodes: Sequence[fx.Node]) -> Attention | None:
         if kind is Kind.SOFTMAX:
             factors = _product_of(host, argument(node, 0, "input"), set(nodes))
             if factors is not None:
-                return Attention(*factors, -1, node)
+                return Attention(*factors, node)
     return None
 
 
 def _product_of(
     host: nn.Module, scores: fx.Node, inside: set[fx.Node]
-) -> tuple[fx.Node, fx.Node] | None:
+) -> tuple[fx.Node, fx.Node, int] | None:
     """The product of queries and keys nearest before `scores`, of the same shape."""
     for node in makers(scores, lambda n: n in inside and shape_of(n)):
         factors = _factors(host, node)
@@ -165,15 +218,28 @@ def _product_of(
     return None
 
 
-def _factors(host: nn.Module, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """The two factors of a product; None if `node` is none."""
-    if node.target is torch.baddbmm or node.target == "baddbmm":
+def _factors(host: nn.Module, node: fx.Node) -> tuple[fx.Node, fx.Node, int] | None:
+    """The two factors of a product, and the dim of the second one that becomes the last of the
+    product, from the right; None if `node` is none."""
+    dim = -1
+    if kind_of(host, node) is Kind.EINSUM:
+        equation, operands = equation_of(node) or (None, [])
+        if (
+            equation is None
+            or len(operands) != 2
+            or equation.output[-1] not in equation.operands[1]
+        ):
+            return None
+        (left, right), of_key = operands, equation.operands[1]
+        dim = of_key.index(equation.output[-1]) - len(of_key)
+    elif node.target is torch.baddbmm or node.target == "baddbmm":
         left, right = argument(node, 1, "batch1"), argument(node, 2, "batch2")
     elif kind_of(host, node) is Kind.CONTRACTION:
         left, right = argument(node, 0, "input"), argument(node, 1, "other", "mat2")
     else:
         return None
-    return (left, right) if isinstance(left, fx.Node) and isinstance(right, fx.Node) else None
+    both = isinstance(left, fx.Node) and isinstance(right, fx.Node)
+    return (left, right, dim) if both else None
 
 
 def _middle(host: nn.Module, nodes: Sequence[fx.Node], entry: fx.Node) -> fx.Node | None:

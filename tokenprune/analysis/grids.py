@@ -46,7 +46,9 @@ def grid_of(root: nn.Module, batch_size: int, block: Block, num_prefix: int) -> 
 def _channels_first(root: nn.Module, block: Block) -> bool:
     """Whether a block's [B, ?, ?, ?] is [B, D, H, W]: told by the widths that its modules take."""
     shape = block.entry.meta["val"].shape
-    widths = [_width_taken(module) for module in root.get_submodule(block.path).modules()]
+    ran = {str(n.target) for n in block.call.nodes() if n.op == "call_module"}
+    inside = map(root.get_submodule, ran) if not block.path else ()
+    widths = [*map(_width_taken, inside or root.get_submodule(block.path).modules())]
     first, last = (True, shape[1]) in widths, (False, shape[-1]) in widths
     if first != last:
         return first

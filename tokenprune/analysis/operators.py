@@ -27,6 +27,8 @@ class Kind(Enum):
     SOFTMAX = auto()
     CONTRACTION = auto()
     """A matrix product, which sums over tokens where it contracts their dim."""
+    EINSUM = auto()
+    """The same, written as an equation."""
     MEAN = auto()
     SUM = auto()
     AMAX = auto()
@@ -59,6 +61,7 @@ _KINDS: dict[Any, Kind] = {
         Kind.ATTENTION: (F.scaled_dot_product_attention,),
         Kind.SOFTMAX: (F.softmax, torch.softmax, "softmax", nn.Softmax),
         Kind.CONTRACTION: (torch.matmul, operator.matmul, torch.bmm, "matmul", "bmm"),
+        Kind.EINSUM: (torch.einsum,),
         Kind.MEAN: (torch.mean, "mean"),
         Kind.SUM: (torch.sum, "sum"),
         Kind.AMAX: (torch.amax, "amax"),
@@ -114,7 +117,7 @@ def kind_of(root: nn.Module, node: fx.Node) -> Kind | None:
 
 def attends(root: nn.Module, node: fx.Node) -> bool:
     """Whether a node weighs tokens against each other: attention, its softmax, a contraction."""
-    return kind_of(root, node) in _ATTENDING or node.target is torch.einsum
+    return kind_of(root, node) in (*_ATTENDING, Kind.EINSUM)
 
 
 def mixes(root: nn.Module, node: fx.Node) -> bool:

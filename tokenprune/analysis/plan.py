@@ -20,10 +20,12 @@ class Plan:
     Attributes:
         sites: The place of each stage.
         num_prefix: P.
+        num_suffix: How many patch tokens at the end always stay.
     """
 
     sites: tuple[Site, ...]
     num_prefix: int
+    num_suffix: int = 0
 
     @property
     def blocks(self) -> tuple[int, ...]:
@@ -109,7 +111,8 @@ def bind(recipe: Recipe, spec: ArchSpec) -> tuple[Plan, Budget]:
             f"(0 to {len(spec.blocks) - 1}), found by adapter {spec.adapter!r}. Name blocks that "
             "exist."
         )
-    plan = Plan(tuple(Site(stage.block, recipe.place) for stage in stages), spec.num_prefix_tokens)
+    sites = tuple(Site(stage.block, recipe.place) for stage in stages)
+    plan = Plan(sites, spec.prefix, spec.num_suffix_tokens)
     ratios = tuple(stage.keep_ratio for stage in stages)
     threshold = sampling.threshold if sampling.selection == "threshold" else None
     return plan, Budget(ratios, sampling.rounding, threshold)

@@ -78,6 +78,8 @@ class Theorems:
             count = max(1, min(kept.shape[1] - 1, round(kept.shape[1] * 0.65)))
             rank = torch.rand(kept.shape, generator=generator, device="cpu")
             rank = rank + (kept < 0)  # padding last
+            last = patches - self.programs.analysis.plan.num_suffix
+            rank = rank.masked_fill(kept >= last, -1.0)  # these stay
             kept = self._shortened(in_order(kept.gather(1, rank.argsort(dim=1)[:, :count])))
             sets.append(kept.to(device))
         return tuple(sets)
@@ -111,9 +113,9 @@ class Theorems:
         program = self.programs.get(self.host, path)
         try:
             output, *_ = program.run(self.model, settings, **tensors)
-        except RuntimeError as error:
+        except (RuntimeError, IndexError) as error:
             at, inputs = None, {SETTINGS: settings, **tensors}
-            with suppress(RuntimeError):
+            with suppress(RuntimeError, IndexError):
                 for node, _ in run(self.model, program.rewrite.graph, inputs):
                     at = node.next
             raise VerificationError(
@@ -219,6 +221,7 @@ class Theorems:
         image = slice(self.batch_size - 1, self.batch_size)
         together = [t[image] if t.ndim and t.shape[0] == size else None for t in batch]
         pairs = [(a, b) for a, b in zip(alone, together, strict=True) if b is not None]
+        pairs = [(a, _with_itself(b, a, size)) for a, b in pairs]
         return difference([self._as_long(a, b) for a, b in pairs], [b for _, b in pairs])
 
     def _as_long(self, alone: Tensor, together: Tensor) -> Tensor:
@@ -326,6 +329,16 @@ class Theorems:
         for d, dim in self.facts[origin].dims.items():
             rows = blank_padding(rows, self.sets[dim.stage], dim.prefix, d)
         return rows
+
+
+def _with_itself(together: Tensor, alone: Tensor, size: int) -> Tensor:
+    """Of an output that pairs each image with each of a batch (CLIP's logits), the pair of the last
+    image with itself, which is all that an image alone has."""
+    for dim in range(1, together.ndim):
+        paired = together.ndim == alone.ndim and alone.shape[dim] == 1 != together.shape[dim]
+        if paired and together.shape[dim] == size:
+            together = together.narrow(dim, size - 1, 1)
+    return together
 
 
 def cast(inputs: Arguments, dtype: torch.dtype) -> Arguments:

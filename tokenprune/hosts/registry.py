@@ -12,7 +12,7 @@ from torch import nn
 from tokenprune.errors import AdapterError, UnknownAdapterError, UnsupportedHostError, did_you_mean
 from tokenprune.hosts.spec import ArchSpec
 
-__all__ = ["Adapter", "describe", "list_adapters", "register_adapter", "stated_by"]
+__all__ = ["Adapter", "describe", "hints", "list_adapters", "register_adapter", "stated_by"]
 
 ENTRY_POINTS = "tokenprune.adapters"
 GENERIC = "generic"
@@ -87,22 +87,48 @@ def list_adapters() -> list[str]:
 
 
 def describe(host: nn.Module, adapter: str | ArchSpec | None = None) -> ArchSpec:
-    """The facts about `host`.
+    """The facts about `host` that its modules tell.
 
     Args:
         adapter: An adapter's name, or the facts themselves; found by itself if None.
 
     Raises:
         UnknownAdapterError: No adapter has that name.
-        UnsupportedHostError: The adapter cannot describe this host.
+        UnsupportedHostError: The adapter cannot describe this host, or knows no module that is a
+            block of it. `wrap` then looks for blocks in the traced graph.
     """
+    spec = _said(host, adapter)
+    if not spec.blocks:
+        raise UnsupportedHostError(
+            f"Adapter {spec.adapter!r} found no stack of transformer blocks in "
+            f"{type(host).__name__}: {'; '.join(spec.notes) or 'it names none'}. tokenprune.wrap "
+            "looks for them in the traced graph; to name them, pass adapter=ArchSpec(blocks=...)."
+        )
+    return spec
+
+
+def hints(host: nn.Module, adapter: str | ArchSpec | None = None) -> ArchSpec:
+    """What is known of `host` before it is traced: `describe`, but perhaps without blocks.
+
+    Where the adapter of its family cannot describe it and none was asked for, the generic one does.
+    """
+    try:
+        return _said(host, adapter)
+    except UnsupportedHostError:
+        if adapter is not None or _adapter(host, None).name == GENERIC:
+            raise
+        return _said(host, GENERIC)
+
+
+def _said(host: nn.Module, adapter: str | ArchSpec | None) -> ArchSpec:
+    """What an adapter says, if the host has the modules that it names."""
     spec = adapter if isinstance(adapter, ArchSpec) else _adapter(host, adapter).describe(host)
     paths = dict(host.named_modules())
     missing = [path for path in (*spec.blocks, *filter(None, [spec.norm])) if path not in paths]
-    if missing or not spec.blocks:
+    if missing:
         raise UnsupportedHostError(
             f"Adapter {spec.adapter!r} names modules that {type(host).__name__} does not have: "
-            f"{missing or 'no blocks at all'}. Pass adapter=ArchSpec(...) with the right paths."
+            f"{missing}. Pass adapter=ArchSpec(...) with the right paths."
         )
     return spec
 
@@ -110,7 +136,7 @@ def describe(host: nn.Module, adapter: str | ArchSpec | None = None) -> ArchSpec
 def stated_by(host: nn.Module, spec: ArchSpec) -> list[tuple[nn.Module, str]]:
     """Where a host may state a fact that adapters read and its forward need not: the modules
     around its blocks, each with the attribute's name."""
-    path, around = spec.blocks[0], [host]
+    path, around = next(iter(spec.blocks), ""), [host]
     while path := path.rpartition(".")[0]:
         around.append(host.get_submodule(path))
     return [(module, STATED) for module in around]

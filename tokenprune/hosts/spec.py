@@ -24,13 +24,18 @@ class ExampleInput:
 
 @dataclass(frozen=True, kw_only=True)
 class ArchSpec:
-    """Facts about one host.
+    """Facts about one host. What is left out is found in the traced graph.
 
     Attributes:
         adapter: Name of the adapter that found them.
         blocks: Module paths of the transformer blocks, in the order they run. A block that is run
-            again and again (ALBERT's) is named once for each time.
-        num_prefix_tokens: P, the class, distillation and register tokens before the patches.
+            again and again (ALBERT's) is named once for each time. Paths that hold a block but are
+            no module that is called (`layers.0` of `for attn, ff in layers`) choose among the
+            blocks that are found in the graph; none at all takes all of those.
+        num_prefix_tokens: P, the class, distillation and register tokens before the patches; None
+            counts the tokens at the front that are the same for every image.
+        num_suffix_tokens: Tokens after the patches that are no patches (detection tokens): they
+            count as patches, and always stay. Counted with the prefix where that is None.
         class_token: The first prefix token, if there is one, is the class token and no register.
         norm: Path of the norm after the last block, if any: its output is `patch_tokens`.
         padding_mask: Name of the argument that says which tokens are real (1) and which only fill
@@ -42,9 +47,10 @@ class ArchSpec:
         notes: What the adapter found out by itself, for `inspect`.
     """
 
-    adapter: str
-    blocks: tuple[str, ...]
-    num_prefix_tokens: int
+    adapter: str = "by hand"
+    blocks: tuple[str, ...] = ()
+    num_prefix_tokens: int | None = None
+    num_suffix_tokens: int = 0
     class_token: bool = True
     norm: str | None = None
     padding_mask: str | None = None
@@ -54,6 +60,11 @@ class ArchSpec:
     notes: tuple[str, ...] = ()
 
     @property
+    def prefix(self) -> int:
+        """P; 0 as long as nobody has counted it."""
+        return self.num_prefix_tokens or 0
+
+    @property
     def has_class_token(self) -> bool:
         """There is a class token: the first prefix token."""
-        return self.class_token and self.num_prefix_tokens > 0
+        return self.class_token and self.prefix > 0

@@ -72,7 +72,7 @@ class Bypass(Reduction):
         cls, root: nn.Module, traced: HostGraph, blocks: Blocks, spec: ArchSpec
     ) -> tuple[Sequence[int], str]:
         """See `Reduction.candidates`: those on the grid that has most of them."""
-        grids = prunable_blocks(root, traced, blocks, spec.num_prefix_tokens)
+        grids = prunable_blocks(root, traced, blocks, spec.prefix)
         needed = "a block with a branch that tokens can go around"
         return max(grids.values(), key=len, default=[]), needed
 

@@ -69,7 +69,7 @@ def choice_of(recipe: Recipe, spec: ArchSpec) -> Choice:
     if Need.CLASS_LOGITS in choice.scorer.needs and not spec.has_class_token:
         raise PlanError(
             f"{named} has `scorer: {recipe.scorer}`, which asks what the class token attends to, "
-            f"but this host has none (adapter {spec.adapter!r} found {spec.num_prefix_tokens} "
+            f"but this host has none (adapter {spec.adapter!r} found {spec.prefix} "
             "prefix tokens, no class token among them). Use a method that needs none, such as "
             "merge-k0.7 or token-norm-k0.7."
         )
@@ -107,13 +107,13 @@ def with_default_stages(
     mode = _mode(recipe, spec)
     reduction: type[Reduction] = MODES[mode]
     candidates, needed = reduction.candidates(host, traced, blocks, spec)
-    if len(candidates) <= reduction.skipped:
+    if not candidates or len(candidates) <= reduction.skipped:
         raise PlanError(
             f"A host needs at least {needed} to be pruned, but among the {len(spec.blocks)} blocks "
             f"that adapter {spec.adapter!r} found in {type(host).__name__} there are "
             f"{len(candidates)}. Use a host with more blocks."
         )
-    patches = shape_of(blocks[candidates[0]].entry)[1] - spec.num_prefix_tokens
+    patches = shape_of(blocks[candidates[0]].entry)[1] - spec.prefix
     if schedule.r is None and not schedule.falling:
         places = (max(reduction.skipped, len(candidates) * part // 4) for part in (1, 2, 3))
         chosen = sorted({candidates[place] for place in places})

@@ -36,7 +36,7 @@ class Remove(Reduction):
     def candidates(
         cls, root: nn.Module, traced: HostGraph, blocks: Blocks, spec: ArchSpec
     ) -> tuple[Sequence[int], str]:
-        return range(len(spec.blocks)), "two blocks"
+        return list(blocks), "two blocks"
 
     def passes(self, path: PathName, scorer: type[Scorer], restore: bool | None) -> Sequence[Pass]:
         if path == "dense":

@@ -4,7 +4,7 @@ import operator
 from dataclasses import dataclass
 
 from tokenprune.analysis.blocks import site_marker
-from tokenprune.errors import UnsupportedHostError
+from tokenprune.errors import TokensReturnedError
 from tokenprune.ops.layout import Layout, flat_tokens
 from tokenprune.rewrite.passes import Pass
 from tokenprune.rewrite.rewrite import Rewrite
@@ -30,7 +30,7 @@ class Emit(Pass):
             return
         holding = [field for field, _ in rewrite.token_outputs()]
         if holding:
-            raise UnsupportedHostError(
+            raise TokensReturnedError(
                 f"The output {', '.join(holding)} holds tokens after a stage, whose number changes "
                 "when they are pruned. Say what you want: wrap(..., restore=True) gives every "
                 "token back in place, dropped ones with their last value, merged ones with that of "

@@ -63,6 +63,11 @@ class Rewrite:
         self._made: dict[Hashable, fx.Node] = {}
 
     @property
+    def num_suffix(self) -> int:
+        """How many patch tokens at the end always stay."""
+        return self.analysis.plan.num_suffix
+
+    @property
     def num_prefix(self) -> int:
         """P."""
         return self.analysis.plan.num_prefix

@@ -11,13 +11,14 @@ An operator of your own, in one file:
         ...
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from tokenprune.analysis.equations import equation_of
 from tokenprune.analysis.facts import TokenDim
 from tokenprune.analysis.operators import Kind, argument, kind_of, known_kind, set_kind
 from tokenprune.errors import LeakError, RegistrationError
@@ -190,6 +191,39 @@ def _contraction(hiding: Hiding, node: fx.Node) -> None:
         right = rewrite.insert(node, other, right, policy, right_axis)
     node.args = (left, right)
     node.kwargs = {}
+
+
+@rule(kind=Kind.EINSUM)
+def _einsum(hiding: Hiding, node: fx.Node) -> None:
+    rewrite, ops, origin = hiding.rewrite, hiding.ops, hiding.rewrite.origin(node) or node
+    found = equation_of(origin)
+    if found is None:
+        raise LeakError(
+            f"{rewrite.where(node)} calls torch.einsum with lists of subscripts. Write the "
+            "equation as text, such as 'b i d, b j d -> b i j'."
+        )
+    equation, sources = found[0], list(_operands(node))
+    operands = list(sources)
+    for letter in equation.summed():
+        axes = {i: term.index(letter) for i, term in enumerate(equation.operands) if letter in term}
+        facts = {i: rewrite.facts(sources[i]).dims.get(axis) for i, axis in axes.items()}
+        tokens = {i: dim for i, dim in facts.items() if dim is not None}
+        if not tokens:
+            continue
+        dim = next(iter(tokens.values()))
+        policy = hiding.policy(node, dim, *(sources[i] for i in tokens))
+        zero = [i for i in axes if sources[i] in hiding.zeroed]
+        for i in (others := [i for i in axes if i not in zero]):
+            change = ops.operand if not zero and i == others[-1] else ops.hide
+            if change is not None:
+                operands[i] = rewrite.insert(node, change, operands[i], policy, axes[i])
+    node.args = (node.args[0], *operands)
+
+
+def _operands(node: fx.Node) -> Sequence[Any]:
+    """Of a call of `torch.einsum`, which takes them one by one or as a list."""
+    first = node.args[1]
+    return first if isinstance(first, tuple | list) else node.args[1:]
 
 
 def hide_in_reduction(

@@ -31,6 +31,7 @@ __all__ = [
     "forced_set",
     "fuse_gathered",
     "fuse_masked",
+    "last_stay",
     "patch_keys",
     "present_gathered",
     "present_jagged",
@@ -47,6 +48,14 @@ def score(
     """keep_logits of the patches in `tokens` [B, P + N', D]; `present` is [B, N'] 1 where one is
     there and real, None if all are."""
     return scorer(tokens[:, num_prefix:], present, **needed)  # type: ignore[no-any-return]
+
+
+def last_stay(keep_logits: Tensor, count: int) -> Tensor:
+    """keep_logits [B, N', 2] in which no token is before the last `count`, and none of these is
+    drawn to leave."""
+    best = keep_logits[..., 0].detach().amax(dim=1, keepdim=True).clamp_min(0.0)
+    sure = torch.stack([best, torch.full_like(best, float("-inf"))], dim=-1)
+    return torch.cat([keep_logits[:, :-count], sure.expand(-1, count, -1)], dim=1)
 
 
 def patch_keys(key: Tensor, key_dim: int, num_prefix: int, rows_per_image: int) -> Tensor:

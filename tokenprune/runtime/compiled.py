@@ -8,12 +8,16 @@ from typing import Any
 
 import torch
 
+from tokenprune.errors import HostError
+from tokenprune.hosts.inputs import CallSignature
 from tokenprune.private import register_constant
+from tokenprune.rewrite.settings import Path
 from tokenprune.runtime.cache import ProgramCache
 from tokenprune.runtime.program import Programs
+from tokenprune.tracing.arguments import Arguments
 from tokenprune.tracing.modes import modes_hold
 
-__all__ = ["Handle", "Seen", "watched_by_dynamo"]
+__all__ = ["Handle", "Seen", "prepare", "watched_by_dynamo"]
 
 
 # Dynamo of torch 2.8 compares an object by `==` only if a function gets it as a constant; that of
@@ -72,3 +76,24 @@ def watched_by_dynamo(pruning: Any) -> None:
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _used(seen: Seen) -> bool:
     return True
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def prepare(
+    handle: Handle, path: Path, entry: str, places: Any, names: tuple[str, ...], *values: Any
+) -> int:
+    """Build the program before Dynamo traces the call, on real tensors and outside of what is
+    compiled; its number."""
+    pruning = handle.pruning
+    if (now := CallSignature.now(type(pruning.host))) != pruning.call:
+        pruning.call = now
+        raise HostError(
+            f"The forward of {now.host}, which takes ({', '.join(now.names)}), was put in the "
+            "place of one with other arguments after torch.compile. Call the model again."
+        )
+    programs = pruning.programs(Arguments(dict(zip(names, values, strict=True)), places), entry)
+    programs.get(pruning.host, path)
+    pruning.look_at_scorers(path)
+    pruning.seen = Seen(programs, pruning.cache)
+    number: int = programs.number
+    return number

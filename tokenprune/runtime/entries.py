@@ -18,7 +18,14 @@ from tokenprune.errors import HostError
 from tokenprune.runtime.program import Programs
 from tokenprune.tracing.state import Passing
 
-__all__ = ["BlocksReached", "check_what_follows", "methods_of", "stopped_at", "stopping"]
+__all__ = [
+    "BlocksReached",
+    "called_in",
+    "check_what_follows",
+    "methods_of",
+    "stopped_at",
+    "stopping",
+]
 
 
 class BlocksReached(BaseException):
@@ -35,6 +42,14 @@ def methods_of(host_class: type[nn.Module]) -> dict[str, FunctionType]:
         for name, value in found.items()
         if isinstance(value, FunctionType) and name[:2] != "__" and name not in of_all
     }
+
+
+def called_in(block: nn.Module, path: str) -> list[nn.Module]:
+    """The module by which a block is known; those inside of it, if it is a mere list of them, or
+    the host itself, of whose own code the block is."""
+    if path and not isinstance(block, nn.ModuleList | nn.ModuleDict):
+        return [block]
+    return [m for name, child in block.named_children() for m in called_in(child, name)]
 
 
 @contextmanager

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.analysis.analysis import analyse
-from tokenprune.analysis.blocks import Blocks, find_blocks
+from tokenprune.analysis.blocks import Blocks
 from tokenprune.analysis.plan import Budget, Plan, bind
+from tokenprune.analysis.reading import Reading, settle
 from tokenprune.errors import HostError, KeepIndicesError, PlanError
 from tokenprune.hosts.inputs import CallSignature, ExampleInputs, first_floating, named_inputs
-from tokenprune.hosts.registry import describe, stated_by
+from tokenprune.hosts.registry import hints, stated_by
 from tokenprune.hosts.spec import ArchSpec
 from tokenprune.ops.kept_sets import check_keep_indices
 from tokenprune.private import exporting, jit_tracing, without_modes
@@ -27,8 +28,14 @@ from tokenprune.rewrite.settings import PATHS, CallSettings, Path, PathName
 from tokenprune.runtime.added import check_parts, check_place
 from tokenprune.runtime.cache import ProgramCache, Signature, signature_of
 from tokenprune.runtime.children import Children
-from tokenprune.runtime.compiled import Handle, Seen, watched_by_dynamo
-from tokenprune.runtime.entries import BlocksReached, check_what_follows, stopped_at, stopping
+from tokenprune.runtime.compiled import Handle, Seen, prepare, watched_by_dynamo
+from tokenprune.runtime.entries import (
+    BlocksReached,
+    called_in,
+    check_what_follows,
+    stopped_at,
+    stopping,
+)
 from tokenprune.runtime.fitted import warn_if_fresh
 from tokenprune.runtime.overrides import NOTHING, Overrides, forced_sets
 from tokenprune.runtime.program import Programs
@@ -52,6 +59,7 @@ class Pruning:
     Attributes:
         host: The dense model.
         adapter: Which adapter was asked for.
+        reading: Where the facts were found that it left open.
         spec: What it says of the host.
         recipe: With its stages.
         plan: Where the stages are; of the newest trace, each `Programs` has its own.
@@ -68,6 +76,7 @@ class Pruning:
 
     host: nn.Module
     adapter: str | ArchSpec | None
+    reading: Reading
     spec: ArchSpec
     recipe: Recipe
     method: Choice
@@ -90,7 +99,7 @@ class Pruning:
 
     def inputs(self, given: ExampleInputs | None) -> Arguments:
         """The arguments of an example call; drawn if None, for the host as it is now."""
-        spec = describe(self.host, self.adapter) if given is None else self.spec
+        spec = hints(self.host, self.adapter) if given is None else self.spec
         return named_inputs(self.call, spec, self.host, given, self.as_wrapped)
 
     def as_wrapped(self) -> Arguments:
@@ -150,7 +159,7 @@ class Pruning:
         if name not in self.entries:
             method = getattr(super(type(model), model), name)
             paths = [self.spec.blocks[block] for block in self.plan.blocks]
-            staged = list(map(self.host.get_submodule, paths))
+            staged = [m for path in paths for m in called_in(self.host.get_submodule(path), path)]
             try:
                 with stopped_at(staged):
                     given = method(*args, **kwargs)
@@ -190,7 +199,7 @@ class Pruning:
             arguments = call.bind(args, kwargs)
             leaves = arguments.leaves
             given = arguments.places, tuple(leaves), *leaves.values()
-            number = _prepare(self.handle, path, entry, *given)
+            number = prepare(self.handle, path, entry, *given)
             if not (exporting() or self.cache.frozen):
                 watched_by_dynamo(self)
             signature = signature_of(arguments, entry, self.host.training)
@@ -274,23 +283,23 @@ class Pruning:
         check_place(host, self.added)
         if traced is None or blocks is None:
             refuse_closed(host)
-            self.spec = describe(host, self.adapter)  # it may have other blocks, or tokens, now
-            choice_of(self.recipe, self.spec)  # it may keep a grid now
-            self.plan, _ = bind(self.recipe, self.spec)
+            known = hints(host, self.adapter)  # it may have other blocks, or tokens, now
             if not signature.batch_size:
                 arguments = _with_images(arguments)
-            traced = trace(host, arguments, entry, stated=stated_by(host, self.spec))
-            blocks = find_blocks(host, traced, self.spec)
+            traced = trace(host, arguments, entry, stated=stated_by(host, known))
+            self.spec, blocks = settle(host, traced, known, self.reading)
+            choice_of(self.recipe, self.spec)  # it may keep a grid now
+            self.plan, _ = bind(self.recipe, self.spec)
         leave = self.method.reduction.removes
         plain, unseen = stand_ins(host, traced.fake_mode), without_modes()
         with unseen, plain, no_autocast_cache(), buffers_kept(host):
             others = [programs.analysis for programs in self.cache]
             given = (host, traced, blocks, self.plan, self.spec)
-            known = analyse(*given, tokens_leave=leave, known=others)
-            reduction = self.method.reduction(host, known)
+            analysis = analyse(*given, tokens_leave=leave, known=others)
+            reduction = self.method.reduction(host, analysis)
         check_parts(host, self.added, reduction)
         forget_weights(traced.fake_mode)
-        found = Programs(known, reduction, self.method.scorer, self.restore)
+        found = Programs(analysis, reduction, self.method.scorer, self.restore)
         self.cache.add(signature, found)
         return found
 
@@ -377,24 +386,3 @@ def _with_images(none: Arguments) -> Arguments:
     """The arguments of a call with an empty batch, for two images: a trace needs some."""
     batched = {name: x for name, x in none.tensors.items() if x.shape[:1] == (0,)}
     return none.with_tensors({n: x.new_zeros(2, *x.shape[1:]) for n, x in batched.items()})
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _prepare(
-    handle: Handle, path: Path, entry: str, places: Any, names: tuple[str, ...], *values: Any
-) -> int:
-    """Build the program before Dynamo traces the call, on real tensors and outside of what is
-    compiled; its number."""
-    pruning = handle.pruning
-    if (now := CallSignature.now(type(pruning.host))) != pruning.call:
-        pruning.call = now
-        raise HostError(
-            f"The forward of {now.host}, which takes ({', '.join(now.names)}), was put in the "
-            "place of one with other arguments after torch.compile. Call the model again."
-        )
-    programs = pruning.programs(Arguments(dict(zip(names, values, strict=True)), places), entry)
-    programs.get(pruning.host, path)
-    pruning.look_at_scorers(path)
-    pruning.seen = Seen(programs, pruning.cache)
-    number: int = programs.number
-    return number

@@ -1,7 +1,7 @@
 """torch's own modules that mix tokens, in plain operations so that their mixing can be masked."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,15 +24,16 @@ def multihead_attention(
     average_attn_weights: bool = True,
     is_causal: bool = False,
 ) -> tuple[Tensor, None]:
-    """`nn.MultiheadAttention.forward` for batched input, without the attention weights.
+    """`nn.MultiheadAttention.forward` without the attention weights.
 
     The weights are not formed: hosts that read them fail by name instead of getting a wrong value.
     """
-    unsupported = module.bias_k is not None or module.add_zero_attn or key_padding_mask is not None
-    if unsupported or query.dim() != 3:
-        raise NotImplementedError(
-            "nn.MultiheadAttention with bias_k, add_zero_attn, key_padding_mask or unbatched input"
-        )
+    more_keys = module.bias_k is not None or module.add_zero_attn or key_padding_mask is not None
+    if more_keys or query.dim() != 3 or (attn_mask is not None and attn_mask.dim() == 3):
+        masks = {"key_padding_mask": key_padding_mask, "attn_mask": attn_mask}
+        return _step_by_step(module, query, key, value, need_weights, is_causal, masks), None
+    if is_causal and not need_weights:
+        attn_mask = None
     given, weight, rows = [query, key, value], module.in_proj_weight, module.embed_dim
     if weight is None:
         weights: list[Tensor] = [module.q_proj_weight, module.k_proj_weight, module.v_proj_weight]
@@ -57,6 +58,79 @@ def multihead_attention(
     last = module.out_proj  # its weights are read, the module itself never runs
     output = F.linear(mixed.permute(2, 0, 1, 3).flatten(2), last.weight, last.bias)
     return (output.transpose(0, 1) if module.batch_first else output), None
+
+
+def _step_by_step(
+    module: nn.MultiheadAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    need_weights: bool,
+    is_causal: bool,
+    masks: Mapping[str, Tensor | None],
+) -> Tensor:
+    """The same by torch's own function, which a trace goes through."""
+    turn = module.batch_first and query.dim() == 3
+    q, k, v = (t.transpose(0, 1) if turn else t for t in (query, key, value))
+    packed = module._qkv_same_embed_dim
+    own = {} if packed else {f"{n}_proj_weight": getattr(module, f"{n}_proj_weight") for n in "qkv"}
+    options: dict[str, Any] = {"need_weights": need_weights, "is_causal": is_causal, **own, **masks}
+    output, _ = F.multi_head_attention_forward(
+        q, k, v, module.embed_dim, module.num_heads, module.in_proj_weight, module.in_proj_bias,
+        module.bias_k, module.bias_v, module.add_zero_attn, module.dropout,
+        module.out_proj.weight, module.out_proj.bias, training=module.training,
+        use_separate_proj_weight=not packed, **options,
+    )  # fmt: skip
+    return output.transpose(0, 1) if turn else output
+
+
+def encoder_layer(
+    module: nn.TransformerEncoderLayer,
+    src: Tensor,
+    src_mask: Tensor | None = None,
+    src_key_padding_mask: Tensor | None = None,
+    is_causal: bool = False,
+) -> Tensor:
+    """`nn.TransformerEncoderLayer.forward` without its fused kernel."""
+    how = (src_mask, src_key_padding_mask)
+    if module.norm_first:
+        x = src + module._sa_block(module.norm1(src), *how, is_causal=is_causal)
+        return x + module._ff_block(module.norm2(x))
+    x = module.norm1(src + module._sa_block(src, *how, is_causal=is_causal))
+    return module.norm2(x + module._ff_block(x))  # type: ignore[no-any-return]
+
+
+def encoder(
+    module: nn.TransformerEncoder,
+    src: Tensor,
+    mask: Tensor | None = None,
+    src_key_padding_mask: Tensor | None = None,
+    is_causal: bool | None = None,
+) -> Tensor:
+    """`nn.TransformerEncoder.forward` without nested tensors, and without a look at what the mask
+    holds: it hides what it hides."""
+    how = {"src_mask": mask, "src_key_padding_mask": src_key_padding_mask}
+    for layer in module.layers:
+        src = layer(src, is_causal=bool(is_causal), **how)
+    return src if module.norm is None else module.norm(src)
+
+
+def decoder(
+    module: nn.TransformerDecoder,
+    tgt: Tensor,
+    memory: Tensor,
+    tgt_mask: Tensor | None = None,
+    memory_mask: Tensor | None = None,
+    tgt_key_padding_mask: Tensor | None = None,
+    memory_key_padding_mask: Tensor | None = None,
+    tgt_is_causal: bool | None = None,
+    memory_is_causal: bool = False,
+) -> Tensor:
+    """`nn.TransformerDecoder.forward`, without a look at what the mask holds."""
+    how = (tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask)
+    for layer in module.layers:
+        tgt = layer(tgt, memory, *how, bool(tgt_is_causal), memory_is_causal)
+    return tgt if module.norm is None else module.norm(tgt)
 
 
 def _with_weights(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
@@ -88,16 +162,23 @@ def _projected(
     return parts
 
 
-DECOMPOSED: dict[type[nn.Module], Callable[..., Any]] = {nn.MultiheadAttention: multihead_attention}
+DECOMPOSED: dict[type[nn.Module], Callable[..., Any]] = {
+    nn.MultiheadAttention: multihead_attention,
+    nn.TransformerEncoderLayer: encoder_layer,
+    nn.TransformerEncoder: encoder,
+    nn.TransformerDecoder: decoder,
+}
 FORWARDS = {kind: kind.forward for kind in DECOMPOSED}
+TRACED_THROUGH = (nn.TransformerDecoderLayer, nn.Transformer)
 
 
 def decomposed(module: nn.Module) -> Callable[..., Any] | None:
     """What stands for torch's forward of a module; None if it has another forward."""
     kind = type(module)
-    found = DECOMPOSED.get(kind)
-    own = "forward" in vars(module) or found is None or kind.forward is not FORWARDS[kind]
-    return None if own else found
+    base = next((base for base in kind.__mro__ if base in DECOMPOSED), None)
+    if base is None or "forward" in vars(module) or kind.forward is not FORWARDS[base]:
+        return None
+    return DECOMPOSED[base]
 
 
 def is_leaf(module: nn.Module) -> bool:
@@ -106,6 +187,6 @@ def is_leaf(module: nn.Module) -> bool:
     A forward set on the object may do anything; accelerate's brings weights and runs the class's.
     """
     of_torch = type(module).__module__.startswith(("torch.nn", "torch.ao.nn", "torch.jit"))
+    opened = type(module) in (*DECOMPOSED, *TRACED_THROUGH)
     own = "forward" in vars(module) and "_hf_hook" not in vars(module)
-    plain = not isinstance(module, CONTAINERS) and type(module) not in DECOMPOSED
-    return of_torch and plain and not own
+    return of_torch and not (opened or own or isinstance(module, CONTAINERS))

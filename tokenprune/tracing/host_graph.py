@@ -1,15 +1,17 @@
 """One traced call of a host: its graph, and the stretch of it that each module call made."""
 
+import traceback
 from collections.abc import Iterable, Mapping
 from contextvars import Context, copy_context
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from tokenprune.errors import HostError, TokenPruneError, TraceError
+from tokenprune.errors import HostError, TokenPruneError, TraceError, UnsupportedHostError
 from tokenprune.notices import warn_once
 from tokenprune.private import FakeTensorMode, without_modes
 from tokenprune.tracing.arguments import Arguments, as_arguments
@@ -27,7 +29,7 @@ from tokenprune.tracing.stand_ins import stand_ins
 from tokenprune.tracing.state import buffers_kept, no_autocast_cache
 from tokenprune.tracing.tracer import ONE_AT_A_TIME, ValueTracer
 
-__all__ = ["HostGraph", "ModuleCall", "trace", "untraceable"]
+__all__ = ["HostGraph", "ModuleCall", "trace", "unexpected", "untraceable"]
 
 
 @dataclass(frozen=True)
@@ -223,6 +225,27 @@ def _explained(
         )
     reason = reason_of(error) or said
     return untraceable(type(root).__name__, shapes, line, reason)
+
+
+def unexpected(host: nn.Module, error: Exception) -> UnsupportedHostError:
+    """The error in the place of one that nothing in this library foresaw."""
+    steps = traceback.extract_tb(error.__traceback__)
+    python, torchs = Path(traceback.__file__).parent, Path(torch.__file__).parent
+    others = tuple(map(str, (Path(__file__).parents[1], torchs, python)))
+    packages = tuple(str(python / name) for name in ("site-packages", "dist-packages"))
+    of_host = [
+        step
+        for step in steps
+        if not step.filename.startswith(others)
+        or (step.filename.startswith(packages) and not step.filename.startswith(others[:2]))
+    ]
+    line = of_host[-1] if of_host else steps[-1]
+    said = f"{type(error).__name__}: {error}".rstrip(" .:")
+    return UnsupportedHostError(
+        f"{type(host).__name__} was to be wrapped, but at {line.filename}:{line.lineno} "
+        f"({line.line}) came {said}. If a smaller part of the model holds "
+        "its blocks, wrap that part: model.encoder = tokenprune.wrap(model.encoder, ...)."
+    )
 
 
 def untraceable(host: str, shapes: dict[str, Any], line: Any, reason: str) -> TraceError:

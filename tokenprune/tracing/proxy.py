@@ -103,6 +103,10 @@ class ValueProxy(fx.Proxy):
 
         return record
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Python takes every proxy for callable: code that calls what is callable gets it back."""
+        return self
+
     def _specialize(self, convert: Callable[[Any], Any]) -> Any:
         return self.tracer.specialize(self.node, convert)  # type: ignore[attr-defined]
 

@@ -17,7 +17,7 @@ from tokenprune.rewrite.kept.pruning_trace import StageTrace
 from tokenprune.rewrite.kept.token_ops import TokenOps
 from tokenprune.rewrite.rewrite import Rewrite
 from tokenprune.rewrite.settings import PathName
-from tokenprune.rewrite.stages import score
+from tokenprune.rewrite.stages import last_stay, score
 
 __all__ = ["KeptSet", "Selecting", "StagePoint"]
 
@@ -133,6 +133,8 @@ class Selecting(KeptSet):
     def choose(self, rw: Rewrite, stage: StagePoint) -> tuple[fx.Node, fx.Node, fx.Node]:
         given = (stage.scorer, stage.tokens, self.present(rw, stage), rw.num_prefix)
         keep_logits = rw.insert(stage.at, score, *given, **stage.needed)
+        if rw.num_suffix:
+            keep_logits = rw.insert(stage.at, last_stay, keep_logits, rw.num_suffix)
         left, kept = self.select(rw, stage, keep_logits)
         return left, keep_logits, kept
 
