@@ -23,7 +23,7 @@ from tokenprune.errors import HostError, TraceError, UnsupportedHostError
 
 RECIPE: dict[str, Any] = {"version": 1, "schedule": {"blocks": [1, 2], "keep_ratio": 0.5}}
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-EVERY = [torch.arange(65).expand(2, -1)] * 2
+EVERY = [torch.arange(64).expand(2, -1)] * 2
 
 
 class Plain:
