@@ -1,6 +1,7 @@
 """Which of the tokens that enter the first block are of the image, and which are the host's own."""
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,8 +38,8 @@ def own_tokens(root: nn.Module, traced: HostGraph, entry: fx.Node) -> tuple[int,
     try:
         with without_modes(), torch.no_grad(), buffers_kept(root), random, unhooked:
             for _ in range(2):
-                env = {n: torch.randn(x.shape, generator=generator) for n, x in given.items()}
-                env = {n: x.to(given[n].device, given[n].dtype) for n, x in env.items()}
+                noise = partial(torch.randn, generator=generator, device="cpu")
+                env = {n: noise(x.shape).to(x.device, x.dtype) for n, x in given.items()}
                 for node in before:
                     if node not in env:
                         env[node] = _value(root, node, env)
