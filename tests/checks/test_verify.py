@@ -1,6 +1,7 @@
 """`verify`: what its certificate says, what each check refuses, and that it changes nothing."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -9,17 +10,22 @@ import torch
 from torch import Tensor, nn
 
 import tokenprune
+from tests.analysis.test_reading import IMAGES, Detects
 from tokenprune.checks.certificate import Certificate, Check
 from tokenprune.checks.proof import EXACT, Theorems
 from tokenprune.checks.verify import verify
 from tokenprune.errors import (
     HostError,
     NotWrappedError,
+    PlanError,
     UnsupportedHostError,
     VerificationError,
 )
+from tokenprune.hosts.spec import ArchSpec
+from tokenprune.ops import select_topk
 from tokenprune.rewrite.kept import gathered, masked
 from tokenprune.rewrite.kept.token_ops import MASKED
+from tokenprune.rewrite.stages import last_stay
 from tokenprune.runtime.model import pruning_of
 
 RECIPE: dict[str, Any] = {"version": 1, "schedule": {"blocks": [1, 2], "keep_ratio": 0.7}}
@@ -260,3 +266,31 @@ def test_batches_of_other_sizes_than_the_traced_one() -> None:
     model = wrapped()
     for batch in (1, 2, 5):
         assert names(verify(model, torch.randn(batch, 3, 32, 32))) == THEOREMS
+
+
+def test_a_class_token_that_is_taken_for_a_patch_is_noticed() -> None:
+    """Of 65 tokens, random sets alone happen to keep it in both images."""
+    host = timm.models.VisionTransformer(**{**SMALL, "patch_size": 4}, num_classes=5).eval()
+    recipe = {"version": 1, "schedule": {"blocks": [1], "keep_ratio": 0.7}}
+    blocks, images = tuple(f"blocks.{n}" for n in range(3)), torch.randn(2, 3, 32, 32)
+    for prefix, holds in ((1, nullcontext()), (0, pytest.raises(VerificationError))):
+        facts = ArchSpec(blocks=blocks, norm="norm", num_prefix_tokens=prefix)
+        with holds:
+            tokenprune.wrap(host, recipe, adapter=facts, example_inputs=images, train=False)
+
+
+@torch.no_grad()
+def test_detection_tokens_are_not_merged_and_bound_the_counts() -> None:
+    with pytest.raises(PlanError, match="last 2 tokens of this host, which are no patches"):
+        tokenprune.wrap(Detects(), "merge-k0.7", example_inputs=IMAGES, train=False)
+    model = tokenprune.wrap(Detects(), "token-norm-k0.7", example_inputs=IMAGES, train=False)
+    model.set_keep_ratio(0.1)
+    with pytest.raises(PlanError, match="The last 2 tokens of this Detects always stay"):
+        model(IMAGES)
+
+
+def test_the_last_tokens_stay_where_scores_tie() -> None:
+    scores = torch.zeros(2, 18, 2)
+    scores[1, 3] = torch.nan
+    kept = select_topk(last_stay(scores, 2), 6)
+    assert (kept[:, -2:] == torch.tensor([16, 17])).all()

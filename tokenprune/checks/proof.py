@@ -68,17 +68,21 @@ class Theorems:
 
     def _random_sets(self) -> tuple[Tensor, ...]:
         """Nested kept sets that leave out about a third each time, but always something; where
-        images may keep different numbers of tokens, they do."""
+        images may keep different numbers of tokens, they do. The first one leaves out the first and
+        the last patch: one of them may be a token that is no patch."""
         generator = torch.Generator().manual_seed(0)
         device = next(iter(self.tensors.values())).device
         kept, sets = torch.empty(self.batch_size, 0, device="cpu"), list[Tensor]()
+        staying = self.programs.analysis.plan.num_suffix
         for patches in self.num_patches:
             if not sets or not self.programs.reduction.nested:
                 kept = torch.arange(patches, device="cpu").expand(self.batch_size, -1)
-            count = max(1, min(kept.shape[1] - 1, round(kept.shape[1] * 0.65)))
+            count = max(1, staying, min(kept.shape[1] - 1, round(kept.shape[1] * 0.65)))
             rank = torch.rand(kept.shape, generator=generator, device="cpu")
             rank = rank + (kept < 0)  # padding last
-            last = patches - self.programs.analysis.plan.num_suffix
+            last = patches - staying
+            if not sets:
+                rank[0, 0] = rank[-1, last - 1] = 1.0
             rank = rank.masked_fill(kept >= last, -1.0)  # these stay
             kept = self._shortened(in_order(kept.gather(1, rank.argsort(dim=1)[:, :count])))
             sets.append(kept.to(device))

@@ -55,6 +55,12 @@ def choice_of(recipe: Recipe, spec: ArchSpec) -> Choice:
             f"`mode: {spec.mode}`: it keeps a grid of tokens, from which none can be removed. "
             "Change the recipe's mode or pick another recipe."
         )
+    if spec.num_suffix_tokens and not choice.reduction.keeps_last:
+        raise PlanError(
+            f"{named} has `mode: {recipe.mode}`, which may join the last {spec.num_suffix_tokens} "
+            "tokens of this host, which are no patches (detection tokens), with patches. Use a "
+            "method that removes tokens, such as learned-k0.7 or token-norm-k0.7: these stay then."
+        )
     if recipe.place not in choice.reduction.places:
         raise PlanError(
             f"{named} has `place: {recipe.place}`, but stages of `mode: {recipe.mode}` can be at "

@@ -30,6 +30,7 @@ class Merge(AtMiddles):
     nested: ClassVar[bool] = True
     removes: ClassVar[bool] = True
     hides: ClassVar[bool] = False
+    keeps_last: ClassVar[bool] = False
     defaults: ClassVar[Mapping[str, str]] = {"scorer": "similarity", "place": "middle"}
     scorers: ClassVar[tuple[type, ...]] = (Matcher,)
     kept_sets: ClassVar[Mapping[PathName, KeptSet]] = MERGED_SETS

@@ -45,6 +45,7 @@ class Reduction(ABC):
         scorers: What it can ask.
         kept_sets: How each of its paths says which tokens are left.
         hides: There is a mask path, on which dropped tokens are hidden.
+        keeps_last: Tokens at the end that are no patches stay as they are.
         proofs: Paths that must agree.
     """
 
@@ -58,6 +59,7 @@ class Reduction(ABC):
     kept_sets: ClassVar[Mapping[PathName, KeptSet]] = KEPT_SETS
     defaults: ClassVar[Mapping[str, str]] = {}
     hides: ClassVar[bool] = True
+    keeps_last: ClassVar[bool] = True
     proofs: ClassVar[tuple[Proof, ...]] = (
         Proof("mask = gather on random kept sets", "mask", "gather"),
     )

@@ -53,7 +53,8 @@ def score(
 def last_stay(keep_logits: Tensor, count: int) -> Tensor:
     """keep_logits [B, N', 2] in which no token is before the last `count`, and none of these is
     drawn to leave."""
-    best = keep_logits[..., 0].detach().amax(dim=1, keepdim=True).clamp_min(0.0)
+    scores = keep_logits[..., 0].detach().nan_to_num(0.0)
+    best = scores.amax(dim=1, keepdim=True).clamp_min(0.0) + 1.0  # so that none ties
     sure = torch.stack([best, torch.full_like(best, float("-inf"))], dim=-1)
     return torch.cat([keep_logits[:, :-count], sure.expand(-1, count, -1)], dim=1)
 

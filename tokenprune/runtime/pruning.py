@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from threading import get_ident
 from types import GeneratorType
@@ -287,7 +287,11 @@ class Pruning:
             if not signature.batch_size:
                 arguments = _with_images(arguments)
             traced = trace(host, arguments, entry, stated=stated_by(host, known))
-            self.spec, blocks = settle(host, traced, known, self.reading)
+            spec, blocks = settle(host, traced, known, self.reading)
+            if host.training:  # noise in front of the blocks hides which tokens are of the image
+                own = ("num_prefix_tokens", "num_suffix_tokens")
+                spec = replace(spec, **{name: getattr(self.spec, name) for name in own})
+            self.spec = spec
             choice_of(self.recipe, self.spec)  # it may keep a grid now
             self.plan, _ = bind(self.recipe, self.spec)
         leave = self.method.reduction.removes
@@ -310,6 +314,7 @@ class Pruning:
 
         Raises:
             KeepIndicesError: Forced sets do not fit these arguments.
+            PlanError: A stage is to keep fewer tokens than always stay.
         """
         sampling, forced = self.recipe.sampling, self.forced.keep_indices
         if forced is not None:
@@ -317,8 +322,15 @@ class Pruning:
             batch = next(iter(arguments.tensors.values())).shape[0]
             for kept, patches in zip(forced, programs.num_patches, strict=True):
                 check_keep_indices(kept, batch_size=batch, num_patches=patches, padded=padded)
+        counts, staying = self.budget.counts(programs.num_patches), self.plan.num_suffix
+        if staying and min(counts) <= staying:
+            raise PlanError(
+                f"The last {staying} tokens of this {type(self.host).__name__} always stay (they "
+                f"are no patches), but stages are to keep {list(counts)} tokens, these included. "
+                "Keep more: model.set_keep_ratio(...)."
+            )
         return CallSettings(
-            num_keep=self.budget.counts(programs.num_patches),
+            num_keep=counts,
             sample=path == "mask" and training and self.method.scorer.probabilistic,
             threshold=self.budget.threshold,
             temperature=sampling.temperature,
