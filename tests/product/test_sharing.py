@@ -266,6 +266,33 @@ def test_a_class_outside_of_transformers_is_not_imported(shared: Path, tmp_path:
         tokenprune.load(copied)
 
 
+@pytest.mark.parametrize(
+    ("host", "message"),
+    [
+        ("{library: timm, model: vit_tiny_patch16_224, kwargs: {checkpoint_path: p}}", "no file"),
+        ("{library: transformers, model: vit, kwargs: {trust_remote_code: true}}", "no code"),
+        ("{library: transformers, model: FOLDER}", "--host on the command line"),
+        ("{library: transformers, model: some/where}", "--host on the command line"),
+        ("{library: timm, model: 'hf-hub:some/where'}", "--host on the command line"),
+    ],
+)
+def test_a_recipe_runs_no_code(
+    host: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its `host` section is of somebody else: no code, no pickle, no download."""
+    tokenprune.save(wrapped(undescribed()), tmp_path)
+    code = "open('ran', 'w')\nfrom transformers import ViTConfig as Mine"
+    (tmp_path / "code.py").write_text(code)
+    config = {"model_type": "mine", "auto_map": {"AutoConfig": "code.Mine"}}
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    monkeypatch.chdir(tmp_path.parent)
+    with (tmp_path / "recipe.yaml").open("a") as file:
+        file.write(f"host: {host.replace('FOLDER', tmp_path.name)}\n")
+    with pytest.raises(CheckpointError, match=message):
+        tokenprune.load(tmp_path)
+    assert not (tmp_path.parent / "ran").exists()
+
+
 def test_bad_calls(model: Any, library: str, shared: Path, tmp_path: Path) -> None:
     with pytest.raises(NotWrappedError, match=r"tokenprune\.wrap"):
         tokenprune.push_to_hub(vit(), "me/mine")

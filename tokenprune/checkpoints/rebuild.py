@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from tokenprune.checkpoints.facts import CONFIG, Facts
 from tokenprune.errors import CheckpointError, TokenPruneError
-from tokenprune.hosts.build import build_host, model_library
+from tokenprune.hosts.build import build_host, model_library, names_files
 from tokenprune.recipe import Recipe
+from tokenprune.recipe.schema import HostSection
 
-__all__ = ["library_of", "like_saved", "rebuilt", "reloaded", "write_config"]
+__all__ = ["library_of", "like_saved", "rebuilt", "reloaded", "safe_section", "write_config"]
 
 
 def library_of(host: nn.Module) -> str:
@@ -124,12 +125,13 @@ def rebuilt(source: Path, facts: Facts, recipe: Recipe) -> nn.Module:
     """A host like the saved one, in eval mode; its weights are still to be loaded.
 
     Raises:
-        CheckpointError: Neither the folder nor the recipe says how to build it.
+        CheckpointError: Neither the folder nor the recipe says how to build it, or the recipe
+            names files of somewhere else.
         MissingDependencyError: Its library is not installed.
     """
     library, made = str(facts.host.get("library", "")), str(facts.host.get("class", "unknown"))
     if not library and recipe.host is not None:
-        return build_host(recipe.host)
+        return build_host(safe_section(recipe.host, source))
     if not library:
         raise CheckpointError(
             f"{str(source)!r} does not say how to build its host, a {made} "
@@ -149,6 +151,23 @@ def rebuilt(source: Path, facts: Facts, recipe: Recipe) -> nn.Module:
             f"{facts.versions.get(library, 'unknown')}. Install that version, or pass the host: "
             f"tokenprune.load({str(source)!r}, host)."
         ) from error
+
+
+def safe_section(section: HostSection, source: Path) -> HostSection:
+    """The `host` section of a folder, which somebody else may have written: nothing is read or
+    downloaded for it.
+
+    Raises:
+        CheckpointError: It names a path or a repository.
+    """
+    if names_files(section):
+        raise CheckpointError(
+            f"The recipe in {str(source)!r} has its host from {section.model!r}, which is a path or "
+            f"a repository and no name that {section.library} knows; a folder does not decide what "
+            "is read or downloaded. If you trust it, build that host and pass it: "
+            f"tokenprune.load({str(source)!r}, host), or --host on the command line."
+        )
+    return section
 
 
 def _class_named(library: Any, path: str) -> Any:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tokenprune.checkpoints.directory import load
 from tokenprune.checkpoints.facts import read_facts, read_recipe
+from tokenprune.checkpoints.rebuild import safe_section
 from tokenprune.cli.console import warn
 from tokenprune.cli.hosts import build, host_section, is_function
 from tokenprune.errors import CheckpointError, HostError, PlanError
@@ -197,7 +198,8 @@ def reopen_model(directory: Path, host: str = "", options: Sequence[str] = ()) -
         return load(directory)
     if host and (is_function(host) or is_host_files(Path(host))):
         return load(directory, build(host, options))
-    section = host_section(host, options) if host else host_of(recipe, directory)
+    own = None if host else safe_section(host_of(recipe, directory), directory)
+    section = own or host_section(host, options)
     if noted is None:  # written by `tokenprune.save`: the host as it is described
         built = build_host(section)
     else:
