@@ -212,11 +212,14 @@ def test_budget_threshold_and_calibration_survive(tmp_path: Path) -> None:
 
 
 def test_a_model_without_predictors_of_its_own(tmp_path: Path) -> None:
-    model = tokenprune.wrap(vit().eval().bfloat16(), "merge-k0.7", verify=False, train=False)
+    model = tokenprune.wrap(
+        vit(drop_path_rate=0.1).bfloat16().eval(), "merge-k0.7", verify=False, train=False
+    )
     model.save_pretrained(tmp_path, certify=False)
     assert not (tmp_path / ADDED).exists()
     again = tokenprune.load(tmp_path, verify=False, train=False)
     assert next(again.parameters()).dtype is torch.bfloat16
+    assert again.blocks[1].drop_path1.drop_prob == pytest.approx(0.1)
     assert torch.equal(logits(again, IMAGES.bfloat16()), logits(model, IMAGES.bfloat16()))
     assert "similar tokens are merged" in (tmp_path / CARD).read_text()
 
@@ -241,7 +244,13 @@ def test_what_a_later_save_does_not_write_is_removed(tmp_path: Path) -> None:
 def test_hosts_that_no_library_builds(tmp_path: Path) -> None:
     replaced = vit()
     replaced.head = nn.Sequential(nn.Linear(16, 8), nn.GELU(), nn.Linear(8, 5))
-    for host, why in ((undescribed(), "no class of timm"), (replaced, "a layer was replaced")):
+    changed = vit()
+    changed.blocks[1].mlp.act = nn.ReLU()
+    scaled = vit()
+    scaled.blocks[0].attn.scale = 0.5
+    hosts = [(undescribed(), "no class of timm"), (replaced, "a layer was replaced")]
+    hosts += [(changed, r"set otherwise \(blocks\.1\.mlp\.act\)"), (scaled, r"attn\.scale\)")]
+    for host, why in hosts:
         model = wrapped(host)
         model.save_pretrained(tmp_path, certify=False)
         assert not (tmp_path / CONFIG).exists()
