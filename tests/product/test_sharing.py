@@ -96,6 +96,15 @@ def test_a_folder_is_the_model_and_the_dense_host(library: str, model: Any, shar
     assert not {"bin", "pt", "pth", "pkl"} & {file.suffix[1:] for file in shared.iterdir()}
 
 
+def test_a_folder_of_lv_vit(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {**SMALL, "num_classes": 5, "stem_width": 8}
+    model = wrapped(timm.create_model("lvvit_t", **sizes))
+    tokenprune.save(model, tmp_path)
+    assert torch.equal(logits(tokenprune.load(tmp_path, verify=False, train=False)), logits(model))
+    assert torch.equal(logits(load_dense("timm", tmp_path)), dense(model))
+
+
 def test_certificate_and_card(library: str, model: Any, shared: Path) -> None:
     certificate = json.loads((shared / CERTIFICATE).read_text())
     assert certificate["num_keep"] == [8, 4]

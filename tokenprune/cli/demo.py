@@ -100,7 +100,7 @@ def demo(
     stages = stage_table(chosen, counted, certificate.num_keep)
     tables = [accuracy_table(figures), speed_table(figures), stages]
     details = [cost_table(counted), certificate_table(certificate), settings_table(figures)]
-    checkpoint = save(model, output / "checkpoint")
+    checkpoint = save(model, output / "checkpoint", host=run.host)
     write_input(checkpoint, None, run)
     picture = output / "pruning.png"
     draw(model, run.data, count=10).save(picture, format="PNG")

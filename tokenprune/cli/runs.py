@@ -62,11 +62,12 @@ class _Input(BaseModel):
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """A host, or the wrapped model of a checkpoint; images that fit it, and the `input_settings`
-    they are prepared by."""
+    they are prepared by. `host` is the `host` section with what was added to build it for them."""
 
     model: nn.Module
     data: DataBundle
     settings: dict[str, Any]
+    host: dict[str, Any] | None = None
 
 
 def host_of(recipe: Recipe, folder: Path | None = None) -> HostSection:
@@ -98,7 +99,21 @@ def prepare(
     bundle = load_data(data, **settings, train=recipe.train, seed=recipe.train.seed)
     options = {"pretrained": pretrained, "drop_path": recipe.train.drop_path}
     host = _build(section, bundle.num_classes, settings, **options)
-    return Run(model=host, data=bundle, settings=settings)
+    described = _described(section, host, bundle.num_classes, settings)
+    return Run(model=host, data=bundle, settings=settings, host=described)
+
+
+def _described(
+    section: HostSection, host: nn.Module, num_classes: int, settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A section by which `load` builds the same host, where its library does not note it."""
+    found = section.model_dump(mode="json")
+    if section.library == "timm":  # transformers writes all of it into its configuration
+        found["kwargs"] |= {"num_classes": num_classes, "in_chans": settings["in_chans"]}
+        size = getattr(getattr(host, "patch_embed", None), "img_size", None)
+        if size is not None:  # others take images of any size, and perhaps no such option
+            found["kwargs"]["img_size"] = list(size) if isinstance(size, tuple) else size
+    return found
 
 
 def _build(

@@ -118,7 +118,7 @@ def train(
         )
     if is_main_process():
         write_input(folder, data, run)
-        save(wrapped, folder)
+        save(wrapped, folder, host=run.host)
         with bar("evaluating", "images") as step:
             found, table = scores(wrapped, run.data, progress=step)
         lines = (f"checkpoint   {folder}", f"next         tokenprune visualize {folder}")
