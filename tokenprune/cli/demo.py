@@ -39,7 +39,8 @@ def demo(
 ) -> None:
     """Train a small ViT on scikit-learn's digits, prune it, and report accuracy and speed."""
     try:
-        from tokenprune.cli.runs import prepare, write_input
+        from tokenprune.cli.run_input import write_input
+        from tokenprune.cli.runs import prepare
         from tokenprune.train import evaluate, fit, pretrain
     except ModuleNotFoundError as error:
         raise MissingDependencyError(
