@@ -167,6 +167,9 @@ def test_visualize(trained: Path, tmp_path: Path) -> None:
     other = tmp_path / "deep" / "x.png"
     assert run("visualize", trained, "--output", other, "--count", "99").exit_code == 0
     assert other.exists()
+    refused = run("visualize", trained, "--recipe", "merge-k0.7", "--output", other)
+    assert refused.exit_code == 2
+    assert "--recipe is for building a model by name" in refused.stderr
 
 
 def test_other_classes_are_refused(trained: Path, tmp_path: Path) -> None:
