@@ -83,7 +83,8 @@ def _write_timm(host: nn.Module, file: Path) -> None:
         size = getattr(getattr(host, "patch_embed", None), "img_size", None)
         known = {"num_classes": host.num_classes} | ({"img_size": size} if size else {})
     else:  # timm leaves these out, which training needs
-        known = {name: rate for name, rate in host._model_args.items() if name.endswith("_rate")}
+        made: Any = host._model_args
+        known = {name: rate for name, rate in made.items() if name.endswith("_rate")}
     save_config_for_hf(host, file, model_args=known)
 
 
