@@ -21,7 +21,8 @@ from torch import Tensor
 import tokenprune
 from benchmarks.markdown import table
 from tokenprune.checkpoints.directory import save
-from tokenprune.cli.runs import prepare, reopen, write_input
+from tokenprune.cli.run_input import write_input
+from tokenprune.cli.runs import prepare, reopen
 from tokenprune.cost.timing import interleaved
 from tokenprune.recipe import Recipe, load_recipe
 from tokenprune.runtime.model import pruning_of

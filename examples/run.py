@@ -40,14 +40,16 @@ def run_script(path: Path) -> str | None:
         [sys.executable, "-u", str(path)], cwd=ROOT, env=environment, timeout=LIMIT,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
-    return done.stdout if done.returncode else None
+    if done.returncode == 0:
+        return None
+    return done.stdout or f"ended with {done.returncode}, and printed nothing"
 
 
 def run_notebook(save: bool) -> str | None:
     """What failed in the notebook, else None; `save` keeps its new outputs."""
     import nbformat
     from nbclient import NotebookClient
-    from nbclient.exceptions import CellExecutionError
+    from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
     path = HERE / f"{NOTEBOOK}.ipynb"
     notebook = nbformat.read(path, as_version=4)
@@ -59,8 +61,8 @@ def run_notebook(save: bool) -> str | None:
     )  # fmt: skip
     try:
         client.execute()
-    except CellExecutionError as error:
-        return str(error)
+    except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
+        return str(error) or type(error).__name__
     if save:
         nbformat.write(notebook, path)
     return None

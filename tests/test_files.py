@@ -27,6 +27,27 @@ def test_files_are_moved_if_the_block_succeeds(there: bool, tmp_path: Path) -> N
     assert list(target.parent.iterdir()) == [target]
 
 
+def write_newer(target: Path, name: str) -> None:
+    with all_or_nothing(target, last="c") as folder:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("newer")
+        (folder / "weights").write_text("newer")
+
+
+def test_folders_are_merged(tmp_path: Path) -> None:
+    for text in ("old", "new"):
+        with all_or_nothing(tmp_path, last="b") as folder:
+            (folder / "deep" / "er").mkdir(parents=True)
+            for name in ("b", "weights", f"deep/{text}", "deep/er/a"):
+                (folder / name).write_text(text)
+    found = {file.name: file.read_text() for file in tmp_path.rglob("*") if file.is_file()}
+    assert found == {"b": "new", "weights": "new", "old": "old", "new": "new", "a": "new"}
+    for wrong, error in (("b/a", FileExistsError), ("deep", IsADirectoryError)):
+        with pytest.raises(error):
+            write_newer(tmp_path, wrong)
+    assert (tmp_path / "weights").read_text() == "new"
+
+
 @pytest.mark.parametrize("there", [False, True])
 def test_nothing_is_moved_if_it_fails(there: bool, tmp_path: Path) -> None:
     target = tmp_path / "folder"

@@ -44,6 +44,15 @@ def test_an_entry_that_its_own_import_registers_is_there_once(
     assert list(registry) == ["own"]
 
 
+def test_two_packages_with_one_name_are_refused_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = [EntryPoint("one", f"builtins:{name}", GROUP) for name in ("dict", "list")]
+    monkeypatch.setattr("tokenprune.registry.entry_points", lambda group: entries)
+    registry = Registry[object]("thing", group=GROUP)
+    for _ in range(2):
+        with pytest.raises(RegistrationError, match=r"builtins:list.*named 'one' is registered"):
+            list(registry)
+
+
 @pytest.mark.parametrize("value", ["collections:Missing", "no_such_package:thing"])
 def test_an_entry_that_cannot_be_loaded_is_named_each_time(
     monkeypatch: pytest.MonkeyPatch, value: str

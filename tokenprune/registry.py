@@ -69,6 +69,8 @@ class Registry(Generic[T]):
         for entry in entry_points(group=group) if group else ():
             try:
                 thing = entry.load()
+                if thing not in self._known.values():
+                    self.register(entry.name)(thing)
             except Exception as error:  # of code that somebody else wrote
                 self._group = group
                 raise RegistrationError(
@@ -76,5 +78,3 @@ class Registry(Generic[T]):
                     f"cannot be loaded: {type(error).__name__}: {error}. Repair that package, or "
                     "uninstall it."
                 ) from error
-            if thing not in self._known.values():
-                self.register(entry.name)(thing)

@@ -8,7 +8,6 @@ classifies its share of the files; the first one writes `classes.csv` in their o
 
 import argparse
 import csv
-import sys
 import time
 from pathlib import Path
 
@@ -20,9 +19,6 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import to_tensor
 
 import tokenprune
-
-sys.path.append(str(Path(__file__).parents[1]))
-from _digits import small_vit
 
 
 class Folder(Dataset):
@@ -46,7 +42,7 @@ parser.add_argument("--output", type=Path, default=Path("classes.csv"))
 options = parser.parse_args()
 
 accelerator = Accelerator(cpu=not torch.cuda.is_available())
-model = tokenprune.load(options.model, small_vit()).eval().to(accelerator.device)
+model = tokenprune.load(options.model).eval().to(accelerator.device)
 folder = Folder(options.images)
 loader = accelerator.prepare(DataLoader(folder, batch_size=32))
 

@@ -252,6 +252,8 @@ def test_sizes_that_cannot_be_built_are_refused(options: dict[str, int], message
 def test_other_pooling_is_refused() -> None:
     with pytest.raises(HostError, match=r"no pooling but the class token: global_pool='avg'"):
         small_model().reset_classifier(3, global_pool="avg")
+    with pytest.raises(HostError, match=r"no pooling but the class token: global_pool='avg'"):
+        small_model(global_pool="avg")
 
 
 def test_plain_fx_traces_it_and_keeps_the_size_check() -> None:

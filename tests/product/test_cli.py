@@ -1,5 +1,6 @@
 """The command line: what it prints, its exit codes, and its messages."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -285,6 +286,16 @@ def test_a_line_every_few_seconds_where_there_is_no_terminal(
         time.sleep(0.05)
         step(1, 4, {})
     assert capsys.readouterr().err == ""
+
+
+def test_a_reader_that_went_away_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr("tokenprune.cli.lists.list_recipes", fail)
+    result = run("recipes")
+    assert result.exit_code == 1
+    assert result.output == ""
 
 
 def test_a_fault_has_its_own_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,6 +86,10 @@ def trained(recipe: Path, images: Path, tmp_path_factory: pytest.TempPathFactory
 def test_train_writes_a_checkpoint(trained: Path) -> None:
     host = timm.create_model("vit_tiny_patch16_224", num_classes=2, **VIT)
     model = tokenprune.load(trained, host, verify=False)
+    said = tokenprune.Recipe.load(trained / "recipe.yaml").host
+    assert said is not None
+    assert said.kwargs == {**VIT, "img_size": [16, 16], "num_classes": 2, "in_chans": 3}
+    assert type(tokenprune.load(trained, verify=False)) is type(model)
     assert tokenprune.profile(model).tokens_per_block == (16, 9, 5)
     noted = json.loads((trained / "input.json").read_text())
     assert noted["class_names"] == ["cat", "dog"]
@@ -163,6 +167,9 @@ def test_visualize(trained: Path, tmp_path: Path) -> None:
     other = tmp_path / "deep" / "x.png"
     assert run("visualize", trained, "--output", other, "--count", "99").exit_code == 0
     assert other.exists()
+    refused = run("visualize", trained, "--recipe", "merge-k0.7", "--output", other)
+    assert refused.exit_code == 2
+    assert "--recipe is for building a model by name" in refused.stderr
 
 
 def test_other_classes_are_refused(trained: Path, tmp_path: Path) -> None:

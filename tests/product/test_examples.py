@@ -44,6 +44,12 @@ def test_each_script_can_fail(runner: Any) -> None:
         assert "raise SystemExit(" in path.read_text(encoding="utf-8"), path
 
 
+def test_what_ends_without_a_word_failed(runner: Any, tmp_path: Path) -> None:
+    script = tmp_path / "killed.py"
+    script.write_text("import os\nos.kill(os.getpid(), 9)\n")
+    assert runner.run_script(script) == "ended with -9, and printed nothing"
+
+
 def test_the_notebook_was_run_whole(runner: Any) -> None:
     text = (runner.HERE / f"{runner.NOTEBOOK}.ipynb").read_text(encoding="utf-8")
     cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]

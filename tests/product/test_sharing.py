@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
@@ -96,6 +95,15 @@ def test_a_folder_is_the_model_and_the_dense_host(library: str, model: Any, shar
     assert not {"bin", "pt", "pth", "pkl"} & {file.suffix[1:] for file in shared.iterdir()}
 
 
+def test_a_folder_of_lv_vit(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {**SMALL, "num_classes": 5, "stem_width": 8}
+    model = wrapped(timm.create_model("lvvit_t", **sizes))
+    tokenprune.save(model, tmp_path)
+    assert torch.equal(logits(tokenprune.load(tmp_path, verify=False, train=False)), logits(model))
+    assert torch.equal(logits(load_dense("timm", tmp_path)), dense(model))
+
+
 def test_certificate_and_card(library: str, model: Any, shared: Path) -> None:
     certificate = json.loads((shared / CERTIFICATE).read_text())
     assert certificate["num_keep"] == [8, 4]
@@ -120,85 +128,6 @@ def test_certificate_and_card(library: str, model: Any, shared: Path) -> None:
     assert torch.equal(logits(made["host"].eval()), dense(model))
 
 
-class Hub:
-    """Stand-in for huggingface_hub: a folder for each repository, with the calls and keyword
-    arguments of `HfApi` and `snapshot_download` that are used."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-
-    def HfApi(self, *, token: Any, library_name: str, library_version: str) -> "Hub":
-        assert library_name == "tokenprune"
-        return self
-
-    def create_repo(self, repo_id: str, *, private: bool | None, exist_ok: bool) -> Any:
-        full = repo_id if "/" in repo_id else f"me/{repo_id}"
-        (self.root / full).mkdir(parents=True, exist_ok=exist_ok)
-        return SimpleNamespace(repo_id=full)
-
-    def file_exists(self, repo_id: str, filename: str, *, revision: str | None) -> bool:
-        return (self.root / repo_id / filename).exists()
-
-    def upload_folder(
-        self,
-        *,
-        repo_id: str,
-        folder_path: Path,
-        revision: str | None,
-        commit_message: str,
-        create_pr: bool,
-        delete_patterns: list[str],
-        ignore_patterns: list[str] | None,
-    ) -> Any:
-        for pattern in delete_patterns:
-            for file in (self.root / repo_id).glob(pattern):
-                file.unlink()
-        for file in folder_path.iterdir():
-            if file.name not in (ignore_patterns or ()):
-                shutil.copy(file, self.root / repo_id)
-        return SimpleNamespace(commit_url=f"hub/{repo_id}/commit/1")
-
-    def snapshot_download(self, repo_id: str, **given: Any) -> str:
-        assert given["allow_patterns"] == ["*.json", "*.safetensors", "*.yaml", "*.md"]
-        if not (self.root / repo_id).is_dir():
-            raise huggingface_hub.errors.LocalEntryNotFoundError("No such repository.\nmore")
-        return str(self.root / repo_id)
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
-    stand_in = Hub(tmp_path / "hub")
-    for name in ("HfApi", "snapshot_download"):
-        real = getattr(huggingface_hub, name)
-        monkeypatch.setattr(huggingface_hub, name, getattr(stand_in, name))
-        assert callable(real)
-    return stand_in
-
-
-def test_the_stand_in_has_the_arguments_of_the_client() -> None:
-    import inspect
-
-    for name in ("create_repo", "file_exists", "upload_folder"):
-        real = inspect.signature(getattr(huggingface_hub.HfApi, name)).parameters
-        assert inspect.signature(getattr(Hub, name)).parameters.keys() <= real.keys()
-    assert "allow_patterns" in inspect.signature(huggingface_hub.snapshot_download).parameters
-
-
-def test_push_and_load(hub: Hub, model: Any) -> None:
-    assert model.push_to_hub("mine", certify=False) == "hub/me/mine/commit/1"
-    again = tokenprune.load("me/mine", verify=False, train=False)
-    assert torch.equal(logits(again), logits(model))
-    card = hub.root / "me/mine" / CARD
-    assert 'tokenprune.load("me/mine")' in card.read_text()
-    card.write_text("edited")
-    tokenprune.push_to_hub(model, "me/mine", certify=False)
-    assert card.read_text() == "edited"
-    model.save_pretrained(hub.root / "x", push_to_hub=True, repo_id="me/mine", card=True)
-    assert "GMACs" in card.read_text()
-    with pytest.raises(CheckpointError, match=r"no folder 'me/none' here.*LocalEntryNotFoundError"):
-        tokenprune.load("me/none")
-
-
 def test_budget_threshold_and_calibration_survive(tmp_path: Path) -> None:
     model = wrapped(vit())
     tokenprune.calibrate(model, [IMAGES], 0.85, fit_steps=4, progress=False)
@@ -212,11 +141,14 @@ def test_budget_threshold_and_calibration_survive(tmp_path: Path) -> None:
 
 
 def test_a_model_without_predictors_of_its_own(tmp_path: Path) -> None:
-    model = tokenprune.wrap(vit().eval().bfloat16(), "merge-k0.7", verify=False, train=False)
+    model = tokenprune.wrap(
+        vit(drop_path_rate=0.1).bfloat16().eval(), "merge-k0.7", verify=False, train=False
+    )
     model.save_pretrained(tmp_path, certify=False)
     assert not (tmp_path / ADDED).exists()
     again = tokenprune.load(tmp_path, verify=False, train=False)
     assert next(again.parameters()).dtype is torch.bfloat16
+    assert again.blocks[1].drop_path1.drop_prob == pytest.approx(0.1)
     assert torch.equal(logits(again, IMAGES.bfloat16()), logits(model, IMAGES.bfloat16()))
     assert "similar tokens are merged" in (tmp_path / CARD).read_text()
 
@@ -232,16 +164,35 @@ def test_what_a_later_save_does_not_write_is_removed(tmp_path: Path) -> None:
     tokenprune.save(model, tmp_path)
     left = {file.name for file in tmp_path.iterdir()}
     assert left == {WEIGHTS, ADDED, CONFIG, FACTS, "recipe.yaml", "notes.txt"}
-    (tmp_path / CARD).write_text("my own words")
+    words = "meine Wörter".encode("latin-1")
+    (tmp_path / CARD).write_bytes(words)
     model.save_pretrained(tmp_path, certify=False)
-    assert (tmp_path / CARD).read_text() == "my own words"
+    assert (tmp_path / CARD).read_bytes() == words
     assert torch.equal(logits(load_dense("transformers", tmp_path)), dense(model))
+    tokenprune.save(wrapped(undescribed()), tmp_path)
+    assert not (tmp_path / CONFIG).exists()  # of a host that is not here any more
+    with pytest.raises(CheckpointError, match=r"'v1' of .* is a folder here"):
+        tokenprune.load(tmp_path, undescribed(), revision="v1")
+
+
+def test_tied_predictors(tmp_path: Path) -> None:
+    model = tokenprune.wrap(vit(depth=4).eval(), "learned-k0.7", verify=False, train=False)
+    model.token_predictors[1] = model.token_predictors[0]
+    tokenprune.save(model, tmp_path)
+    again = tokenprune.load(tmp_path, verify=False, train=False)
+    assert torch.equal(logits(again.eval()), logits(model.eval()))
 
 
 def test_hosts_that_no_library_builds(tmp_path: Path) -> None:
     replaced = vit()
     replaced.head = nn.Sequential(nn.Linear(16, 8), nn.GELU(), nn.Linear(8, 5))
-    for host, why in ((undescribed(), "no class of timm"), (replaced, "a layer was replaced")):
+    changed = vit()
+    changed.blocks[1].mlp.act = nn.ReLU()
+    scaled = vit()
+    scaled.blocks[0].attn.scale = 0.5
+    hosts = [(undescribed(), "no class of timm"), (replaced, "a layer was replaced")]
+    hosts += [(changed, r"set otherwise \(blocks\.1\.mlp\.act\)"), (scaled, r"attn\.scale\)")]
+    for host, why in hosts:
         model = wrapped(host)
         model.save_pretrained(tmp_path, certify=False)
         assert not (tmp_path / CONFIG).exists()
@@ -359,19 +310,3 @@ def test_names_that_transformers_changes(tmp_path: Path) -> None:
     ):
         found = again.eval()(IMAGES).last_hidden_state
         assert torch.equal(found, model(IMAGES).last_hidden_state)
-
-
-def test_the_page_about_sharing(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its code, in order."""
-    monkeypatch.chdir(tmp_path)
-    model = wrapped(vit(depth=4), "learned-k0.7")
-    names: dict[str, Any] = {"model": model, "images": IMAGES, "timm": timm}
-    names |= {"tokenprune": tokenprune, "host": vit(seed=5, depth=4)}
-    trained = tmp_path / "run" / "checkpoint-500"
-    trained.mkdir(parents=True)
-    save_file(model.state_dict(), trained / WEIGHTS, metadata={"format": "pt"})
-    tokenprune.save(model, "mine")
-    page = Path(__file__).parents[2] / "docs" / "sharing.md"
-    for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
-        exec(block, names)
-    assert torch.equal(names["dense"].eval()(IMAGES), dense(model))

@@ -125,6 +125,8 @@ def test_logits_are_found_in_every_kind_of_output() -> None:
 def test_a_host_without_a_size_of_its_own_takes_any() -> None:
     """PVT's position is in its convolutions: timm builds it without an image size."""
     kwargs = {"embed_dims": [8, 16, 16, 16], "num_heads": [1, 2, 2, 2], "depths": [1, 1, 1, 1]}
+    with pytest.raises(UnsupportedHostError, match="timm has no model named 'runs/pvt_v2_b0'"):
+        build_host(HostSection(library="timm", model="runs/pvt_v2_b0"))
     section = HostSection(library="timm", model="pvt_v2_b0", kwargs=kwargs)
     host = build_host(section, 3, image_size=64).eval()
     assert host(torch.zeros(2, 3, 64, 64)).shape == (2, 3)

@@ -16,6 +16,10 @@ SMALL = ["depth=4", "embed_dim=32", "num_heads=2", "img_size=16", "patch_size=2"
 HOST = [NAME, *SMALL]
 UNTIMED = ["--no-timed", "--json"]
 FEW = ["--images", "24", "--batch-size", "12"]
+HALF = [0.5, 0.5, 0.5]
+SETTINGS = {"image_size": 16, "in_chans": 3, "mean": HALF, "std": HALF, "crop_pct": 1.0}
+SETTINGS["interpolation"] = "bilinear"
+CLASSES = list("0123456789")
 
 
 def run(*arguments: str) -> Any:
@@ -51,11 +55,27 @@ def test_a_calibrated_model_is_saved_and_opened(tmp_path: Path) -> None:
     opened = run("compare", folder, *FEW, "--data", "digits", "--method", "tome-r3", "--no-timed")
     assert opened.exit_code == 0, opened.output
     assert "this model" in opened.stdout
-    rest = ["--data", "digits", "--trials", "7", "--output", folder, "--json"]
-    again = run("calibrate", folder, *FEW, *rest)
+    noted = tmp_path / "model" / "input.json"  # as `train` writes it
+    noted.write_text(json.dumps({"data": None, "settings": SETTINGS, "class_names": CLASSES}))
+    other = str(tmp_path / "other")
+    again = run("calibrate", folder, *FEW, "--trials", "7", "--output", other, "--json")
     assert again.exit_code == 0, again.output
     assert json.loads(again.stdout)["images"] == 24
-    assert pruning_of(tokenprune.load(folder, build(NAME, SMALL))).recipe.mode == "merge"
+    assert pruning_of(tokenprune.load(other, build(NAME, SMALL))).recipe.mode == "merge"
+    assert (tmp_path / "other" / "input.json").read_bytes() == noted.read_bytes()
+    refused = run("calibrate", folder, *FEW, "--output", str(noted))
+    assert refused.exit_code == 2
+    assert "it is a file. Name a directory" in refused.stderr
+
+
+def test_a_host_of_options_that_no_recipe_holds(tmp_path: Path) -> None:
+    sizes = "hidden_size: 16, intermediate_size: 32, num_hidden_layers: 3, num_attention_heads: 2"
+    options = [f"vision_config={{{sizes}, image_size: 16, patch_size: 4}}", "num_labels=10"]
+    rest = ["--images", "4", "--trials", "1", "--macs", "0.8", "--output", str(tmp_path)]
+    result = run("calibrate", "transformers:SiglipForImageClassification", *options, *rest)
+    assert result.exit_code == 0, result.output
+    assert not (tmp_path / "calibration.json").exists()
+    assert tokenprune.profile(tokenprune.load(tmp_path, verify=False)).ratio < 0.9
 
 
 def test_bad_options() -> None:

@@ -31,7 +31,7 @@ MARK = "<!-- tokenprune wrote this file and replaces it; remove this line to kee
 
 def is_generated(card: Path) -> bool:
     """Whether a model card is as it was written here: there, with its mark."""
-    return card.is_file() and MARK in card.read_text(encoding="utf-8")
+    return card.is_file() and MARK.encode() in card.read_bytes()
 
 
 def write_card(

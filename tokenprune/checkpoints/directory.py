@@ -6,8 +6,6 @@ facts about the host, checksums), and `config.json` of timm or transformers, fro
 the host. Folders of format 1 hold all weights in one file.
 """
 
-import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,12 +21,14 @@ from tokenprune.checkpoints.card import CARD_PICTURES, is_generated
 from tokenprune.checkpoints.facts import (
     ADDED,
     CARD,
-    CERTIFICATE,
+    CONFIG,
     FACTS,
     FORMAT,
+    GENERATED,
     RECIPE,
     WEIGHTS,
     Facts,
+    noted_library,
     read_facts,
     read_recipe,
     versions,
@@ -57,11 +57,6 @@ __all__ = ["describe_weights", "load", "save", "saved_recipe", "write_folder"]
 
 FOR_TORCH = {"format": "pt"}
 """transformers reads only files that say so."""
-GENERATED = (
-    *(WEIGHTS, "model-*-of-*.safetensors", f"{WEIGHTS}.index.json", ADDED, CERTIFICATE),
-    *CARD_PICTURES,
-)
-"""Files of an earlier save that would say something else than those of a later one."""
 
 
 def save(
@@ -123,7 +118,9 @@ def write_folder(
     state = model.state_dict() if state is None else state
     aliases = shared_names(state)
     # the facts come last: until then their checksums do not fit the weights, and `load` says so
-    replaced = (*GENERATED, CARD) if is_generated(target / CARD) else GENERATED
+    replaced = [*GENERATED, *([CONFIG] if noted_library(target) else [])]
+    if is_generated(target / CARD):
+        replaced += [CARD, *CARD_PICTURES]
     with all_or_nothing(target, last=FACTS, replaces=replaced) as folder:
         if write_host is not None:
             write_host(folder)
@@ -133,7 +130,7 @@ def write_folder(
         own = {name: tensor for name, tensor in state.items() if is_added(name)}
         if own and not _holds(folder, own):
             save_file(on_their_own(own, aliases), folder / ADDED, metadata=FOR_TORCH)
-        describe_weights(pruning, folder, host=host, beside=beside)
+        describe_weights(pruning, folder, host=host, beside=beside, aliases=aliases)
     return target
 
 
@@ -143,9 +140,10 @@ def describe_weights(
     *,
     host: Mapping[str, Any] | None = None,
     beside: Callable[[Path, Facts], Any] | None = None,
+    aliases: Mapping[str, str] | None = None,
 ) -> None:
     """Write the recipe and the facts beside the weights that a folder holds, so that `load` reads
-    them.
+    them. `aliases` are the shared names of the wrapped model; without them, the host's.
 
     Raises:
         CheckpointError: There are none.
@@ -158,7 +156,6 @@ def describe_weights(
             "instead of its weights (adapters alone, say). Write them by "
             "tokenprune.save(model, folder)."
         )
-    state = pruning.host.state_dict()
     recipe = _recipe_in_force(pruning)
     if host is not None:
         mapping = recipe.model_dump(mode="json", exclude_none=True)
@@ -168,9 +165,9 @@ def describe_weights(
     facts = Facts(
         format=FORMAT,
         versions=versions(),
-        host={"library": library, "why_not": why_not, **_host_facts(pruning, state)},
+        host={"library": library, "why_not": why_not, **_host_facts(pruning)},
         wrap={"adapter": pruning.spec.adapter, "restore": pruning.restore},
-        aliases=shared_names(state),
+        aliases={**shared_names(pruning.host.state_dict()), **(aliases or {})},
         files={name: sha256(folder / name) for name in files},
         fitted=pruning.fitted or have_learned(pruning.added) is not False,
     )
@@ -207,7 +204,9 @@ def load(
 
     Raises:
         CheckpointError: It is no such directory, a file is damaged or of a newer release, or it
-            does not fit the host; lists what is missing, unexpected, or of another shape.
+            does not fit the host; lists what is missing, unexpected, or of another shape. Or the
+            adapter finds other blocks or prefix tokens than it did when it was saved. Or a
+            `revision` of a folder is asked for.
         MissingDependencyError: The host's library, or huggingface_hub, is not installed.
         AlreadyWrappedError: `host` is wrapped; unwrap it first.
     """
@@ -238,6 +237,7 @@ def load(
     with _restored_on_error(host):
         host.load_state_dict(state)
         model = wrap(host, chosen, **{**_wrap_options(facts), **options})
+        _check_facts(pruning_of(model), facts, source)
         added = {name: tensor for name, tensor in tensors.items() if is_added(name)}
         own = {name: tensor for name, tensor in model.state_dict().items() if is_added(name)}
         check(added, own, head=f"{head} what its recipe adds to the host:")
@@ -291,16 +291,28 @@ def _recipe_in_force(pruning: Pruning) -> Recipe:
     return recipe.with_stages(pruning.plan.blocks, ratios)
 
 
-def _host_facts(pruning: Pruning, state: Mapping[str, Tensor]) -> dict[str, Any]:
+def _host_facts(pruning: Pruning) -> dict[str, Any]:
     kind = type(pruning.host)
-    shapes = {name: list(tensor.shape) for name, tensor in state.items()}
     return {
         "class": f"{kind.__module__}.{kind.__qualname__}",
         "blocks": len(pruning.spec.blocks),
         "num_prefix_tokens": pruning.plan.num_prefix,
-        "tensors": len(shapes),
-        "shapes_sha256": hashlib.sha256(json.dumps(sorted(shapes.items())).encode()).hexdigest(),
     }
+
+
+def _check_facts(pruning: Pruning, facts: Facts, source: Path) -> None:
+    """Raise CheckpointError if the host is understood otherwise than when it was saved."""
+    now = _host_facts(pruning)
+    for name in ("blocks", "num_prefix_tokens"):
+        before = facts.host.get(name, now[name])  # older folders may lack it
+        if before != now[name]:
+            raise CheckpointError(
+                f"The checkpoint {str(source)!r} was saved of a model with {name}={before}, but "
+                f"{type(pruning.host).__name__} is taken by adapter {pruning.spec.adapter!r} to "
+                f"have {name}={now[name]}, which gives other outputs. Pass the host and the "
+                "adapter as they were when it was wrapped: tokenprune.load(folder, host, "
+                "adapter=...)."
+            )
 
 
 def _wrap_options(facts: Facts) -> dict[str, Any]:

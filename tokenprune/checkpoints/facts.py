@@ -19,10 +19,12 @@ __all__ = [
     "CONFIG",
     "FACTS",
     "FORMAT",
+    "GENERATED",
     "RECIPE",
     "WEIGHTS",
     "Facts",
     "damaged",
+    "noted_library",
     "read_facts",
     "read_recipe",
     "versions",
@@ -34,6 +36,10 @@ WEIGHTS = "model.safetensors"
 ADDED = "predictors.safetensors"
 RECIPE, FACTS, CONFIG = "recipe.yaml", "tokenprune.json", "config.json"
 CERTIFICATE, CARD = "certificate.json", "README.md"
+GENERATED = [
+    *(WEIGHTS, "model-?????-of-?????.safetensors", f"{WEIGHTS}.index.json", ADDED, CERTIFICATE)
+]
+"""Files of an earlier save that would say something else than those of a later one, as patterns."""
 
 
 class Facts(BaseModel):
@@ -80,6 +86,15 @@ def read_facts(source: Path) -> Facts:
     if missing:
         raise CheckpointError(_no_checkpoint(source, missing))
     return facts
+
+
+def noted_library(source: Path) -> str:
+    """The library that builds the host of a folder; empty if none is noted, or it is no such
+    folder."""
+    try:
+        return str(read_facts(source).host.get("library", ""))
+    except CheckpointError:
+        return ""
 
 
 def _no_checkpoint(source: Path, missing: list[str]) -> str:

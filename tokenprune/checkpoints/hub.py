@@ -7,7 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from tokenprune.checkpoints.facts import CARD, WEIGHTS, versions
+from tokenprune.checkpoints.facts import CARD, GENERATED, versions
 from tokenprune.errors import CheckpointError, MissingDependencyError
 
 __all__ = ["fetched", "hub_client", "uploaded"]
@@ -15,7 +15,6 @@ __all__ = ["fetched", "hub_client", "uploaded"]
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 READ = ["*.json", "*.safetensors", "*.yaml", "*.md"]
 """What is fetched: no file with code in it, no pickle."""
-REPLACED = ["model*.safetensors", f"{WEIGHTS}.index.json", "predictors.safetensors"]
 
 
 def hub_client(what: str) -> Any:
@@ -40,10 +39,17 @@ def fetched(
     """The folder itself if it exists, else the local copy of the repository of that name.
 
     Raises:
-        CheckpointError: There is neither; the Hub's answer is in the message.
+        CheckpointError: There is neither; the Hub's answer is in the message. Or there is a folder,
+            and a revision is asked for.
         MissingDependencyError: It is the name of a repository, and huggingface_hub is missing.
     """
     folder = Path(directory)
+    if folder.exists() and revision is not None:
+        raise CheckpointError(
+            f"revision={revision!r} of {str(directory)!r} is asked for, but that is a folder here, "
+            "which has none. Leave revision out, or run elsewhere to get the repository of that "
+            "name."
+        )
     if folder.exists() or not (isinstance(directory, str) and REPOSITORY.fullmatch(directory)):
         return folder
     hub = hub_client(f"There is no folder {directory!r}; to look for it on the Hugging Face Hub")
@@ -74,7 +80,8 @@ def uploaded(
     revision: str | None = None,
     commit_message: str | None = None,
     create_pr: bool = False,
-    replace_card: bool = False,
+    replace_card: bool,
+    is_own_card: Callable[[Path], bool],
 ) -> str:
     """Write a folder and upload it as one commit.
 
@@ -86,7 +93,8 @@ def uploaded(
         revision: Branch; made if it does not exist.
         commit_message: None names this library.
         create_pr: As a pull request.
-        replace_card: Also where the repository has a model card, which its owner may have edited.
+        replace_card: Also where the repository has a model card that its owner edited.
+        is_own_card: Whether a card is as this library wrote it; that one is always replaced.
 
     Returns:
         The address of the commit.
@@ -101,7 +109,11 @@ def uploaded(
         api.create_branch(name, branch=revision, exist_ok=True)
     keep_card = not replace_card and api.file_exists(name, CARD, revision=revision)
     with TemporaryDirectory() as folder:
-        target = Path(folder) / name.rpartition("/")[2]
+        if keep_card:
+            before = Path(folder) / "before"
+            there = api.hf_hub_download(name, CARD, revision=revision, local_dir=before)
+            keep_card = not is_own_card(Path(there))
+        target = Path(folder) / "new" / name.rpartition("/")[2]
         write(target, name)
         done = api.upload_folder(
             repo_id=name,
@@ -109,7 +121,7 @@ def uploaded(
             revision=revision,
             commit_message=commit_message or "Add a model of tokenprune",
             create_pr=create_pr,
-            delete_patterns=REPLACED,
+            delete_patterns=GENERATED,
             ignore_patterns=[CARD] if keep_card else None,
         )
     return str(getattr(done, "commit_url", done))

@@ -18,10 +18,17 @@ from torch import Tensor, nn
 
 from tokenprune.checkpoints.facts import CONFIG, Facts
 from tokenprune.errors import CheckpointError, TokenPruneError
-from tokenprune.hosts.build import build_host, model_library
+from tokenprune.hosts.build import build_host, model_library, names_files
 from tokenprune.recipe import Recipe
+from tokenprune.recipe.schema import HostSection
 
-__all__ = ["library_of", "like_saved", "rebuilt", "reloaded", "write_config"]
+__all__ = ["library_of", "like_saved", "rebuilt", "reloaded", "safe_section", "write_config"]
+
+NO_MATHS = {
+    *("training", "grad_checkpointing", "gradient_checkpointing", "fused_attn"),
+    "name_or_path",
+}
+"""Attributes that say how, not what, a host computes, and where it came from."""
 
 
 def library_of(host: nn.Module) -> str:
@@ -54,9 +61,10 @@ def write_config(host: nn.Module, folder: Path) -> tuple[str, str]:
         elif not there:
             _write_transformers(host, folder)
         again = _sketch(library, type(host), folder)
-        if type(again) is type(host) and _shapes(again) == _shapes(host):
+        differs = _difference(host, again)
+        if not differs:
             return library, ""
-        why = "a layer was replaced"
+        why = f"a layer was replaced or set otherwise ({differs})"
         if library == "timm" and not hasattr(host, "_model_args"):
             why += ", or it was built with arguments, which this older timm does not note"
         why_not = f"{library} builds another model by its configuration: {why}"
@@ -74,6 +82,9 @@ def _write_timm(host: nn.Module, file: Path) -> None:
     if not hasattr(host, "_model_args"):  # an older timm does not note what a model was made with
         size = getattr(getattr(host, "patch_embed", None), "img_size", None)
         known = {"num_classes": host.num_classes} | ({"img_size": size} if size else {})
+    else:  # timm leaves these out, which training needs
+        made: Any = host._model_args
+        known = {name: rate for name, rate in made.items() if name.endswith("_rate")}
     save_config_for_hf(host, file, model_args=known)
 
 
@@ -83,8 +94,25 @@ def _write_transformers(host: Any, folder: Path) -> None:
     config.save_pretrained(folder)
 
 
-def _shapes(module: nn.Module) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in module.state_dict().items()}
+def _difference(host: nn.Module, again: nn.Module) -> str:
+    """What the host has otherwise than one that was built again; empty if nothing."""
+    before, after = _settings(host), _settings(again)
+    return next((name for name in before | after if before.get(name) != after.get(name)), "")
+
+
+def _settings(host: nn.Module) -> dict[str, Any]:
+    """What a host computes with: its tensors' shapes, its modules, and their plain attributes.
+
+    As `repr`, so that a NaN equals itself and 1 is not True.
+    """
+    found: dict[str, Any] = {name: tensor.shape for name, tensor in host.state_dict().items()}
+    for path, module in host.named_modules():
+        found[path or "the model"] = type(module), module.extra_repr()
+        for name, value in vars(module).items():
+            plain = isinstance(value, bool | int | float | str)
+            if plain and not name.startswith("_") and name not in NO_MATHS:
+                found[f"{path}.{name}".lstrip(".")] = repr(value)
+    return found
 
 
 def _sketch(library: str, kind: Any, folder: Path) -> nn.Module:
@@ -124,12 +152,13 @@ def rebuilt(source: Path, facts: Facts, recipe: Recipe) -> nn.Module:
     """A host like the saved one, in eval mode; its weights are still to be loaded.
 
     Raises:
-        CheckpointError: Neither the folder nor the recipe says how to build it.
+        CheckpointError: Neither the folder nor the recipe says how to build it, or the recipe
+            names files of somewhere else.
         MissingDependencyError: Its library is not installed.
     """
     library, made = str(facts.host.get("library", "")), str(facts.host.get("class", "unknown"))
     if not library and recipe.host is not None:
-        return build_host(recipe.host)
+        return build_host(safe_section(recipe.host, source))
     if not library:
         raise CheckpointError(
             f"{str(source)!r} does not say how to build its host, a {made} "
@@ -149,6 +178,23 @@ def rebuilt(source: Path, facts: Facts, recipe: Recipe) -> nn.Module:
             f"{facts.versions.get(library, 'unknown')}. Install that version, or pass the host: "
             f"tokenprune.load({str(source)!r}, host)."
         ) from error
+
+
+def safe_section(section: HostSection, source: Path) -> HostSection:
+    """The `host` section of a folder, which somebody else may have written: nothing is read or
+    downloaded for it.
+
+    Raises:
+        CheckpointError: It names a path or a repository.
+    """
+    if names_files(section):
+        raise CheckpointError(
+            f"The recipe in {str(source)!r} has its host from {section.model!r}, which is a path "
+            f"or a repository and no name that {section.library} knows; a folder does not decide "
+            "what is read or downloaded. If you trust it, build that host and pass it: "
+            f"tokenprune.load({str(source)!r}, host), or --host on the command line."
+        )
+    return section
 
 
 def _class_named(library: Any, path: str) -> Any:

@@ -138,7 +138,7 @@ def push_to_hub(
         revision: Branch; made if it does not exist.
         commit_message: None names this library.
         create_pr: As a pull request.
-        card: As for `save_pretrained`. None keeps the card of a repository that has one.
+        card: As for `save_pretrained`. None keeps the card of a repository that somebody edited.
         saving: Passed to `save_pretrained`.
 
     Returns:
@@ -167,6 +167,7 @@ def push_to_hub(
         commit_message=commit_message,
         create_pr=create_pr,
         replace_card=card is not None and card is not False,
+        is_own_card=is_generated,
     )
 
 

@@ -44,6 +44,8 @@ class _Group(TyperGroup):
                 raise
             show_error(error)
             raise typer.Exit(MENDABLE) from None
+        except BrokenPipeError:  # `tokenprune ... | head`: click ends quietly
+            raise
         except Exception as error:
             # what typer and click raise by themselves they also show
             if ctx.params.get("debug") or type(error).__module__.startswith(("click", "typer")):

@@ -39,7 +39,8 @@ def demo(
 ) -> None:
     """Train a small ViT on scikit-learn's digits, prune it, and report accuracy and speed."""
     try:
-        from tokenprune.cli.runs import prepare, write_input
+        from tokenprune.cli.run_input import write_input
+        from tokenprune.cli.runs import prepare
         from tokenprune.train import evaluate, fit, pretrain
     except ModuleNotFoundError as error:
         raise MissingDependencyError(
@@ -100,7 +101,7 @@ def demo(
     stages = stage_table(chosen, counted, certificate.num_keep)
     tables = [accuracy_table(figures), speed_table(figures), stages]
     details = [cost_table(counted), certificate_table(certificate), settings_table(figures)]
-    checkpoint = save(model, output / "checkpoint")
+    checkpoint = save(model, output / "checkpoint", host=run.host)
     write_input(checkpoint, None, run)
     picture = output / "pruning.png"
     draw(model, run.data, count=10).save(picture, format="PNG")

@@ -38,7 +38,8 @@ class Opened:
 
     def image_settings(self) -> dict[str, Any]:
         """How images are prepared for it: the keyword arguments of `read_images`, `load_data`."""
-        from tokenprune.cli.runs import noted_settings, settings_of
+        from tokenprune.cli.run_input import noted_settings
+        from tokenprune.cli.runs import settings_of
 
         noted = None if self.folder is None else noted_settings(self.folder)
         return noted or settings_of(self.model, self.published, self.folder)

@@ -7,15 +7,16 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tokenprune.checkpoints.directory import load
 from tokenprune.checkpoints.facts import read_facts, read_recipe
+from tokenprune.checkpoints.rebuild import safe_section
 from tokenprune.cli.console import warn
 from tokenprune.cli.hosts import build, host_section, is_function
+from tokenprune.cli.run_input import INPUT, read_input, resolved
 from tokenprune.errors import CheckpointError, HostError, PlanError
 from tokenprune.hosts.build import build_host, input_settings, model_library
 from tokenprune.hosts.files import is_host_files
@@ -33,39 +34,29 @@ __all__ = [
     "image_argument",
     "keep_ratios",
     "load_host_weights",
-    "noted_settings",
     "prepare",
     "prune_by",
     "read_images",
     "reopen",
     "reopen_model",
     "settings_of",
-    "write_input",
 ]
 
-INPUT = "input.json"
 NO_IMAGES = (
     "{!r} does not say on which images it was trained (there is no {}, which `tokenprune train` "
     "writes). Give images with --data."
 )
 
 
-class _Input(BaseModel):
-    """How images must look for a trained model; written into the folder of its checkpoint."""
-
-    data: str | None
-    settings: dict[str, Any]
-    class_names: list[str]
-
-
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """A host, or the wrapped model of a checkpoint; images that fit it, and the `input_settings`
-    they are prepared by."""
+    they are prepared by. `host` is the `host` section with what was added to build it for them."""
 
     model: nn.Module
     data: DataBundle
     settings: dict[str, Any]
+    host: dict[str, Any] | None = None
 
 
 def host_of(recipe: Recipe, folder: Path | None = None) -> HostSection:
@@ -97,7 +88,21 @@ def prepare(
     bundle = load_data(data, **settings, train=recipe.train, seed=recipe.train.seed)
     options = {"pretrained": pretrained, "drop_path": recipe.train.drop_path}
     host = _build(section, bundle.num_classes, settings, **options)
-    return Run(model=host, data=bundle, settings=settings)
+    described = _described(section, host, bundle.num_classes, settings)
+    return Run(model=host, data=bundle, settings=settings, host=described)
+
+
+def _described(
+    section: HostSection, host: nn.Module, num_classes: int, settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A section by which `load` builds the same host, where its library does not note it."""
+    found = section.model_dump(mode="json")
+    if section.library == "timm":  # transformers writes all of it into its configuration
+        found["kwargs"] |= {"num_classes": num_classes, "in_chans": settings["in_chans"]}
+        size = getattr(getattr(host, "patch_embed", None), "img_size", None)
+        if size is not None:  # others take images of any size, and perhaps no such option
+            found["kwargs"]["img_size"] = list(size) if isinstance(size, tuple) else size
+    return found
 
 
 def _build(
@@ -131,18 +136,10 @@ def load_host_weights(host: nn.Module, file: Path) -> None:
         ) from error
 
 
-def write_input(directory: Path, data: str | None, run: Run) -> None:
-    """Write into the folder of a checkpoint how its images were prepared, for `reopen`."""
-    directory.mkdir(parents=True, exist_ok=True)
-    names = list(run.data.class_names)
-    noted = _Input(data=_resolved(data), settings=run.settings, class_names=names)
-    (directory / INPUT).write_text(noted.model_dump_json(indent=2) + "\n", encoding="utf-8")
-
-
 def reopen(directory: Path, data: str | None, host: str = "", options: Sequence[str] = ()) -> Run:
     """The wrapped model of a checkpoint, and `held_out_images`. `host` and `options` say which host
     to build, if the folder does not."""
-    if data is None and _read_input(directory) is None:
+    if data is None and read_input(directory) is None:
         read_facts(directory)
         raise CheckpointError(NO_IMAGES.format(str(directory), INPUT))
     model = reopen_model(directory, host, options)
@@ -161,14 +158,14 @@ def held_out_images(
         CheckpointError: There is no training run, and `data` is None.
         DataError: They have other classes.
     """
-    noted = _read_input(directory)
+    noted = read_input(directory)
     if noted is None and data is None:
         raise CheckpointError(NO_IMAGES.format(str(directory), INPUT))
     if noted is None:
         warn(f"{directory} lacks {INPUT}: images are prepared as for the host's published weights")
         settings, held_out = settings_of(model, True, directory), 1.0
     else:
-        others = data is not None and _resolved(data) != noted.data
+        others = data is not None and resolved(data) != noted.data
         settings, data = noted.settings, data or noted.data
         held_out = 1.0 if others else HELD_OUT
     train = pruning_of(model).recipe.train
@@ -192,12 +189,13 @@ def reopen_model(directory: Path, host: str = "", options: Sequence[str] = ()) -
     """
     if options and not host:
         raise HostError("--option is for building a host; name it with --host.")
-    facts, recipe, noted = read_facts(directory), read_recipe(directory), _read_input(directory)
+    facts, recipe, noted = read_facts(directory), read_recipe(directory), read_input(directory)
     if not host and facts.host.get("library"):
         return load(directory)
     if host and (is_function(host) or is_host_files(Path(host))):
         return load(directory, build(host, options))
-    section = host_section(host, options) if host else host_of(recipe, directory)
+    own = None if host else safe_section(host_of(recipe, directory), directory)
+    section = own or host_section(host, options)
     if noted is None:  # written by `tokenprune.save`: the host as it is described
         built = build_host(section)
     else:
@@ -212,12 +210,6 @@ def reopen_model(directory: Path, host: str = "", options: Sequence[str] = ()) -
             f"{section.kwargs}, give it with --host {section.library}:{section.model} and an "
             "--option KEY=VALUE for each, or save it with tokenprune.save(model, folder, host=...)."
         ) from error
-
-
-def noted_settings(directory: Path) -> dict[str, Any] | None:
-    """How the images of a training run were prepared; None if the folder does not say so."""
-    noted = _read_input(directory)
-    return None if noted is None else noted.settings
 
 
 def settings_of(model: nn.Module, published: bool, folder: Path | None = None) -> dict[str, Any]:
@@ -356,24 +348,6 @@ def keep_ratios(text: str) -> float | list[float]:
             "0.7,0.5,0.3."
         ) from None
     return ratios[0] if len(ratios) == 1 else ratios
-
-
-def _resolved(data: str | None) -> str | None:
-    """Absolute path of an image folder; None for scikit-learn's digits."""
-    return None if data in (None, "digits") else str(Path(str(data)).resolve())
-
-
-def _read_input(directory: Path) -> _Input | None:
-    file = directory / INPUT
-    if not file.exists():
-        return None
-    try:
-        return _Input.model_validate_json(file.read_text(encoding="utf-8"))
-    except (ValidationError, UnicodeDecodeError) as error:
-        raise CheckpointError(
-            f"{str(file)!r} is damaged: {error}. Delete it to prepare images by the defaults of "
-            "the recipe's host."
-        ) from error
 
 
 def _short(names: Sequence[str]) -> str:

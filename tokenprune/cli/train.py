@@ -62,7 +62,8 @@ def train(
 
     On several processes: torchrun --nproc-per-node 2 --no-python tokenprune train RECIPE
     """
-    from tokenprune.cli.runs import load_host_weights, prepare, write_input
+    from tokenprune.cli.run_input import write_input
+    from tokenprune.cli.runs import load_host_weights, prepare
     from tokenprune.cli.scores import scores
     from tokenprune.train import fit, pretrain
     from tokenprune.train.arguments import with_overrides
@@ -118,7 +119,7 @@ def train(
         )
     if is_main_process():
         write_input(folder, data, run)
-        save(wrapped, folder)
+        save(wrapped, folder, host=run.host)
         with bar("evaluating", "images") as step:
             found, table = scores(wrapped, run.data, progress=step)
         lines = (f"checkpoint   {folder}", f"next         tokenprune visualize {folder}")

@@ -23,7 +23,7 @@ from tokenprune.cli.options import (
     Settings,
     output,
 )
-from tokenprune.errors import HostError, PlanError
+from tokenprune.errors import CheckpointError, HostError, PlanError
 from tokenprune.runtime.model import PrunedModel
 from tokenprune.wrapping import wrap
 
@@ -122,6 +122,16 @@ def compare(
     report(as_json, {**asdict(found), "advice": advice}, found.table(), *lines)
 
 
+def _described(opened: Opened, given: Sequence[str]) -> dict[str, Any] | None:
+    """The `host` section of a host that was built by name; None if there is none that says it."""
+    if opened.folder is not None or is_function(opened.name) or Path(opened.name).exists():
+        return None
+    try:
+        return host_section(opened.name, given).model_dump()
+    except HostError:  # options that a recipe does not hold, such as a mapping
+        return None
+
+
 def calibrate(
     model: ModelName,
     folder: Annotated[Path, output("Folder for the calibrated model.")],
@@ -145,11 +155,14 @@ def calibrate(
 ) -> None:
     """Spend a budget where a model loses least on images without labels, and save the model."""
     from tokenprune.checkpoints.directory import save
+    from tokenprune.cli.run_input import copy_input
     from tokenprune.tune.calibrate import calibrate as run
 
     given = [*(setting or ()), *(option or ())]
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"Cannot save to {str(folder)!r}: it is a file. Name a directory.")
     opened = _open(model, given, host=host, pretrained=pretrained, host_weights=host_weights)
-    wrapped = opened.model
+    wrapped, described = opened.model, _described(opened, given)
     if isinstance(wrapped, PrunedModel) and recipe:
         raise HostError(
             f"--recipe is for building a model by name; {model!r} has its own. Leave --recipe out."
@@ -165,10 +178,9 @@ def calibrate(
     with progress("calibrating") as step:
         options: dict[str, Any] = {"trials": trials, "seed": seed, "resume": resume}
         found = run(wrapped, batches, macs, **options, progress=step)
-    resume.unlink(missing_ok=True)  # of no use to a calibration that is done
-    described = None
-    if opened.folder is None and not is_function(model) and not Path(model).exists():
-        described = host_section(model, given).model_dump()
     save(wrapped, folder, host=described)
+    if opened.folder is not None:
+        copy_input(opened.folder, folder)
+    resume.unlink(missing_ok=True)  # of no use to a calibration that is saved
     data_found = {**asdict(found), "recipe": found.recipe.model_dump(mode="json")}
     report(as_json, {**data_found, "folder": folder}, found.table(), f"saved {folder}")

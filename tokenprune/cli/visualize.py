@@ -59,7 +59,7 @@ def visualize(
     host_weights: HostWeights = None,
 ) -> None:
     """Draw images at each stage: dropped patches are dimmed, merged ones painted by group."""
-    from tokenprune.cli.runs import prune_by, reopen
+    from tokenprune.cli.runs import held_out_images, prune_by
 
     given = [text for text in image or () if not SETTING.match(text) or Path(text).exists()]
     options = [*(text for text in image or () if text not in given), *(option or ())]
@@ -69,32 +69,35 @@ def visualize(
     if given and data is not None:
         raise HostError("Give image files or --data, not both.")
     if not given and not is_folder and not Path(model).exists():
-        raise HostError(
-            f"Asked to draw {model!r}, which is no folder of a training run, without images. Name "
-            f"image files: tokenprune visualize {model} cat.png dog.png -o out.png"
-        )
+        raise _no_images(model)
+    opened = open_model(
+        model,
+        options,
+        recipe=recipe,
+        adapter=adapter,
+        host=host,
+        pretrained=pretrained,
+        host_weights=host_weights,
+    )
+    wrapped = opened.model
+    prune_by(wrapped, keep_ratio, threshold)
     if given:
-        opened = open_model(
-            model,
-            options,
-            recipe=recipe,
-            adapter=adapter,
-            host=host,
-            pretrained=pretrained,
-            host_weights=host_weights,
-        )
-        wrapped = opened.model
-        prune_by(wrapped, keep_ratio, threshold)
         with working("drawing"):
             shown, trace = picture_of(opened, [Path(file) for file in given], tile)
     else:
-        with working("loading"):
-            run = reopen(Path(model), data, host, options)
-            prune_by(run.model, keep_ratio, threshold)
-        wrapped = run.model
+        if opened.folder is None:
+            raise _no_images(model)
         with working("drawing"):
-            shown, trace = drawn(wrapped, run.data, count, tile)
+            bundle, _ = held_out_images(opened.folder, wrapped, data)
+            shown, trace = drawn(wrapped, bundle, count, tile)
     say(f"picture   {write_picture(target, shown, trace, wrapped)}")
+
+
+def _no_images(model: str) -> HostError:
+    return HostError(
+        f"Asked to draw {model!r}, which is no folder of a training run, without images. Name "
+        f"image files: tokenprune visualize {model} cat.png dog.png -o out.png"
+    )
 
 
 def draw(model: nn.Module, data: Any, count: int, tile: int = 112) -> Any:

@@ -19,7 +19,7 @@ from tokenprune.errors import (
 )
 from tokenprune.recipe.schema import HostSection
 
-__all__ = ["build_host", "input_settings", "model_library"]
+__all__ = ["build_host", "input_settings", "model_library", "names_files"]
 
 ANY_SIZE = 224  # of hosts that do not say which they take
 
@@ -111,6 +111,16 @@ def model_library(name: str, wanted: str) -> Any:
         ) from error
 
 
+def names_files(section: HostSection) -> bool:
+    """Whether `model` is a path or a repository, and no name that the library itself knows."""
+    model = section.model
+    if not {"/", "\\", ":"}.isdisjoint(model):
+        return True
+    if section.library == "timm" or not Path(model).is_dir():
+        return False
+    return model not in _library(section).CONFIG_MAPPING
+
+
 def _library(section: HostSection) -> Any:
     return model_library(section.library, section.model)
 
@@ -120,7 +130,7 @@ def _timm(section: HostSection) -> Any:
     timm, model = _library(section), section.model
     import tokenprune.models  # noqa: F401  registers lvvit_* with timm
 
-    if ":" not in model and "/" not in model and not timm.is_model(model):
+    if ":" not in model and not timm.is_model(model):
         hint = did_you_mean(model, timm.list_models())
         if model.endswith(("Model", "Classification")):
             hint = f"For transformers write transformers:{model}."
@@ -198,7 +208,9 @@ def _config(section: HostSection, pretrained: bool) -> tuple[Any, Callable[[Any]
     unknown = f"transformers has no model type, class or checkpoint {model!r}."
     if model not in types and ("/" in model or Path(model).is_dir()):
         try:
-            known = config = library.AutoConfig.from_pretrained(model, **section.kwargs)
+            known = config = library.AutoConfig.from_pretrained(
+                model, trust_remote_code=False, **section.kwargs
+            )
         except (OSError, ValueError) as error:
             raise UnsupportedHostError(
                 f"{unknown} {error} Check the name, or name a folder that save_pretrained wrote."

@@ -84,8 +84,13 @@ def _load_all() -> None:
     import tokenprune.adapters
 
     tokenprune.adapters.register_all()
-    for entry in entry_points(group=ENTRY_POINTS):
-        register_adapter(entry.load())
+    try:
+        for entry in entry_points(group=ENTRY_POINTS):
+            register_adapter(entry.load())
+    except BaseException:  # the next look-up says so too, and does not go on with half of them
+        _registry.clear()
+        _loaded = False
+        raise
 
 
 def list_adapters() -> list[str]:

@@ -150,9 +150,10 @@ class LVViT(nn.Module):
         drop_rate: Dropout of the embedded tokens, of the attention projection and of the MLP.
         attn_drop_rate: Dropout of the attention weights.
         drop_path_rate: Stochastic depth of the last block; it grows linearly from 0.
+        global_pool: Only "token"; timm notes it with a saved model.
 
     Raises:
-        HostError: Sizes that do not divide, or a negative `num_classes`.
+        HostError: Sizes that do not divide, a negative `num_classes`, or another `global_pool`.
     """
 
     def __init__(
@@ -171,6 +172,7 @@ class LVViT(nn.Module):
         drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        global_pool: str = "token",
     ) -> None:
         super().__init__()
         height, width = to_2tuple(img_size)
@@ -209,7 +211,7 @@ class LVViT(nn.Module):
             for i in range(depth)
         )
         self.norm = nn.LayerNorm(embed_dim)
-        self.reset_classifier(num_classes)
+        self.reset_classifier(num_classes, global_pool)
         trunc_normal_(self.cls_token, std=0.02)
         trunc_normal_(self.pos_embed, std=0.02)
         self.apply(init_linear)

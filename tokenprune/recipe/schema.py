@@ -25,6 +25,17 @@ __all__ = [
     "TrainSection",
 ]
 
+RUNS_CODE = frozenset(
+    {
+        "cache_dir",
+        "checkpoint_path",
+        "code_revision",
+        "pretrained_cfg",
+        "pretrained_cfg_overlay",
+        "token",
+        "trust_remote_code",
+    }
+)
 _Ratio = Annotated[float, Field(gt=0, le=1)]
 _Share = Annotated[float, Field(ge=0, le=1)]
 _Block = Annotated[int, Field(ge=0)]
@@ -58,6 +69,18 @@ def _check_blocks(blocks: tuple[int, ...]) -> tuple[int, ...]:
         if later < earlier:
             raise ValueError(f"block {later} comes after block {earlier}; order stages by block")
     return blocks
+
+
+def _no_code(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Raise ValueError for what makes a library run code, unpickle a file or go to a network."""
+    refused = sorted(RUNS_CODE & kwargs.keys())
+    if refused:
+        raise ValueError(
+            f"{', '.join(refused)}: a recipe may come from somebody else, so it names no code to "
+            "run and no file to read. Leave it out; build such a host yourself and pass it to "
+            "tokenprune.wrap or tokenprune.load"
+        )
+    return kwargs
 
 
 _Plain = Annotated[Any, AfterValidator(_plain)]
@@ -290,9 +313,9 @@ class HostSection(Section):
     Attributes:
         library: where the model comes from.
         model: timm's model name, or the transformers checkpoint or model type.
-        kwargs: for building the model.
+        kwargs: for building the model; none that makes a library run code or read a file.
     """
 
     library: Literal["timm", "transformers"]
     model: Annotated[str, Field(min_length=1)]
-    kwargs: dict[str, _Plain] = Field(default_factory=dict)
+    kwargs: Annotated[dict[str, _Plain], AfterValidator(_no_code)] = Field(default_factory=dict)
