@@ -203,7 +203,7 @@ class _Task:
             pruning = Pruning(
                 host=host,
                 adapter=self.adapter,
-                reading=reading,
+                reading=reading.found(blocks),
                 spec=spec,
                 recipe=chosen,
                 method=choice_of(chosen, spec),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import tokenprune
 from tokenprune.analysis.equations import Equation
-from tokenprune.errors import TokenPruneError, TokenPruneWarning, UnsupportedHostError
+from tokenprune.errors import PlanError, TokenPruneError, TokenPruneWarning, UnsupportedHostError
 
 WIDTH, HEADS = 16, 2
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -139,6 +139,57 @@ def test_an_arch_spec_overrides_each_fact() -> None:
     model = tokenprune.wrap(Pairs(), example_inputs=IMAGES, adapter=spec)
     assert model._pruning.spec.blocks == ("layers.0", "layers.2")
     assert model._pruning.plan.num_prefix == 1
+
+
+class Pooled(Pairs):
+    """Half of the tokens are left after the first pair."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.tokens(x)
+        for number, (attention, feed) in enumerate(self.layers):
+            x = attention(x) + x
+            x = feed(x) + x
+            x = x.reshape(len(x), 9, 2, WIDTH).mean(2) if number == 0 else x
+        y: Tensor = self.head(x.mean(1))
+        return y
+
+
+def test_named_blocks_keep_their_numbers() -> None:
+    spec = tokenprune.ArchSpec(blocks=("layers.0", "layers.1", "layers.2"), num_prefix_tokens=0)
+    asked = {"version": 1, "scorer": "token-norm", "stages": [{"block": 1, "keep_ratio": 0.5}]}
+    model = tokenprune.wrap(Pooled(), asked, example_inputs=IMAGES, adapter=spec, train=False)
+    assert model._pruning.spec.blocks == spec.blocks
+    asked["stages"] = [{"block": 0, "keep_ratio": 0.5}, {"block": 1, "keep_ratio": 0.3}]
+    with pytest.raises(PlanError, match="Put all stages into one stretch, such as blocks 0 to 0"):
+        tokenprune.wrap(Pooled(), asked, example_inputs=IMAGES, adapter=spec, train=False)
+
+
+class WithText(Pairs):
+    """A tower of another input runs first, with blocks of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.texts = nn.ModuleList(nn.ModuleList([Attention(), feed_forward()]) for _ in range(2))
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        for attention, feed in self.texts:
+            text = attention(text) + text
+            text = feed(text) + text
+        y: Tensor = super().forward(x) + self.head(text.mean(1))
+        return y
+
+
+def test_a_later_call_is_pruned_in_the_blocks_that_were_found() -> None:
+    given, asked = {"x": IMAGES, "text": torch.randn(2, 7, WIDTH)}, "token-norm-k0.7"
+    model = tokenprune.wrap(WithText(), asked, example_inputs=given, train=False).eval()
+    found = ("layers.0", "layers.1", "layers.2")
+    for length in (7, 18):  # as many as there are image tokens
+        model(IMAGES, torch.randn(2, length, WIDTH))
+        assert model._pruning.spec.blocks == found
+    host = tokenprune.unwrap(model)
+    host.layers = nn.ModuleList()
+    with pytest.raises(PlanError, match=r"runs other blocks, .* Unwrap it, and wrap it again"):
+        model(IMAGES, torch.randn(2, 9, WIDTH))
 
 
 def test_what_a_refusal_recommends_helps() -> None:
