@@ -192,19 +192,39 @@ def test_a_later_call_is_pruned_in_the_blocks_that_were_found() -> None:
         model(IMAGES, torch.randn(2, 9, WIDTH))
 
 
+class Apart(Pairs):
+    """Attentions and feed-forwards stand side by side, as attributes of the host."""
+
+    def __init__(self) -> None:
+        super().__init__(depth=1)
+        for number in range(2):
+            setattr(self, f"attn{number}", Attention())
+            setattr(self, f"ff{number}", feed_forward())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.tokens(x)
+        for number in range(2):
+            x = x + getattr(self, f"attn{number}")(x)
+            x = x + getattr(self, f"ff{number}")(x)
+        y: Tensor = self.head(x[:, 0])
+        return y
+
+
 def test_what_a_refusal_recommends_helps() -> None:
     wrong = tokenprune.ArchSpec(blocks=("layers.0", "layers.7"))
     with pytest.raises(UnsupportedHostError, match=r"does not have: \['layers.7'\]"):
         tokenprune.wrap(Pairs(), example_inputs=IMAGES, adapter=wrong)
-    wrong = tokenprune.ArchSpec(blocks=("layers",))
-    with pytest.raises(UnsupportedHostError, match="named, but no module at these") as caught:
-        tokenprune.wrap(Pairs(), example_inputs=IMAGES, adapter=wrong)
-    recommended = re.search(r"adapter=(ArchSpec\(.*\))\.$", str(caught.value))
-    assert recommended is not None
-    spec = eval(recommended[1], {"ArchSpec": tokenprune.ArchSpec})
-    assert tokenprune.wrap(Pairs(), example_inputs=IMAGES, adapter=spec)._pruning.spec.blocks == (
-        "layers.0", "layers.1", "layers.2",
-    )  # fmt: skip
+    for make, paths in ((Pairs, ("layers.0", "layers.1", "layers.2")), (Apart, ("attn0", "attn1"))):
+        wrong = tokenprune.ArchSpec(blocks=("layers",))
+        with pytest.raises(UnsupportedHostError, match="named, but no module at these") as caught:
+            tokenprune.wrap(make(), example_inputs=IMAGES, adapter=wrong)
+        recommended = re.search(r"adapter=(ArchSpec\(.*\))\.$", str(caught.value))
+        assert recommended is not None
+        spec = eval(recommended[1], {"ArchSpec": tokenprune.ArchSpec})
+        model = tokenprune.wrap(
+            make(), "token-norm-k0.7", example_inputs=IMAGES, adapter=spec, train=False
+        )
+        assert model._pruning.spec.blocks == paths
 
 
 def test_a_map_of_all_patches_is_served_by_bypass_and_that_is_said() -> None:

@@ -81,7 +81,7 @@ def settle(
     if reading.runs:
         calls = _known(host, calls, reading.runs)
     elif named:
-        calls = _named(host, calls, spec.blocks)
+        calls = _named(host, traced, calls, spec.blocks)
     if not calls:
         raise UnsupportedHostError(
             f"No transformer block is found in {traced.host}: nothing in its forward is a sum "
@@ -114,17 +114,25 @@ def _are_called(host: nn.Module, traced: HostGraph, paths: Sequence[str]) -> boo
     return any(own[host.get_submodule(path)] in traced.calls for path in paths)
 
 
-def _named(host: nn.Module, calls: Sequence[ModuleCall], paths: Sequence[str]) -> list[ModuleCall]:
+def _named(
+    host: nn.Module, traced: HostGraph, calls: Sequence[ModuleCall], paths: Sequence[str]
+) -> list[ModuleCall]:
     """The blocks of the graph that are known by these paths."""
     wanted = Counter(paths)
     found = [call for call in calls if wanted[call.path] > call.number]
     missing = set(paths) - {call.path for call in found}
     if missing:
         known = tuple(dict.fromkeys(call.path for call in calls))
+        advice = f"Its blocks are: adapter=ArchSpec(blocks={known!r})."
+        if _are_called(host, traced, known):  # then a name would be taken for that module alone
+            advice = (
+                f"Its blocks begin in {list(known)}, which are more than these modules, so they "
+                "cannot be named. Leave `blocks` out, and they are found: adapter=ArchSpec()."
+            )
         raise UnsupportedHostError(
             f"The blocks {sorted(missing)} were named, but no module at these paths is called in "
-            f"the forward of {type(host).__name__}, and the graph has no block of that name. Its "
-            f"blocks are: adapter=ArchSpec(blocks={known!r})."
+            f"the forward of {type(host).__name__}, and the graph has no block of that name. "
+            f"{advice}"
         )
     return found
 
