@@ -20,9 +20,13 @@ from tokenprune.hosts.spec import ArchSpec
 from tokenprune.tracing.calls import ModuleCall
 from tokenprune.tracing.host_graph import HostGraph
 
-__all__ = ["Reading", "readings", "settle"]
+__all__ = ["NoBlocksError", "Reading", "readings", "settle"]
 
 Mode = Literal["remove", "bypass"]
+
+
+class NoBlocksError(UnsupportedHostError):
+    """Nothing in this call attends."""
 
 
 class Reading(NamedTuple):
@@ -77,18 +81,18 @@ def settle(
         blocks = find_blocks(host, traced, spec)
         return _with_prefix(host, traced, spec, blocks, reading), blocks
     calls = find_stretches(host, traced)
-    named = bool(spec.blocks) and not (reading.of_graph or reading.guessed)
-    if reading.runs:
-        calls = _known(host, calls, reading.runs)
-    elif named:
-        calls = _named(host, traced, calls, spec.blocks)
     if not calls:
-        raise UnsupportedHostError(
+        raise NoBlocksError(
             f"No transformer block is found in {traced.host}: nothing in its forward is a sum "
             "x + f(x) of tokens [B, L, D] in which f attends. Convolutional networks have no "
             "tokens to prune. If modules of it are blocks of another kind, name them: "
             "adapter=ArchSpec(blocks=('layers.0', 'layers.1'), num_prefix_tokens=0)."
         )
+    named = bool(spec.blocks) and not (reading.of_graph or reading.guessed)
+    if reading.runs:
+        calls = _known(host, calls, reading.runs)
+    elif named:
+        calls = _named(host, traced, calls, spec.blocks)
     main, plain = _main(host, traced, calls)
     if reading.guessed and reading.mode is None:
         spec = replace(spec, mode="remove")
