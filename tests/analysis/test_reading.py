@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 import tokenprune
 from tokenprune.analysis.equations import Equation
+from tokenprune.analysis.residual import find_stretches
 from tokenprune.errors import PlanError, TokenPruneError, TokenPruneWarning, UnsupportedHostError
+from tokenprune.tracing.host_graph import trace
 
 WIDTH, HEADS = 16, 2
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -208,6 +210,41 @@ class Apart(Pairs):
             x = x + getattr(self, f"ff{number}")(x)
         y: Tensor = self.head(x[:, 0])
         return y
+
+
+class Sums(Pairs):
+    """Residual sums of these kinds, in this order: (a)ttention, (f)eed-forward, (b)oth beside each
+    other."""
+
+    def __init__(self, kinds: str) -> None:
+        super().__init__(depth=len(kinds))
+        self.kinds = kinds
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.tokens(x)
+        for kind, (attention, feed) in zip(self.kinds, self.layers, strict=True):
+            if kind == "b":
+                x = x + (attention(x) + feed(x))
+            else:
+                x = x + (attention(x) if kind == "a" else feed(x))
+        y: Tensor = self.head(x[:, 0])
+        return y
+
+
+@pytest.mark.parametrize(
+    ("kinds", "first"),
+    [
+        ("bbbf", (0, 1, 2)),
+        ("aaaf", (0, 1, 2)),
+        ("aafaaf", (0, 3)),
+        ("afaafaf", (0, 2, 3, 5)),
+        ("aa", (0, 1)),
+    ],
+)
+def test_where_blocks_begin(kinds: str, first: tuple[int, ...]) -> None:
+    traced = trace(Sums(kinds).eval(), {"x": IMAGES})
+    calls = find_stretches(Sums(kinds), traced)
+    assert [call.path.split(".")[1] for call in calls] == [str(number) for number in first]
 
 
 def test_what_a_refusal_recommends_helps() -> None:
