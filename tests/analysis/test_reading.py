@@ -274,6 +274,25 @@ def test_a_map_of_all_patches_is_served_by_bypass_and_that_is_said() -> None:
         tokenprune.wrap(Dense(), asked, example_inputs=IMAGES, restore=True)
 
 
+def test_no_warning_is_of_a_reading_that_was_refused(recwarn: pytest.WarningsRecorder) -> None:
+    class OneToken(Pairs):
+        """Reads one patch in eval, all of them in training."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.tokens(x)
+            for attention, feed in self.layers:
+                x = attention(x) + x
+                x = feed(x) + x
+            if self.training:
+                return x[:, 2:].transpose(1, 2).reshape(len(x), WIDTH, 4, 4)
+            return x[:, 7]
+
+    host = OneToken().eval()
+    model = tokenprune.wrap(host, "token-norm-k0.7", example_inputs=IMAGES, restore=True)
+    model.train()(IMAGES)
+    assert [str(warning.message).split(":")[0] for warning in recwarn] == ["mode"]
+
+
 def test_no_other_exception_leaves_wrap() -> None:
     class Odd(Pairs):
         def named_buffers(self, *_: Any, **__: Any) -> Any:
