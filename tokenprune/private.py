@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
 )
+from torch.nn.functional import _canonical_mask as canonical_mask
 from torch.overrides import _get_current_function_mode as function_mode
 from torch.overrides import _pop_mode_temporarily as without_function_mode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -47,6 +48,7 @@ __all__ = [
     "active_fake_mode",
     "attention_order",
     "built_in_functions",
+    "canonical_mask",
     "exporting",
     "flash_attention",
     "function_mode",

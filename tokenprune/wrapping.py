@@ -203,7 +203,7 @@ class _Task:
             pruning = Pruning(
                 host=host,
                 adapter=self.adapter,
-                reading=reading,
+                reading=reading.found(blocks),
                 spec=spec,
                 recipe=chosen,
                 method=choice_of(chosen, spec),
@@ -215,8 +215,7 @@ class _Task:
             )
             programs = pruning.programs(example, traced=traced, blocks=blocks)
             programs.get(host, pruning.path_name(pruning.method.path(training=False)))
-        if self.train:
-            _trace_training(pruning, example)
+        refused = _trace_training(pruning, example) if self.train else None
         wrapped = wrapper_of(pruning)
         first = first_floating(host)
         like = {"device": first.device, "dtype": first.dtype}
@@ -227,11 +226,20 @@ class _Task:
         pruning.added.update({name: m.train(host.training) for name, m in added.items()})
         if self.verify:
             verify_model(wrapped, example, gradients=False)
+        if refused is not None:  # now that this reading is the one
+            warn_once(
+                host,
+                "cannot train",
+                f"This {type(host).__name__} cannot run in training mode once it is wrapped; the "
+                f"first such call raises this: {refused} If the model only serves, pass "
+                "train=False to wrap.",
+            )
         return wrapped
 
 
-def _trace_training(pruning: Pruning, example: Arguments) -> None:
-    """Make the program of the first training step; warn if a host in eval mode cannot train."""
+def _trace_training(pruning: Pruning, example: Arguments) -> TokenPruneError | None:
+    """Make the program of the first training step; what stands in the way, if the host is in eval
+    mode, where it may do without."""
     host = pruning.host
     training = host.training
     with in_mode(host, training=True) if not training else nullcontext():
@@ -241,13 +249,8 @@ def _trace_training(pruning: Pruning, example: Arguments) -> None:
         except TokenPruneError as error:
             if training:
                 raise
-            warn_once(
-                host,
-                "cannot train",
-                f"This {type(host).__name__} cannot run in training mode once it is wrapped; the "
-                f"first such call raises this: {error} If the model only serves, pass train=False "
-                "to wrap.",
-            )
+            return error
+    return None
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 import tokenprune
 from tokenprune.analysis.equations import Equation
-from tokenprune.errors import TokenPruneError, TokenPruneWarning, UnsupportedHostError
+from tokenprune.analysis.residual import find_stretches
+from tokenprune.errors import PlanError, TokenPruneError, TokenPruneWarning, UnsupportedHostError
+from tokenprune.tracing.host_graph import trace
 
 WIDTH, HEADS = 16, 2
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -141,19 +143,125 @@ def test_an_arch_spec_overrides_each_fact() -> None:
     assert model._pruning.plan.num_prefix == 1
 
 
+class Pooled(Pairs):
+    """Half of the tokens are left after the first pair."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.tokens(x)
+        for number, (attention, feed) in enumerate(self.layers):
+            x = attention(x) + x
+            x = feed(x) + x
+            x = x.reshape(len(x), 9, 2, WIDTH).mean(2) if number == 0 else x
+        y: Tensor = self.head(x.mean(1))
+        return y
+
+
+def test_named_blocks_keep_their_numbers() -> None:
+    spec = tokenprune.ArchSpec(blocks=("layers.0", "layers.1", "layers.2"), num_prefix_tokens=0)
+    asked = {"version": 1, "scorer": "token-norm", "stages": [{"block": 1, "keep_ratio": 0.5}]}
+    model = tokenprune.wrap(Pooled(), asked, example_inputs=IMAGES, adapter=spec, train=False)
+    assert model._pruning.spec.blocks == spec.blocks
+    asked["stages"] = [{"block": 0, "keep_ratio": 0.5}, {"block": 1, "keep_ratio": 0.3}]
+    with pytest.raises(PlanError, match="Put all stages into one stretch, such as blocks 0 to 0"):
+        tokenprune.wrap(Pooled(), asked, example_inputs=IMAGES, adapter=spec, train=False)
+
+
+class WithText(Pairs):
+    """A tower of another input runs first, with blocks of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.texts = nn.ModuleList(nn.ModuleList([Attention(), feed_forward()]) for _ in range(2))
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        for attention, feed in self.texts:
+            text = attention(text) + text
+            text = feed(text) + text
+        y: Tensor = super().forward(x) + self.head(text.mean(1))
+        return y
+
+
+def test_a_later_call_is_pruned_in_the_blocks_that_were_found() -> None:
+    given, asked = {"x": IMAGES, "text": torch.randn(2, 7, WIDTH)}, "token-norm-k0.7"
+    model = tokenprune.wrap(WithText(), asked, example_inputs=given, train=False).eval()
+    found = ("layers.0", "layers.1", "layers.2")
+    for length in (7, 18):  # as many as there are image tokens
+        model(IMAGES, torch.randn(2, length, WIDTH))
+        assert model._pruning.spec.blocks == found
+    host = tokenprune.unwrap(model)
+    host.layers = nn.ModuleList()
+    with pytest.raises(PlanError, match=r"runs other blocks, .* Unwrap it, and wrap it again"):
+        model(IMAGES, torch.randn(2, 9, WIDTH))
+
+
+class Apart(Pairs):
+    """Attentions and feed-forwards stand side by side, as attributes of the host."""
+
+    def __init__(self) -> None:
+        super().__init__(depth=1)
+        for number in range(2):
+            setattr(self, f"attn{number}", Attention())
+            setattr(self, f"ff{number}", feed_forward())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.tokens(x)
+        for number in range(2):
+            x = x + getattr(self, f"attn{number}")(x)
+            x = x + getattr(self, f"ff{number}")(x)
+        y: Tensor = self.head(x[:, 0])
+        return y
+
+
+class Sums(Pairs):
+    """Residual sums of these kinds, in this order: (a)ttention, (f)eed-forward, (b)oth beside each
+    other."""
+
+    def __init__(self, kinds: str) -> None:
+        super().__init__(depth=len(kinds))
+        self.kinds = kinds
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.tokens(x)
+        for kind, (attention, feed) in zip(self.kinds, self.layers, strict=True):
+            if kind == "b":
+                x = x + (attention(x) + feed(x))
+            else:
+                x = x + (attention(x) if kind == "a" else feed(x))
+        y: Tensor = self.head(x[:, 0])
+        return y
+
+
+@pytest.mark.parametrize(
+    ("kinds", "first"),
+    [
+        ("bbbf", (0, 1, 2)),
+        ("aaaf", (0, 1, 2)),
+        ("aafaaf", (0, 3)),
+        ("afaafaf", (0, 2, 3, 5)),
+        ("aa", (0, 1)),
+    ],
+)
+def test_where_blocks_begin(kinds: str, first: tuple[int, ...]) -> None:
+    traced = trace(Sums(kinds).eval(), {"x": IMAGES})
+    calls = find_stretches(Sums(kinds), traced)
+    assert [call.path.split(".")[1] for call in calls] == [str(number) for number in first]
+
+
 def test_what_a_refusal_recommends_helps() -> None:
     wrong = tokenprune.ArchSpec(blocks=("layers.0", "layers.7"))
     with pytest.raises(UnsupportedHostError, match=r"does not have: \['layers.7'\]"):
         tokenprune.wrap(Pairs(), example_inputs=IMAGES, adapter=wrong)
-    wrong = tokenprune.ArchSpec(blocks=("layers",))
-    with pytest.raises(UnsupportedHostError, match="named, but no module at these") as caught:
-        tokenprune.wrap(Pairs(), example_inputs=IMAGES, adapter=wrong)
-    recommended = re.search(r"adapter=(ArchSpec\(.*\))\.$", str(caught.value))
-    assert recommended is not None
-    spec = eval(recommended[1], {"ArchSpec": tokenprune.ArchSpec})
-    assert tokenprune.wrap(Pairs(), example_inputs=IMAGES, adapter=spec)._pruning.spec.blocks == (
-        "layers.0", "layers.1", "layers.2",
-    )  # fmt: skip
+    for make, paths in ((Pairs, ("layers.0", "layers.1", "layers.2")), (Apart, ("attn0", "attn1"))):
+        wrong = tokenprune.ArchSpec(blocks=("layers",))
+        with pytest.raises(UnsupportedHostError, match="named, but no module at these") as caught:
+            tokenprune.wrap(make(), example_inputs=IMAGES, adapter=wrong)
+        recommended = re.search(r"adapter=(ArchSpec\(.*\))\.$", str(caught.value))
+        assert recommended is not None
+        spec = eval(recommended[1], {"ArchSpec": tokenprune.ArchSpec})
+        model = tokenprune.wrap(
+            make(), "token-norm-k0.7", example_inputs=IMAGES, adapter=spec, train=False
+        )
+        assert model._pruning.spec.blocks == paths
 
 
 def test_a_map_of_all_patches_is_served_by_bypass_and_that_is_said() -> None:
@@ -164,6 +272,25 @@ def test_a_map_of_all_patches_is_served_by_bypass_and_that_is_said() -> None:
     asked = {"version": 1, "mode": "remove", "schedule": {"keep_ratio": 0.7}}
     with pytest.raises(UnsupportedHostError, match="cannot run with fewer tokens"):
         tokenprune.wrap(Dense(), asked, example_inputs=IMAGES, restore=True)
+
+
+def test_no_warning_is_of_a_reading_that_was_refused(recwarn: pytest.WarningsRecorder) -> None:
+    class OneToken(Pairs):
+        """Reads one patch in eval, all of them in training."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.tokens(x)
+            for attention, feed in self.layers:
+                x = attention(x) + x
+                x = feed(x) + x
+            if self.training:
+                return x[:, 2:].transpose(1, 2).reshape(len(x), WIDTH, 4, 4)
+            return x[:, 7]
+
+    host = OneToken().eval()
+    model = tokenprune.wrap(host, "token-norm-k0.7", example_inputs=IMAGES, restore=True)
+    model.train()(IMAGES)
+    assert [str(warning.message).split(":")[0] for warning in recwarn] == ["mode"]
 
 
 def test_no_other_exception_leaves_wrap() -> None:

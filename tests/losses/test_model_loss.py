@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tokenprune
+from tests.analysis.test_reading import IMAGES, Pairs
 from tests.toys.table import TOYS
 from tests.toys.vit import CLASSES, Vit, pixels
 from tokenprune.errors import HostError, NotWrappedError, PlanError
@@ -178,3 +179,10 @@ def test_a_teacher_with_other_patches_is_refused() -> None:
     output, trace = called(model)
     with pytest.raises(PlanError, match="not the teacher's"):
         loss(pixels(3, 24), output, LABELS, trace)
+
+
+def test_the_teacher_of_a_host_whose_blocks_a_graph_shows() -> None:
+    model = tokenprune.wrap(Pairs(), example_inputs=IMAGES, verify=False).train()
+    output, trace = model(IMAGES, return_trace=True)
+    _, parts = for_model(model, Pairs())(IMAGES, output, torch.tensor([0, 1]), trace)
+    assert {"distill_logits", "distill_tokens"} <= parts.keys()

@@ -15,6 +15,7 @@ from tests.product.test_cli import SMALL_VIT, run
 from tokenprune.cli.hosts import parse_options
 
 OWN = """
+from tests.analysis.test_reading import Pairs
 from tests.product.client_hosts import vit, wrapped
 
 
@@ -24,6 +25,12 @@ def host(seed: int = 0):
 
 def pruned():
     return wrapped(vit())
+
+
+def pairs():
+    host = Pairs(4)
+    host.image_size = 16
+    return host
 
 
 def number():
@@ -68,6 +75,8 @@ def test_every_way_to_name_a_model(places: Path) -> None:
         assert profiled(name)["profile"]["num_patches"] == 16
     for name in ("transformers", "vit.json", "saved", f"transformers:{places / 'transformers'}"):
         assert profiled(name)["profile"]["host"] == "ViTForImageClassification"
+    assert profiled("owners_code:pairs")["profile"]["blocks"][3] == "layers.3"
+    assert "blocks            looked for" in run("inspect", "owners_code:pairs").output
     assert profiled("owners_code:host", "seed=3")["adapter"] == "timm/vision_transformer"
     assert profiled("vit.json", "num_hidden_layers=3")["profile"]["blocks"][2] == "vit.layers.2"
     few = ("--method", "merge-k0.7", "--macs", "0.8", "--images", "4", "--no-timed", "--json")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tokenprune.errors import TokenPruneWarning
 from tokenprune.tracing.decompose import (
     decoder,
     decomposed,
@@ -113,6 +114,65 @@ def test_encoders_and_decoders_round_as_torch_does(mask: str, norm_first: bool) 
     names = {"mask": "tgt_mask", "src_key_padding_mask": "tgt_key_padding_mask"}
     masks = {names[name]: value for name, value in masks.items()}
     torch.testing.assert_close(decoder(other, x, x + 1, **masks), other(x, x + 1, **masks))
+
+
+class OwnAttention(nn.TransformerEncoderLayer):
+    """Adds the masks that it gets to its scores."""
+
+    def _sa_block(
+        self, x: Tensor, attn_mask: Any, key_padding_mask: Any, is_causal: bool = False
+    ) -> Tensor:
+        scores = x @ x.transpose(1, 2)
+        scores = scores if attn_mask is None else scores + attn_mask
+        scores = scores if key_padding_mask is None else scores + key_padding_mask.unsqueeze(1)
+        return scores.softmax(-1) @ x
+
+
+class OwnLayer(OwnAttention):
+    def forward(
+        self, src: Tensor, src_mask: Any = None, src_key_padding_mask: Any = None, **_: Any
+    ) -> Tensor:
+        return src + self._sa_block(src, src_mask, src_key_padding_mask)
+
+
+class ByName(nn.Module):
+    """A layer of a decoder whose masks stand in another order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.self_attn = nn.MultiheadAttention(16, 2, batch_first=True)
+
+    def forward(self, tgt: Tensor, memory: Tensor, *, memory_mask: Any, **_: Any) -> Tensor:
+        return tgt + memory_mask @ memory
+
+
+def test_layers_get_the_masks_that_torch_hands_them() -> None:
+    x, hidden = tokens(5, 3, 16), torch.tensor([[False] * 4 + [True]] * 3)
+    later = torch.ones(5, 5, dtype=torch.bool).triu(1)
+    for masks in ({"src_key_padding_mask": hidden}, {"src_mask": later}):
+        layer = OwnAttention(16, 2, 24, batch_first=True).eval()
+        torch.testing.assert_close(encoder_layer(layer, x, **masks), layer(x, **masks))
+        stack = nn.TransformerEncoder(
+            OwnLayer(16, 2, 24, batch_first=True), 2, enable_nested_tensor=False
+        )
+        masks = {"mask" if name == "src_mask" else name: mask for name, mask in masks.items()}
+        torch.testing.assert_close(encoder(stack, x, **masks), stack(x, **masks))
+    other = nn.TransformerDecoder(ByName(), 2)  # type: ignore[arg-type]
+    given: dict[str, Any] = {"memory_mask": torch.randn(5, 5)}
+    torch.testing.assert_close(decoder(other, x, x + 1, **given), other(x, x + 1, **given))
+
+
+def test_zeros_in_padded_rows_are_told_of() -> None:
+    layer = nn.TransformerEncoderLayer(16, 2, 24, batch_first=True)
+    x, hidden = tokens(5, 3, 16), torch.tensor([[False] * 4 + [True]] * 3)
+    module = nn.TransformerEncoder(layer, 2)
+    encoder(module, x, src_key_padding_mask=hidden)  # in training there are none
+    module.eval()
+    encoder(module, x)
+    with pytest.warns(TokenPruneWarning, match="padded rows: .* enable_nested_tensor=False"):
+        ours = encoder(module, x, src_key_padding_mask=hidden)
+    module.enable_nested_tensor = module.use_nested_tensor = False
+    torch.testing.assert_close(ours, module(x, src_key_padding_mask=hidden))
 
 
 def test_what_is_opened() -> None:

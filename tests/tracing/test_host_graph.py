@@ -278,3 +278,11 @@ def test_other_threads_run_torch_as_it_is_while_a_host_is_traced() -> None:
     (graph,) = graphs
     assert [n.op for n in graph.nodes if n.op != "call_function"] == ["placeholder", "output"]
     assert len(graph.nodes) == 4  # arange and the sum
+
+
+def test_a_tensor_takes_no_arguments() -> None:
+    def branches(_: Host, x: Tensor) -> Tensor:
+        return x(1) if callable(x) else x  # no tensor is callable, each proxy is
+
+    with pytest.raises(TraceError, match=r"callable\(x\) else x.*TypeError"):
+        trace(Host(branches), {"x": torch.ones(2, 5, WIDTH)})

@@ -1,12 +1,11 @@
 """Which of the tokens that enter the first block are of the image, and which are the host's own."""
 
 from collections.abc import Iterable, Mapping
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from tokenprune.private import without_modes
 from tokenprune.tracing.hook_nodes import is_hook_node
@@ -23,13 +22,26 @@ def own_tokens(root: nn.Module, traced: HostGraph, entry: fx.Node) -> tuple[int,
     and detection tokens. None if running the host up to its first block does not tell.
 
     Two batches of random images go through what the host does before that block, without dropout,
-    which would tell equal tokens apart. Nothing of the host changes, and no hook runs. Whole
-    numbers (token ids) and weights on the meta device tell nothing.
+    which would tell equal tokens apart. Masks (bool) are as in a call without padding: first all
+    False, then, if the host refuses that or no token is of the image, all True. Nothing of the
+    host changes, and no hook runs. Whole numbers (token ids) and weights on the meta device tell
+    nothing.
     """
-    given = {node: node.meta["val"] for node in traced.inputs.values()}
-    whole = any(not x.is_floating_point() for x in given.values())
+    kinds = {node.meta["val"].dtype for node in traced.inputs.values()}
+    whole = any(not (kind.is_floating_point or kind == torch.bool) for kind in kinds)
     if whole or any(p.is_meta for p in root.parameters()):
         return None
+    found = _same_in_all(root, traced, entry, masks=False)
+    if found is None and torch.bool in kinds:
+        found = _same_in_all(root, traced, entry, masks=True)
+    return found
+
+
+def _same_in_all(
+    root: nn.Module, traced: HostGraph, entry: fx.Node, *, masks: bool
+) -> tuple[int, int] | None:
+    """How many tokens at the front and at the end two batches of images share."""
+    given = {node: node.meta["val"] for node in traced.inputs.values()}
     devices = {x.device for x in given.values() if x.device.type == "cuda"}
     generator = torch.Generator().manual_seed(0)
     before = _before(traced.graph.nodes, entry)
@@ -38,12 +50,13 @@ def own_tokens(root: nn.Module, traced: HostGraph, entry: fx.Node) -> tuple[int,
     try:
         with without_modes(), torch.no_grad(), buffers_kept(root), random, unhooked:
             for _ in range(2):
-                noise = partial(torch.randn, generator=generator, device="cpu")
-                env = {n: noise(x.shape).to(x.device, x.dtype) for n, x in given.items()}
+                env = {n: _filled(x, generator, masks) for n, x in given.items()}
                 for node in before:
                     if node not in env:
                         env[node] = _value(root, node, env)
                 seen.append(env[entry])
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception:  # images of noise may be refused in any way; then nothing is known
         return None
     tokens = torch.cat(seen)
@@ -53,6 +66,14 @@ def own_tokens(root: nn.Module, traced: HostGraph, entry: fx.Node) -> tuple[int,
     if not any(of_image):
         return None
     return of_image.index(True), of_image[::-1].index(True)
+
+
+def _filled(like: Tensor, generator: torch.Generator, masks: bool) -> Tensor:
+    """An input of this shape: noise, drawn on the CPU whatever the default device."""
+    if like.dtype == torch.bool:
+        return torch.full(like.shape, masks, device=like.device)
+    noise = torch.randn(like.shape, generator=generator, device="cpu")
+    return noise.to(like.device, like.dtype)
 
 
 def _value(root: nn.Module, node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:

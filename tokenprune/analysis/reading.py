@@ -6,7 +6,7 @@ An adapter's facts are hints. What it names is taken as it is; what it leaves op
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
 from torch import nn
 
@@ -14,15 +14,19 @@ from tokenprune.analysis.blocks import Blocks, blocks_of, find_blocks, sequence_
 from tokenprune.analysis.nodes import shape_of
 from tokenprune.analysis.prefix import own_tokens
 from tokenprune.analysis.residual import find_stretches
-from tokenprune.errors import UnsupportedHostError
+from tokenprune.errors import PlanError, UnsupportedHostError
 from tokenprune.hosts.registry import STATED, stated_by
 from tokenprune.hosts.spec import ArchSpec
 from tokenprune.tracing.calls import ModuleCall
 from tokenprune.tracing.host_graph import HostGraph
 
-__all__ = ["Reading", "readings", "settle"]
+__all__ = ["NoBlocksError", "Reading", "readings", "settle"]
 
 Mode = Literal["remove", "bypass"]
+
+
+class NoBlocksError(UnsupportedHostError):
+    """Nothing in this call attends."""
 
 
 class Reading(NamedTuple):
@@ -32,11 +36,17 @@ class Reading(NamedTuple):
         of_graph: Blocks are those of the graph, whatever modules an adapter names.
         mode: The mode that serves; None: as the facts say.
         guessed: The facts are of the generic adapter; what the graph shows goes before them.
+        runs: Path and number of the calls that are the blocks, once they are known.
     """
 
     of_graph: bool
     mode: Mode | None = None
     guessed: bool = False
+    runs: tuple[tuple[str, int], ...] = ()
+
+    def found(self, blocks: Blocks) -> Self:
+        """This reading with its blocks: those that another call of the host has too."""
+        return self._replace(runs=tuple((b.path, b.call.number) for b in blocks.values()))
 
 
 def readings(hints: ArchSpec, *, guessed: bool, mode: str | None) -> list[Reading]:
@@ -63,6 +73,7 @@ def settle(
 
     Raises:
         UnsupportedHostError: No block is found.
+        PlanError: Other blocks run than those of the reading.
         TraceError: As `find_blocks`.
     """
     spec = hints if reading.mode is None else replace(hints, mode=reading.mode)
@@ -70,26 +81,32 @@ def settle(
         blocks = find_blocks(host, traced, spec)
         return _with_prefix(host, traced, spec, blocks, reading), blocks
     calls = find_stretches(host, traced)
-    if spec.blocks and not (reading.of_graph or reading.guessed):
-        calls = _named(host, calls, spec.blocks)
     if not calls:
-        raise UnsupportedHostError(
+        raise NoBlocksError(
             f"No transformer block is found in {traced.host}: nothing in its forward is a sum "
             "x + f(x) of tokens [B, L, D] in which f attends. Convolutional networks have no "
             "tokens to prune. If modules of it are blocks of another kind, name them: "
             "adapter=ArchSpec(blocks=('layers.0', 'layers.1'), num_prefix_tokens=0)."
         )
+    named = bool(spec.blocks) and not (reading.of_graph or reading.guessed)
+    if reading.runs:
+        calls = _known(host, calls, reading.runs)
+    elif named:
+        calls = _named(host, traced, calls, spec.blocks)
     main, plain = _main(host, traced, calls)
     if reading.guessed and reading.mode is None:
         spec = replace(spec, mode="remove")
     if spec.mode == "remove" and reading.mode is None and not plain:
         spec = replace(spec, mode="bypass")
-    if spec.mode == "remove":
+    if spec.mode == "remove" and not (named or reading.runs):
         calls = main
+    runs = reading.runs or _runs(calls)
     spec = replace(spec, token_argument=0)  # a stretch is given its stream and nothing else
-    blocks = blocks_of(host, traced, enumerate(calls), spec)
-    paths = tuple(call.path for call in calls)
-    notes = (*spec.notes, f"{len(calls)} blocks found in the graph, from {paths[0] or 'the host'}")
+    numbers = {run: number for number, run in enumerate(runs)}
+    numbered = ((numbers[call.path, call.number], call) for call in calls)
+    blocks = blocks_of(host, traced, numbered, spec)
+    paths = tuple(path for path, _ in runs)
+    notes = (*spec.notes, f"{len(paths)} blocks found in the graph, from {paths[0] or 'the host'}")
     found = replace(spec, blocks=paths, notes=notes)
     return _with_prefix(host, traced, found, blocks, reading), blocks
 
@@ -101,19 +118,46 @@ def _are_called(host: nn.Module, traced: HostGraph, paths: Sequence[str]) -> boo
     return any(own[host.get_submodule(path)] in traced.calls for path in paths)
 
 
-def _named(host: nn.Module, calls: Sequence[ModuleCall], paths: Sequence[str]) -> list[ModuleCall]:
+def _named(
+    host: nn.Module, traced: HostGraph, calls: Sequence[ModuleCall], paths: Sequence[str]
+) -> list[ModuleCall]:
     """The blocks of the graph that are known by these paths."""
     wanted = Counter(paths)
     found = [call for call in calls if wanted[call.path] > call.number]
     missing = set(paths) - {call.path for call in found}
     if missing:
         known = tuple(dict.fromkeys(call.path for call in calls))
+        advice = f"Its blocks are: adapter=ArchSpec(blocks={known!r})."
+        if _are_called(host, traced, known):  # then a name would be taken for that module alone
+            advice = (
+                f"Its blocks begin in {list(known)}, which are more than these modules, so they "
+                "cannot be named. Leave `blocks` out, and they are found: adapter=ArchSpec()."
+            )
         raise UnsupportedHostError(
             f"The blocks {sorted(missing)} were named, but no module at these paths is called in "
-            f"the forward of {type(host).__name__}, and the graph has no block of that name. Its "
-            f"blocks are: adapter=ArchSpec(blocks={known!r})."
+            f"the forward of {type(host).__name__}, and the graph has no block of that name. "
+            f"{advice}"
         )
     return found
+
+
+def _known(
+    host: nn.Module, calls: Sequence[ModuleCall], runs: Sequence[tuple[str, int]]
+) -> list[ModuleCall]:
+    """The blocks that were found before, whatever else this call runs; a method of the host may run
+    some of them only."""
+    found = [call for call in calls if (call.path, call.number) in runs]
+    if not found:
+        before, now = (sorted({path for path, _ in paths}) for paths in (runs, _runs(calls)))
+        raise PlanError(
+            f"This call of {type(host).__name__} runs other blocks, {now}, than those that were "
+            f"found when it was wrapped, {before}. Unwrap it, and wrap it again as it is now."
+        )
+    return found
+
+
+def _runs(calls: Sequence[ModuleCall]) -> list[tuple[str, int]]:
+    return [(call.path, call.number) for call in calls]
 
 
 def _main(

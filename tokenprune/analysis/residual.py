@@ -106,16 +106,29 @@ class _Finder:
         for one in sorted([*inner, *feeds], key=lambda s: self.order[s.total]):
             open_ = groups[-1] if groups else None
             if one.total in done:
+                feeds_too = self._feeds(one) or (open_ and self._feeds(open_.attentions[-1]))
                 goes_on = open_ and not open_.others and self._continues(open_, one)
-                if open_ and goes_on:
+                if open_ and goes_on and not feeds_too:
                     open_.attentions.append(one)
                 else:
                     groups.append(_Group([one], []))
             elif open_ and self._continues(open_, one):
                 open_.others.append(one)
-        if not any(group.others for group in groups):  # attentions alone: each is a block
-            groups = [_Group([s], []) for group in groups for s in group.attentions]
-        return groups
+        return [part for group in groups for part in _parted(group, groups)]
+
+    def _feeds(self, one: _Sum) -> bool:
+        """Whether a feed-forward part runs beside its attention: a projection between source and
+        total that no attention is part of."""
+        inside = sorted(one.made - {one.source}, key=self.order.__getitem__)
+        beside = [node for node in inside if not self._weighs(node)]
+        after, before = {one.source}, {one.total}
+        for node in beside:
+            if not after.isdisjoint(node.all_input_nodes):
+                after.add(node)
+        for node in reversed(beside):
+            if not before.isdisjoint(node.users):
+                before.add(node)
+        return any(kind_of(self.root, node) is Kind.PROJECTION for node in after & before)
 
     def _continues(self, group: _Group, other: _Sum) -> bool:
         """Whether a sum is of the stream that a block has been working on."""
@@ -227,15 +240,27 @@ class _Finder:
 
     def _attends(self, found: _Sum) -> bool:
         """Whether tokens are weighed against each other: data is multiplied by data."""
-        return any(len(self._factors(node)) > 1 for node in found.made - {found.source}) or any(
-            kind_of(self.root, node) is Kind.ATTENTION for node in found.made
-        )
+        return any(self._weighs(node) for node in found.made - {found.source})
+
+    def _weighs(self, node: fx.Node) -> bool:
+        return kind_of(self.root, node) is Kind.ATTENTION or len(self._factors(node)) > 1
 
     def _crosses(self, found: _Sum) -> bool:
         """Whether it attends to something else than the stream."""
         return any(
             factor not in found.made for node in found.made for factor in self._factors(node)
         )
+
+
+def _parted(group: _Group, groups: Iterable[_Group]) -> list[_Group]:
+    """Several attentions are one block if a feed-forward part follows them, and so it is in all
+    blocks of this stream, which are two at least; else each is a block."""
+    shape = shape_of(group.entry)
+    alike = [len(g.attentions) for g in groups if g.others and shape_of(g.entry) == shape]
+    if group.others and len(alike) > 1 and len(set(alike)) == 1:
+        return [group]
+    *first, last = group.attentions
+    return [*(_Group([s], []) for s in first), _Group([last], group.others)]
 
 
 def _tensors(node: fx.Node) -> bool:

@@ -70,15 +70,19 @@ def inspect(
 
 def _show_spec(host: nn.Module, spec: ArchSpec) -> None:
     parameters = sum(p.numel() for p in host.parameters())
-    first, last = spec.blocks[0], spec.blocks[-1]
-    kind = type(host.get_submodule(first)).__name__
+    open_ = "looked for in the graph"
+    blocks, prefix = open_, spec.num_prefix_tokens
+    if spec.blocks:
+        first, last = spec.blocks[0], spec.blocks[-1]
+        kind = type(host.get_submodule(first)).__name__
+        blocks = f"{len(spec.blocks)} of class {kind}, {first} to {last}"
     taken = ", ".join(f"{name} {list(e.shape)}" for name, e in spec.inputs.items()) or "unknown"
     rows = [
         ("host", f"{type(host).__name__}, {parameters / 1e6:.1f} M parameters"),
         ("adapter", spec.adapter),
         ("mode", spec.mode),
-        ("blocks", f"{len(spec.blocks)} of class {kind}, {first} to {last}"),
-        ("prefix tokens", str(spec.num_prefix_tokens)),
+        ("blocks", blocks),
+        ("prefix tokens", open_ if prefix is None else str(prefix)),
         ("final norm", spec.norm or "none"),
         ("input, per image", taken),
         *(("note", note) for note in spec.notes),

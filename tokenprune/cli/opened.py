@@ -11,7 +11,7 @@ from tokenprune.checkpoints.facts import CONFIG, FACTS
 from tokenprune.cli.console import working
 from tokenprune.cli.hosts import build, is_function, recipe_for
 from tokenprune.errors import HostError
-from tokenprune.hosts.registry import describe
+from tokenprune.hosts.registry import hints
 from tokenprune.hosts.spec import ArchSpec
 from tokenprune.recipe import load_recipe
 from tokenprune.runtime.model import PrunedModel, pruning_of
@@ -104,9 +104,9 @@ def open_model(
             raise HostError(f"{name} returns a wrapped model, which has both. Leave {clash} out.")
         seen(pruning_of(built).host, pruning_of(built).spec)
     elif wrapped:
-        spec = describe(built, adapter or None)
+        spec = hints(built, adapter or None)
         seen(built, spec)
         with working("tracing and proving" if verify else "tracing"):
             chosen = load_recipe(recipe) if recipe else recipe_for(name, spec)
-            built = wrap(built, chosen, adapter=spec, verify=verify, train=False)
+            built = wrap(built, chosen, adapter=adapter or None, verify=verify, train=False)
     return Opened(name=name, model=built, folder=None, published=published)

@@ -20,7 +20,7 @@ from tokenprune.cli.run_input import INPUT, read_input, resolved
 from tokenprune.errors import CheckpointError, HostError, PlanError
 from tokenprune.hosts.build import build_host, input_settings, model_library
 from tokenprune.hosts.files import is_host_files
-from tokenprune.hosts.registry import describe
+from tokenprune.hosts.registry import hints
 from tokenprune.recipe import Recipe
 from tokenprune.recipe.schema import HostSection
 from tokenprune.runtime.model import PrunedModel, pruning_of
@@ -262,7 +262,7 @@ def image_argument(model: nn.Module) -> str | None:
     """
     wrapped = isinstance(model, PrunedModel)
     host = pruning_of(model).host if wrapped else model
-    inputs = (pruning_of(model).spec if wrapped else describe(host)).inputs
+    inputs = (pruning_of(model).spec if wrapped else hints(host)).inputs
     for name, example in inputs.items():
         if len(example.shape) == 3 and example.high is None:
             return name
@@ -284,7 +284,7 @@ def image_shape(model: nn.Module) -> tuple[int, int, int]:
         example = tensors[name] if name in tensors else next(iter(tensors.values()))
         shape = tuple(example.shape[1:])
     else:
-        inputs = describe(model).inputs
+        inputs = hints(model).inputs
         shape = tuple(inputs[name].shape) if name else ()
     if len(shape) != 3:
         raise HostError(

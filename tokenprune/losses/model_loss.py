@@ -151,7 +151,7 @@ class ModelLoss:
             teacher,
             known.recipe,
             example_inputs=inputs,
-            adapter=known.spec if type(teacher) is type(known.host) else None,
+            adapter=known.adapter if type(teacher) is type(known.host) else None,
             restore=known.restore,
             verify=False,
         )

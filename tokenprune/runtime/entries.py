@@ -8,10 +8,11 @@ import threading
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import takewhile
 from types import FunctionType
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
 from tokenprune.analysis.operators import mixes
 from tokenprune.errors import HostError
@@ -20,9 +21,11 @@ from tokenprune.tracing.state import Passing
 
 __all__ = [
     "BlocksReached",
+    "are_stopped",
     "called_in",
     "check_what_follows",
     "methods_of",
+    "run_in",
     "stopped_at",
     "stopping",
 ]
@@ -44,12 +47,32 @@ def methods_of(host_class: type[nn.Module]) -> dict[str, FunctionType]:
     }
 
 
-def called_in(block: nn.Module, path: str) -> list[nn.Module]:
-    """The module by which a block is known; those inside of it, if it is a mere list of them, or
-    the host itself, of whose own code the block is."""
-    if path and not isinstance(block, nn.ModuleList | nn.ModuleDict):
+def called_in(host: nn.Module, paths: Iterable[str]) -> list[nn.Module]:
+    """The modules by which blocks are known; those inside of one that is a mere list of them."""
+    return [m for path in paths for m in _called(host.get_submodule(path))]
+
+
+def _called(block: nn.Module) -> list[nn.Module]:
+    if not isinstance(block, nn.ModuleList | nn.ModuleDict):
         return [block]
-    return [m for name, child in block.named_children() for m in called_in(child, name)]
+    return [m for child in block.children() for m in _called(child)]
+
+
+def run_in(host: nn.Module, whole: Programs, blocks: Sequence[int]) -> list[nn.Module]:
+    """The modules that a method calls if it runs one of these blocks of the host's own code: those
+    that run inside of them, and not before the first block; all children, if there are none."""
+    analysis = whole.analysis
+    inside = {m for number in blocks for m in _modules(analysis.blocks[number].call.nodes())}
+    entries = {block.entry for block in analysis.blocks.values()}
+    before = _modules(takewhile(lambda n: n not in entries, analysis.traced.graph.nodes))
+    paths = sorted(inside - set(before) - {""})
+    if paths:
+        return [host.get_submodule(path) for path in paths]
+    return [m for child in host.children() for m in _called(child)]
+
+
+def _modules(nodes: Iterable[fx.Node]) -> Iterator[str]:
+    return (node.meta["where"].module for node in nodes if "where" in node.meta)
 
 
 @contextmanager
@@ -59,6 +82,12 @@ def stopped_at(blocks: Iterable[nn.Module]) -> Iterator[None]:
         for block in blocks:
             stack.enter_context(_stopped_at(block))
         yield
+
+
+def are_stopped(blocks: Iterable[nn.Module]) -> bool:
+    """Whether this thread is to stop where it calls one of `blocks`."""
+    stops = (vars(block).get("forward") for block in blocks)
+    return any(isinstance(s, _Stop) and s.threads[threading.get_ident()] for s in stops)
 
 
 def stopping(

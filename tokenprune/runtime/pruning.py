@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tokenprune.analysis.analysis import analyse
 from tokenprune.analysis.blocks import Blocks
 from tokenprune.analysis.plan import Budget, Plan, bind
-from tokenprune.analysis.reading import Reading, settle
+from tokenprune.analysis.reading import NoBlocksError, Reading, settle
 from tokenprune.errors import HostError, KeepIndicesError, PlanError
 from tokenprune.hosts.inputs import CallSignature, ExampleInputs, first_floating, named_inputs
 from tokenprune.hosts.registry import hints, stated_by
@@ -31,8 +31,10 @@ from tokenprune.runtime.children import Children
 from tokenprune.runtime.compiled import Handle, Seen, prepare, watched_by_dynamo
 from tokenprune.runtime.entries import (
     BlocksReached,
+    are_stopped,
     called_in,
     check_what_follows,
+    run_in,
     stopped_at,
     stopping,
 )
@@ -156,10 +158,15 @@ class Pruning:
         path = self.path(model.training)
         if self.runs_host(path):
             return getattr(self.host, name)(*args, **kwargs)
+        paths = [self.spec.blocks[block] for block in self.plan.blocks]
         if name not in self.entries:
             method = getattr(super(type(model), model), name)
-            paths = [self.spec.blocks[block] for block in self.plan.blocks]
-            staged = [m for path in paths for m in called_in(self.host.get_submodule(path), path)]
+            if are_stopped(self.host.modules()):  # a method that is tried itself calls this one
+                return method(*args, **kwargs)
+            if all(paths):
+                staged = called_in(self.host, paths)
+            else:
+                staged = run_in(self.host, self.programs(self.as_wrapped()), self.plan.blocks)
             try:
                 with stopped_at(staged):
                     given = method(*args, **kwargs)
@@ -167,9 +174,14 @@ class Pruning:
                 return stopping(given, staged, name) if lazy else given
             except BlocksReached:
                 self.entries.add(name)
-        if path == "mask":
-            check_what_follows(self.host, self.programs(self.as_wrapped()), name)
-        return self.run(model, args, kwargs, False, name)
+        try:
+            if not all(paths):
+                self.programs(CallSignature.now(type(self.host), name).bind(args, kwargs), name)
+            if path == "mask":
+                check_what_follows(self.host, self.programs(self.as_wrapped()), name)
+            return self.run(model, args, kwargs, False, name)
+        except NoBlocksError:  # it stopped at a module that blocks share with what is around them
+            return getattr(self.host, name)(*args, **kwargs)
 
     def run(
         self,

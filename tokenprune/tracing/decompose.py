@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tokenprune.notices import warn_once
+from tokenprune.private import canonical_mask
+
 __all__ = ["decomposed", "is_leaf"]
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -92,7 +95,7 @@ def encoder_layer(
     is_causal: bool = False,
 ) -> Tensor:
     """`nn.TransformerEncoderLayer.forward` without its fused kernel."""
-    how = (src_mask, src_key_padding_mask)
+    how = _added(src, src_mask, src_key_padding_mask, "src_mask")
     if module.norm_first:
         x = src + module._sa_block(module.norm1(src), *how, is_causal=is_causal)
         return x + module._ff_block(module.norm2(x))
@@ -109,10 +112,27 @@ def encoder(
 ) -> Tensor:
     """`nn.TransformerEncoder.forward` without nested tensors, and without a look at what the mask
     holds: it hides what it hides."""
-    how = {"src_mask": mask, "src_key_padding_mask": src_key_padding_mask}
+    if mask is None and src_key_padding_mask is not None and not module.layers[0].training:
+        _say_padded_rows(module)
+    mask, padding = _added(src, mask, src_key_padding_mask, "mask")
+    how = {"src_mask": mask, "src_key_padding_mask": padding}
     for layer in module.layers:
         src = layer(src, is_causal=bool(is_causal), **how)
     return src if module.norm is None else module.norm(src)
+
+
+def _say_padded_rows(module: nn.TransformerEncoder) -> None:
+    """Warn where torch may put zeros: whether it does, what the mask holds decides, and autograd's
+    mode."""
+    if getattr(module, "use_nested_tensor", False) and torch.backends.mha.get_fastpath_enabled():
+        warn_once(
+            module,
+            "padded rows",
+            "With gradients off and the padding behind the tokens, an nn.TransformerEncoder in "
+            "eval mode returns 0 in padded rows (enable_nested_tensor=True); in a wrapped model "
+            "it returns what its layers make of them. Leave padded rows out of what is read from "
+            "it, or make it with enable_nested_tensor=False: then both return the same.",
+        )
 
 
 def decoder(
@@ -127,10 +147,35 @@ def decoder(
     memory_is_causal: bool = False,
 ) -> Tensor:
     """`nn.TransformerDecoder.forward`, without a look at what the mask holds."""
-    how = (tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask)
+    how: dict[str, Any] = {"tgt_mask": tgt_mask, "memory_mask": memory_mask}
+    how |= {"tgt_key_padding_mask": tgt_key_padding_mask}
+    how |= {"memory_key_padding_mask": memory_key_padding_mask}
+    how |= {"tgt_is_causal": bool(tgt_is_causal), "memory_is_causal": memory_is_causal}
     for layer in module.layers:
-        tgt = layer(tgt, memory, *how, bool(tgt_is_causal), memory_is_causal)
+        tgt = layer(tgt, memory, **how)
     return tgt if module.norm is None else module.norm(tgt)
+
+
+def _added(
+    src: Tensor, mask: Tensor | None, padding: Tensor | None, name: str
+) -> tuple[Tensor | None, Tensor | None]:
+    """The masks of an encoder as torch hands them on, to be added to scores: -inf for True."""
+    padding = canonical_mask(
+        mask=padding,
+        mask_name="src_key_padding_mask",
+        other_type=None if mask is None else mask.dtype,
+        other_name=name,
+        target_type=src.dtype,
+    )
+    mask = canonical_mask(
+        mask=mask,
+        mask_name=name,
+        other_type=None,
+        other_name="",
+        target_type=src.dtype,
+        check_other=False,
+    )
+    return mask, padding
 
 
 def _with_weights(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:

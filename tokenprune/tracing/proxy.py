@@ -103,7 +103,7 @@ class ValueProxy(fx.Proxy):
 
         return record
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self) -> Any:
         """Python takes every proxy for callable: code that calls what is callable gets it back."""
         return self
 

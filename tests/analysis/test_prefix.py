@@ -1,0 +1,54 @@
+"""Prefix tokens: what a host does with random images before its first block."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tokenprune
+from tests.analysis.test_reading import IMAGES, WIDTH, Pairs
+from tokenprune.analysis import prefix
+
+
+class Hidden(Pairs):
+    """Some patches are hidden from the host: where `hide` is True, or `there` is False."""
+
+    def __init__(self, hidden: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.hidden, self.nothing = hidden, nn.Parameter(torch.zeros(WIDTH))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        x = self.embed(x).flatten(2).transpose(1, 2)
+        x = torch.where(self.hidden(mask).unsqueeze(-1), self.nothing, x)
+        x = torch.cat([self.first.expand(len(x), -1, -1), x], dim=1) + self.places
+        for attention, feed in self.layers:
+            x = attention(x) + x
+            x = feed(x) + x
+        y: Tensor = self.head(x[:, 0])
+        return y
+
+
+@pytest.mark.parametrize(
+    ("hidden", "of_none"),
+    [(torch.clone, False), (torch.logical_not, True)],
+    ids=["True hides", "False hides"],
+)
+def test_a_mask_beside_the_images_leaves_the_prefix_known(
+    hidden: Callable[[Tensor], Tensor], of_none: bool
+) -> None:
+    given = {"x": IMAGES, "mask": torch.full((2, 16), of_none)}
+    model = tokenprune.wrap(Hidden(hidden), "token-norm-k0.7", example_inputs=given, train=False)
+    assert model._pruning.plan.num_prefix == 2
+
+
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
+def test_too_little_memory_is_no_answer(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise error("no memory left")
+
+    monkeypatch.setattr(prefix, "evaluate", refuse)
+    with pytest.raises(error, match="no memory left"):
+        tokenprune.wrap(Pairs(), "token-norm-k0.7", example_inputs=IMAGES, train=False)

@@ -1,0 +1,58 @@
+"""Methods of hosts whose blocks are known by no module."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import tokenprune
+from tests.analysis.test_reading import IMAGES, WIDTH, Attention, Pairs, feed_forward
+
+
+class Tied(Pairs):
+    """The same attention and feed-forward in every block, as attributes of the host."""
+
+    def __init__(self) -> None:
+        super().__init__(depth=1)
+        self.attention, self.feed = Attention(), feed_forward()
+
+    def embed_images(self, x: Tensor) -> Tensor:
+        return self.tokens(x)
+
+    def features(self, x: Tensor) -> Tensor:
+        x = self.embed_images(x)
+        for _ in range(3):
+            x = x + self.attention(x)
+            x = x + self.feed(x)
+        return x[:, 0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.features(x))
+        return y
+
+
+class Bare(Tied):
+    """Blocks call no module: their weights are parameters of the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList(torch.randn(WIDTH, WIDTH) * 0.2 for _ in range(4))
+
+    def features(self, x: Tensor) -> Tensor:
+        x = self.embed_images(x)
+        q, k, v, feed = self.weights
+        for _ in range(3):
+            given = (F.linear(x, weight) for weight in (q, k, v))
+            x = x + F.scaled_dot_product_attention(*given)
+            x = x + F.linear(F.gelu(x), feed)
+        return x[:, 0]
+
+
+def test_a_method_that_runs_no_block_is_the_hosts_own() -> None:
+    for make in (Tied, Bare):
+        host = make().eval()
+        model = tokenprune.wrap(host, "token-norm-k0.7", example_inputs=IMAGES, train=False).eval()
+        assert model._pruning.spec.blocks == ("", "", "")
+        assert torch.equal(model.embed_images(IMAGES), host.embed_images(IMAGES))
+        pruned = model.features(IMAGES)
+        assert torch.equal(host.head(pruned), model(IMAGES))
+        assert not torch.allclose(pruned, host.features(IMAGES))
