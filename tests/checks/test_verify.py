@@ -285,7 +285,7 @@ def test_detection_tokens_are_not_merged_and_bound_the_counts() -> None:
         tokenprune.wrap(Detects(), "merge-k0.7", example_inputs=IMAGES, train=False)
     model = tokenprune.wrap(Detects(), "token-norm-k0.7", example_inputs=IMAGES, train=False)
     model.set_keep_ratio(0.1)
-    with pytest.raises(PlanError, match="The last 2 tokens of this Detects always stay"):
+    with pytest.raises(PlanError, match="The last 2 tokens always stay"):
         model(IMAGES)
 
 

@@ -70,5 +70,5 @@ def test_every_dependency_has_a_row() -> None:
     page = versions.page(ROOT)
     for words in ("| torch | tokenprune | 2.8 | 2.14.1 |", f"Version {project['version']}"):
         assert words in page
-    assert "| peft | [dev] |" in page
+    assert "| peft | [clients], [examples] |" in page
     assert all(len(line.split("|")) == 6 for line in page.splitlines() if line.startswith("| "))

@@ -53,10 +53,17 @@ class Budget:
         """Nothing is pruned, in any image."""
         return self.threshold is None and min(self.keep_ratios) == 1.0
 
-    def counts(self, num_patches: Sequence[int]) -> tuple[int, ...]:
-        """K of each stage, out of the N patches that each sees."""
+    def counts(self, num_patches: Sequence[int], staying: int = 0) -> tuple[int, ...]:
+        """K of each stage, out of the N patches that each sees, of which the last `staying` always
+        stay: PlanError if none could leave."""
         pairs = zip(num_patches, self.keep_ratios, strict=True)
-        return tuple(num_keep(patches, ratio, self.rounding) for patches, ratio in pairs)
+        counts = tuple(num_keep(patches, ratio, self.rounding) for patches, ratio in pairs)
+        if staying and min(counts) <= staying:
+            raise PlanError(
+                f"The last {staying} tokens always stay (they are no patches), but stages are to "
+                f"keep {list(counts)} tokens, these included. Keep more: model.set_keep_ratio(...)."
+            )
+        return counts
 
     def with_keep_ratio(self, keep_ratio: float | Sequence[float], plan: Plan) -> "Budget":
         """The same with other ratios: r, r^2, r^3, ... of one number r, or one for each stage.

@@ -297,7 +297,7 @@ class Pruning:
             refuse_closed(host)
             known = hints(host, self.adapter)  # it may have other blocks, or tokens, now
             if not signature.batch_size:
-                arguments = _with_images(arguments)
+                arguments = arguments.with_images()
             traced = trace(host, arguments, entry, stated=stated_by(host, known))
             spec, blocks = settle(host, traced, known, self.reading)
             if host.training:  # noise in front of the blocks hides which tokens are of the image
@@ -334,15 +334,8 @@ class Pruning:
             batch = next(iter(arguments.tensors.values())).shape[0]
             for kept, patches in zip(forced, programs.num_patches, strict=True):
                 check_keep_indices(kept, batch_size=batch, num_patches=patches, padded=padded)
-        counts, staying = self.budget.counts(programs.num_patches), self.plan.num_suffix
-        if staying and min(counts) <= staying:
-            raise PlanError(
-                f"The last {staying} tokens of this {type(self.host).__name__} always stay (they "
-                f"are no patches), but stages are to keep {list(counts)} tokens, these included. "
-                "Keep more: model.set_keep_ratio(...)."
-            )
         return CallSettings(
-            num_keep=counts,
+            num_keep=self.budget.counts(programs.num_patches, self.plan.num_suffix),
             sample=path == "mask" and training and self.method.scorer.probabilistic,
             threshold=self.budget.threshold,
             temperature=sampling.temperature,
@@ -404,9 +397,3 @@ class Pruning:
         budget = self.budget.with_threshold(threshold)
         self.method.check_threshold(threshold)
         self.budget = budget
-
-
-def _with_images(none: Arguments) -> Arguments:
-    """The arguments of a call with an empty batch, for two images: a trace needs some."""
-    batched = {name: x for name, x in none.tensors.items() if x.shape[:1] == (0,)}
-    return none.with_tensors({n: x.new_zeros(2, *x.shape[1:]) for n, x in batched.items()})

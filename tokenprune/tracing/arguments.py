@@ -66,6 +66,11 @@ class Arguments(Mapping[str, Any]):
         """The leaves that are tensors."""
         return {name: leaf for name, leaf in self.leaves.items() if isinstance(leaf, Tensor)}
 
+    def with_images(self) -> "Arguments":
+        """The arguments of a call with an empty batch, for two images: a trace needs some."""
+        batched = {name: x for name, x in self.tensors.items() if x.shape[:1] == (0,)}
+        return self.with_tensors({n: x.new_zeros(2, *x.shape[1:]) for n, x in batched.items()})
+
     def with_tensors(self, tensors: Mapping[str, Any]) -> "Arguments":
         """The same call with other tensors."""
         return Arguments({**self.leaves, **tensors}, self.places)
