@@ -75,6 +75,6 @@ class Registry(Generic[T]):
                 self._group = group
                 raise RegistrationError(
                     f"The {self.what} {entry.name!r} of an installed package ({entry.value}) "
-                    f"cannot be loaded: {type(error).__name__}: {error}. Repair that package, or "
-                    "uninstall it."
+                    f"cannot be loaded: {type(error).__name__}: {error}. Install another version "
+                    "of that package, or remove it."
                 ) from error

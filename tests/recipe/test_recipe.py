@@ -317,7 +317,7 @@ def test_repeated_keys_are_refused() -> None:
     ("text", "message"),
     [
         ("a: [1, 2", "No valid YAML in the recipe"),
-        ("version: 1\n---\nversion: 1", "No valid YAML in the recipe: expected a single document"),
+        ("version: 1\n---\nversion: 1", "change it there: expected a single document"),
         ("a: \x07", "No valid YAML in the recipe"),
         (f"name: {'1' * 5000}", "A number in the recipe cannot be read"),
         ("a: " + "{a: " * 5000 + "}" * 5000, "nest too deeply in the recipe"),
