@@ -153,7 +153,7 @@ def test_inspect_with_a_recipe_and_an_adapter(tmp_path: Any) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["resnet18"], "found no stack of transformer blocks in ResNet"),
+        (["resnet18"], "No transformer block is found in ResNet"),
         (["vit_tny_patch16_224"], r"timm has no model named 'vit_tny_patch16_224'. Did you mean"),
         (["ViTForImageClassification"], "write transformers:ViTForImageClassification"),
         (["transformers:ViTForImageClasification"], "Did you mean 'ViTForImageClassification'"),
