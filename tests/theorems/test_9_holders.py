@@ -20,6 +20,7 @@ from types import MappingProxyType, ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -401,10 +402,11 @@ def test_9_an_attention_that_was_put_in_the_place_of_torchs_is_traced_through(
 
 
 def test_9_what_adapters_read_is_watched_too() -> None:
-    host = Vit().eval()
-    host.num_prefix_tokens = 1
+    shape = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2}
+    host = timm.models.VisionTransformer(**shape).eval()  # of a family whose adapter reads it
     model = wrapped(host)
     model(IMAGES)
+    assert model._pruning.plan.num_prefix == 1
     host.num_prefix_tokens = 3
     model(IMAGES)
     assert model._pruning.plan.num_prefix == 3

@@ -15,7 +15,6 @@ from tokenprune.analysis.nodes import shape_of
 from tokenprune.analysis.prefix import own_tokens
 from tokenprune.analysis.residual import find_stretches
 from tokenprune.errors import PlanError, UnsupportedHostError
-from tokenprune.hosts.registry import STATED, stated_by
 from tokenprune.hosts.spec import ArchSpec
 from tokenprune.tracing.calls import ModuleCall
 from tokenprune.tracing.host_graph import HostGraph
@@ -180,11 +179,6 @@ def _main(
     return main, 2 * len(main) > len(calls)
 
 
-def _stated(module: nn.Module) -> int:
-    value = getattr(module, STATED, 0)
-    return value if type(value) is int else 0
-
-
 def _entering(call: ModuleCall) -> tuple[int, ...]:
     (entry,) = call.inputs
     return () if entry is None else shape_of(entry)
@@ -202,9 +196,6 @@ def _with_prefix(
         return replace(spec, num_prefix_tokens=spec.prefix, notes=(*spec.notes, how))
     front, end = own
     how = f"{front} prefix tokens: they are the same for every image"
-    stated = max(_stated(module) for module, _ in stated_by(host, spec))
-    if stated > front:  # what it says of its own tokens, which an image may change
-        front, how = stated, f"{stated} prefix tokens: the host's {STATED}"
     how += f"; so are the last {end}, which always stay" if end else ""
     notes = (*spec.notes, how)
     return replace(spec, num_prefix_tokens=front, num_suffix_tokens=end, notes=notes)

@@ -12,15 +12,7 @@ from torch import nn
 from tokenprune.errors import AdapterError, UnknownAdapterError, UnsupportedHostError, did_you_mean
 from tokenprune.hosts.spec import ArchSpec
 
-__all__ = [
-    "STATED",
-    "Adapter",
-    "describe",
-    "hints",
-    "list_adapters",
-    "register_adapter",
-    "stated_by",
-]
+__all__ = ["Adapter", "describe", "hints", "list_adapters", "register_adapter", "stated_by"]
 
 ENTRY_POINTS = "tokenprune.adapters"
 GENERIC = "generic"
