@@ -167,7 +167,7 @@ class _Task:
             except TokensReturnedError:
                 raise  # the caller is to say what becomes of them
             except (PlanError, UnsupportedHostError, VerificationError) as error:
-                if isinstance(error, VerificationError) and not guessed:
+                if isinstance(error, VerificationError) and not (guessed or refused):
                     raise  # the facts are right; what does not hold is the host's
                 refused.append(error)
             else:
