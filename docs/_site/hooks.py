@@ -42,6 +42,6 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
 
 
 def _from_the_root(name: str) -> str:
-    """A page that stands beside `docs/`, with links as they are from inside of it."""
+    """A page of the folder above `docs/`, with links that hold inside of `docs/`."""
     text = (ROOT / name).read_text(encoding="utf-8")
     return re.sub(r"\]\(docs/", "](", text)

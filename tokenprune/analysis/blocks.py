@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 
 from tokenprune.analysis.batch_probe import probe_batch
-from tokenprune.analysis.equations import equation_of
+from tokenprune.analysis.equations import equation_of, factors_of
 from tokenprune.analysis.nodes import makers, shape_of
 from tokenprune.analysis.operators import Kind, argument, attends, kind_of
 from tokenprune.hosts.spec import ArchSpec
@@ -221,25 +221,16 @@ def _product_of(
 def _factors(host: nn.Module, node: fx.Node) -> tuple[fx.Node, fx.Node, int] | None:
     """The two factors of a product, and the dim of the second one that becomes the last of the
     product, from the right; None if `node` is none."""
-    dim = -1
-    if kind_of(host, node) is Kind.EINSUM:
-        equation, operands = equation_of(node) or (None, [])
-        if (
-            equation is None
-            or len(operands) != 2
-            or equation.output[-1] not in equation.operands[1]
-        ):
-            return None
-        (left, right), of_key = operands, equation.operands[1]
-        dim = of_key.index(equation.output[-1]) - len(of_key)
-    elif node.target is torch.baddbmm or node.target == "baddbmm":
-        left, right = argument(node, 1, "batch1"), argument(node, 2, "batch2")
-    elif kind_of(host, node) is Kind.CONTRACTION:
-        left, right = argument(node, 0, "input"), argument(node, 1, "other", "mat2")
-    else:
+    factors, dim = factors_of(host, node), -1
+    if len(factors) != 2 or not all(isinstance(factor, fx.Node) for factor in factors):
         return None
-    both = isinstance(left, fx.Node) and isinstance(right, fx.Node)
-    return (left, right, dim) if both else None
+    found = equation_of(node) if kind_of(host, node) is Kind.EINSUM else None
+    if found is not None:
+        equation, of_key = found[0], found[0].operands[1]
+        if equation.output[-1] not in of_key:
+            return None
+        dim = of_key.index(equation.output[-1]) - len(of_key)
+    return factors[0], factors[1], dim
 
 
 def _middle(host: nn.Module, nodes: Sequence[fx.Node], entry: fx.Node) -> fx.Node | None:

@@ -1,12 +1,14 @@
-"""Equations of `torch.einsum`: which dims of which operand a contraction sums over."""
+"""What a product multiplies, and which dims of which operand an equation sums over."""
 
 from typing import Any, NamedTuple
 
-from torch import fx
+import torch
+from torch import fx, nn
 
 from tokenprune.analysis.nodes import shape_of
+from tokenprune.analysis.operators import Kind, argument, kind_of
 
-__all__ = ["Equation", "equation_of"]
+__all__ = ["Equation", "equation_of", "factors_of"]
 
 
 class Equation(NamedTuple):
@@ -59,3 +61,18 @@ def equation_of(node: fx.Node) -> tuple[Equation, list[Any]] | None:
         return None
     ranks = [len(shape_of(n)) for n in operands if isinstance(n, fx.Node)]
     return Equation.of(text, ranks), operands
+
+
+def factors_of(root: nn.Module, node: fx.Node) -> list[Any]:
+    """What a node multiplies by each other, without masks and biases; nothing if it is no product
+    over tokens."""
+    kind = kind_of(root, node)
+    if kind is Kind.ATTENTION:
+        return [argument(node, n, name) for n, name in enumerate(("query", "key", "value"))]
+    if kind is Kind.EINSUM:
+        return (equation_of(node) or (None, []))[1]
+    if node.target in (torch.baddbmm, "baddbmm"):
+        return [argument(node, 1, "batch1"), argument(node, 2, "batch2")]
+    if kind is Kind.CONTRACTION:
+        return [argument(node, 0, "input"), argument(node, 1, "other", "mat2")]
+    return []

@@ -47,8 +47,8 @@ def _channels_first(root: nn.Module, block: Block) -> bool:
     """Whether a block's [B, ?, ?, ?] is [B, D, H, W]: told by the widths that its modules take."""
     shape = block.entry.meta["val"].shape
     ran = {str(n.target) for n in block.call.nodes() if n.op == "call_module"}
-    inside = map(root.get_submodule, ran) if not block.path else ()
-    widths = [*map(_width_taken, inside or root.get_submodule(block.path).modules())]
+    own = root.get_submodule(block.path).modules() if block.path else map(root.get_submodule, ran)
+    widths = [*map(_width_taken, own)]
     first, last = (True, shape[1]) in widths, (False, shape[-1]) in widths
     if first != last:
         return first

@@ -95,9 +95,9 @@ def settle(
     main, plain = _main(host, traced, calls)
     if reading.guessed and reading.mode is None:
         spec = replace(spec, mode="remove")
-    if spec.mode == "remove" and reading.mode is None and not plain:
+    if spec.tokens_leave and reading.mode is None and not plain:
         spec = replace(spec, mode="bypass")
-    if spec.mode == "remove" and not (named or reading.runs):
+    if spec.tokens_leave and not (named or reading.runs):
         calls = main
     runs = reading.runs or _runs(calls)
     spec = replace(spec, token_argument=0)  # a stretch is given its stream and nothing else

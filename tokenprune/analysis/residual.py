@@ -1,8 +1,8 @@
 """Blocks found in a traced graph, whatever its modules are called.
 
-The residual stream stands whole where something is added to what it was made of: `x + f(x)`. A
-block begins where an attention reads the stream that its result is added to; it ends where the
-next block begins, or with its last sum.
+A residual sum adds something to what that was made of: `x + f(x)`. A block begins where an
+attention reads the stream that its result is added to; it ends where the next block begins, or with
+its last sum.
 """
 
 import operator
@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import fx, nn
 
-from tokenprune.analysis.equations import equation_of
+from tokenprune.analysis.equations import factors_of
 from tokenprune.analysis.nodes import shape_of
-from tokenprune.analysis.operators import Kind, argument, kind_of
+from tokenprune.analysis.operators import Kind, kind_of
 from tokenprune.tracing.calls import ModuleCall
 from tokenprune.tracing.host_graph import HostGraph
 
@@ -226,17 +226,8 @@ class _Finder:
 
     def _factors(self, node: fx.Node) -> list[fx.Node]:
         """The tensors of an input that a node multiplies by each other; no mask is one."""
-        kind, given = kind_of(self.root, node), [*node.args, *node.kwargs.values()]
-        if kind is Kind.ATTENTION:
-            names = ("query", "key", "value")
-            given = [argument(node, place, name) for place, name in enumerate(names)]
-        elif node.target in (torch.baddbmm, "baddbmm"):
-            given = given[1:]
-        elif kind is Kind.EINSUM:
-            given = (equation_of(node) or (None, []))[1]
-        elif kind is not Kind.CONTRACTION:
-            return []
-        return [n for n in given if isinstance(n, fx.Node) and n in self.fed]
+        factors = factors_of(self.root, node)
+        return [n for n in factors if isinstance(n, fx.Node) and n in self.fed]
 
     def _attends(self, found: _Sum) -> bool:
         """Whether tokens are weighed against each other: data is multiplied by data."""

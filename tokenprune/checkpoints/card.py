@@ -62,13 +62,10 @@ def write_card(
     """
     hub = hub_client("A model card (card=False leaves it out)")
     pruning, counted = pruning_of(model), profile(model)
-    merged = bool(pruning.method.reduction.name == "merge")
+    reduction = pruning.method.reduction
     known = {
         "library_name": "tokenprune",
-        "tags": [
-            "token-merging" if merged else "token-pruning",
-            facts.host["library"] or "pytorch",
-        ],
+        "tags": [reduction.tag, facts.host["library"] or "pytorch"],
     }
     classifies = type(model).__name__.endswith("ForImageClassification")
     if classifies or getattr(model, "num_classes", 0):  # type: ignore[arg-type]
@@ -77,7 +74,7 @@ def write_card(
     pictures = _pictures(model, folder, counted, images)
     parts = [
         f"# {Path(name).name}",
-        _what(pruning, counted, merged),
+        _what(pruning, counted),
         _figures(pruning, counted),
         *pictures,
         _usage(facts, name, local, type(pruning.host).__name__),
@@ -89,11 +86,11 @@ def write_card(
     (folder / CARD).write_text(str(hub.ModelCard(text)), encoding="utf-8")
 
 
-def _what(pruning: Pruning, counted: Profile, merged: bool) -> str:
+def _what(pruning: Pruning, counted: Profile) -> str:
     recipe = pruning.recipe.name or "a recipe of its own"
-    tokens = "similar tokens are merged" if merged else "tokens that matter little are dropped"
+    what = pruning.method.reduction.in_words
     return (
-        f"`{type(pruning.host).__name__}` in which {tokens} on the way through its blocks, by "
+        f"`{type(pruning.host).__name__}` in which {what} on the way through its blocks, by "
         f"tokenprune ({recipe}). It needs "
         f"**{100 * counted.ratio:.1f} %** of the multiply-accumulates (MACs) of the dense model."
     )

@@ -60,6 +60,11 @@ class ArchSpec:
     notes: tuple[str, ...] = ()
 
     @property
+    def tokens_leave(self) -> bool:
+        """Whether tokens can be removed, not only skip parts of blocks."""
+        return self.mode == "remove"
+
+    @property
     def prefix(self) -> int:
         """P; 0 as long as nobody has counted it."""
         return self.num_prefix_tokens or 0

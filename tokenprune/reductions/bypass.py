@@ -60,6 +60,7 @@ class Bypass(Reduction):
     name: ClassVar[str] = "bypass"
     nested: ClassVar[bool] = False
     removes: ClassVar[bool] = False
+    in_words: ClassVar[str] = "tokens that matter little skip the feed-forward parts"
     added: ClassVar[tuple[str, ...]] = (BYPASSES,)
 
     def __init__(self, root: nn.Module, analysis: Analysis) -> None:

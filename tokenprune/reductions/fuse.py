@@ -23,6 +23,7 @@ class Fuse(AtMiddles, Remove):
     """
 
     name: ClassVar[str] = "fuse"
+    in_words: ClassVar[str] = "tokens that matter little go on as one"
     defaults: ClassVar[Mapping[str, str]] = {"scorer": "class-attention", "place": "middle"}
     scorers: ClassVar[tuple[type, ...]] = (Weigher,)
     kept_sets: ClassVar[Mapping[PathName, KeptSet]] = FUSED_SETS

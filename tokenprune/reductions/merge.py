@@ -31,6 +31,8 @@ class Merge(AtMiddles):
     removes: ClassVar[bool] = True
     hides: ClassVar[bool] = False
     keeps_last: ClassVar[bool] = False
+    in_words: ClassVar[str] = "similar tokens are merged"
+    tag: ClassVar[str] = "token-merging"
     defaults: ClassVar[Mapping[str, str]] = {"scorer": "similarity", "place": "middle"}
     scorers: ClassVar[tuple[type, ...]] = (Matcher,)
     kept_sets: ClassVar[Mapping[PathName, KeptSet]] = MERGED_SETS

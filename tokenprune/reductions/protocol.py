@@ -46,6 +46,8 @@ class Reduction(ABC):
         kept_sets: How each of its paths says which tokens are left.
         hides: There is a mask path, on which dropped tokens are hidden.
         keeps_last: Tokens at the end that are no patches stay as they are.
+        in_words: What becomes of tokens, in a model card.
+        tag: Of the card.
         proofs: Paths that must agree.
     """
 
@@ -60,6 +62,8 @@ class Reduction(ABC):
     defaults: ClassVar[Mapping[str, str]] = {}
     hides: ClassVar[bool] = True
     keeps_last: ClassVar[bool] = True
+    in_words: ClassVar[str] = "tokens that matter little are dropped"
+    tag: ClassVar[str] = "token-pruning"
     proofs: ClassVar[tuple[Proof, ...]] = (
         Proof("mask = gather on random kept sets", "mask", "gather"),
     )

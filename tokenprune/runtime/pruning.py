@@ -170,8 +170,7 @@ class Pruning:
             try:
                 with stopped_at(staged):
                     given = method(*args, **kwargs)
-                lazy = isinstance(given, GeneratorType)
-                return stopping(given, staged, name) if lazy else given
+                return stopping(given, staged, name) if isinstance(given, GeneratorType) else given
             except BlocksReached:
                 self.entries.add(name)
         try:
@@ -180,7 +179,9 @@ class Pruning:
             if path == "mask":
                 check_what_follows(self.host, self.programs(self.as_wrapped()), name)
             return self.run(model, args, kwargs, False, name)
-        except NoBlocksError:  # it stopped at a module that blocks share with what is around them
+        except NoBlocksError:  # it may have stopped at a module that blocks share with others
+            if all(paths):
+                raise
             return getattr(self.host, name)(*args, **kwargs)
 
     def run(

@@ -32,7 +32,6 @@ class Jagged(Selecting):
     `counts_of` says how many each image has, nothing where all have K."""
 
     name = "jagged"
-    seen = staticmethod(present_jagged)
     ops = MASKED._replace(attention=jagged.padded_attention)
     table_gather = staticmethod(jagged.gather_table_jagged)
     restore = staticmethod(jagged.put_back_jagged)
