@@ -214,6 +214,7 @@ class _Task:
                 example=example.with_tensors({n: x.to("meta") for n, x in example.tensors.items()}),
             )
             programs = pruning.programs(example, traced=traced, blocks=blocks)
+            programs.reduction.check_use(host)
             programs.get(host, pruning.path_name(pruning.method.path(training=False)))
         refused = _trace_training(pruning, example) if self.train else None
         wrapped = wrapper_of(pruning)

@@ -15,7 +15,7 @@ from tokenprune.checks.trainable import requiring_grad
 from tokenprune.errors import VerificationError
 from tokenprune.hosts.inputs import first_floating
 from tokenprune.ops.jagged import blank_padding, filled
-from tokenprune.ops.moving import gather_aligned
+from tokenprune.ops.moving import first_rows, gather_aligned
 from tokenprune.ops.selection import in_order
 from tokenprune.private import tree_leaves
 from tokenprune.reductions import Proof
@@ -24,7 +24,7 @@ from tokenprune.runtime.added import added_names
 from tokenprune.runtime.model import pruning_of
 from tokenprune.runtime.program import Program, Programs
 from tokenprune.tracing.arguments import Arguments, as_arguments
-from tokenprune.tracing.interpret import run, tensors_in
+from tokenprune.tracing.interpret import evaluate, run, tensors_in
 from tokenprune.tracing.modes import autocast_dtypes
 
 __all__ = ["TOLERANCE", "Theorems", "cast", "difference"]
@@ -32,6 +32,9 @@ __all__ = ["TOLERANCE", "Theorems", "cast", "difference"]
 # Largest difference, relative to the output's scale, that rounding alone may cause.
 EXACT = 1e-9
 TOLERANCE = {torch.float64: EXACT, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+# The same where only the shapes of products differ, in one block.
+UNREAD_EXACT = 1e-12
+UNREAD = {torch.float64: UNREAD_EXACT, torch.float32: 1e-5}
 
 
 class Theorems:
@@ -48,6 +51,7 @@ class Theorems:
         inputs = as_arguments(type(model).__name__, given)
         self.model, self.inputs, self.host = model, inputs, pruning.host
         self.programs = programs or pruning.programs(inputs)
+        self.leaves_out = self.programs.unread_rows and self.programs.reduction.unread(self.host).costly
         self.facts = self.programs.analysis.facts
         self.num_patches = self.programs.num_patches
         self.tensors = inputs.tensors
@@ -112,9 +116,13 @@ class Theorems:
         return tensors
 
     def _output(
-        self, path: PathName, settings: CallSettings, tensors: Mapping[str, Tensor]
+        self,
+        path: PathName,
+        settings: CallSettings,
+        tensors: Mapping[str, Tensor],
+        whole: bool = True,
     ) -> list[Tensor]:
-        program = self.programs.get(self.host, path)
+        program = self.programs.get(self.host, path, whole)
         try:
             output, *_ = program.run(self.model, settings, **tensors)
         except (RuntimeError, IndexError) as error:
@@ -145,6 +153,7 @@ class Theorems:
         """All theorems: VerificationError at the first that does not hold."""
         with torch.no_grad():
             checks = [*self.identity(), *self.paths(), *self.contents(), *self.images()]
+            checks += self.unread()
         if gradients:  # with the programs of a call that records gradients
             checks += Theorems(self.model, self.inputs).gradients()
         return checks
@@ -197,17 +206,57 @@ class Theorems:
                 lambda proof: "an image's output depends on the other images of its batch",
             )
 
+    def unread(self) -> Iterator[Check]:
+        """Theorem 13: without the rows that nobody reads, the outputs are the same."""
+        if self.leaves_out:
+            bound = UNREAD.get(self.dtype, self.bound) if self.bound <= TOLERANCE[torch.float32] else self.bound
+            yield self._compared(
+                "without unread rows the outputs are the same",
+                Theorems._with_and_without,
+                lambda proof: "rows that are left out are read",
+                (bound, UNREAD_EXACT),
+            )
+
+    def _with_and_without(self) -> float:
+        paths = [self.pruned, *(["mask"] if self.programs.reduction.hides else [])]
+        return max(
+            difference(
+                self._output(path, self.settings, self.tensors, whole=False),
+                self._output(path, self.settings, self.tensors),
+            )
+            for path in paths
+        )
+
+    def other_rows(self) -> float:
+        """How far outputs move if the last rows are read in the place of the first."""
+
+        def step(node: fx.Node, env: dict[fx.Node, Any]) -> Any:
+            if node.target is not first_rows:
+                return evaluate(self.model, node, env)
+            source, dim, rows = node.args
+            return env[source].narrow(dim, env[source].shape[dim] - rows, rows)
+
+        graph = self.programs.get(self.host, self.pruned).rewrite.graph
+        inputs = {SETTINGS: self.settings, **self.tensors}
+        *_, (_, returned) = run(self.model, graph, inputs, step)
+        return difference(tensors_in(returned[0]), self.run_pruned())
+
     def _compared(
-        self, name: str, measure: Callable[["Theorems"], float], what: Callable[["Theorems"], str]
+        self,
+        name: str,
+        measure: Callable[["Theorems"], float],
+        what: Callable[["Theorems"], str],
+        bounds: tuple[float, float] | None = None,
     ) -> Check:
         """Compare in the model's precision; if that fails, float64 tells a real difference from
         rounding that the host itself amplifies."""
-        proof, check = self, Check(name, measure(self), self.bound)
-        if not check.passed and self.bound > EXACT:
+        bound, exact = bounds or (self.bound, EXACT)
+        proof, check = self, Check(name, measure(self), bound)
+        if not check.passed and bound > exact:
             proof = self._in_float64
             given = str(self.dtype).removeprefix("torch.")
             name = f"{name}, in float64 ({given}: {check.error:.1e})"
-            check = Check(name, measure(proof), EXACT)
+            check = Check(name, measure(proof), exact)
         if not check.passed:
             proof.refuse(check, what(proof))
         return check
@@ -270,7 +319,7 @@ class Theorems:
     def _gradients_of(self, parameters: Sequence[nn.Parameter]) -> Check:
         generator = torch.Generator(parameters[0].device).manual_seed(0)
         settings = CallSettings((), sample=True, generator=generator)
-        program = self.programs.get(self.host, "mask")
+        program = self.programs.get(self.host, "mask", whole=True)
         output, records, *_ = program.run(self.model, settings, **self.tensors)
         loss = sum(t.float().square().mean() for t in tensors_in(output) if t.requires_grad)
         loss = loss + sum(decision.mean() for _, decision in records)
@@ -292,7 +341,7 @@ class Theorems:
         """Run both paths in step and name the first node whose kept rows differ."""
         differ = f"{claim.left} and {claim.right} path differ"
         names = (claim.left, self._name(claim.right))
-        left, right = (self.programs.get(self.host, name) for name in names)
+        left, right = (self.programs.get(self.host, name, whole=True) for name in names)
         theirs = self._values(right)
         ahead: dict[fx.Node, Any] = {}
         for origin, ours in self._values(left):

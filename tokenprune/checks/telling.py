@@ -34,7 +34,8 @@ class Leak(NamedTuple):
     """What a leak at one operator does.
 
     Attributes:
-        stage: Whose decision the operator reads; None for all operators of all stages together.
+        stage: Whose decision the operator reads; None for all operators of all stages together, and
+            for rows that are left out because nobody reads them.
         size: Change of the outputs if the operator ignored the decision: root mean square, relative
             to the scale of the outputs.
         teaches: The operator has a gradient to the decision.
@@ -112,11 +113,14 @@ def telling(proof: Theorems) -> Telling:
     are measured: by the outputs with every token kept.
     """
     try:
-        leaks, taught = _follow(_one_image(proof))
+        leaks, taught = _follow(_one_image(proof)) if proof.programs.reduction.prunes else ([], [])
     except _NoGradientError:
         leaks, taught = [Leak(None, difference(proof.run_pruned(), proof.whole))], []
     if not proof.probabilistic:
         taught = []
+    if proof.leaves_out:
+        with torch.no_grad():
+            leaks.append(Leak(None, proof.other_rows()))
     return Telling(leaks, proof.bound, proof.images_alike(), taught)
 
 
@@ -141,7 +145,7 @@ class _Tap(NamedTuple):
 def _follow(proof: Theorems) -> tuple[list[Leak], list[bool]]:
     """Leaks of each operator, and whether the outputs teach each decision."""
     hides = proof.programs.reduction.hides
-    rewrite = proof.programs.get(proof.host, "mask" if hides else "gather").rewrite
+    rewrite = proof.programs.get(proof.host, "mask" if hides else "gather", whole=True).rewrite
     stages = {record.kept: stage for stage, record in enumerate(rewrite.records)}
     first = rewrite.records[0].entering
     start = first.all_input_nodes[0] if first.target is flat_tokens else first

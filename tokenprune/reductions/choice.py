@@ -49,6 +49,12 @@ def choice_of(recipe: Recipe, spec: ArchSpec) -> Choice:
     """
     choice = Choice(SCORERS[recipe.scorer], MODES[_mode(recipe, spec)])
     named = f"recipe {recipe.name!r}" if recipe.name else "the recipe"
+    if not choice.reduction.prunes and not _keeps_all(recipe):
+        raise PlanError(
+            f"{named} has `mode: {recipe.mode}`, which prunes nothing, but asks for less than that "
+            "or for fewer tokens. Give it `unread_rows: true` and `keep_ratio: 1`, or change the "
+            "mode."
+        )
     if choice.reduction.removes and not MODES[spec.mode].removes:
         raise PlanError(
             f"{named} has `mode: {recipe.mode}`, but this host (adapter {spec.adapter!r}) needs "
@@ -88,6 +94,13 @@ def choice_of(recipe: Recipe, spec: ArchSpec) -> Choice:
     if recipe.sampling.selection == "threshold":
         choice.check_threshold(recipe.sampling.threshold)
     return choice
+
+
+def _keeps_all(recipe: Recipe) -> bool:
+    """Whether a recipe prunes nothing, and leaves out unread rows."""
+    given = recipe.schedule.keep_ratio if recipe.schedule else None
+    ratios = [stage.keep_ratio for stage in recipe.resolved_stages] or [given]
+    return recipe.unread_rows and set(ratios) == {1.0}
 
 
 def _mode(recipe: Recipe, spec: ArchSpec) -> str:

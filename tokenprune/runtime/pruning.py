@@ -137,6 +137,7 @@ class Pruning:
     def runs_host(self, path: Path) -> bool:
         """Whether a path is the host itself: nothing is pruned."""
         keeps_all = self.forced.keep_indices is None and self.budget.keeps_all
+        keeps_all = keeps_all and self.method.reduction.prunes
         return path == "dense" or (path == "gather" and keeps_all)
 
     def look_at_scorers(self, path: Path) -> None:
@@ -228,7 +229,7 @@ class Pruning:
                 "shapes depend on what the images hold. Export it with fixed counts: "
                 "model.set_threshold(None)."
             )
-        program = programs.get(self.host, name)
+        program = programs.get(self.host, name, whole=return_trace)
         settings = self.settings(path, programs, arguments, model.training)
         hooked = program.hooked and not torch.compiler.is_compiling() and not self.cache.frozen
         check = partial(programs.check_hooks, type(self.host).__name__)
@@ -243,7 +244,9 @@ class Pruning:
             self.watch.saw(model, scorers, decisions, real, targets, return_trace)
         if not return_trace:
             return output
-        if name == "dense":
+        if tokens is None:
+            raise RuntimeError("a program that leaves rows out has no patch tokens")
+        if not records:
             return output, PruningTrace([], tokens, real)
         nested = self.method.reduction.nested
         stages = self.method.reduction.kept_sets[name].stage_traces(
@@ -316,7 +319,8 @@ class Pruning:
             reduction = self.method.reduction(host, analysis)
         check_parts(host, self.added, reduction)
         forget_weights(traced.fake_mode)
-        found = Programs(analysis, reduction, self.method.scorer, self.restore)
+        how = (self.method.scorer, self.restore, self.recipe.unread_rows)
+        found = Programs(analysis, reduction, *how)
         self.cache.add(signature, found)
         return found
 
@@ -391,6 +395,12 @@ class Pruning:
 
     def set_keep_ratio(self, keep_ratio: float | Sequence[float]) -> None:
         """See `PrunedModel.set_keep_ratio`."""
+        if not self.method.reduction.prunes:
+            raise PlanError(
+                f"asked for keep_ratio={keep_ratio!r}, but `mode: {self.method.reduction.name}` "
+                "prunes nothing. Wrap the host with a method that does, such as merge-k0.7; "
+                "`unread_rows: true` in its recipe leaves out unread rows as well."
+            )
         self.budget = self.budget.with_keep_ratio(keep_ratio, self.plan)
 
     def set_threshold(self, threshold: float | None) -> None:
