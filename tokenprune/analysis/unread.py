@@ -18,6 +18,7 @@ from torch import Size, Tensor, fx, nn
 from tokenprune.analysis.analysis import Analysis
 from tokenprune.analysis.nodes import holds_no_tensor
 from tokenprune.analysis.operators import Kind, argument, couples, kind_of
+from tokenprune.private import tree_leaves
 from tokenprune.tracing.effects import has_effect
 from tokenprune.tracing.hook_nodes import is_hook_node
 from tokenprune.tracing.interpret import Environment, evaluate, quiet_trials
@@ -44,7 +45,7 @@ class Unread:
             reads the first rows.
         numbers: (node, a size that it reads) where the size is to count these rows.
         costly: Something of what is narrowed multiplies.
-        reader: The last node that reads all rows and holds no tokens itself.
+        reader: The last node that reads all rows and does not just hand them on.
     """
 
     rows: int
@@ -106,7 +107,7 @@ class _Search:
         }
         numbers = frozenset((node, n) for node, read in reads.items() for n in read.numbers)
         costly = any(kind_of(self.root, node) in _COSTS for node in narrowed)
-        return Unread(self.rows, narrowed, slices, numbers, costly, self._reader())
+        return Unread(self.rows, narrowed, slices, numbers, costly, self._reader(narrowed))
 
     def _dims(self, node: fx.Node) -> list[int]:
         """Token dims; of several tensors at once those of the first that is picked."""
@@ -173,8 +174,15 @@ class _Search:
         options = dict[fx.Node, list[Any]]()
         if _picks(node):
             return _Reads({node.all_input_nodes[0]: dim}, frozenset())
+        given = tree_leaves((node.args, dict(node.kwargs)))
+        kind = kind_of(self.root, node)
+        keys = [argument(node, i, n) for i, n in ((1, "key"), (2, "value"))]
         for used in node.all_input_nodes:
             held = used.meta["val"]
+            if kind is Kind.ATTENTION and used in keys:
+                continue
+            if kind in _BY_ROWS and given.count(used) > 1:  # one of them counts keys
+                continue
             if isinstance(held, Tensor):
                 tables = self.facts[node].gathers.get(used)
                 prefix = self.analysis.plan.num_prefix
@@ -261,10 +269,12 @@ class _Search:
             elif self._follows(used):
                 yield from self._read_of(used)
 
-    def _reader(self) -> fx.Node | None:
+    def _reader(self, narrowed: Mapping[fx.Node, int]) -> fx.Node | None:
         for user in reversed(self.nodes):
             picked = [user, *user.users]  # one of several tensors holds tokens
-            if self._is_number(user) or any(self.facts[n].dims for n in picked if n.op != "output"):
+            hands_on = any(self.facts[n].dims for n in picked if n.op != "output")
+            attends = kind_of(self.root, user) in _BY_ROWS and user not in narrowed
+            if self._is_number(user) or (hands_on and not attends):
                 continue
             for used in user.all_input_nodes:
                 dims = [d - used.meta["val"].ndim for d in self.facts[used].dims]

@@ -14,6 +14,7 @@ from tokenprune.rewrite.kept import KEPT_SETS, KeptSet
 from tokenprune.rewrite.passes import Pass
 from tokenprune.rewrite.settings import PathName
 from tokenprune.scorers import Scorer
+from tokenprune.tracing.hook_nodes import is_hook_node
 from tokenprune.tracing.host_graph import HostGraph
 
 __all__ = ["Exact"]
@@ -50,7 +51,9 @@ class Exact(Reduction):
             return
         node = unread.reader
         reader = "the output, which holds tokens,"
-        if node is not None and node.op != "output":
+        if node is not None and is_hook_node(node):
+            reader = f"a hook at {node.meta['where']}"
+        elif node is not None and node.op != "output":
             reader = f"'{node.name}' ({node.target}) at {node.meta['where']}"
         raise PlanError(
             f"`mode: exact` leaves out rows that no output reads, but in this host {reader} reads "

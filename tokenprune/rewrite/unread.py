@@ -1,7 +1,6 @@
 """Rows that nobody reads are not computed: the last block's queries, projection and MLP."""
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import Tensor, fx
 
@@ -30,13 +29,12 @@ class LeaveUnread(Pass):
         rewrite.graph.eliminate_dead_code(has_effect)
         if not self.unread.costly:
             return
-        sizes = [(n, s, self._read_as(rewrite, n, s)) for n, s in self.unread.numbers]
         for (node, source), dim in self.unread.slices.items():
             whole = self._read_as(rewrite, node, source)
             rewrite.copy_of(node).replace_input_with(whole, self._rows(rewrite, whole, dim))
-        for node, _, size in sizes:
-            reader = rewrite.copy_of(node)
-            reader.replace_input_with(size, self._count(rewrite, size, reader))
+        for node, number in self.unread.numbers:
+            reader, size = rewrite.copy_of(node), self._read_as(rewrite, node, number)
+            reader.replace_input_with(size, self._count(rewrite, number, reader))
         for origin, dim in self.unread.narrowed.items():
             node = rewrite.copy_of(origin)
             node.meta[FACTS] = replace(rewrite.facts(node), dims={}, gathers={})
@@ -63,19 +61,17 @@ class LeaveUnread(Pass):
         return ours[0]
 
     def _count(self, rewrite: Rewrite, number: fx.Node, at: fx.Node) -> fx.Node:
-        """A size that counts the rows that are read."""
-        narrow: dict[fx.Node, Any] = {}
+        """A size that counts the rows that are read, put before `at`."""
+        narrow: dict[fx.Node, fx.Node] = {}
         for used in number.all_input_nodes:
-            origin = rewrite.origin(used)
-            if origin is None or origin in self.unread.narrowed:
-                continue
-            if isinstance(origin.meta["val"], Tensor):
-                part = used
-                for dim in token_dims(rewrite.analysis, origin):
-                    part = self._rows(rewrite, part, dim)
-                narrow[used] = part
-            elif rewrite.facts(used).follows_tokens:
-                narrow[used] = self._count(rewrite, used, at)
+            copy = rewrite.copy_of(used)
+            if isinstance(used.meta["val"], Tensor):
+                whole = used not in self.unread.narrowed
+                for dim in token_dims(rewrite.analysis, used) if whole else ():
+                    narrow[copy] = self._rows(rewrite, narrow.get(copy, copy), dim)
+            elif rewrite.analysis.facts[used].follows_tokens:
+                narrow[copy] = self._count(rewrite, used, at)
         with rewrite.graph.inserting_before(at):
-            copy = rewrite.graph.node_copy(number, lambda used: narrow.get(used, used))
-        return copy
+            return rewrite.graph.node_copy(
+                rewrite.copy_of(number), lambda used: narrow.get(used, used)
+            )
