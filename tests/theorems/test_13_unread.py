@@ -57,7 +57,7 @@ Results = tuple[list[Tensor], list[Tensor]]
 
 
 def results(model: nn.Module, inputs: dict[str, Any], seed: int, whole: bool) -> Results:
-    """Outputs, and gradients of all parameters; `whole`, as a call that returns a trace has them."""
+    """Outputs and gradients; `whole`, as a call that returns a trace has them."""
     model.zero_grad()
     with model.using(generator=torch.Generator().manual_seed(seed)):
         output = model(**inputs, return_trace=whole)
@@ -167,7 +167,7 @@ def test_a_pass_with_a_fault_is_refused(method: str, monkeypatch: pytest.MonkeyP
     for fault in FAULTS:
         with monkeypatch.context() as patch:
             patch.setattr(protocol, "find_unread", lambda *given, f=fault: f(find_unread(*given)))
-            with pytest.raises(VerificationError, match="rows that are left out|path fails at"):
+            with pytest.raises(VerificationError, match=r"rows that are left out|path fails at"):
                 tokenprune.wrap(host, recipe, **options)
     monkeypatch.setattr(rewriting, "first_rows", last_rows)
     with pytest.raises(VerificationError, match="rows that are left out are read"):

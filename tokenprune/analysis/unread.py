@@ -115,9 +115,7 @@ class _Search:
         picked = [n for n in node.users if _picks(n)] if several else [node]
         return token_dims(self.analysis, picked[0]) if picked else []
 
-    def _backward(
-        self, barred: set[fx.Node]
-    ) -> tuple[dict[fx.Node, int], dict[fx.Node, _Reads]]:
+    def _backward(self, barred: set[fx.Node]) -> tuple[dict[fx.Node, int], dict[fx.Node, _Reads]]:
         narrowed: dict[fx.Node, int] = {}
         reads: dict[fx.Node, _Reads] = {}
         for node in reversed(self.nodes):
@@ -131,9 +129,7 @@ class _Search:
                 narrowed[node], reads[node] = dim, read
         return narrowed, reads
 
-    def _asked(
-        self, user: fx.Node, node: fx.Node, reads: Mapping[fx.Node, _Reads]
-    ) -> int | None:
+    def _asked(self, user: fx.Node, node: fx.Node, reads: Mapping[fx.Node, _Reads]) -> int | None:
         """The dim of `node` whose first rows `user` needs; None if it needs all."""
         if user in reads:
             return reads[user].tensors.get(node)
@@ -162,7 +158,9 @@ class _Search:
             return False
         if kind is Kind.SOFTMAX:
             asked = argument(node, 1, "dim") if module is None else getattr(module, "dim", None)
-            return asked is not None and asked % node.meta["val"].ndim != dim % node.meta["val"].ndim
+            return (
+                asked is not None and asked % node.meta["val"].ndim != dim % node.meta["val"].ndim
+            )
         if kind is Kind.BATCH_STATISTIC:
             return module is not None and not module.training
         if kind in (*_BY_ROWS, *_REDUCES):
@@ -270,6 +268,7 @@ class _Search:
                 yield from self._read_of(used)
 
     def _reader(self, narrowed: Mapping[fx.Node, int]) -> fx.Node | None:
+        user: fx.Node
         for user in reversed(self.nodes):
             picked = [user, *user.users]  # one of several tensors holds tokens
             hands_on = any(self.facts[n].dims for n in picked if n.op != "output")
@@ -302,10 +301,10 @@ def _tensors(value: Any) -> list[Tensor]:
 
 def _picks(node: fx.Node) -> bool:
     """Whether a node is one of several tensors that another returns."""
-    several = node.target is operator.getitem and isinstance(node.args[0], fx.Node)
-    return several and bool(_tensors(node.args[0].meta["val"])) and isinstance(
-        node.args[0].meta["val"], tuple | list
-    )
+    if node.target is not operator.getitem:
+        return False
+    several = node.all_input_nodes[0].meta["val"]
+    return isinstance(several, tuple | list) and bool(_tensors(several))
 
 
 def _sliced(node: fx.Node, dims: Sequence[int], rows: int) -> Tensor:

@@ -1,7 +1,7 @@
 """One run of the theorems of docs/theorems.md on one model and one input."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property, partial
@@ -15,7 +15,7 @@ from tokenprune.checks.trainable import requiring_grad
 from tokenprune.errors import VerificationError
 from tokenprune.hosts.inputs import first_floating
 from tokenprune.ops.jagged import blank_padding, filled
-from tokenprune.ops.moving import first_rows, gather_aligned
+from tokenprune.ops.moving import gather_aligned
 from tokenprune.ops.selection import in_order
 from tokenprune.private import tree_leaves
 from tokenprune.reductions import Proof
@@ -24,17 +24,14 @@ from tokenprune.runtime.added import added_names
 from tokenprune.runtime.model import pruning_of
 from tokenprune.runtime.program import Program, Programs
 from tokenprune.tracing.arguments import Arguments, as_arguments
-from tokenprune.tracing.interpret import evaluate, run, tensors_in
+from tokenprune.tracing.interpret import run, tensors_in
 from tokenprune.tracing.modes import autocast_dtypes
 
-__all__ = ["TOLERANCE", "Theorems", "cast", "difference"]
+__all__ = ["TOLERANCE", "Theorems", "cast", "difference", "largest"]
 
 # Largest difference, relative to the output's scale, that rounding alone may cause.
 EXACT = 1e-9
 TOLERANCE = {torch.float64: EXACT, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-# The same where only the shapes of products differ, in one block.
-UNREAD_EXACT = 1e-12
-UNREAD = {torch.float64: UNREAD_EXACT, torch.float32: 1e-5}
 
 
 class Theorems:
@@ -51,7 +48,6 @@ class Theorems:
         inputs = as_arguments(type(model).__name__, given)
         self.model, self.inputs, self.host = model, inputs, pruning.host
         self.programs = programs or pruning.programs(inputs)
-        self.leaves_out = self.programs.unread_rows and self.programs.reduction.unread(self.host).costly
         self.facts = self.programs.analysis.facts
         self.num_patches = self.programs.num_patches
         self.tensors = inputs.tensors
@@ -63,9 +59,8 @@ class Theorems:
         self.settings = self._settings_for(self.sets)
         self.dtype = first_floating(model).dtype
         casts = autocast_dtypes(self.programs.analysis.traced.graph)
-        self.bound = max(
-            TOLERANCE.get(dtype, TOLERANCE[torch.float32]) for dtype in (self.dtype, *casts)
-        )
+        self.dtypes = (self.dtype, *casts)
+        self.bound = largest(TOLERANCE, self.dtypes)
         self.probabilistic = pruning.method.scorer.probabilistic
         self.outputs: dict[PathName, list[Tensor]] = {}
         self.whole: list[Tensor] = []  # outputs with every token kept
@@ -141,6 +136,10 @@ class Theorems:
         """The output on the random kept sets."""
         return self._run(self.pruned)
 
+    def run_whole_or_not(self, path: PathName, whole: bool) -> list[Tensor]:
+        """The output of a path on them, with or without the rows that nobody reads."""
+        return self._output(path, self.settings, self.tensors, whole)
+
     def comparable(self, tensors: list[Tensor]) -> list[Tensor]:
         """The rows of a mask path's output that the gather path returns."""
         if self.programs.restore is not False:
@@ -153,7 +152,6 @@ class Theorems:
         """All theorems: VerificationError at the first that does not hold."""
         with torch.no_grad():
             checks = [*self.identity(), *self.paths(), *self.contents(), *self.images()]
-            checks += self.unread()
         if gradients:  # with the programs of a call that records gradients
             checks += Theorems(self.model, self.inputs).gradients()
         return checks
@@ -177,7 +175,7 @@ class Theorems:
         """Theorem 2: paths that must agree do, on rows of kept tokens."""
         for claim in self.programs.reduction.proofs:
             apart = partial(Theorems._apart, claim=claim)
-            yield self._compared(claim.name, apart, partial(Theorems._where_apart, claim=claim))
+            yield self.compared(claim.name, apart, partial(Theorems._where_apart, claim=claim))
 
     def _apart(self, claim: Proof) -> float:
         return difference(self._run(claim.left), self._run(self._name(claim.right)))
@@ -189,7 +187,7 @@ class Theorems:
         """Theorem 3: what dropped tokens (bypass: branches not taken) hold is not read."""
         if not self.programs.reduction.hides:
             return
-        yield self._compared(
+        yield self.compared(
             "dropped tokens may hold NaN and inf",
             lambda proof: difference(
                 proof._run("mask", replace(proof.settings, poison=True)), proof._run("mask")
@@ -200,48 +198,13 @@ class Theorems:
     def images(self) -> Iterator[Check]:
         """Theorem 4: an image does not depend on the others of its batch."""
         if not self.programs.analysis.batch_bound:
-            yield self._compared(
+            yield self.compared(
                 "an image alone = in a batch",
                 Theorems._alone_and_together,
                 lambda proof: "an image's output depends on the other images of its batch",
             )
 
-    def unread(self) -> Iterator[Check]:
-        """Theorem 13: without the rows that nobody reads, the outputs are the same."""
-        if self.leaves_out:
-            bound = UNREAD.get(self.dtype, self.bound) if self.bound <= TOLERANCE[torch.float32] else self.bound
-            yield self._compared(
-                "without unread rows the outputs are the same",
-                Theorems._with_and_without,
-                lambda proof: "rows that are left out are read",
-                (bound, UNREAD_EXACT),
-            )
-
-    def _with_and_without(self) -> float:
-        paths = [self.pruned, *(["mask"] if self.programs.reduction.hides else [])]
-        return max(
-            difference(
-                self._output(path, self.settings, self.tensors, whole=False),
-                self._output(path, self.settings, self.tensors),
-            )
-            for path in paths
-        )
-
-    def other_rows(self) -> float:
-        """How far outputs move if the last rows are read in the place of the first."""
-
-        def step(node: fx.Node, env: dict[fx.Node, Any]) -> Any:
-            if node.target is not first_rows:
-                return evaluate(self.model, node, env)
-            source, dim, rows = node.args
-            return env[source].narrow(dim, env[source].shape[dim] - rows, rows)
-
-        graph = self.programs.get(self.host, self.pruned).rewrite.graph
-        inputs = {SETTINGS: self.settings, **self.tensors}
-        *_, (_, returned) = run(self.model, graph, inputs, step)
-        return difference(tensors_in(returned[0]), self.run_pruned())
-
-    def _compared(
+    def compared(
         self,
         name: str,
         measure: Callable[["Theorems"], float],
@@ -249,7 +212,7 @@ class Theorems:
         bounds: tuple[float, float] | None = None,
     ) -> Check:
         """Compare in the model's precision; if that fails, float64 tells a real difference from
-        rounding that the host itself amplifies."""
+        rounding that the host itself amplifies. `bounds` of both, if they are others."""
         bound, exact = bounds or (self.bound, EXACT)
         proof, check = self, Check(name, measure(self), bound)
         if not check.passed and bound > exact:
@@ -382,6 +345,11 @@ class Theorems:
         for d, dim in self.facts[origin].dims.items():
             rows = blank_padding(rows, self.sets[dim.stage], dim.prefix, d)
         return rows
+
+
+def largest(bounds: Mapping[torch.dtype, float], dtypes: Iterable[torch.dtype]) -> float:
+    """The bound of the coarsest of some dtypes."""
+    return max(bounds.get(dtype, bounds[torch.float32]) for dtype in dtypes)
 
 
 def _with_itself(together: Tensor, alone: Tensor, size: int) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from tokenprune.checks.certificate import Check
 from tokenprune.checks.proof import Theorems, difference
 from tokenprune.checks.trainable import requiring_grad
+from tokenprune.checks.unread import leaves_out, other_rows
 from tokenprune.ops.layout import flat_tokens
 from tokenprune.ops.pooling import hide_dropped, masked_amax
 from tokenprune.rewrite.kept.token_ops import masked_max
@@ -118,9 +119,8 @@ def telling(proof: Theorems) -> Telling:
         leaks, taught = [Leak(None, difference(proof.run_pruned(), proof.whole))], []
     if not proof.probabilistic:
         taught = []
-    if proof.leaves_out:
-        with torch.no_grad():
-            leaks.append(Leak(None, proof.other_rows()))
+    if leaves_out(proof):
+        leaks = [*leaks, Leak(None, other_rows(proof))]
     return Telling(leaks, proof.bound, proof.images_alike(), taught)
 
 

@@ -10,6 +10,7 @@ from tokenprune.checks.certificate import Certificate, Check
 from tokenprune.checks.enliven import enliven, enlivened_inputs
 from tokenprune.checks.proof import Theorems, cast
 from tokenprune.checks.telling import telling
+from tokenprune.checks.unread import unread
 from tokenprune.errors import UnsupportedHostError, VerificationError
 from tokenprune.hosts.inputs import ExampleInputs
 from tokenprune.runtime.model import pruning_of
@@ -52,7 +53,7 @@ def verify(
     with evaluated, attributes_kept(pruning.host), buffers_kept(model):
         with torch.no_grad():
             proof = Theorems(model, inputs)
-        checks = proof.checks(gradients)
+        checks = [*proof.checks(gradients), *unread(proof)]
         told = telling(proof)
         if told.told:
             checks += told.checks(proof)
@@ -84,7 +85,7 @@ def _on_a_copy(given: Theorems, gradients: bool) -> list[Check]:
         alike = _dtypes(lively, tensors) == _dtypes(model, inputs)
         with torch.no_grad():
             proof = Theorems(lively, tensors, programs if alike and programs.serve_copies else None)
-        checks = proof.checks(gradients)
+        checks = [*proof.checks(gradients), *unread(proof)]
         told = telling(proof)
         if not told.blind_stages:
             break

@@ -24,7 +24,7 @@ class LeaveUnread(Pass):
     unread: Unread
 
     def apply(self, rewrite: Rewrite) -> None:
-        output, records, _, real = rewrite.output.args[0]  # type: ignore[misc]
+        output, records, _, real = rewrite.output.args[0]
         rewrite.output.args = ((output, records, None, real),)
         rewrite.graph.eliminate_dead_code(has_effect)
         if not self.unread.costly:

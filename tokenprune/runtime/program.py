@@ -27,7 +27,7 @@ __all__ = ["Program", "Programs"]
 
 # The host's output, the stage records, the patch tokens (None where unread rows are left out),
 # which patches are real (None: all).
-Returned = tuple[Any, tuple[tuple[Any, ...], ...], Tensor | None, Tensor | None]
+Returned = tuple[Any, tuple[tuple[Any, ...], ...], Any, Tensor | None]
 
 LOOKS = 2
 """After how many calls of new programs what they have changed is looked at."""

@@ -15,7 +15,7 @@ from tokenprune.analysis.analysis import analyse
 from tokenprune.analysis.blocks import Blocks
 from tokenprune.analysis.plan import Budget, Plan, bind
 from tokenprune.analysis.reading import NoBlocksError, Reading, settle
-from tokenprune.errors import HostError, KeepIndicesError, PlanError
+from tokenprune.errors import HostError, PlanError
 from tokenprune.hosts.inputs import CallSignature, ExampleInputs, first_floating, named_inputs
 from tokenprune.hosts.registry import hints, stated_by
 from tokenprune.hosts.spec import ArchSpec
@@ -244,8 +244,6 @@ class Pruning:
             self.watch.saw(model, scorers, decisions, real, targets, return_trace)
         if not return_trace:
             return output
-        if tokens is None:
-            raise RuntimeError("a program that leaves rows out has no patch tokens")
         if not records:
             return output, PruningTrace([], tokens, real)
         nested = self.method.reduction.nested
@@ -368,11 +366,8 @@ class Pruning:
                 f"`mode: {reduction.name}` has no {path} path: it trains on the path that eval "
                 f"runs. Choose one of {', '.join(there)}."
             )
-        if keep_indices is not None and not reduction.hides:
-            raise KeepIndicesError(
-                f"`mode: {reduction.name}` keeps no tokens that could be named: each that is left "
-                "is the mean of several. Leave `keep_indices` out."
-            )
+        if keep_indices is not None:
+            self.method.check_keep_indices()
         was, forced, thread = self.forced, None, get_ident()
         if keep_indices is not None:
             nested, padded = self.method.reduction.nested, self.budget.threshold is not None
@@ -395,12 +390,7 @@ class Pruning:
 
     def set_keep_ratio(self, keep_ratio: float | Sequence[float]) -> None:
         """See `PrunedModel.set_keep_ratio`."""
-        if not self.method.reduction.prunes:
-            raise PlanError(
-                f"asked for keep_ratio={keep_ratio!r}, but `mode: {self.method.reduction.name}` "
-                "prunes nothing. Wrap the host with a method that does, such as merge-k0.7; "
-                "`unread_rows: true` in its recipe leaves out unread rows as well."
-            )
+        self.method.check_prunes(f"keep_ratio={keep_ratio!r}")
         self.budget = self.budget.with_keep_ratio(keep_ratio, self.plan)
 
     def set_threshold(self, threshold: float | None) -> None:
