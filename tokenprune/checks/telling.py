@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from tokenprune.checks.certificate import Check
-from tokenprune.checks.proof import Theorems, difference
+from tokenprune.checks.difference import difference
+from tokenprune.checks.proof import Theorems
 from tokenprune.checks.trainable import requiring_grad
 from tokenprune.checks.unread import leaves_out, other_rows
 from tokenprune.ops.layout import flat_tokens
@@ -110,29 +111,27 @@ def telling(proof: Theorems) -> Telling:
     """Measure after all theorems have been checked.
 
     Needs the memory of a forward pass on one image that keeps its activations. Where gradients do
-    not reach (a host that runs under `no_grad`, weights without a backward), all leaks together
-    are measured: by the outputs with every token kept.
+    not reach (a host that runs under `no_grad`, weights without a backward), and in a brief proof,
+    all leaks together are measured: by the outputs with every token kept.
     """
+    leaks: list[Leak] = []
+    taught: list[bool] = []
     try:
-        leaks, taught = _follow(_one_image(proof)) if proof.programs.reduction.prunes else ([], [])
+        if proof.brief and proof.programs.reduction.prunes:
+            raise _NoGradientError
+        if proof.programs.reduction.prunes:
+            leaks, taught = _follow(proof.of_one_image())
     except _NoGradientError:
         leaks, taught = [Leak(None, difference(proof.run_pruned(), proof.whole))], []
     if not proof.probabilistic:
         taught = []
     if leaves_out(proof):
-        leaks = [*leaks, Leak(None, other_rows(proof))]
+        leaks.append(Leak(None, other_rows(proof)))
     return Telling(leaks, proof.bound, proof.images_alike(), taught)
 
 
 class _NoGradientError(Exception):
     """Gradients of the outputs do not reach every operator."""
-
-
-def _one_image(proof: Theorems) -> Theorems:
-    if proof.batch_size == 1 or proof.programs.analysis.batch_bound:
-        return proof
-    last = {name: value[-1:] for name, value in proof.batched().items()}
-    return Theorems(proof.model, proof.inputs.with_tensors(last))
 
 
 class _Tap(NamedTuple):

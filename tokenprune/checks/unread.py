@@ -7,7 +7,8 @@ import torch
 from torch import fx
 
 from tokenprune.checks.certificate import Check
-from tokenprune.checks.proof import TOLERANCE, Theorems, difference, largest
+from tokenprune.checks.difference import TOLERANCE, difference, largest
+from tokenprune.checks.proof import Theorems
 from tokenprune.ops.moving import first_rows
 from tokenprune.rewrite.settings import SETTINGS, PathName
 from tokenprune.tracing.interpret import evaluate, run, tensors_in
