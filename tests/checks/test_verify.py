@@ -171,6 +171,8 @@ def test_the_brief_proof_of_a_big_host_refuses_the_same(monkeypatch: pytest.Monk
     monkeypatch.setattr(verifying, "BIG", 0)
     x = torch.randn(2, 3, 32, 32)
     host = Vit()
+    for block in host.blocks:
+        block.attn.fused_attn = False
     with torch.no_grad():
         for parameter in host.parameters():
             parameter.normal_(std=0.3)
