@@ -81,8 +81,8 @@ def wrap(
             every token back in place, dropped ones with the value they had when they were dropped,
             merged ones with that of their group; False leaves only kept tokens in eval. None
             refuses such an output by name.
-        verify: Prove on this very model that the paths agree; of a host of more than 268 million
-            parameters in fewer forwards than `tokenprune.verify` runs.
+        verify: Prove on this very model that the paths agree; where an image takes more than 100
+            GMACs, in fewer forwards than `tokenprune.verify` runs.
         train: Also trace the host in training mode, for the first training step. If that fails
             while the host is in eval mode, a `TokenPruneWarning` says why, and the first call in
             training mode raises it. False leaves it out, for a model that only serves: `wrap`
