@@ -1,6 +1,6 @@
 """What it saves not to compute rows that nobody reads: a part of docs/speed.md.
 
-    OMP_NUM_THREADS=2 python -m benchmarks.unread
+    OMP_NUM_THREADS=1 python -m benchmarks.unread
 
 DeiT-S dense against `exact`, and `merge-k0.7` without and with `unread_rows`, interleaved.
 """
@@ -29,8 +29,8 @@ HOST = "deit_small_patch16_224"
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--batch", type=int, nargs="+", default=[8])
+    parser.add_argument("--rounds", type=int, default=11)
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
     dense = timm.create_model(HOST).eval()

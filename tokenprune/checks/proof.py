@@ -208,7 +208,7 @@ class Theorems:
             name = "an image alone = in a batch"
             what = "an image's output depends on the other images of its batch"
             if self._at_once:
-                name = "mask (NaN, inf dropped) = gather in a batch"
+                name = "mask = gather in a batch, dropped NaN, inf"
                 what = f"mask and gather path differ, or dropped tokens are read, or {what}"
             yield self.compared(name, Theorems._alone_and_together, lambda _: what)
 

@@ -49,8 +49,8 @@ def verify(
 
 
 def verify_wrapped(model: nn.Module, example_inputs: ExampleInputs) -> Certificate:
-    """What `wrap` proves: no gradients; where an image takes more than 100 GMACs, theorems 2 to 4 in
-    one run on one image, and all leaks together."""
+    """What `wrap` proves: no gradients; where an image takes more than 100 GMACs, theorems 2 to 4
+    in one run on one image, and all leaks together."""
     return _verify(model, example_inputs, False, BIG)
 
 
