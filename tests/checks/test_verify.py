@@ -182,14 +182,9 @@ def test_the_brief_proof_of_a_big_host_refuses_the_same(monkeypatch: pytest.Monk
     mixes = wrapped(Vit(minus_the_mean_of_the_batch), example_inputs=x)
     with pytest.raises(VerificationError, match="depends on the other images"):
         verify_wrapped(mixes, x)
-    for place, name, broken in (
-        (masked, "policy_of", everyone_is_seen),
-        (masked.Masked, "ops", READS_ALL),
-    ):
-        with monkeypatch.context() as patch:
-            patch.setattr(place, name, broken)
-            with pytest.raises(VerificationError, match="mask and gather path differ"):
-                verify_wrapped(wrapped(host), x)
+    monkeypatch.setattr(masked.Masked, "ops", READS_ALL)
+    with pytest.raises(VerificationError, match="mask and gather path differ"):
+        verify_wrapped(wrapped(host), x)
 
 
 def test_a_host_that_decides_by_the_batch_size_is_not_asked_for_another() -> None:

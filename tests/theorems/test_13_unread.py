@@ -30,7 +30,7 @@ REST = {
     "rope": Toy("rope_in_double", partial(Vit, 1, partial(Block, Rope)), 1),
     "eager": Toy("eager_in_double", partial(Vit, 2, partial(Block, Eager)), 2),
 }
-HOSTS = {name: TOYS[name] for name in ("timm_vit", "rope_by_length", "bool_mask", "talking_heads")}
+HOSTS = {name: TOYS[name] for name in ("timm_vit", "bool_mask", "talking_heads")}
 METHODS: dict[str, dict[str, Any]] = {
     "learned": {"scorer": "learned"},
     "threshold": {"scorer": "learned", "sampling": {"selection": "threshold"}},
@@ -69,8 +69,8 @@ def results(model: nn.Module, inputs: dict[str, Any], seed: int, whole: bool) ->
 
 PAIRS = [
     *(("timm_vit", method) for method in METHODS),
-    *(("rope_by_length", "learned"), ("bool_mask", "threshold"), ("bool_mask", "learned")),
-    *(("talking_heads", "exact"), ("eager", "learned"), ("eager", "merge"), ("rope", "exact")),
+    *(("bool_mask", "threshold"), ("talking_heads", "exact"), ("rope", "exact")),
+    *(("eager", "learned"), ("eager", "merge")),
 ]
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, fx
 from tokenprune.analysis.unread import Unread, token_dims
 from tokenprune.ops.moving import first_rows
 from tokenprune.rewrite.passes import Pass
-from tokenprune.rewrite.rewrite import FACTS, Rewrite
+from tokenprune.rewrite.rewrite import FACTS, INHERITED, Rewrite
 from tokenprune.tracing.effects import has_effect
 
 __all__ = ["LeaveUnread"]
@@ -72,6 +72,8 @@ class LeaveUnread(Pass):
             elif rewrite.analysis.facts[used].follows_tokens:
                 narrow[copy] = self._count(rewrite, used, at)
         with rewrite.graph.inserting_before(at):
-            return rewrite.graph.node_copy(
+            copy = rewrite.graph.node_copy(
                 rewrite.copy_of(number), lambda used: narrow.get(used, used)
             )
+        copy.meta = {key: copy.meta[key] for key in INHERITED if key in copy.meta}
+        return copy
