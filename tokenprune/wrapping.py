@@ -9,7 +9,7 @@ from torch import nn
 
 from tokenprune.analysis.plan import bind
 from tokenprune.analysis.reading import Reading, readings, settle
-from tokenprune.checks.verify import verify as verify_model
+from tokenprune.checks.verify import verify_wrapped
 from tokenprune.errors import (
     AlreadyWrappedError,
     NonFiniteWeightsError,
@@ -81,7 +81,8 @@ def wrap(
             every token back in place, dropped ones with the value they had when they were dropped,
             merged ones with that of their group; False leaves only kept tokens in eval. None
             refuses such an output by name.
-        verify: Prove on this very model that the paths agree.
+        verify: Prove on this very model that the paths agree; where an image takes more than 100
+            GMACs, in fewer forwards than `tokenprune.verify` runs.
         train: Also trace the host in training mode, for the first training step. If that fails
             while the host is in eval mode, a `TokenPruneWarning` says why, and the first call in
             training mode raises it. False leaves it out, for a model that only serves: `wrap`
@@ -214,6 +215,7 @@ class _Task:
                 example=example.with_tensors({n: x.to("meta") for n, x in example.tensors.items()}),
             )
             programs = pruning.programs(example, traced=traced, blocks=blocks)
+            programs.reduction.check_use(host)
             programs.get(host, pruning.path_name(pruning.method.path(training=False)))
         refused = _trace_training(pruning, example) if self.train else None
         wrapped = wrapper_of(pruning)
@@ -225,7 +227,7 @@ class _Task:
             added = {PREDICTORS: Predictors(*scorers), **programs.reduction.modules(**like)}
         pruning.added.update({name: m.train(host.training) for name, m in added.items()})
         if self.verify:
-            verify_model(wrapped, example, gradients=False)
+            verify_wrapped(wrapped, example)
         if refused is not None:  # now that this reading is the one
             warn_once(
                 host,

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenprune.checks.proof import TOLERANCE
+from tokenprune.checks.difference import TOLERANCE
 from tokenprune.errors import ExportError
 from tokenprune.exporting.run import Run, batched_inputs, named_tensors
 from tokenprune.hosts.inputs import first_floating

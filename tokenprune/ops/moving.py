@@ -11,6 +11,7 @@ from tokenprune.errors import PlanError
 from tokenprune.ops.align import is_kept, policy_of
 
 __all__ = [
+    "first_rows",
     "gather_aligned",
     "gather_table",
     "gather_tokens",
@@ -31,6 +32,11 @@ def with_prefix(keep_indices: Int[Tensor, "B K"], prefix: int) -> Int[Tensor, "B
         return F.pad(keep_indices + 1, (1, 0))
     first = torch.arange(prefix, device=keep_indices.device, dtype=keep_indices.dtype)
     return torch.cat([first.expand(keep_indices.shape[0], -1), keep_indices + prefix], dim=1)
+
+
+def first_rows(x: Shaped[Tensor, "..."], dim: int, rows: int) -> Shaped[Tensor, "..."]:
+    """The first rows along a dim, as a view."""
+    return x.narrow(dim, 0, rows)
 
 
 def _take(table: Shaped[Tensor, "b M n D"], index: Int[Tensor, "B k"]) -> Shaped[Tensor, "B M k D"]:

@@ -17,6 +17,7 @@ from tokenprune.registry import Registry
 __all__ = [
     "DynamicViT",
     "EViT",
+    "Exact",
     "KeyNorm",
     "Learned",
     "Merge",
@@ -43,12 +44,13 @@ class Method(BaseModel):
 
     Attributes:
         registered: What it is called without its number; set by `register_method`.
-        letter: The letter of a name, such as the k of `random-k0.7`, and the field it stands for.
+        letter: The letter of a name, such as the k of `random-k0.7`, and the field it stands for;
+            None where names have no number.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     registered: ClassVar[str] = ""
-    letter: ClassVar[tuple[str, str]] = ("k", "keep_ratio")
+    letter: ClassVar[tuple[str, str] | None] = ("k", "keep_ratio")
 
     def __init__(self, **fields: Any) -> None:
         try:
@@ -62,6 +64,8 @@ class Method(BaseModel):
     @property
     def name(self) -> str:
         """Its name, number included."""
+        if self.letter is None:
+            return self.registered
         letter, field = self.letter
         return f"{self.registered}-{letter}{getattr(self, field):g}"
 
@@ -116,13 +120,15 @@ def list_methods() -> list[str]:
 
 def method_named(name: str) -> Method | None:
     """The method of a name such as `tome-r13`; None if there is none."""
+    if name in _METHODS and _METHODS[name].letter is None:
+        return _METHODS[name]()
     match = NAME.fullmatch(name)
     if match is None or match["method"] not in _METHODS:
         return None
     method = _METHODS[match["method"]]
-    letter, field = method.letter
-    if letter != match["letter"]:
+    if method.letter is None or method.letter[0] != match["letter"]:
         return None
+    field = method.letter[1]
     text = match["value"]
     try:
         return method(**{field: float(text) if "." in text else int(text)})
@@ -196,7 +202,7 @@ class MergeFalling(_Keeping):
 class ToMe(Method):
     """The same, `r` tokens in every block (Bolya et al., 2023)."""
 
-    letter: ClassVar[tuple[str, str]] = ("r", "r")
+    letter: ClassVar[tuple[str, str] | None] = ("r", "r")
     r: Annotated[int, Field(ge=1)] = 13
 
     def recipe(self) -> dict[str, Any]:
@@ -229,3 +235,13 @@ class Similarity(_Keeping):
     """Tokens that are similar to another one leave, instead of being merged with it."""
 
     parts = {"scorer": "similarity"}
+
+
+@register_method("exact")
+class Exact(Method):
+    """Every token stays; rows that no output reads are not computed (`unread_rows`)."""
+
+    letter: ClassVar[tuple[str, str] | None] = None
+
+    def recipe(self) -> dict[str, Any]:
+        return {"mode": "exact", "unread_rows": True, "schedule": {"keep_ratio": 1.0}}

@@ -6,7 +6,7 @@ from torch import nn
 
 from tokenprune.analysis.blocks import Blocks
 from tokenprune.analysis.nodes import shape_of
-from tokenprune.errors import PlanError
+from tokenprune.errors import KeepIndicesError, PlanError
 from tokenprune.hosts.spec import ArchSpec
 from tokenprune.recipe import Recipe
 from tokenprune.recipe.schema import ScheduleSection
@@ -32,6 +32,24 @@ class Choice:
         have nothing to learn, so training gathers too, which costs less than dense training."""
         return "mask" if training and self.scorer.probabilistic else "gather"
 
+    def check_prunes(self, asked: str) -> None:
+        """Raise PlanError if there is nothing that could be `asked`: nothing is pruned."""
+        if not self.reduction.prunes:
+            raise PlanError(
+                f"asked for {asked}, but `mode: {self.reduction.name}` prunes nothing. Wrap the "
+                "host with a method that does, such as merge-k0.7; `unread_rows: true` in its "
+                "recipe leaves out unread rows as well."
+            )
+
+    def check_keep_indices(self) -> None:
+        """Raise KeepIndicesError if no tokens can be named that are to stay."""
+        self.check_prunes("keep_indices")
+        if not self.reduction.hides:
+            raise KeepIndicesError(
+                f"`mode: {self.reduction.name}` keeps no tokens that could be named: each that is "
+                "left is the mean of several. Leave `keep_indices` out."
+            )
+
     def check_threshold(self, threshold: float | None) -> None:
         """Raise PlanError if a threshold has nothing to be compared with."""
         if threshold is not None and not self.scorer.probabilistic:
@@ -49,6 +67,12 @@ def choice_of(recipe: Recipe, spec: ArchSpec) -> Choice:
     """
     choice = Choice(SCORERS[recipe.scorer], MODES[_mode(recipe, spec)])
     named = f"recipe {recipe.name!r}" if recipe.name else "the recipe"
+    if not choice.reduction.prunes and not _keeps_all(recipe):
+        raise PlanError(
+            f"{named} has `mode: {recipe.mode}`, which prunes nothing, but asks for less than that "
+            "or for fewer tokens. Give it `unread_rows: true` and `keep_ratio: 1`, or change the "
+            "mode."
+        )
     if choice.reduction.removes and not MODES[spec.mode].removes:
         raise PlanError(
             f"{named} has `mode: {recipe.mode}`, but this host (adapter {spec.adapter!r}) needs "
@@ -88,6 +112,12 @@ def choice_of(recipe: Recipe, spec: ArchSpec) -> Choice:
     if recipe.sampling.selection == "threshold":
         choice.check_threshold(recipe.sampling.threshold)
     return choice
+
+
+def _keeps_all(recipe: Recipe) -> bool:
+    """Whether a recipe prunes nothing, and leaves out unread rows."""
+    given = [recipe.schedule] if recipe.schedule else recipe.stages or ()
+    return recipe.unread_rows and {part.keep_ratio for part in given} == {1.0}
 
 
 def _mode(recipe: Recipe, spec: ArchSpec) -> str:

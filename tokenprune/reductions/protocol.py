@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tokenprune.analysis.analysis import Analysis
 from tokenprune.analysis.blocks import Block, Blocks
 from tokenprune.analysis.plan import Budget
+from tokenprune.analysis.unread import Unread, find_unread
 from tokenprune.hosts.spec import ArchSpec
 from tokenprune.recipe.names import MODES
 from tokenprune.rewrite.kept import KEPT_SETS, KeptSet
@@ -39,6 +40,8 @@ class Reduction(ABC):
         places: Where in a block its stages can stand.
         nested: A stage chooses among what the stage before kept; otherwise tokens may come back.
         removes: Tensors have fewer tokens after a stage. Where not, every host can be served.
+        prunes: Fewer tokens are left after a stage, or skip something. Where not, its programs run
+            though the budget keeps every token.
         skipped: How many of its `candidates` a default recipe leaves out at the front.
         added: State-dict prefixes of the modules it adds beside the scorers.
         defaults: What a recipe means that names the reduction alone: `scorer`, `place`.
@@ -55,11 +58,12 @@ class Reduction(ABC):
     places: ClassVar[frozenset[str]] = frozenset({"entry"})
     nested: ClassVar[bool]
     removes: ClassVar[bool]
+    prunes: ClassVar[bool] = True
     skipped: ClassVar[int] = 0
     added: ClassVar[tuple[str, ...]] = ()
     scorers: ClassVar[tuple[type, ...]] = (Scorer,)
     kept_sets: ClassVar[Mapping[PathName, KeptSet]] = KEPT_SETS
-    defaults: ClassVar[Mapping[str, str]] = {}
+    defaults: ClassVar[Mapping[str, Any]] = {}
     hides: ClassVar[bool] = True
     keeps_last: ClassVar[bool] = True
     in_words: ClassVar[str] = "tokens that matter little are dropped"
@@ -76,6 +80,16 @@ class Reduction(ABC):
             UnsupportedHostError: A host that it cannot serve.
         """
         self.analysis = analysis
+        self._unread: Unread | None = None
+
+    def unread(self, root: nn.Module) -> Unread:
+        """Which rows of the graph nobody reads."""
+        if self._unread is None:
+            self._unread = find_unread(root, self.analysis)
+        return self._unread
+
+    def check_use(self, root: nn.Module) -> None:  # noqa: B027 - most are of use everywhere
+        """Raise PlanError if it gains nothing on the call that a host is wrapped with."""
 
     @classmethod
     @abstractmethod

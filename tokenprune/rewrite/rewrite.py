@@ -14,7 +14,7 @@ from tokenprune.rewrite.settings import SETTINGS
 from tokenprune.tracing.checkpoints import CHECKPOINT
 from tokenprune.tracing.modes import MODES
 
-__all__ = ["FACTS", "ORIGIN", "POLICY", "Rewrite", "StageRecord"]
+__all__ = ["FACTS", "INHERITED", "ORIGIN", "POLICY", "Rewrite", "StageRecord"]
 
 FACTS, ORIGIN = "tokens", "origin"
 """Keys in the `meta` of a copied node: its `NodeFacts`, and the traced node it is a copy of."""

@@ -15,7 +15,7 @@ from tokenprune.analysis.analysis import analyse
 from tokenprune.analysis.blocks import Blocks
 from tokenprune.analysis.plan import Budget, Plan, bind
 from tokenprune.analysis.reading import NoBlocksError, Reading, settle
-from tokenprune.errors import HostError, KeepIndicesError, PlanError
+from tokenprune.errors import HostError, PlanError
 from tokenprune.hosts.inputs import CallSignature, ExampleInputs, first_floating, named_inputs
 from tokenprune.hosts.registry import hints, stated_by
 from tokenprune.hosts.spec import ArchSpec
@@ -137,6 +137,7 @@ class Pruning:
     def runs_host(self, path: Path) -> bool:
         """Whether a path is the host itself: nothing is pruned."""
         keeps_all = self.forced.keep_indices is None and self.budget.keeps_all
+        keeps_all = keeps_all and self.method.reduction.prunes
         return path == "dense" or (path == "gather" and keeps_all)
 
     def look_at_scorers(self, path: Path) -> None:
@@ -228,7 +229,7 @@ class Pruning:
                 "shapes depend on what the images hold. Export it with fixed counts: "
                 "model.set_threshold(None)."
             )
-        program = programs.get(self.host, name)
+        program = programs.get(self.host, name, whole=return_trace)
         settings = self.settings(path, programs, arguments, model.training)
         hooked = program.hooked and not torch.compiler.is_compiling() and not self.cache.frozen
         check = partial(programs.check_hooks, type(self.host).__name__)
@@ -243,7 +244,7 @@ class Pruning:
             self.watch.saw(model, scorers, decisions, real, targets, return_trace)
         if not return_trace:
             return output
-        if name == "dense":
+        if not records:
             return output, PruningTrace([], tokens, real)
         nested = self.method.reduction.nested
         stages = self.method.reduction.kept_sets[name].stage_traces(
@@ -316,7 +317,8 @@ class Pruning:
             reduction = self.method.reduction(host, analysis)
         check_parts(host, self.added, reduction)
         forget_weights(traced.fake_mode)
-        found = Programs(analysis, reduction, self.method.scorer, self.restore)
+        how = (self.method.scorer, self.restore, self.recipe.unread_rows)
+        found = Programs(analysis, reduction, *how)
         self.cache.add(signature, found)
         return found
 
@@ -364,11 +366,8 @@ class Pruning:
                 f"`mode: {reduction.name}` has no {path} path: it trains on the path that eval "
                 f"runs. Choose one of {', '.join(there)}."
             )
-        if keep_indices is not None and not reduction.hides:
-            raise KeepIndicesError(
-                f"`mode: {reduction.name}` keeps no tokens that could be named: each that is left "
-                "is the mean of several. Leave `keep_indices` out."
-            )
+        if keep_indices is not None:
+            self.method.check_keep_indices()
         was, forced, thread = self.forced, None, get_ident()
         if keep_indices is not None:
             nested, padded = self.method.reduction.nested, self.budget.threshold is not None
@@ -391,6 +390,7 @@ class Pruning:
 
     def set_keep_ratio(self, keep_ratio: float | Sequence[float]) -> None:
         """See `PrunedModel.set_keep_ratio`."""
+        self.method.check_prunes(f"keep_ratio={keep_ratio!r}")
         self.budget = self.budget.with_keep_ratio(keep_ratio, self.plan)
 
     def set_threshold(self, threshold: float | None) -> None:
