@@ -19,7 +19,7 @@ from tokenprune.hosts.spec import ArchSpec
 from tokenprune.tracing.calls import ModuleCall
 from tokenprune.tracing.host_graph import HostGraph
 
-__all__ = ["NoBlocksError", "Reading", "readings", "settle"]
+__all__ = ["NoBlocksError", "Reading", "prefix_at", "readings", "settle"]
 
 Mode = Literal["remove", "bypass"]
 
@@ -57,6 +57,8 @@ def readings(hints: ArchSpec, *, guessed: bool, mode: str | None) -> list[Readin
     """
     of_graph = not hints.blocks
     modes: tuple[Mode | None, ...] = (None, "bypass") if mode is None else (None,)
+    if guessed and mode is not None:  # if tokens cannot leave for good, a stretch may let them
+        modes = (None, "bypass")
     if guessed and mode == "bypass":  # then blocks on any grid count
         modes = ("bypass",)
     if not guessed:
@@ -199,3 +201,23 @@ def _with_prefix(
     how += f"; so are the last {end}, which always stay" if end else ""
     notes = (*spec.notes, how)
     return replace(spec, num_prefix_tokens=front, num_suffix_tokens=end, notes=notes)
+
+
+def prefix_at(
+    host: nn.Module,
+    traced: HostGraph,
+    spec: ArchSpec,
+    blocks: Blocks,
+    reading: Reading,
+    staged: int,
+) -> ArchSpec:
+    """The facts of a host that keeps a grid, with the prefix tokens of the grid on which the stage
+    at block `staged` lets tokens leave: a host may add its class token to a later grid."""
+    shape = shape_of(blocks[staged].entry) if staged in blocks else ()
+    first = min((n for n, b in blocks.items() if shape_of(b.entry) == shape), default=staged)
+    if spec.tokens_leave or not reading.guessed or first == min(blocks):
+        return spec
+    own = own_tokens(host, traced, blocks[first].entry) if first in blocks else None
+    if own is None:
+        return spec
+    return replace(spec, num_prefix_tokens=own[0], num_suffix_tokens=own[1])

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from tokenprune.analysis.blocks import Blocks
-from tokenprune.analysis.nodes import shape_of
+from tokenprune.analysis.grids import grid_of
 from tokenprune.errors import PlanError
 from tokenprune.hosts.spec import ArchSpec
 from tokenprune.recipe import Recipe
@@ -49,12 +49,6 @@ def choice_of(recipe: Recipe, spec: ArchSpec) -> Choice:
     """
     choice = Choice(SCORERS[recipe.scorer], MODES[_mode(recipe, spec)])
     named = f"recipe {recipe.name!r}" if recipe.name else "the recipe"
-    if choice.reduction.removes and not MODES[spec.mode].removes:
-        raise PlanError(
-            f"{named} has `mode: {recipe.mode}`, but this host (adapter {spec.adapter!r}) needs "
-            f"`mode: {spec.mode}`: it keeps a grid of tokens, from which none can be removed. "
-            "Change the recipe's mode or pick another recipe."
-        )
     if spec.num_suffix_tokens and not choice.reduction.keeps_last:
         raise PlanError(
             f"{named} has `mode: {recipe.mode}`, which may join the last {spec.num_suffix_tokens} "
@@ -100,8 +94,9 @@ def with_default_stages(
     recipe: Recipe | None, host: nn.Module, spec: ArchSpec, traced: HostGraph, blocks: Blocks
 ) -> Recipe:
     """A recipe that leaves its stages to the host, with them: by its rule (`ScheduleSection`), or
-    at a quarter, a half and three quarters of the blocks that can have one. None keeps 0.7 of the
-    tokens at each stage, in the mode that fits the host.
+    at a quarter, a half and three quarters of the blocks that can have one; of a stretch within a
+    host that keeps a grid, at its start and after each third. None keeps 0.7 of the tokens at each
+    stage, in the mode that fits the host.
 
     Raises:
         PlanError: There are too few blocks, or more tokens are to leave than can.
@@ -113,15 +108,20 @@ def with_default_stages(
     mode = _mode(recipe, spec)
     reduction: type[Reduction] = MODES[mode]
     candidates, needed = reduction.candidates(host, traced, blocks, spec)
-    if not candidates or len(candidates) <= reduction.skipped:
+    # what leaves at the first block of a host, no block has looked at yet
+    within = bool(candidates) and not spec.tokens_leave and candidates[0] != min(blocks)
+    skipped = 0 if within else reduction.skipped
+    if not candidates or len(candidates) <= skipped:
         raise PlanError(
             f"A host needs at least {needed} to be pruned, but among the {len(spec.blocks)} blocks "
             f"that adapter {spec.adapter!r} found in {type(host).__name__} there are "
             f"{len(candidates)}. Use a host with more blocks."
         )
-    patches = shape_of(blocks[candidates[0]].entry)[1] - spec.prefix
+    first = blocks[candidates[0]]
+    patches = grid_of(host, traced.batch_size, first, spec.prefix).num_patches
     if schedule.r is None and not schedule.falling:
-        places = (max(reduction.skipped, len(candidates) * part // 4) for part in (1, 2, 3))
+        parts, of = ((0, 1, 2), 3) if reduction.removes and within else ((1, 2, 3), 4)
+        places = (max(skipped, len(candidates) * part // of) for part in parts)
         chosen = sorted({candidates[place] for place in places})
         shares = reduction.ratios(schedule.keep_ratio or 1.0, len(chosen), patches)
         ratios = [float(f"{share:.12g}") for share in shares]

@@ -41,15 +41,15 @@ class Merge(AtMiddles):
     )
 
     def passes(self, path: PathName, scorer: type[Scorer], restore: bool | None) -> Sequence[Pass]:
-        emit = Emit(tokens_allowed=restore is not None)
+        emit = Emit(tokens_allowed=restore is not None, layout=self.final_layout)
         if path == "dense":
-            return [Emit(tokens_allowed=True)]
+            return [Emit(tokens_allowed=True, layout=self.final_layout)]
         kept = self.kept_sets[path]
         select = SelectAtSites(kept, scorer, tokens_leave=True)
         if not kept.removes:
             return [select, GatherAligned(kept), emit]
         tables = (ResizeTables(kept), HideDropped(kept), GatherAligned(kept))
-        outputs = (RestoreOutputs(kept),) if restore else ()
+        outputs = (RestoreOutputs(kept),) if restore or self.analysis.stretch else ()
         return [KeepTablesWhole(), select, CountRealTokens(), *tables, *outputs, emit]
 
     def forced(self, sets: Sequence[Tensor], num_patches: Sequence[int]) -> Mapping[str, Any]:

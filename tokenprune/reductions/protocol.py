@@ -13,6 +13,7 @@ from tokenprune.analysis.analysis import Analysis
 from tokenprune.analysis.blocks import Block, Blocks
 from tokenprune.analysis.plan import Budget
 from tokenprune.hosts.spec import ArchSpec
+from tokenprune.ops.layout import Layout
 from tokenprune.recipe.names import MODES
 from tokenprune.rewrite.kept import KEPT_SETS, KeptSet
 from tokenprune.rewrite.passes import Pass
@@ -38,7 +39,8 @@ class Reduction(ABC):
         name: As recipes (`mode`), certificates and profiles write it.
         places: Where in a block its stages can stand.
         nested: A stage chooses among what the stage before kept; otherwise tokens may come back.
-        removes: Tensors have fewer tokens after a stage. Where not, every host can be served.
+        removes: Tensors have fewer tokens after a stage, of a host that keeps a grid within one
+            stretch. Where not, every host can be served.
         skipped: How many of its `candidates` a default recipe leaves out at the front.
         added: State-dict prefixes of the modules it adds beside the scorers.
         defaults: What a recipe means that names the reduction alone: `scorer`, `place`.
@@ -77,12 +79,21 @@ class Reduction(ABC):
         """
         self.analysis = analysis
 
+    @property
+    def final_layout(self) -> Layout | None:
+        """How the final tokens lie, if the host keeps a grid; None where they are a sequence."""
+        return None if self.removes and not self.analysis.stretch else self.analysis.final_layout
+
     @classmethod
     @abstractmethod
     def candidates(
         cls, root: nn.Module, traced: HostGraph, blocks: Blocks, spec: ArchSpec
     ) -> tuple[Sequence[int], str]:
-        """Blocks at which a default recipe may put stages; and what a host needs to have one."""
+        """Blocks at which a default recipe may put stages; and what a host needs to have one.
+
+        Raises:
+            PlanError: There is none, for a reason that can be named.
+        """
 
     @classmethod
     def ratios(cls, keep_ratio: float, stages: int, patches: int) -> list[float]:

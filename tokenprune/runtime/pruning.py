@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tokenprune.analysis.analysis import analyse
 from tokenprune.analysis.blocks import Blocks
 from tokenprune.analysis.plan import Budget, Plan, bind
-from tokenprune.analysis.reading import NoBlocksError, Reading, settle
+from tokenprune.analysis.reading import NoBlocksError, Reading, prefix_at, settle
 from tokenprune.errors import HostError, KeepIndicesError, PlanError
 from tokenprune.hosts.inputs import CallSignature, ExampleInputs, first_floating, named_inputs
 from tokenprune.hosts.registry import hints, stated_by
@@ -304,6 +304,9 @@ class Pruning:
             if host.training:  # noise in front of the blocks hides which tokens are of the image
                 own = ("num_prefix_tokens", "num_suffix_tokens")
                 spec = replace(spec, **{name: getattr(self.spec, name) for name in own})
+            elif self.method.reduction.removes:
+                first = self.plan.blocks[0]
+                spec = prefix_at(host, traced, spec, blocks, self.reading, first)
             self.spec = spec
             choice_of(self.recipe, self.spec)  # it may keep a grid now
             self.plan, _ = bind(self.recipe, self.spec)
