@@ -31,11 +31,13 @@ def leaving_blocks(
         return list(blocks)
     found = find_runs(root, traced, blocks, spec.prefix)
     stretches = list(_stretches(root, traced, found, spec.prefix))
-    if not stretches:
+    # no block has looked at the tokens yet that enter the first one, so they do not leave there
+    useful = [run[run[0].number == min(blocks) :] for run in stretches]
+    best = max(filter(None, useful), key=lambda run: _macs(root, traced, run), default=None)
+    if best is None:
         number, reason = next(iter(found.reasons.items()))
         raise _refusal(blocks[number], reason, [])
-    best = max(stretches, key=lambda run: _macs(root, traced, run))
-    return [block.number for block in best]
+    return [b.number for run in stretches for b in run if best[-1] in run]
 
 
 def stretch_at(
@@ -117,6 +119,6 @@ def _refusal(
         asked = f"Tokens that leave have to be back after {where}, before the stage at block {later}"
     advice = f"Put all stages into blocks {' or '.join(able)}, or use" if able else "Use"
     return PlanError(
-        f"{asked}: {reason}. This host needs `mode: bypass` there, since it keeps a grid of tokens. "
+        f"{asked}: {reason.rstrip('.')}. This host needs `mode: bypass` there, since it keeps a grid of tokens. "
         f"{advice} `mode: bypass`."
     )

@@ -20,7 +20,7 @@ from tokenprune.analysis.batch_probe import probe_batch
 from tokenprune.analysis.facts import Aligned, Facts, NodeFacts, TokenDim
 from tokenprune.analysis.grids import Grid
 from tokenprune.analysis.nodes import holds_no_tensor, makers
-from tokenprune.analysis.operators import Kind, kind_of
+from tokenprune.analysis.operators import Kind, attends, kind_of
 from tokenprune.analysis.stretch import Stretch
 from tokenprune.errors import UnsupportedHostError
 from tokenprune.tracing.hook_nodes import is_hook_node
@@ -104,6 +104,7 @@ class _Run:
         follows: Node -> the latest stage whose tokens its data holds.
         passed: Node -> the latest stage entered before it.
         full: N, patches before the first stage.
+        rows: Nodes that hold a grid, which is one row of more tokens now.
         until: The last node to run; None for all.
     """
 
@@ -119,6 +120,7 @@ class _Run:
     until: fx.Node | None = None
     follows: dict[fx.Node, int] = field(default_factory=dict)
     passed: dict[fx.Node, int] = field(default_factory=dict)
+    rows: set[fx.Node] = field(default_factory=set)
     latest: int = -1
     full: int = 0
 
@@ -297,7 +299,9 @@ class _Run:
                 f"{node.meta['where']}."
             )
         if self._is_row(base.shape, value.shape):
+            self._check_whole(node)
             self._note(node, folded=True)
+            self.rows.add(node)
             return True
         dims = {}
         for d, (old, new) in enumerate(zip(base.shape, value.shape, strict=True)):
@@ -317,6 +321,17 @@ class _Run:
         self._note(node, dims=dims)
         return True
 
+
+    def _check_whole(self, node: fx.Node) -> None:
+        """Refuse a node that multiplies tokens by tokens along one dim of the grid alone: with all
+        of them in one row, it would attend to all."""
+        rows = [used for used in node.all_input_nodes if used in self.rows]
+        if rows and len([n for n in node.all_input_nodes if n in self.follows]) > 1:
+            if attends(self.root, node):
+                raise UnsupportedHostError(
+                    f"{node.format_node()} at {node.meta['where']} attends to a part of the grid "
+                    "only, so its tokens have to keep their places."
+                )
 
     def _is_row(self, base: torch.Size, value: torch.Size) -> bool:
         """Whether a tensor holds a grid, [..., H, W, ...], which is one row of more tokens now."""
