@@ -35,7 +35,7 @@ def leaving_blocks(
     useful = [run[run[0].number == min(blocks) :] for run in stretches]
     best = max(filter(None, useful), key=lambda run: _macs(root, traced, run), default=None)
     if best is None:
-        number, reason = next(iter(found.reasons.items()))
+        number, reason = min(found.reasons.items())
         raise _refusal(blocks[number], reason, [])
     return [b.number for run in stretches for b in run if best[-1] in run]
 
@@ -62,7 +62,7 @@ def stretch_at(
     missing = [number for number in numbers if number not in inside]
     if missing:
         before = missing[0] if not run else inside[-1]
-        reason = found.reasons.get(before, "the host changes its grid after it")
+        reason = next(found.reasons[n] for n in sorted(found.reasons) if n >= before)
         known = [[b.number for b in r] for r in _stretches(root, traced, found, num_prefix)]
         raise _refusal(blocks[before], reason, known, missing[0] if run else None)
     return stretch_between(traced, markers, run)

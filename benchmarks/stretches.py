@@ -1,0 +1,118 @@
+"""Hosts that keep a grid: what bypass saves of their MACs, and what removing saves in a stretch.
+
+    python -m benchmarks.stretches                 a host of each family, about half an hour
+    python -m benchmarks.stretches --only 'hiera*' these models instead
+    python -m benchmarks.stretches --render-only   write the table of docs/dense.md again
+
+The families are those of docs/atlas.json whose mode is `bypass`, by their module and the first word
+of their names; of each, the host with the median number of MACs. Hosts have no weights; MACs of one image are counted, with the recipe that `wrap`
+makes by itself (`bypass`) and with `mode: remove`, both at keep ratio 0.7. Rows are saved one by
+one in a work folder.
+"""
+
+import argparse
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import tokenprune
+from benchmarks.atlas_parts.measure import Host
+from benchmarks.atlas_parts.timm_hosts import timm_hosts
+from benchmarks.atlas_parts.transformers_hosts import transformers_hosts
+from benchmarks.atlas_parts.weights import weightless
+from benchmarks.markdown import put, table
+from tokenprune.errors import TokenPruneError
+
+__all__ = ["chosen", "main", "measure", "rendered"]
+
+ROOT = Path(__file__).parents[1]
+RECIPES: dict[str, Any] = {
+    "bypass": None,
+    "remove": {"version": 1, "mode": "remove", "schedule": {"keep_ratio": 0.7}},
+}
+Row = dict[str, Any]
+
+
+def chosen(atlas: Iterable[Row], only: str | None = None) -> list[Row]:
+    """The rows of the atlas of the models to measure."""
+    families: dict[str, list[Row]] = defaultdict(list)
+    for row in atlas:
+        if row["mode"] == "bypass" and row["status"] == "certified":
+            word = re.match(r"twins_[a-z]+|[A-Za-z]+?(?=For|v?\d|_|$)", row["model"])
+            if word and word[0] != "test":
+                families[f"{row['module'].rpartition('.')[2]} {word[0]}"].append(row)
+    if only is not None:
+        return [r for rows in families.values() for r in rows if fnmatch(r["model"], only)]
+    ranked = (sorted(rows, key=lambda r: r["gmacs_dense"]) for _, rows in sorted(families.items()))
+    return [rows[len(rows) // 2] for rows in ranked]
+
+
+def measure(host: Host) -> Row:
+    """What each mode saves, in percent of the dense MACs; None and why if it serves no part."""
+    row: Row = {"model": host.model, "module": host.module.rpartition(".")[2]}
+    for mode, recipe in RECIPES.items():
+        full = weightless(host.build)
+        given = {"example_inputs": host.inputs(full), "restore": host.restore}
+        try:
+            model = tokenprune.wrap(full, recipe, **given, verify=False, train=False)
+        except TokenPruneError as error:
+            row |= {mode: None, "why": str(error)}
+            continue
+        counted = tokenprune.profile(model, given["example_inputs"])
+        row["dense"] = round(counted.dense_gmacs, 3)
+        row[mode] = round(100 * (1 - counted.gmacs / counted.dense_gmacs), 2)
+        row[f"{mode}_at"] = list(counted.stages)
+        row[f"{mode}_tokens"] = counted.num_patches
+        row["blocks"] = len(counted.macs_per_block)
+    return row
+
+
+def rendered(rows: Sequence[Row]) -> str:
+    """The table, and the medians."""
+    lines, best = [], []
+    for row in sorted(rows, key=lambda row: row["module"]):
+        both = [row["bypass"], row["remove"]]
+        best.append(max(saved for saved in both if saved is not None))
+        cells = ["none" if saved is None else f"{saved:.1f} %" for saved in both]
+        if row["remove"] is not None and row["remove"] > (row["bypass"] or 0):
+            cells[1] = f"**{cells[1]}**"
+        where = ", ".join(map(str, row.get("remove_at", ()))) or "-"
+        lines.append(
+            [f"`{row['module']}`", f"`{row['model']}`", f"{row['dense']:.3g}", *cells, where]
+        )
+    head = ["family", "model", "GMACs", "bypass saves", "remove saves", "stages of it at blocks"]
+    bypass = median(row["bypass"] or 0.0 for row in rows)
+    words = f"Median over these {len(rows)}: {bypass:.1f} % by bypass, {median(best):.1f} % by the better."
+    return f"{table(head, lines)}\n\n{words}"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure what is missing, then write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "stretches")
+    parser.add_argument("--only", help="names of models, as a pattern")
+    parser.add_argument("--render-only", action="store_true")
+    asked = parser.parse_args(arguments)
+    asked.work.mkdir(parents=True, exist_ok=True)
+    path = asked.work / "rows.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    if not asked.render_only:
+        atlas = json.loads((ROOT / "docs" / "atlas.json").read_text())
+        hosts = {host.model: host for host in [*timm_hosts(), *transformers_hosts()]}
+        there = {row["model"] for row in rows}
+        for known in chosen(atlas, asked.only):
+            if known["model"] not in there:
+                rows.append(measure(hosts[known["model"]]))
+                print(rows[-1], flush=True)
+                with path.open("a") as file:
+                    print(json.dumps(rows[-1]), file=file)
+    put(ROOT / "docs" / "dense.md", "stretches", rendered(rows))
+
+
+if __name__ == "__main__":
+    main()
