@@ -5,9 +5,9 @@
     python -m benchmarks.stretches --render-only   write the table of docs/dense.md again
 
 The families are those of docs/atlas.json whose mode is `bypass`, by their module and the first word
-of their names; of each, the host with the median number of MACs. Hosts have no weights; MACs of one image are counted, with the recipe that `wrap`
-makes by itself (`bypass`) and with `mode: remove`, both at keep ratio 0.7. Rows are saved one by
-one in a work folder.
+of their names; of each, the host with the median number of MACs. Hosts have no weights; MACs of one
+image are counted, with the recipe that `wrap` makes by itself (`bypass`) and with `mode: remove`,
+both at keep ratio 0.7. Rows are saved one by one in a work folder.
 """
 
 import argparse
@@ -87,13 +87,15 @@ def rendered(rows: Sequence[Row]) -> str:
         )
     head = ["family", "model", "GMACs", "bypass saves", "remove saves", "stages of it at blocks"]
     bypass = median(row["bypass"] or 0.0 for row in rows)
-    words = f"Median over these {len(rows)}: {bypass:.1f} % by bypass, {median(best):.1f} % by the better."
-    return f"{table(head, lines)}\n\n{words}"
+    words = f"{bypass:.1f} % by bypass, {median(best):.1f} % by the better of both"
+    return f"{table(head, lines)}\n\nMedian over these {len(rows)}: {words}."
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure what is missing, then write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "stretches")
     parser.add_argument("--only", help="names of models, as a pattern")
     parser.add_argument("--render-only", action="store_true")

@@ -103,7 +103,9 @@ def block_of_tokens(block: Mixer, x: Tensor, kept: Tensor) -> Tensor:
     return x + dense(block.mlp[2], F.gelu(dense(block.mlp[0], block.norm2(x))))
 
 
-def reference(host: Pyramid, image: Tensor, stages: Sequence[int], sets: Sequence[Tensor]) -> Tensor:
+def reference(
+    host: Pyramid, image: Tensor, stages: Sequence[int], sets: Sequence[Tensor]
+) -> Tensor:
     """The host where a token that a stage drops keeps the value with which it came to it."""
     full = host.grid(image).flatten(2).transpose(1, 2)
     kept, maps = torch.arange(SIDE**2).expand(len(image), -1), []
@@ -117,7 +119,11 @@ def reference(host: Pyramid, image: Tensor, stages: Sequence[int], sets: Sequenc
 
 
 def recipe(*blocks: int, **rest: Any) -> dict[str, Any]:
-    return {"version": 1, "mode": "remove", "schedule": {"blocks": blocks, "keep_ratio": 0.6}} | rest
+    return {
+        "version": 1,
+        "mode": "remove",
+        "schedule": {"blocks": blocks, "keep_ratio": 0.6},
+    } | rest
 
 
 @lru_cache(maxsize=len(LAYOUTS))
@@ -185,7 +191,7 @@ def test_what_reads_neighbours_is_named() -> None:
         tokenprune.wrap(host, recipe(1, 3), example_inputs=IMAGES, train=False)
     message = str(caught.value)
     for part in (
-        "Tokens that leave have to be back after block 1 ('blocks.1'), before the stage at block 3",
+        "Tokens that left have to be back after block 1 ('blocks.1'), before the stage at block 3",
         "Conv2d 'blocks.2.local' reads the neighbours of each token",
         "x = x + self.local(x)",
         "Put all stages into blocks 0 to 1 or 3 to 3, or use `mode: bypass`",

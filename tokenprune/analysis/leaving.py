@@ -111,14 +111,15 @@ def _macs(root: nn.Module, traced: HostGraph, run: Sequence[Block]) -> int:
 def _refusal(
     block: Block, reason: str, stretches: Sequence[Sequence[int]], later: int | None = None
 ) -> PlanError:
-    able = [f"{run[0]} to {run[-1]}" for run in stretches]
-    where = f"block {block.number} ('{block.path}')"
-    if later is None:
-        asked = f"Tokens cannot leave at {where}"
-    else:
-        asked = f"Tokens that leave have to be back after {where}, before the stage at block {later}"
-    advice = f"Put all stages into blocks {' or '.join(able)}, or use" if able else "Use"
+    where = f"lock {block.number} ('{block.path}')"
+    asked = f"B{where} has to keep all its tokens"
+    if later is not None:
+        asked = (
+            f"Tokens that left have to be back after b{where}, before the stage at block {later}"
+        )
+    able = " or ".join(f"{run[0]} to {run[-1]}" for run in stretches)
     return PlanError(
-        f"{asked}: {reason.rstrip('.')}. This host needs `mode: bypass` there, since it keeps a grid of tokens. "
-        f"{advice} `mode: bypass`."
+        f"{asked}: {reason.rstrip('.')}. This host needs `mode: bypass` there, since it keeps a "
+        f"grid of tokens. {f'Put all stages into blocks {able}, or use' if able else 'Use'} "
+        "`mode: bypass`."
     )

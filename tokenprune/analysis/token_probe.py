@@ -321,17 +321,15 @@ class _Run:
         self._note(node, dims=dims)
         return True
 
-
     def _check_whole(self, node: fx.Node) -> None:
         """Refuse a node that multiplies tokens by tokens along one dim of the grid alone: with all
         of them in one row, it would attend to all."""
-        rows = [used for used in node.all_input_nodes if used in self.rows]
-        if rows and len([n for n in node.all_input_nodes if n in self.follows]) > 1:
-            if attends(self.root, node):
-                raise UnsupportedHostError(
-                    f"{node.format_node()} at {node.meta['where']} attends to a part of the grid "
-                    "only, so its tokens have to keep their places."
-                )
+        held = [used for used in node.all_input_nodes if used in self.follows]
+        if len(held) > 1 and attends(self.root, node) and not self.rows.isdisjoint(held):
+            raise UnsupportedHostError(
+                f"{node.format_node()} at {node.meta['where']} attends to a part of the grid only, "
+                "so its tokens have to keep their places. Use `mode: bypass`."
+            )
 
     def _is_row(self, base: torch.Size, value: torch.Size) -> bool:
         """Whether a tensor holds a grid, [..., H, W, ...], which is one row of more tokens now."""

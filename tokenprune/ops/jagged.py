@@ -103,7 +103,7 @@ def put_back_jagged(
     num_prefix: int,
     counts: Sequence[int],
 ) -> Float[Tensor, "B L D"]:
-    """`put_back` of rows with padding, which goes nowhere; `counts` is empty where none have any."""
+    """`put_back` of rows with padding, which goes nowhere; `counts` is empty if no row has any."""
     if not counts:
         return put_back(full, tokens, numbers, num_prefix)
     wide = torch.cat([full, full[:, :1]], dim=1)  # padding goes to one more place at the end

@@ -180,8 +180,8 @@ def put_back(
     keep_indices: Int[Tensor, "B K"],
     num_prefix: int,
 ) -> Float[Tensor, "B L D"]:
-    """`full` with its prefix and kept tokens replaced by `tokens`, M = P + K; `tokens` themselves if
-    all are kept."""
+    """`full` with its prefix and kept tokens replaced by `tokens`, M = P + K; `tokens` themselves
+    if all are kept."""
     if tokens.shape[1] == full.shape[1]:
         return tokens
     patches = scatter_tokens(full[:, num_prefix:], tokens[:, num_prefix:], keep_indices)
