@@ -49,7 +49,8 @@ class Merge(AtMiddles):
         if not kept.removes:
             return [select, GatherAligned(kept), emit]
         tables = (ResizeTables(kept), HideDropped(kept), GatherAligned(kept))
-        outputs = (RestoreOutputs(kept),) if restore or self.analysis.stretch else ()
+        stretch, whole = self.analysis.stretch, RestoreOutputs(kept, outputs=bool(restore))
+        outputs = (whole,) if restore or stretch else ()
         return [KeepTablesWhole(), select, CountRealTokens(), *tables, *outputs, emit]
 
     def forced(self, sets: Sequence[Tensor], num_patches: Sequence[int]) -> Mapping[str, Any]:

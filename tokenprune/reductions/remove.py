@@ -44,7 +44,9 @@ class Remove(Reduction):
             return [Emit(tokens_allowed=True, layout=self.final_layout)]
         kept, stretch = self.kept_sets[path], self.analysis.stretch
         select = (SelectAtSites(kept, scorer, tokens_leave=True), CountRealTokens())
-        outputs = RestoreOutputs(kept) if restore or stretch else BlankPadding(kept)
+        outputs: Pass = BlankPadding(kept)
+        if restore or stretch:
+            outputs = RestoreOutputs(kept, outputs=bool(restore))
         emit = Emit(tokens_allowed=restore is not None, layout=self.final_layout)
         if not kept.removes:
             return [*select, HideDropped(kept), outputs, emit]

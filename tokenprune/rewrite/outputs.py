@@ -45,9 +45,14 @@ class RestoreOutputs(Pass):
 
     What makes such an output of the residual stream runs on all tokens, once; what else reads it
     gets the kept ones.
+
+    Attributes:
+        outputs: Of outputs that hold tokens from within a stretch too; elsewhere it is only asked
+            to for their sake.
     """
 
     kept: KeptSet
+    outputs: bool = True
 
     def apply(self, rewrite: Rewrite) -> None:
         stretch = rewrite.analysis.stretch
@@ -81,6 +86,8 @@ class RestoreOutputs(Pass):
         whole = self._give_all(rewrite, reads, stages)
         end = rewrite.copy_of(stretch.end)
         rewrite.stand_for(end, whole[end])
+        for _, node in rewrite.token_outputs() if self.outputs else ():
+            raise _unrestorable(rewrite, node)
 
     def _give_all(
         self,
@@ -164,7 +171,11 @@ def _whole_reads(rewrite: Rewrite, streams: Container[fx.Node]) -> set[tuple[fx.
 def _check_unmixed(rewrite: Rewrite, node: fx.Node) -> None:
     origin = rewrite.origin(node)
     if origin is None or mixes(rewrite.root, origin) or rewrite.facts(node).gathers:
-        raise UnsupportedHostError(
-            f"An output holds tokens that {rewrite.where(node)} has mixed, so they cannot be "
-            "given back in place. Wrap with restore=False to get the kept tokens only."
-        )
+        raise _unrestorable(rewrite, node)
+
+
+def _unrestorable(rewrite: Rewrite, node: fx.Node) -> UnsupportedHostError:
+    return UnsupportedHostError(
+        f"An output holds tokens that {rewrite.where(node)} has mixed, so they cannot be "
+        "given back in place. Wrap with restore=False to get the kept tokens only."
+    )
