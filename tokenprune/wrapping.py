@@ -202,8 +202,8 @@ class _Task:
             chosen = with_default_stages(recipe, host, spec, traced, blocks)
             method = choice_of(chosen, spec)
             if method.reduction.removes:
-                first = chosen.resolved_stages[0].block
-                spec = prefix_at(host, traced, spec, blocks, reading, first)
+                staged = [stage.block for stage in chosen.resolved_stages]
+                spec = prefix_at(host, traced, spec, blocks, reading, staged)
             plan, budget = bind(chosen, spec)
             pruning = Pruning(
                 host=host,

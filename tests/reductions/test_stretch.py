@@ -185,20 +185,24 @@ def test_images_may_keep_different_numbers() -> None:
     torch.testing.assert_close(found[:1], expected, rtol=0, atol=1e-9)
 
 
-def test_what_reads_neighbours_is_named() -> None:
+def test_what_reads_neighbours_is_named_and_parts_stretches() -> None:
     host = Pyramid("first", local=True).eval()
     with pytest.raises(PlanError) as caught:
-        tokenprune.wrap(host, recipe(1, 3), example_inputs=IMAGES, train=False)
+        tokenprune.wrap(host, recipe(1, 2), example_inputs=IMAGES, train=False)
     message = str(caught.value)
     for part in (
-        "Tokens that left have to be back after block 1 ('blocks.1'), before the stage at block 3",
-        "Conv2d 'blocks.2.local' reads the neighbours of each token",
+        "Block 2 ('blocks.2') has to keep all its tokens: Conv2d 'blocks.2.local' reads the",
         "x = x + self.local(x)",
-        "Put all stages into blocks 0 to 1 or 3 to 3, or use `mode: bypass`",
+        "Put stages at blocks 0 to 1 or 3 to 3, or use `mode: bypass`",
     ):
         assert part in message
-    model = tokenprune.wrap(host, recipe(1), example_inputs=IMAGES, train=False)
-    assert len(model._pruning.plan.sites) == 1
+    model = tokenprune.wrap(host, recipe(1, 3), example_inputs=IMAGES, train=False).eval()
+    assert all(check.passed for check in tokenprune.verify(model, IMAGES).checks)
+    first, second = torch.arange(20).expand(2, -1), torch.arange(10, 36).expand(2, -1)
+    with model.using("gather", keep_indices=[first, second]):  # the second one need not be inside
+        _, trace = model(IMAGES, return_trace=True)
+    assert [stage.decision.sum().item() for stage in trace.stages] == [40, 52]
+    assert trace.stages[1].keep_logits.isfinite().all()  # all tokens were there again
 
 
 FOUND: dict[str, Any] = {

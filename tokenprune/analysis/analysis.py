@@ -9,7 +9,7 @@ from torch import fx, nn
 from tokenprune.analysis.blocks import Block, Blocks
 from tokenprune.analysis.facts import Facts
 from tokenprune.analysis.grids import Grid, grid_of
-from tokenprune.analysis.leaving import stretch_at
+from tokenprune.analysis.leaving import stretches_at
 from tokenprune.analysis.nodes import shape_of
 from tokenprune.analysis.padding import find_padding
 from tokenprune.analysis.plan import Plan
@@ -40,7 +40,7 @@ class Analysis:
         real: The node that says which tokens are no padding, [B, L] or [B, N]; None if the host was
             not told.
         batch_bound: The graph holds for its batch size only.
-        stretch: Where tokens leave a host that keeps a grid, and are put back; None elsewhere.
+        stretches: Where tokens leave a host that keeps a grid, and are put back; none elsewhere.
     """
 
     traced: HostGraph
@@ -52,7 +52,12 @@ class Analysis:
     final: fx.Node
     real: fx.Node | None
     batch_bound: bool
-    stretch: Stretch | None = None
+    stretches: tuple[Stretch, ...] = ()
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """The stages that see all tokens: the first one, or that of each stretch."""
+        return tuple(stretch.stages[0] for stretch in self.stretches) or (0,)
 
     @property
     def final_layout(self) -> Layout:
@@ -64,7 +69,7 @@ class Analysis:
 
     @property
     def num_patches(self) -> tuple[int, ...]:
-        """N of each stage; all the same where tokens leave."""
+        """N of each stage; all the same in one stretch where tokens leave."""
         return tuple(grid.num_patches for grid in self.grids)
 
 
@@ -106,12 +111,12 @@ def analyse(
                 "Check num_prefix_tokens."
             )
     _check_order(traced, staged)
-    stretch = None
+    stretches: tuple[Stretch, ...] = ()
     if tokens_leave and spec.tokens_leave:
         _check_one_stretch(blocks, staged)
     elif tokens_leave:
         where = (plan.blocks, markers, plan.num_prefix)
-        stretch = stretch_at(root, traced, blocks, *where)
+        stretches = stretches_at(root, traced, blocks, *where)
     final = _final(root, traced, blocks, spec)
     mask = spec.padding_mask if tokens_leave else None  # else no padding displaces real tokens
     batch, length = markers[0].meta["val"].shape[:2]
@@ -124,9 +129,9 @@ def analyse(
             bound = other.batch_bound
             break
     else:
-        given = (root, traced, markers, grids, plan.num_prefix, padding, tokens_leave, stretch)
+        given = (root, traced, markers, grids, plan.num_prefix, padding, tokens_leave, stretches)
         facts, bound = find_facts(*given)
-    return Analysis(traced, blocks, plan, markers, grids, facts, final, real, bound, stretch)
+    return Analysis(traced, blocks, plan, markers, grids, facts, final, real, bound, stretches)
 
 
 def _final(root: nn.Module, traced: HostGraph, blocks: Blocks, spec: ArchSpec) -> fx.Node:

@@ -1,6 +1,7 @@
-"""From which blocks of a host tokens can leave; in a host that keeps a grid, one stretch of it."""
+"""From which blocks of a host tokens can leave; in a host that keeps a grid, in stretches."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from itertools import chain, combinations_with_replacement
 
 import torch
 from torch import fx, nn
@@ -8,21 +9,23 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tokenprune.analysis.blocks import Block, Blocks
 from tokenprune.analysis.grids import grid_of
+from tokenprune.analysis.prefix import prefix_of_grid
 from tokenprune.analysis.stretch import Stretch, Stretches, find_runs, stretch_between
 from tokenprune.analysis.token_probe import blocks_that_run
 from tokenprune.errors import PlanError
+from tokenprune.hosts.registry import GENERIC
 from tokenprune.hosts.spec import ArchSpec
 from tokenprune.tracing.host_graph import HostGraph
 from tokenprune.tracing.interpret import evaluate
 
-__all__ = ["leaving_blocks", "stretch_at"]
+__all__ = ["costliest_stretch", "default_sites", "leaving_blocks", "stretches_at"]
 
 
 def leaving_blocks(
     root: nn.Module, traced: HostGraph, blocks: Blocks, spec: ArchSpec
 ) -> Sequence[int]:
-    """Blocks at which a default recipe may let tokens leave: all; in a host that keeps a grid those
-    of the one stretch that costs most, so that most is saved.
+    """Blocks at which a recipe may let tokens leave: all; in a host that keeps a grid those of its
+    stretches.
 
     Raises:
         PlanError: There is no stretch; what stands in the way is named.
@@ -31,41 +34,118 @@ def leaving_blocks(
         return list(blocks)
     found = find_runs(root, traced, blocks, spec.prefix)
     stretches = list(_stretches(root, traced, found, spec.prefix))
-    # no block has looked at the tokens yet that enter the first one, so they do not leave there
-    useful = [run[run[0].number == min(blocks) :] for run in stretches]
-    best = max(filter(None, useful), key=lambda run: _macs(root, traced, run), default=None)
-    if best is None:
+    if spec.adapter == GENERIC and stretches:  # else its adapter counted the prefix tokens
+        stretches = _of_one_prefix(root, traced, blocks, stretches)
+    able = [block.number for run in stretches for block in run]
+    # no block has looked yet at the tokens that enter the first one, so none leaves there
+    if not set(able) - {min(blocks)}:
         number, reason = min(found.reasons.items())
-        raise _refusal(blocks[number], reason, [])
-    return [b.number for run in stretches for b in run if best[-1] in run]
+        raise _refusal(blocks[number], reason)
+    return able
 
 
-def stretch_at(
+def _of_one_prefix(
+    root: nn.Module, traced: HostGraph, blocks: Blocks, stretches: Sequence[list[Block]]
+) -> list[list[Block]]:
+    """The stretches before which as many tokens are no patches as before the costliest one."""
+    counts = [prefix_of_grid(root, traced, blocks, run[0].number) or 0 for run in stretches]
+    costs = [_macs_of(root, traced, run, min(blocks)) for run in stretches]
+    wanted = counts[costs.index(max(costs))]
+    return [run for run, count in zip(stretches, counts, strict=True) if count == wanted]
+
+
+def default_sites(
+    root: nn.Module,
+    traced: HostGraph,
+    blocks: Blocks,
+    num_prefix: int,
+    able: Collection[int],
+    shares: Sequence[float],
+) -> list[int]:
+    """The blocks of the stages of a default recipe in stretches: of all ways to part the stages
+    among them, the one that saves most.
+
+    In a stretch the first stage is at its start, if other blocks have run before and so have looked
+    at the tokens; the others at equal distances.
+
+    Args:
+        able: Blocks that can have one.
+        shares: The kept share of tokens after each stage.
+    """
+    runs = _parts(root, traced, blocks, num_prefix, able)
+    costs = {block.number: _macs(root, traced, block) for run in runs for block in run}
+
+    def saved(chosen: Sequence[Block]) -> float:
+        total, left = 0.0, iter(shares)
+        for run in runs:
+            share = 1.0
+            for block in run:
+                share = next(left) if block in chosen else share
+                total += costs[block.number] * (1 - share)
+        return total
+
+    ways = combinations_with_replacement(range(len(runs)), len(shares))
+    parted = (
+        [_spread(run, way.count(i), min(blocks)) for i, run in enumerate(runs)] for way in ways
+    )
+    best = max((list(chain(*sites)) for sites in parted), key=saved)
+    return [block.number for block in best]
+
+
+def costliest_stretch(
+    root: nn.Module, traced: HostGraph, blocks: Blocks, num_prefix: int, able: Collection[int]
+) -> list[int]:
+    """Those of the blocks `able` that are in the stretch with most MACs."""
+    runs = _parts(root, traced, blocks, num_prefix, able)
+    best = max(runs, key=lambda run: _macs_of(root, traced, run, min(blocks)))
+    return [block.number for block in best]
+
+
+def _parts(
+    root: nn.Module, traced: HostGraph, blocks: Blocks, num_prefix: int, able: Collection[int]
+) -> list[list[Block]]:
+    """The blocks `able` by stretch."""
+    found = find_runs(root, traced, blocks, num_prefix)
+    runs = [[block for block in run if block.number in able] for run in found.runs]
+    return [run for run in runs if run and run[-1].number != min(blocks)]
+
+
+def _spread(run: Sequence[Block], count: int, first: int) -> list[Block]:
+    """As many blocks of a run at equal distances, without the first block of the host."""
+    parts = range(1, count + 1) if run[0].number == first else range(count)
+    places = (max(run[0].number == first, len(run) * part // (parts.stop or 1)) for part in parts)
+    return [run[place] for place in dict.fromkeys(places)]
+
+
+def stretches_at(
     root: nn.Module,
     traced: HostGraph,
     blocks: Blocks,
     numbers: Sequence[int],
     markers: Sequence[fx.Node],
     num_prefix: int,
-) -> Stretch:
-    """The stretch that has stages at blocks `numbers`, from the first one's marker on, as long as
+) -> tuple[Stretch, ...]:
+    """The stretches that have stages at blocks `numbers`, each from its first marker on, as long as
     it can be.
 
     Raises:
-        PlanError: Tokens cannot leave at the first of them, or have to be back before the last.
+        PlanError: Tokens cannot leave at one of them.
     """
-    found = find_runs(root, traced, blocks, num_prefix)
-    run = next((r for r in found.runs if any(b.number == numbers[0] for b in r)), [])
-    run = run[[block.number for block in run].index(numbers[0]) :] if run else []
-    run = _that_run(root, traced, found, run, num_prefix)
-    inside = [block.number for block in run]
-    missing = [number for number in numbers if number not in inside]
-    if missing:
-        before = missing[0] if not run else inside[-1]
-        reason = next(found.reasons[n] for n in sorted(found.reasons) if n >= before)
-        known = [[b.number for b in r] for r in _stretches(root, traced, found, num_prefix)]
-        raise _refusal(blocks[before], reason, known, missing[0] if run else None)
-    return stretch_between(traced, markers, run)
+    found, stretches = find_runs(root, traced, blocks, num_prefix), list[Stretch]()
+    stage = 0
+    while stage < len(numbers):
+        number = numbers[stage]
+        run = next((r for r in found.runs if blocks[number] in r), [])
+        run = run[run.index(blocks[number]) :] if run else []
+        run = _that_run(root, traced, found, run, num_prefix)
+        inside = [block.number for block in run]
+        stages = [s for s in range(stage, len(numbers)) if numbers[s] in inside]
+        if not stages:
+            able = [[b.number for b in r] for r in _stretches(root, traced, found, num_prefix)]
+            raise _refusal(blocks[number], found.reasons[number], able)
+        stretches.append(stretch_between(traced, {s: markers[s] for s in stages}, run))
+        stage = stages[-1] + 1
+    return tuple(stretches)
 
 
 def _stretches(
@@ -89,7 +169,7 @@ def _that_run(
     if not run:
         return []
     grid = grid_of(root, traced.batch_size, run[0], num_prefix)
-    stretch = stretch_between(traced, [run[0].entry], run)
+    stretch = stretch_between(traced, {0: run[0].entry}, run)
     ends = [block.call.output for block in run if block.call.output is not None]
     count, reason = blocks_that_run(root, traced, grid, num_prefix, stretch, run[0].entry, ends)
     if count < len(run):
@@ -97,29 +177,23 @@ def _that_run(
     return list(run[:count])
 
 
-def _macs(root: nn.Module, traced: HostGraph, run: Sequence[Block]) -> int:
-    """What a run of blocks costs, in multiply-accumulates."""
-    nodes = list(traced.graph.nodes)
-    first, last = nodes.index(run[0].entry), nodes.index(run[-1].call.output)
+def _macs_of(root: nn.Module, traced: HostGraph, run: Sequence[Block], first: int) -> int:
+    """What a run costs, without the first block of the host, at which no token leaves."""
+    return sum(_macs(root, traced, block) for block in run if block.number != first)
+
+
+def _macs(root: nn.Module, traced: HostGraph, block: Block) -> int:
+    """What a block costs, in multiply-accumulates."""
     with torch.no_grad(), traced.fake_mode, FlopCounterMode(display=False) as counter:
-        for node in nodes[first : last + 1]:
-            env = {used: used.meta["val"] for used in node.all_input_nodes}
-            evaluate(root, node, env)
+        for node in block.call.nodes():
+            evaluate(root, node, {used: used.meta["val"] for used in node.all_input_nodes})
     return int(counter.get_total_flops()) // 2
 
 
-def _refusal(
-    block: Block, reason: str, stretches: Sequence[Sequence[int]], later: int | None = None
-) -> PlanError:
-    where = f"lock {block.number} ('{block.path}')"
-    asked = f"B{where} has to keep all its tokens"
-    if later is not None:
-        asked = (
-            f"Tokens that left have to be back after b{where}, before the stage at block {later}"
-        )
+def _refusal(block: Block, reason: str, stretches: Sequence[Sequence[int]] = ()) -> PlanError:
     able = " or ".join(f"{run[0]} to {run[-1]}" for run in stretches)
     return PlanError(
-        f"{asked}: {reason.rstrip('.')}. This host needs `mode: bypass` there, since it keeps a "
-        f"grid of tokens. {f'Put all stages into blocks {able}, or use' if able else 'Use'} "
-        "`mode: bypass`."
+        f"Block {block.number} ('{block.path}') has to keep all its tokens: {reason.rstrip('.')}. "
+        "This host needs `mode: bypass` there, since it keeps a grid of tokens. "
+        f"{f'Put stages at blocks {able}, or use' if able else 'Use'} `mode: bypass`."
     )

@@ -12,7 +12,7 @@ from torch import nn
 
 from tokenprune.analysis.blocks import Blocks, blocks_of, find_blocks, sequence_first
 from tokenprune.analysis.nodes import shape_of
-from tokenprune.analysis.prefix import own_tokens
+from tokenprune.analysis.prefix import own_tokens, prefix_of_grid
 from tokenprune.analysis.residual import find_stretches
 from tokenprune.errors import PlanError, UnsupportedHostError
 from tokenprune.hosts.spec import ArchSpec
@@ -209,15 +209,22 @@ def prefix_at(
     spec: ArchSpec,
     blocks: Blocks,
     reading: Reading,
-    staged: int,
+    staged: Sequence[int],
 ) -> ArchSpec:
-    """The facts of a host that keeps a grid, with the prefix tokens of the grid on which the stage
-    at block `staged` lets tokens leave: a host may add its class token to a later grid."""
-    shape = shape_of(blocks[staged].entry) if staged in blocks else ()
-    first = min((n for n, b in blocks.items() if shape_of(b.entry) == shape), default=staged)
-    if spec.tokens_leave or not reading.guessed or first == min(blocks):
+    """The facts of a host that keeps a grid, with the prefix tokens of the grids on which the
+    stages at blocks `staged` let tokens leave.
+
+    Raises:
+        PlanError: These grids have different ones.
+    """
+    if spec.tokens_leave or not reading.guessed:
         return spec
-    own = own_tokens(host, traced, blocks[first].entry) if first in blocks else None
-    if own is None:
-        return spec
-    return replace(spec, num_prefix_tokens=own[0], num_suffix_tokens=own[1])
+    found = {n: prefix_of_grid(host, traced, blocks, n) for n in staged if n in blocks}
+    known = {n: count for n, count in found.items() if count is not None}
+    if len(set(known.values())) > 1:
+        raise PlanError(
+            f"Tokens are to leave at blocks {list(known)}, before which {list(known.values())} "
+            f"tokens of {traced.host} are no patches (class tokens). Put all stages at blocks with "
+            "the same number of them."
+        )
+    return replace(spec, num_prefix_tokens=next(iter(known.values()), spec.num_prefix_tokens))

@@ -27,12 +27,14 @@ class Stretch:
     """What runs on fewer tokens.
 
     Attributes:
+        stages: The stages in it.
         inside: Those nodes, from the first marker on.
         streams: Tokens among them that others may read: what blocks return, and markers. All
             else that reads these is given all tokens.
         end: The last of them.
     """
 
+    stages: tuple[int, ...]
     inside: frozenset[fx.Node]
     streams: frozenset[fx.Node]
     end: fx.Node
@@ -43,15 +45,20 @@ class Stretch:
 
 
 def stretch_between(
-    traced: HostGraph, markers: Sequence[fx.Node], blocks: Sequence[Block]
+    traced: HostGraph, markers: Mapping[int, fx.Node], blocks: Sequence[Block]
 ) -> Stretch:
     """The stretch from the first marker to what the last of `blocks` returns; `blocks` are those
-    from the marker's on."""
+    from the marker's on.
+
+    Args:
+        markers: Stage -> marker, of the stages in it.
+    """
     order = {node: number for number, node in enumerate(traced.graph.nodes)}
     outputs = [block.call.output for block in blocks if block.call.output is not None]
     entries = [block.entry for block in blocks[1:]]
-    inside = _between(order, markers[0], outputs[-1])
-    return Stretch(inside, frozenset({*markers, *entries, *outputs}), outputs[-1])
+    inside = _between(order, next(iter(markers.values())), outputs[-1])
+    streams = frozenset({*markers.values(), *entries, *outputs})
+    return Stretch(tuple(markers), inside, streams, outputs[-1])
 
 
 def _between(order: Mapping[fx.Node, int], start: fx.Node, end: fx.Node) -> frozenset[fx.Node]:

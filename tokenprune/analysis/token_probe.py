@@ -42,7 +42,7 @@ def find_facts(
     num_prefix: int,
     padding: Collection[fx.Node],
     tokens_leave: bool,
-    stretch: Stretch | None = None,
+    stretches: Sequence[Stretch] = (),
 ) -> tuple[Facts, bool]:
     """One record for each node; and whether the graph holds for its batch size only.
 
@@ -51,15 +51,15 @@ def find_facts(
         grids: How they lie there.
         padding: Nodes that hold anything of the host's padding mask.
         tokens_leave: False where every tensor keeps its size.
-        stretch: All that reads tokens outside of it reads all of them; None where those that left
-            stay away.
+        stretches: All that reads their tokens outside of them reads all of these; none where those
+            that left stay away.
 
     Raises:
         UnsupportedHostError: A node cannot run with fewer tokens; its place in the host is named.
     """
     stages = {node: stage for stage, node in enumerate(markers)}
     lengths: dict[fx.Node, dict[int, TokenDim]] = {}
-    given = (root, traced, stages, grids, num_prefix, padding, stretch, lengths)
+    given = (root, traced, stages, grids, num_prefix, padding, stretches, lengths)
     with torch.no_grad(), traced.fake_mode:
         facts, bound = probe_batch(root, traced)
         while tokens_leave:
@@ -82,7 +82,7 @@ def blocks_that_run(
     """How many blocks, each given by what it returns, run with another number of tokens from the
     entry `start` of the first one on; and what the next one said."""
     lengths: dict[fx.Node, dict[int, TokenDim]] = {}
-    given = (root, traced, {start: 0}, [grid], num_prefix, (), stretch, lengths)
+    given = (root, traced, {start: 0}, [grid], num_prefix, (), [stretch], lengths)
     with torch.no_grad(), traced.fake_mode:
         while True:
             probe = _Run(*given, dict.fromkeys(traced.graph.nodes, NodeFacts()), until=ends[-1])
@@ -114,7 +114,7 @@ class _Run:
     grids: Sequence[Grid]
     prefix: int
     padding: Collection[fx.Node]
-    stretch: Stretch | None
+    stretches: Sequence[Stretch]
     length_of: dict[fx.Node, dict[int, TokenDim]]
     facts: dict[fx.Node, NodeFacts]
     until: fx.Node | None = None
@@ -131,8 +131,8 @@ class _Run:
             holds_tokens = node in self.follows and isinstance(value, torch.Tensor)
             if holds_tokens and not self._classify(node, value):
                 return False
-            if self.stretch is not None and node is self.stretch.end:
-                self.latest = -1
+            if any(node is stretch.end for stretch in self.stretches):
+                self.latest, self.full = -1, 0
             if node is self.until:
                 break
         return True
@@ -181,7 +181,7 @@ class _Run:
 
     def _is_outside(self, node: fx.Node, used: fx.Node) -> bool:
         """Whether a node is given all tokens of another one that holds some."""
-        return self.stretch is not None and self.stretch.gives_all(used, node)
+        return any(stretch.gives_all(used, node) for stretch in self.stretches)
 
     def _length(self, node: fx.Node) -> dict[int, TokenDim] | None:
         """Which dims of a table's shape follow the tokens: as said of this node, or of one before
@@ -202,14 +202,14 @@ class _Run:
         return {source: found[0]} if found else None
 
     def _enter(self, node: fx.Node, stage: int, base: torch.Tensor) -> torch.Tensor:
-        if self.stretch is None and base.ndim != 3:
+        if not self.stretches and base.ndim != 3:
             raise UnsupportedHostError(
                 f"Stage {stage} needs tokens [B, L, D] at block {node.args[1]}, found a tensor of "
                 f"shape {tuple(base.shape)} at {node.meta['where']}. A host that keeps a grid "
                 "needs a recipe with `mode: bypass`."
             )
         grid = self.grids[stage]
-        patches = (base.shape[1] if self.stretch is None else grid.length) - self.prefix
+        patches = (grid.length if self.stretches else base.shape[1]) - self.prefix
         if self.full and patches != self.full:
             raise UnsupportedHostError(
                 f"Stage {stage} (block {node.args[1]}) sees {patches} patch tokens, stage 0 saw "
@@ -217,7 +217,7 @@ class _Run:
                 f"of blocks with equal length. Found at {node.meta['where']}."
             )
         self.full, self.latest, self.follows[node] = patches, stage, stage
-        if self.stretch is None:
+        if not self.stretches:
             return base.new_empty(base.shape[0], base.shape[1] + EXTRA[stage], base.shape[2])
         return base.new_empty(grid.layout.gathered(base.shape, grid.length + EXTRA[stage]))
 

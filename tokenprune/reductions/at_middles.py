@@ -25,7 +25,7 @@ class AtMiddles(Reduction):
     ) -> tuple[Sequence[int], str]:
         able = leaving_blocks(root, traced, blocks, spec)
         middles = [number for number in able if blocks[number].middle is not None]
-        return middles or able[1:], "two blocks"
+        return middles or [number for number in able if number != min(blocks)], "two blocks"
 
     @classmethod
     def place(cls, asked: str, blocks: Sequence[Block]) -> str:

@@ -49,15 +49,16 @@ class Merge(AtMiddles):
         if not kept.removes:
             return [select, GatherAligned(kept), emit]
         tables = (ResizeTables(kept), HideDropped(kept), GatherAligned(kept))
-        stretch, whole = self.analysis.stretch, RestoreOutputs(kept, outputs=bool(restore))
-        outputs = (whole,) if restore or stretch else ()
+        whole = RestoreOutputs(kept, outputs=bool(restore))
+        outputs = (whole,) if restore or self.analysis.stretches else ()
         return [KeepTablesWhole(), select, CountRealTokens(), *tables, *outputs, emit]
 
     def forced(self, sets: Sequence[Tensor], num_patches: Sequence[int]) -> Mapping[str, Any]:
         """Groups that random kept sets stand for: each patch joins one of them by its number, and
         every other one the first, so that sizes differ."""
         groups, rows = list[Tensor](), None
-        for kept, patches in zip(sets, num_patches, strict=True):
+        for stage, (kept, patches) in enumerate(zip(sets, num_patches, strict=True)):
+            rows = None if stage in self.analysis.starts else rows
             everyone = torch.arange(patches, device=kept.device).expand(len(kept), -1)
             now = everyone if rows is None else rows
             joins = kept.gather(1, (now * 7 + 3) % kept.shape[1] * (now % 2))

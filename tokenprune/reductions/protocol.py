@@ -38,9 +38,9 @@ class Reduction(ABC):
     Attributes:
         name: As recipes (`mode`), certificates and profiles write it.
         places: Where in a block its stages can stand.
-        nested: A stage chooses among what the stage before kept; otherwise tokens may come back.
-        removes: Tensors have fewer tokens after a stage, of a host that keeps a grid within one
-            stretch. Where not, every host can be served.
+        nested: A stage chooses among what the stage before kept (in its stretch, if the host keeps
+            a grid); otherwise tokens may come back.
+        removes: Tensors have fewer tokens after a stage. Where not, every host can be served.
         skipped: How many of its `candidates` a default recipe leaves out at the front.
         added: State-dict prefixes of the modules it adds beside the scorers.
         defaults: What a recipe means that names the reduction alone: `scorer`, `place`.
@@ -82,7 +82,7 @@ class Reduction(ABC):
     @property
     def final_layout(self) -> Layout | None:
         """How the final tokens lie, if the host keeps a grid; None where they are a sequence."""
-        return None if self.removes and not self.analysis.stretch else self.analysis.final_layout
+        return None if self.removes and not self.analysis.stretches else self.analysis.final_layout
 
     @classmethod
     @abstractmethod

@@ -42,10 +42,10 @@ class Remove(Reduction):
     def passes(self, path: PathName, scorer: type[Scorer], restore: bool | None) -> Sequence[Pass]:
         if path == "dense":
             return [Emit(tokens_allowed=True, layout=self.final_layout)]
-        kept, stretch = self.kept_sets[path], self.analysis.stretch
+        kept, stretches = self.kept_sets[path], self.analysis.stretches
         select = (SelectAtSites(kept, scorer, tokens_leave=True), CountRealTokens())
         outputs: Pass = BlankPadding(kept)
-        if restore or stretch:
+        if restore or stretches:
             outputs = RestoreOutputs(kept, outputs=bool(restore))
         emit = Emit(tokens_allowed=restore is not None, layout=self.final_layout)
         if not kept.removes:

@@ -55,9 +55,11 @@ class RestoreOutputs(Pass):
     outputs: bool = True
 
     def apply(self, rewrite: Rewrite) -> None:
-        stretch = rewrite.analysis.stretch
-        if stretch is not None:
-            self._end(rewrite, stretch)
+        if rewrite.analysis.stretches:
+            for stretch in rewrite.analysis.stretches:
+                self._end(rewrite, stretch)
+            for _, node in rewrite.token_outputs() if self.outputs else ():
+                raise _unrestorable(rewrite, node)
             return
         streams = {rewrite.copy_of(node) for node in self._residual_stream(rewrite)}
         reads = _whole_reads(rewrite, streams)
@@ -75,19 +77,17 @@ class RestoreOutputs(Pass):
     def _end(self, rewrite: Rewrite, stretch: Stretch) -> None:
         """Let all that is outside of a stretch read all tokens."""
         order = {node: number for number, node in enumerate(rewrite.analysis.traced.graph.nodes)}
-        starts = [order[marker] for marker in rewrite.analysis.markers]
+        starts = [order[rewrite.analysis.markers[stage]] for stage in stretch.stages]
         reads, stages = set[tuple[fx.Node, fx.Node]](), dict[fx.Node, int]()
         for stream in (n for n in stretch.streams if order[n] >= starts[0]):
             copy = rewrite.copy_of(stream)
-            stages[copy] = sum(start <= order[stream] for start in starts) - 1
+            stages[copy] = stretch.stages[sum(start <= order[stream] for start in starts) - 1]
             for reader in (n for n in stream.users if stretch.gives_all(stream, n)):
                 at = rewrite.output if reader.op == "output" else rewrite.copy_of(reader)
                 reads.add((at, copy))
         whole = self._give_all(rewrite, reads, stages)
         end = rewrite.copy_of(stretch.end)
         rewrite.stand_for(end, whole[end])
-        for _, node in rewrite.token_outputs() if self.outputs else ():
-            raise _unrestorable(rewrite, node)
 
     def _give_all(
         self,
@@ -113,7 +113,8 @@ class RestoreOutputs(Pass):
         """All tokens of a stream, in the layout of the host."""
         if rewrite.rank(used) == 3:
             return self.kept.put_back(rewrite, at, full, used, stage)
-        layout, like = rewrite.analysis.grids[stage].layout, rewrite.records[0].given
+        first = max(start for start in rewrite.analysis.starts if start <= stage)
+        layout, like = rewrite.analysis.grids[stage].layout, rewrite.records[first].given
         flat = rewrite.insert(at, flat_tokens, used, layout)
         tokens = self.kept.put_back(rewrite, at, full, flat, stage)
         return rewrite.insert(at, laid_out, tokens, flat, used, like, layout)
@@ -145,7 +146,7 @@ class RestoreOutputs(Pass):
             at, entering = record.keep_logits, record.entering
             if not self.kept.removes:  # what follows, or a hook, may write into the same tensor
                 entering = rewrite.insert(at, torch.clone, entering)
-            if stage:
+            if stage not in rewrite.analysis.starts:
                 entering = self.kept.put_back(rewrite, at, full[-1], entering, stage - 1)
             full.append(entering)
         return full

@@ -43,7 +43,8 @@ class SelectAtSites(Pass):
             layout = rewrite.analysis.grids[stage].layout
             if not self.tokens_leave or rewrite.rank(marker) != 3:
                 tokens = rewrite.insert(marker, flat_tokens, given, layout)
-            bound = rewrite.records[-1].kept if self.tokens_leave and rewrite.records else None
+            bounded = self.tokens_leave and stage not in rewrite.analysis.starts
+            bound = rewrite.records[-1].kept if bounded else None
             scorer = rewrite.module(marker, f"{PREDICTORS}.{stage}")
             needed = self._needed(rewrite, stage, marker)
             point = StagePoint(stage, marker, tokens, bound, scorer, needed)

@@ -245,10 +245,8 @@ class Pruning:
             return output
         if name == "dense":
             return output, PruningTrace([], tokens, real)
-        nested = self.method.reduction.nested
-        stages = self.method.reduction.kept_sets[name].stage_traces(
-            records, programs.num_patches, nested
-        )
+        kept = self.method.reduction.kept_sets[name]
+        stages = kept.stage_traces(records, programs.num_patches, programs.starts)
         return output, PruningTrace(stages, tokens, real)
 
     def path_name(self, path: Path) -> PathName:
@@ -305,8 +303,7 @@ class Pruning:
                 own = ("num_prefix_tokens", "num_suffix_tokens")
                 spec = replace(spec, **{name: getattr(self.spec, name) for name in own})
             elif self.method.reduction.removes:
-                first = self.plan.blocks[0]
-                spec = prefix_at(host, traced, spec, blocks, self.reading, first)
+                spec = prefix_at(host, traced, spec, blocks, self.reading, self.plan.blocks)
             self.spec = spec
             choice_of(self.recipe, self.spec)  # it may keep a grid now
             self.plan, _ = bind(self.recipe, self.spec)
@@ -374,8 +371,9 @@ class Pruning:
             )
         was, forced, thread = self.forced, None, get_ident()
         if keep_indices is not None:
-            nested, padded = self.method.reduction.nested, self.budget.threshold is not None
-            forced = forced_sets(keep_indices, list(self.plan.blocks), nested, padded)
+            known = next(iter(self.cache), None) or self.programs(self.as_wrapped())
+            padded = self.budget.threshold is not None
+            forced = forced_sets(keep_indices, self.plan.blocks, known.starts, padded)
         self.overrides[thread] = Overrides(
             path or was.path, forced or was.keep_indices, generator or was.generator
         )
