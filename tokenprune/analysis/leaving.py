@@ -39,7 +39,11 @@ def leaving_blocks(
     able = [block.number for run in stretches for block in run]
     # no block has looked yet at the tokens that enter the first one, so none leaves there
     if not set(able) - {min(blocks)}:
-        number, reason = min(found.reasons.items())
+        alone = (
+            min(blocks),
+            "it is the only block of the host, and nothing has looked at them yet",
+        )
+        number, reason = min(found.reasons.items(), default=alone)
         raise _refusal(blocks[number], reason)
     return able
 

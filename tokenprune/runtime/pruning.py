@@ -307,13 +307,12 @@ class Pruning:
             self.spec = spec
             choice_of(self.recipe, self.spec)  # it may keep a grid now
             self.plan, _ = bind(self.recipe, self.spec)
-        leave = self.method.reduction.removes
         plain, unseen = stand_ins(host, traced.fake_mode), without_modes()
         with unseen, plain, no_autocast_cache(), buffers_kept(host):
             others = [programs.analysis for programs in self.cache]
-            given = (host, traced, blocks, self.plan, self.spec)
-            analysis = analyse(*given, tokens_leave=leave, known=others)
-            reduction = self.method.reduction(host, analysis)
+            kind, given = self.method.reduction, (host, traced, blocks, self.plan, self.spec)
+            analysis = analyse(*given, tokens_leave=kind.removes, known=others)
+            reduction = kind(host, analysis)
         check_parts(host, self.added, reduction)
         forget_weights(traced.fake_mode)
         found = Programs(analysis, reduction, self.method.scorer, self.restore)
