@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tokenprune.analysis.blocks import Block, Blocks
 from tokenprune.analysis.grids import grid_of
+from tokenprune.analysis.nodes import shape_of
 from tokenprune.analysis.prefix import prefix_of_grid
 from tokenprune.analysis.stretch import Stretch, Stretches, find_runs, stretch_between
 from tokenprune.analysis.token_probe import blocks_that_run
@@ -39,10 +40,7 @@ def leaving_blocks(
     able = [block.number for run in stretches for block in run]
     # no block has looked yet at the tokens that enter the first one, so none leaves there
     if not set(able) - {min(blocks)}:
-        alone = (
-            min(blocks),
-            "it is the only block of the host, and nothing has looked at them yet",
-        )
+        alone = (min(blocks), "it is the only block, and nothing has looked at them yet")
         number, reason = min(found.reasons.items(), default=alone)
         raise _refusal(blocks[number], reason)
     return able
@@ -52,10 +50,11 @@ def _of_one_prefix(
     root: nn.Module, traced: HostGraph, blocks: Blocks, stretches: Sequence[list[Block]]
 ) -> list[list[Block]]:
     """The stretches before which as many tokens are no patches as before the costliest one."""
-    counts = [prefix_of_grid(root, traced, blocks, run[0].number) or 0 for run in stretches]
-    costs = [_macs_of(root, traced, run, min(blocks)) for run in stretches]
-    wanted = counts[costs.index(max(costs))]
-    return [run for run, count in zip(stretches, counts, strict=True) if count == wanted]
+    grids = {shape_of(run[0].entry): run[0].number for run in stretches}
+    counts = {s: prefix_of_grid(root, traced, blocks, n) or 0 for s, n in grids.items()}
+    best = max(stretches, key=lambda run: _macs_of(root, traced, run, min(blocks)))
+    wanted = counts[shape_of(best[0].entry)]
+    return [run for run in stretches if counts[shape_of(run[0].entry)] == wanted]
 
 
 def default_sites(

@@ -219,7 +219,8 @@ def prefix_at(
     """
     if spec.tokens_leave or not reading.guessed:
         return spec
-    found = {n: prefix_of_grid(host, traced, blocks, n) for n in staged if n in blocks}
+    grids = {shape_of(blocks[n].entry): n for n in staged if n in blocks}
+    found = {n: prefix_of_grid(host, traced, blocks, n) for n in grids.values()}
     known = {n: count for n, count in found.items() if count is not None}
     if len(set(known.values())) > 1:
         raise PlanError(
