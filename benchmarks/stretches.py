@@ -5,9 +5,9 @@
     python -m benchmarks.stretches --render-only   write the table of docs/dense.md again
 
 The families are those of docs/atlas.json whose mode is `bypass`, by their module and the first word
-of their names; of each, the host with the median number of MACs. Hosts have no weights; MACs of one
-image are counted, with the recipe that `wrap` makes by itself (`bypass`) and with `mode: remove`,
-both at keep ratio 0.7. Rows are saved one by one in a work folder.
+of their names; of each, the host with the median number of MACs. MACs of one image are counted, with
+the recipe that `wrap` makes by itself (`bypass`) and with `mode: remove`, both at keep ratio 0.7.
+Hosts above 30 M parameters have no weights. Rows are saved one by one in a work folder.
 """
 
 import argparse
@@ -21,10 +21,10 @@ from statistics import median
 from typing import Any
 
 import tokenprune
-from benchmarks.atlas_parts.measure import Host
+from benchmarks.atlas_parts.measure import SMALL_PARAMETERS, Host
 from benchmarks.atlas_parts.timm_hosts import timm_hosts
 from benchmarks.atlas_parts.transformers_hosts import transformers_hosts
-from benchmarks.atlas_parts.weights import weightless
+from benchmarks.atlas_parts.weights import enliven, parameters_in_millions, weightless
 from benchmarks.markdown import put, table
 from tokenprune.errors import TokenPruneError
 
@@ -57,6 +57,8 @@ def measure(host: Host) -> Row:
     row: Row = {"model": host.model, "module": host.module.rpartition(".")[2]}
     for mode, recipe in RECIPES.items():
         full = weightless(host.build)
+        if parameters_in_millions(full) < SMALL_PARAMETERS:  # weights tell which are class tokens
+            full = enliven(host.build().eval())
         given = {"example_inputs": host.inputs(full), "restore": host.restore}
         try:
             model = tokenprune.wrap(full, recipe, **given, verify=False, train=False)
