@@ -1,13 +1,13 @@
-"""Hosts that keep a grid: what bypass saves of their MACs, and what removing saves in a stretch.
+"""Hosts that keep a grid: what bypass saves of their MACs, and what removing saves in stretches.
 
-    python -m benchmarks.stretches                 a host of each family, about half an hour
+    python -m benchmarks.stretches                 a host of each family, about ten minutes
     python -m benchmarks.stretches --only 'hiera*' these models instead
     python -m benchmarks.stretches --render-only   write the table of docs/dense.md again
 
 The families are those of docs/atlas.json whose mode is `bypass`, by their module and the first word
-of their names; of each, the host with the median number of MACs. MACs of one image are counted, with
-the recipe that `wrap` makes by itself (`bypass`) and with `mode: remove`, both at keep ratio 0.7.
-Hosts above 30 M parameters have no weights. Rows are saved one by one in a work folder.
+of their names; of each, the host with the median number of MACs. What bypass saves, the atlas has
+measured. Here the MACs of one image are counted with `mode: remove` at keep ratio 0.7. Hosts above
+30 M parameters have no weights. Rows are saved one by one in a work folder.
 """
 
 import argparse
@@ -31,10 +31,7 @@ from tokenprune.errors import TokenPruneError
 __all__ = ["chosen", "main", "measure", "rendered"]
 
 ROOT = Path(__file__).parents[1]
-RECIPES: dict[str, Any] = {
-    "bypass": None,
-    "remove": {"version": 1, "mode": "remove", "schedule": {"keep_ratio": 0.7}},
-}
+RECIPE = {"version": 1, "mode": "remove", "schedule": {"keep_ratio": 0.7}}
 Row = dict[str, Any]
 
 
@@ -52,26 +49,23 @@ def chosen(atlas: Iterable[Row], only: str | None = None) -> list[Row]:
     return [rows[len(rows) // 2] for rows in ranked]
 
 
-def measure(host: Host) -> Row:
+def measure(host: Host, known: Row) -> Row:
     """What each mode saves, in percent of the dense MACs; None and why if it serves no part."""
     row: Row = {"model": host.model, "module": host.module.rpartition(".")[2]}
-    for mode, recipe in RECIPES.items():
-        full = weightless(host.build)
-        if parameters_in_millions(full) < SMALL_PARAMETERS:  # weights tell which are class tokens
-            full = enliven(host.build().eval())
-        given = {"example_inputs": host.inputs(full), "restore": host.restore}
-        try:
-            model = tokenprune.wrap(full, recipe, **given, verify=False, train=False)
-        except TokenPruneError as error:
-            row |= {mode: None, "why": str(error)}
-            continue
-        counted = tokenprune.profile(model, given["example_inputs"])
-        row["dense"] = round(counted.dense_gmacs, 3)
-        row[mode] = round(100 * (1 - counted.gmacs / counted.dense_gmacs), 2)
-        row[f"{mode}_at"] = list(counted.stages)
-        row[f"{mode}_tokens"] = counted.num_patches
-        row["blocks"] = len(counted.macs_per_block)
-    return row
+    row["dense"] = known["gmacs_dense"]
+    row["bypass"] = round(100 * (1 - known["gmacs_pruned"] / known["gmacs_dense"]), 2)
+    full = weightless(host.build)
+    if parameters_in_millions(full) < SMALL_PARAMETERS:  # weights tell which are class tokens
+        full = enliven(host.build().eval())
+    given = {"example_inputs": host.inputs(full), "restore": host.restore}
+    try:
+        model = tokenprune.wrap(full, RECIPE, **given, verify=False, train=False)
+    except TokenPruneError as error:
+        return row | {"remove": None, "why": str(error)}
+    counted = tokenprune.profile(model, given["example_inputs"])
+    row["remove"] = round(100 * (1 - counted.gmacs / counted.dense_gmacs), 2)
+    row |= {"at": list(counted.stages), "of": len(counted.macs_per_block)}
+    return row | {"tokens": list(counted.patches_per_stage)}
 
 
 def rendered(rows: Sequence[Row]) -> str:
@@ -83,7 +77,7 @@ def rendered(rows: Sequence[Row]) -> str:
         cells = ["none" if saved is None else f"{saved:.1f} %" for saved in both]
         if row["remove"] is not None and row["remove"] > (row["bypass"] or 0):
             cells[1] = f"**{cells[1]}**"
-        where = ", ".join(map(str, row.get("remove_at", ()))) or "-"
+        where = ", ".join(map(str, row.get("at", ()))) or "-"
         lines.append(
             [f"`{row['module']}`", f"`{row['model']}`", f"{row['dense']:.3g}", *cells, where]
         )
@@ -111,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         there = {row["model"] for row in rows}
         for known in chosen(atlas, asked.only):
             if known["model"] not in there:
-                rows.append(measure(hosts[known["model"]]))
+                rows.append(measure(hosts[known["model"]], known))
                 print(rows[-1], flush=True)
                 with path.open("a") as file:
                     print(json.dumps(rows[-1]), file=file)
