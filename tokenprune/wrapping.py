@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from tokenprune.analysis.plan import bind
-from tokenprune.analysis.reading import Reading, readings, settle
+from tokenprune.analysis.reading import Reading, prefix_at, readings, settle
 from tokenprune.checks.verify import verify_wrapped
 from tokenprune.errors import (
     AlreadyWrappedError,
@@ -195,11 +195,16 @@ class _Task:
         with in_mode(host, training=False):
             spec, blocks = settle(host, traced, self.hints, reading)
             recipe = self.recipe
-            if recipe is not None and reading.mode is not None:
+            open_ = recipe is not None and "mode" not in recipe.model_fields_set
+            if recipe is not None and open_ and reading.mode is not None:
                 recipe = recipe.model_copy(update={"mode": reading.mode})
             if recipe is not None:
                 choice_of(recipe, spec)
             chosen = with_default_stages(recipe, host, spec, traced, blocks)
+            method = choice_of(chosen, spec)
+            if method.reduction.removes:
+                staged = [stage.block for stage in chosen.resolved_stages]
+                spec = prefix_at(host, traced, spec, blocks, reading, staged)
             plan, budget = bind(chosen, spec)
             pruning = Pruning(
                 host=host,
@@ -207,7 +212,7 @@ class _Task:
                 reading=reading.found(blocks),
                 spec=spec,
                 recipe=chosen,
-                method=choice_of(chosen, spec),
+                method=method,
                 plan=plan,
                 budget=budget,
                 call=self.call,

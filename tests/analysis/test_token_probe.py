@@ -188,6 +188,8 @@ def test_a_second_run_of_the_probe_keeps_nothing_of_the_first() -> None:
     markers = {marker: stage for stage, marker in enumerate(analysis.markers)}
     with torch.no_grad(), traced.fake_mode:
         facts, _ = probe_batch(pruning.host, traced)
-        once = _Run(pruning.host, traced, markers, PREFIX, (), lengths, dict(facts))
+        once = _Run(
+            pruning.host, traced, markers, analysis.grids, PREFIX, (), None, lengths, dict(facts)
+        )
         assert once.finishes()
     assert once.facts == dict(analysis.facts)

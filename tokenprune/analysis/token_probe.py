@@ -7,6 +7,7 @@ tokens. A node that fails combines tokens with a tensor that was made for all of
 a relative-position bias, an attention mask): that tensor is gathered too, and the run goes on.
 """
 
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, combinations
@@ -17,14 +18,16 @@ from torch import fx, nn
 
 from tokenprune.analysis.batch_probe import probe_batch
 from tokenprune.analysis.facts import Aligned, Facts, NodeFacts, TokenDim
+from tokenprune.analysis.grids import Grid
 from tokenprune.analysis.nodes import holds_no_tensor, makers
-from tokenprune.analysis.operators import Kind, kind_of
+from tokenprune.analysis.operators import Kind, attends, kind_of
+from tokenprune.analysis.stretch import Stretch
 from tokenprune.errors import UnsupportedHostError
 from tokenprune.tracing.hook_nodes import is_hook_node
 from tokenprune.tracing.host_graph import HostGraph
 from tokenprune.tracing.interpret import Environment, evaluate, quiet_trials, run
 
-__all__ = ["find_facts"]
+__all__ = ["blocks_that_run", "find_facts"]
 
 # Extra tokens per stage: primes, so that no multiple or sum looks like another.
 EXTRA = tuple(n for n in range(211, 1000) if all(n % d for d in range(2, 32)))
@@ -35,29 +38,59 @@ def find_facts(
     root: nn.Module,
     traced: HostGraph,
     markers: Sequence[fx.Node],
+    grids: Sequence[Grid],
     num_prefix: int,
     padding: Collection[fx.Node],
     tokens_leave: bool,
+    stretches: Sequence[Stretch] = (),
 ) -> tuple[Facts, bool]:
     """One record for each node; and whether the graph holds for its batch size only.
 
     Args:
         markers: Of the tokens that each stage prunes.
+        grids: How they lie there.
         padding: Nodes that hold anything of the host's padding mask.
         tokens_leave: False where every tensor keeps its size.
+        stretches: All that reads their tokens outside of them reads all of these; none where those
+            that left stay away.
 
     Raises:
         UnsupportedHostError: A node cannot run with fewer tokens; its place in the host is named.
     """
     stages = {node: stage for stage, node in enumerate(markers)}
     lengths: dict[fx.Node, dict[int, TokenDim]] = {}
+    given = (root, traced, stages, grids, num_prefix, padding, stretches, lengths)
     with torch.no_grad(), traced.fake_mode:
         facts, bound = probe_batch(root, traced)
         while tokens_leave:
-            probe = _Run(root, traced, stages, num_prefix, padding, lengths, dict(facts))
+            probe = _Run(*given, dict(facts))
             if probe.finishes():
                 return probe.facts, bound
     return facts, bound
+
+
+@quiet_trials()
+def blocks_that_run(
+    root: nn.Module,
+    traced: HostGraph,
+    grid: Grid,
+    num_prefix: int,
+    stretch: Stretch,
+    start: fx.Node,
+    ends: Sequence[fx.Node],
+) -> tuple[int, str]:
+    """How many blocks, each given by what it returns, run with another number of tokens from the
+    entry `start` of the first one on; and what the next one said."""
+    lengths: dict[fx.Node, dict[int, TokenDim]] = {}
+    given = (root, traced, {start: 0}, [grid], num_prefix, (), [stretch], lengths)
+    with torch.no_grad(), traced.fake_mode:
+        while True:
+            probe = _Run(*given, dict.fromkeys(traced.graph.nodes, NodeFacts()), until=ends[-1])
+            try:
+                if probe.finishes():
+                    return len(ends), ""
+            except Exception as error:  # whatever it says: it does not run on some tokens alone
+                return sum(end in probe.follows for end in ends), str(error)
 
 
 @dataclass
@@ -71,17 +104,23 @@ class _Run:
         follows: Node -> the latest stage whose tokens its data holds.
         passed: Node -> the latest stage entered before it.
         full: N, patches before the first stage.
+        rows: Nodes that hold a grid, which is one row of more tokens now.
+        until: The last node to run; None for all.
     """
 
     root: nn.Module
     traced: HostGraph
     markers: Mapping[fx.Node, int]
+    grids: Sequence[Grid]
     prefix: int
     padding: Collection[fx.Node]
+    stretches: Sequence[Stretch]
     length_of: dict[fx.Node, dict[int, TokenDim]]
     facts: dict[fx.Node, NodeFacts]
+    until: fx.Node | None = None
     follows: dict[fx.Node, int] = field(default_factory=dict)
     passed: dict[fx.Node, int] = field(default_factory=dict)
+    rows: set[fx.Node] = field(default_factory=set)
     latest: int = -1
     full: int = 0
 
@@ -92,6 +131,10 @@ class _Run:
             holds_tokens = node in self.follows and isinstance(value, torch.Tensor)
             if holds_tokens and not self._classify(node, value):
                 return False
+            if any(node is stretch.end for stretch in self.stretches):
+                self.latest, self.full = -1, 0
+            if node is self.until:
+                break
         return True
 
     def _note(self, node: fx.Node, **found: Any) -> None:
@@ -99,6 +142,9 @@ class _Run:
 
     def _step(self, node: fx.Node, env: Environment) -> Any:
         base = node.meta["val"]
+        whole = [n for n in node.all_input_nodes if self._is_outside(node, n)]
+        if whole:
+            env = env | {n: n.meta["val"] for n in whole}
         self.passed[node] = self.latest
         if node in self.markers:
             return self._enter(node, self.markers[node], base)
@@ -106,7 +152,8 @@ class _Run:
         if length is not None:
             self._note(node, follows_tokens=True, length_of=length)
             return torch.Size(_with_extra(base, length))
-        sources = [self.follows[n] for n in node.all_input_nodes if n in self.follows]
+        inputs = [n for n in node.all_input_nodes if n not in whole]
+        sources = [self.follows[n] for n in inputs if n in self.follows]
         counted = None if sources or self.latest < 0 else self._counted(node)
         if counted is not None:
             self.follows[node] = self.latest
@@ -132,6 +179,10 @@ class _Run:
             self._note(node, follows_tokens=True)
         return value
 
+    def _is_outside(self, node: fx.Node, used: fx.Node) -> bool:
+        """Whether a node is given all tokens of another one that holds some."""
+        return any(stretch.gives_all(used, node) for stretch in self.stretches)
+
     def _length(self, node: fx.Node) -> dict[int, TokenDim] | None:
         """Which dims of a table's shape follow the tokens: as said of this node, or of one before
         that read the shape of the same table (each block its own)."""
@@ -151,13 +202,14 @@ class _Run:
         return {source: found[0]} if found else None
 
     def _enter(self, node: fx.Node, stage: int, base: torch.Tensor) -> torch.Tensor:
-        if base.ndim != 3:
+        if not self.stretches and base.ndim != 3:
             raise UnsupportedHostError(
                 f"Stage {stage} needs tokens [B, L, D] at block {node.args[1]}, found a tensor of "
                 f"shape {tuple(base.shape)} at {node.meta['where']}. A host that keeps a grid "
                 "needs a recipe with `mode: bypass`."
             )
-        patches = base.shape[1] - self.prefix
+        grid = self.grids[stage]
+        patches = (grid.length if self.stretches else base.shape[1]) - self.prefix
         if self.full and patches != self.full:
             raise UnsupportedHostError(
                 f"Stage {stage} (block {node.args[1]}) sees {patches} patch tokens, stage 0 saw "
@@ -165,7 +217,9 @@ class _Run:
                 f"of blocks with equal length. Found at {node.meta['where']}."
             )
         self.full, self.latest, self.follows[node] = patches, stage, stage
-        return base.new_empty(base.shape[0], base.shape[1] + EXTRA[stage], base.shape[2])
+        if not self.stretches:
+            return base.new_empty(base.shape[0], base.shape[1] + EXTRA[stage], base.shape[2])
+        return base.new_empty(grid.layout.gathered(base.shape, grid.length + EXTRA[stage]))
 
     def _align(self, node: fx.Node, env: Environment, error: Exception | None) -> Any:
         """Gather whichever arguments make the node run, and note them; `error` is what it raised
@@ -244,6 +298,11 @@ class _Run:
                 f"The rank of {node.format_node()} changes with the number of tokens, at "
                 f"{node.meta['where']}."
             )
+        if self._is_row(base.shape, value.shape):
+            self._check_whole(node)
+            self._note(node, folded=True)
+            self.rows.add(node)
+            return True
         dims = {}
         for d, (old, new) in enumerate(zip(base.shape, value.shape, strict=True)):
             stages = [s for s, extra in enumerate(EXTRA) if new - old == extra]
@@ -261,6 +320,26 @@ class _Run:
                 self._note(node, folded=True)
         self._note(node, dims=dims)
         return True
+
+    def _check_whole(self, node: fx.Node) -> None:
+        """Refuse a node that multiplies tokens by tokens along one dim of the grid alone: with all
+        of them in one row, it would attend to all."""
+        held = [used for used in node.all_input_nodes if used in self.follows]
+        if len(held) > 1 and attends(self.root, node) and not self.rows.isdisjoint(held):
+            raise UnsupportedHostError(
+                f"{node.format_node()} at {node.meta['where']} attends to a part of the grid only, "
+                "so its tokens have to keep their places. Use `mode: bypass`."
+            )
+
+    def _is_row(self, base: torch.Size, value: torch.Size) -> bool:
+        """Whether a tensor holds a grid, [..., H, W, ...], which is one row of more tokens now."""
+        moved = [d for d, (old, new) in enumerate(zip(base, value, strict=True)) if old != new]
+        if len(moved) < 2:
+            return False
+        between = slice(moved[0], moved[-1] + 1)
+        tokens = math.prod(base[between])
+        rows = [(*[1] * (len(base[between]) - 1), tokens + extra) for extra in EXTRA]
+        return tokens == self.full + self.prefix and tuple(value[between]) in rows
 
 
 def _with_extra(shape: Sequence[int], dims: Mapping[int, TokenDim]) -> list[int]:

@@ -72,8 +72,8 @@ class Theorems:
         device = next(iter(self.tensors.values())).device
         kept, sets = torch.empty(self.batch_size, 0, device="cpu"), list[Tensor]()
         staying, share = self.programs.analysis.plan.num_suffix, 0.35 if self.brief else 0.65
-        for patches in self.num_patches:
-            if not sets or not self.programs.reduction.nested:
+        for stage, patches in enumerate(self.num_patches):
+            if stage in self.programs.starts:
                 kept = torch.arange(patches, device="cpu").expand(self.batch_size, -1)
             count = max(1, staying, min(kept.shape[1] - 1, round(kept.shape[1] * share)))
             rank = torch.rand(kept.shape, generator=generator, device="cpu")

@@ -186,7 +186,10 @@ def put_back(
     keep_indices: Int[Tensor, "B K"],
     num_prefix: int,
 ) -> Float[Tensor, "B L D"]:
-    """`full` with its prefix and kept tokens replaced by `tokens`, M = P + K."""
+    """`full` with its prefix and kept tokens replaced by `tokens`, M = P + K; `tokens` themselves
+    if all are kept."""
+    if tokens.shape[1] == full.shape[1]:
+        return tokens
     patches = scatter_tokens(full[:, num_prefix:], tokens[:, num_prefix:], keep_indices)
     return torch.cat([tokens[:, :num_prefix].to(patches.dtype), patches], dim=1)
 
@@ -197,9 +200,17 @@ def put_back_masked(
     decision: Float[Tensor, "B N"],
     num_prefix: int,
 ) -> Float[Tensor, "B L D"]:
-    """The mask path's `put_back`: `tokens` where kept, `full` where dropped."""
-    kept = is_kept(policy_of(decision, num_prefix))
-    return torch.where(kept.unsqueeze(-1), tokens, full)
+    """The mask path's `put_back`: `tokens` where kept, `full` where dropped.
+
+    The decision's gradient at a token is <g, tokens - full>: what it would have been worth to keep.
+    """
+    policy = policy_of(decision, num_prefix)
+    whole = torch.where(is_kept(policy).unsqueeze(-1), tokens, full)
+    if not (torch.is_grad_enabled() and decision.requires_grad):
+        return whole
+    worth = (tokens - full).detach()
+    worth = torch.where(worth.isfinite(), worth, 0.0)  # dropped tokens may hold anything
+    return whole + (policy - policy.detach()).to(whole.dtype).unsqueeze(-1) * worth
 
 
 def poisonous(x: Float[Tensor, "... D"]) -> Float[Tensor, " D"]:

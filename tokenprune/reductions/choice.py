@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from tokenprune.analysis.blocks import Blocks
-from tokenprune.analysis.nodes import shape_of
+from tokenprune.analysis.grids import grid_of
+from tokenprune.analysis.leaving import costliest_stretch, default_sites
 from tokenprune.errors import KeepIndicesError, PlanError
 from tokenprune.hosts.spec import ArchSpec
 from tokenprune.recipe import Recipe
@@ -73,12 +74,6 @@ def choice_of(recipe: Recipe, spec: ArchSpec) -> Choice:
             "or for fewer tokens. Give it `unread_rows: true` and `keep_ratio: 1`, or change the "
             "mode."
         )
-    if choice.reduction.removes and not MODES[spec.mode].removes:
-        raise PlanError(
-            f"{named} has `mode: {recipe.mode}`, but this host (adapter {spec.adapter!r}) needs "
-            f"`mode: {spec.mode}`: it keeps a grid of tokens, from which none can be removed. "
-            "Change the recipe's mode or pick another recipe."
-        )
     if spec.num_suffix_tokens and not choice.reduction.keeps_last:
         raise PlanError(
             f"{named} has `mode: {recipe.mode}`, which may join the last {spec.num_suffix_tokens} "
@@ -130,8 +125,9 @@ def with_default_stages(
     recipe: Recipe | None, host: nn.Module, spec: ArchSpec, traced: HostGraph, blocks: Blocks
 ) -> Recipe:
     """A recipe that leaves its stages to the host, with them: by its rule (`ScheduleSection`), or
-    at a quarter, a half and three quarters of the blocks that can have one. None keeps 0.7 of the
-    tokens at each stage, in the mode that fits the host.
+    at a quarter, a half and three quarters of the blocks that can have one (`default_sites` where
+    tokens leave in stretches). None keeps 0.7 of the tokens at each stage, in the mode that fits
+    the host.
 
     Raises:
         PlanError: There are too few blocks, or more tokens are to leave than can.
@@ -143,20 +139,26 @@ def with_default_stages(
     mode = _mode(recipe, spec)
     reduction: type[Reduction] = MODES[mode]
     candidates, needed = reduction.candidates(host, traced, blocks, spec)
-    if not candidates or len(candidates) <= reduction.skipped:
+    grid = reduction.removes and not spec.tokens_leave  # tokens leave in stretches of it
+    if not candidates or (not grid and len(candidates) <= reduction.skipped):
         raise PlanError(
             f"A host needs at least {needed} to be pruned, but among the {len(spec.blocks)} blocks "
             f"that adapter {spec.adapter!r} found in {type(host).__name__} there are "
             f"{len(candidates)}. Use a host with more blocks."
         )
-    patches = shape_of(blocks[candidates[0]].entry)[1] - spec.prefix
+    first, found = blocks[candidates[0]], (host, traced, blocks, spec.prefix, candidates)
+    patches = grid_of(host, traced.batch_size, first, spec.prefix).num_patches
     if schedule.r is None and not schedule.falling:
-        places = (max(reduction.skipped, len(candidates) * part // 4) for part in (1, 2, 3))
-        chosen = sorted({candidates[place] for place in places})
-        shares = reduction.ratios(schedule.keep_ratio or 1.0, len(chosen), patches)
+        ratio = schedule.keep_ratio or 1.0
+        if grid:
+            chosen = default_sites(*found, reduction.ratios(ratio, 3, patches))
+        else:
+            places = (max(reduction.skipped, len(candidates) * part // 4) for part in (1, 2, 3))
+            chosen = sorted({candidates[place] for place in places})
+        shares = reduction.ratios(ratio, len(chosen), patches)
         ratios = [float(f"{share:.12g}") for share in shares]
     else:
-        chosen = list(schedule.blocks or candidates)
+        chosen = list(schedule.blocks or (costliest_stretch(*found) if grid else candidates))
         try:
             ratios = list(schedule.ratios(len(chosen), patches))
         except ValueError as error:

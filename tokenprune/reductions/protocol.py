@@ -14,6 +14,7 @@ from tokenprune.analysis.blocks import Block, Blocks
 from tokenprune.analysis.plan import Budget
 from tokenprune.analysis.unread import Unread, find_unread
 from tokenprune.hosts.spec import ArchSpec
+from tokenprune.ops.layout import Layout
 from tokenprune.recipe.names import MODES
 from tokenprune.rewrite.kept import KEPT_SETS, KeptSet
 from tokenprune.rewrite.passes import Pass
@@ -38,7 +39,8 @@ class Reduction(ABC):
     Attributes:
         name: As recipes (`mode`), certificates and profiles write it.
         places: Where in a block its stages can stand.
-        nested: A stage chooses among what the stage before kept; otherwise tokens may come back.
+        nested: A stage chooses among what the stage before kept (in its stretch, if the host keeps
+            a grid); otherwise tokens may come back.
         removes: Tensors have fewer tokens after a stage. Where not, every host can be served.
         prunes: Fewer tokens are left after a stage, or skip something. Where not, its programs run
             though the budget keeps every token.
@@ -91,12 +93,21 @@ class Reduction(ABC):
     def check_use(self, root: nn.Module) -> None:  # noqa: B027 - most are of use everywhere
         """Raise PlanError if it gains nothing on the call that a host is wrapped with."""
 
+    @property
+    def final_layout(self) -> Layout | None:
+        """How the final tokens lie, if the host keeps a grid; None where they are a sequence."""
+        return None if self.removes and not self.analysis.stretches else self.analysis.final_layout
+
     @classmethod
     @abstractmethod
     def candidates(
         cls, root: nn.Module, traced: HostGraph, blocks: Blocks, spec: ArchSpec
     ) -> tuple[Sequence[int], str]:
-        """Blocks at which a default recipe may put stages; and what a host needs to have one."""
+        """Blocks at which a default recipe may put stages; and what a host needs to have one.
+
+        Raises:
+            PlanError: There is none, for a reason that can be named.
+        """
 
     @classmethod
     def ratios(cls, keep_ratio: float, stages: int, patches: int) -> list[float]:

@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Callable, Container, Hashable
+from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 from torch import fx, nn
@@ -27,11 +28,13 @@ class StageRecord(NamedTuple):
     """The nodes of one stage.
 
     Attributes:
-        entering: The tokens as they come in.
+        given: The tensor that comes in.
+        entering: Its tokens, [B, P + N', D].
         keep_logits: Their scores.
         kept: Which of them are kept, as the path's kept set says it.
     """
 
+    given: fx.Node
     entering: fx.Node
     keep_logits: fx.Node
     kept: fx.Node
@@ -112,6 +115,14 @@ class Rewrite:
         part.meta |= {key: node.meta.pop(key) for key in (ORIGIN, FACTS) if key in node.meta}
         part.meta["val"] = node.meta["val"]
         self._copies[part.meta[ORIGIN]] = part
+
+    def stand_for(self, node: fx.Node, whole: fx.Node) -> None:
+        """Let a node that holds all tokens stand for the host's, in the place of one that holds
+        those that are kept."""
+        origin, facts = node.meta.pop(ORIGIN), node.meta.pop(FACTS)
+        every = replace(facts, dims={}, folded=False)
+        whole.meta |= {ORIGIN: origin, FACTS: every, "val": node.meta["val"]}
+        self._copies[origin] = whole
 
     def nodes(self) -> list[fx.Node]:
         """The nodes that come from the host, in order, as they are now."""

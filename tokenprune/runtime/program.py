@@ -1,6 +1,6 @@
 """Rewritten graphs as Python functions: one for each path of a traced signature."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -110,8 +110,14 @@ class Programs:
 
     @property
     def num_patches(self) -> tuple[int, ...]:
-        """N of each stage; all the same where tokens leave."""
+        """N of each stage; all the same in one stretch where tokens leave."""
         return self.analysis.num_patches
+
+    @property
+    def starts(self) -> Collection[int]:
+        """The stages that choose among all tokens."""
+        stages = range(len(self.num_patches))
+        return self.analysis.starts if self.reduction.nested else stages
 
     def get(self, root: nn.Module, path: PathName, whole: bool = False) -> Program:
         """The program of `path`; `whole`, if all rows are to be computed, the patch tokens too.

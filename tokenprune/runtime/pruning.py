@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tokenprune.analysis.analysis import analyse
 from tokenprune.analysis.blocks import Blocks
 from tokenprune.analysis.plan import Budget, Plan, bind
-from tokenprune.analysis.reading import NoBlocksError, Reading, settle
+from tokenprune.analysis.reading import NoBlocksError, Reading, prefix_at, settle
 from tokenprune.errors import HostError, PlanError
 from tokenprune.hosts.inputs import CallSignature, ExampleInputs, first_floating, named_inputs
 from tokenprune.hosts.registry import hints, stated_by
@@ -246,10 +246,8 @@ class Pruning:
             return output
         if not records:
             return output, PruningTrace([], tokens, real)
-        nested = self.method.reduction.nested
-        stages = self.method.reduction.kept_sets[name].stage_traces(
-            records, programs.num_patches, nested
-        )
+        kept = self.method.reduction.kept_sets[name]
+        stages = kept.stage_traces(records, programs.num_patches, programs.starts)
         return output, PruningTrace(stages, tokens, real)
 
     def path_name(self, path: Path) -> PathName:
@@ -305,16 +303,17 @@ class Pruning:
             if host.training:  # noise in front of the blocks hides which tokens are of the image
                 own = ("num_prefix_tokens", "num_suffix_tokens")
                 spec = replace(spec, **{name: getattr(self.spec, name) for name in own})
+            elif self.method.reduction.removes:
+                spec = prefix_at(host, traced, spec, blocks, self.reading, self.plan.blocks)
             self.spec = spec
             choice_of(self.recipe, self.spec)  # it may keep a grid now
             self.plan, _ = bind(self.recipe, self.spec)
-        leave = self.method.reduction.removes
         plain, unseen = stand_ins(host, traced.fake_mode), without_modes()
         with unseen, plain, no_autocast_cache(), buffers_kept(host):
             others = [programs.analysis for programs in self.cache]
-            given = (host, traced, blocks, self.plan, self.spec)
-            analysis = analyse(*given, tokens_leave=leave, known=others)
-            reduction = self.method.reduction(host, analysis)
+            kind, given = self.method.reduction, (host, traced, blocks, self.plan, self.spec)
+            analysis = analyse(*given, tokens_leave=kind.removes, known=others)
+            reduction = kind(host, analysis)
         check_parts(host, self.added, reduction)
         forget_weights(traced.fake_mode)
         how = (self.method.scorer, self.restore, self.recipe.unread_rows)
@@ -370,8 +369,9 @@ class Pruning:
             self.method.check_keep_indices()
         was, forced, thread = self.forced, None, get_ident()
         if keep_indices is not None:
-            nested, padded = self.method.reduction.nested, self.budget.threshold is not None
-            forced = forced_sets(keep_indices, list(self.plan.blocks), nested, padded)
+            known = next(iter(self.cache), None) or self.programs(self.as_wrapped())
+            padded = self.budget.threshold is not None
+            forced = forced_sets(keep_indices, self.plan.blocks, known.starts, padded)
         self.overrides[thread] = Overrides(
             path or was.path, forced or was.keep_indices, generator or was.generator
         )
