@@ -24,7 +24,7 @@ from tokenprune.tracing.hook_nodes import is_hook_node
 from tokenprune.tracing.host_graph import HostGraph
 from tokenprune.tracing.interpret import Environment, evaluate, quiet_trials, run
 
-__all__ = ["find_facts"]
+__all__ = ["facts_along", "find_facts"]
 
 # Extra tokens per stage: primes, so that no multiple or sum looks like another.
 EXTRA = tuple(n for n in range(211, 1000) if all(n % d for d in range(2, 32)))
@@ -49,15 +49,35 @@ def find_facts(
     Raises:
         UnsupportedHostError: A node cannot run with fewer tokens; its place in the host is named.
     """
+    with torch.no_grad(), traced.fake_mode:
+        facts, bound = probe_batch(root, traced)
+    if tokens_leave:
+        return facts_along(root, traced, markers, num_prefix, padding, facts), bound
+    return facts, bound
+
+
+@quiet_trials()
+def facts_along(
+    root: nn.Module,
+    traced: HostGraph,
+    markers: Sequence[fx.Node],
+    num_prefix: int,
+    padding: Collection[fx.Node],
+    facts: Facts,
+) -> Facts:
+    """What is known of each node, and what runs with other numbers of tokens tell; arguments and
+    errors as for `find_facts`."""
     stages = {node: stage for stage, node in enumerate(markers)}
     lengths: dict[fx.Node, dict[int, TokenDim]] = {}
     with torch.no_grad(), traced.fake_mode:
-        facts, bound = probe_batch(root, traced)
-        while tokens_leave:
+        while True:
             probe = _Run(root, traced, stages, num_prefix, padding, lengths, dict(facts))
             if probe.finishes():
-                return probe.facts, bound
-    return facts, bound
+                return probe.facts
+
+
+class _ResizedError(Exception):
+    """One more size turned out to follow the tokens: the run must be made again."""
 
 
 @dataclass
@@ -88,10 +108,13 @@ class _Run:
     def finishes(self) -> bool:
         """Run until the end, or until one more size turns out to follow the tokens (False)."""
         inputs = {name: node.meta["val"] for name, node in self.traced.inputs.items()}
-        for node, value in run(self.root, self.traced.graph, inputs, self._step):
-            holds_tokens = node in self.follows and isinstance(value, torch.Tensor)
-            if holds_tokens and not self._classify(node, value):
-                return False
+        try:
+            for node, value in run(self.root, self.traced.graph, inputs, self._step):
+                holds_tokens = node in self.follows and isinstance(value, torch.Tensor)
+                if holds_tokens and not self._classify(node, value):
+                    return False
+        except _ResizedError:
+            return False
         return True
 
     def _note(self, node: fx.Node, **found: Any) -> None:
@@ -187,6 +210,8 @@ class _Run:
                 return value
         if error is None:
             return evaluate(self.root, node, env)
+        if self._resize(node):
+            raise _ResizedError
         raise UnsupportedHostError(
             f"A node cannot run with fewer tokens after stage {stage}: {node.format_node()} at "
             f"{node.meta['where']}. It said: {error}. Prune after it, or leave this host dense."

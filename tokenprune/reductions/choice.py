@@ -100,7 +100,7 @@ def with_default_stages(
     recipe: Recipe | None, host: nn.Module, spec: ArchSpec, traced: HostGraph, blocks: Blocks
 ) -> Recipe:
     """A recipe that leaves its stages to the host, with them: by its rule (`ScheduleSection`), or
-    at a quarter, a half and three quarters of the blocks that can have one. None keeps 0.7 of the
+    where the reduction puts them. None keeps 0.7 of the
     tokens at each stage, in the mode that fits the host.
 
     Raises:
@@ -121,8 +121,7 @@ def with_default_stages(
         )
     patches = shape_of(blocks[candidates[0]].entry)[1] - spec.prefix
     if schedule.r is None and not schedule.falling:
-        places = (max(reduction.skipped, len(candidates) * part // 4) for part in (1, 2, 3))
-        chosen = sorted({candidates[place] for place in places})
+        chosen = reduction.places_by_default(candidates)
         shares = reduction.ratios(schedule.keep_ratio or 1.0, len(chosen), patches)
         ratios = [float(f"{share:.12g}") for share in shares]
     else:
