@@ -64,14 +64,20 @@ def facts_along(
     num_prefix: int,
     padding: Collection[fx.Node],
     facts: Facts,
+    rows: bool = False,
 ) -> Facts:
     """What is known of each node, and what runs with other numbers of tokens tell; arguments and
-    errors as for `find_facts`."""
+    errors as for `find_facts`.
+
+    Args:
+        rows: Tokens, which then are windows, may be rows beside those of other images; and numbers
+            that equal theirs may be theirs.
+    """
     stages = {node: stage for stage, node in enumerate(markers)}
     lengths: dict[fx.Node, dict[int, TokenDim]] = {}
     with torch.no_grad(), traced.fake_mode:
         while True:
-            probe = _Run(root, traced, stages, num_prefix, padding, lengths, dict(facts))
+            probe = _Run(root, traced, stages, num_prefix, padding, lengths, dict(facts), rows)
             if probe.finishes():
                 return probe.facts
 
@@ -88,6 +94,7 @@ class _Run:
         length_of: Shapes of tables, read as numbers, that follow the tokens; as far as earlier
             runs found out. A run that finds another adds it and stops.
         facts: What is known of each node beforehand; the run adds to it.
+        rows: See `facts_along`.
         follows: Node -> the latest stage whose tokens its data holds.
         passed: Node -> the latest stage entered before it.
         full: N, patches before the first stage.
@@ -100,6 +107,7 @@ class _Run:
     padding: Collection[fx.Node]
     length_of: dict[fx.Node, dict[int, TokenDim]]
     facts: dict[fx.Node, NodeFacts]
+    rows: bool = False
     follows: dict[fx.Node, int] = field(default_factory=dict)
     passed: dict[fx.Node, int] = field(default_factory=dict)
     latest: int = -1
@@ -128,6 +136,8 @@ class _Run:
         length = self._length(node)
         if length is not None:
             self._note(node, follows_tokens=True, length_of=length)
+            if isinstance(base, int):
+                return base + EXTRA[length[0].stage]
             return torch.Size(_with_extra(base, length))
         sources = [self.follows[n] for n in node.all_input_nodes if n in self.follows]
         counted = None if sources or self.latest < 0 else self._counted(node)
@@ -148,6 +158,8 @@ class _Run:
             except Exception as error:
                 return self._align(node, env, error)
         if not plain and any(self.facts[n].follows_tokens for n in node.all_input_nodes):
+            if self.rows and self._resize(node):
+                raise _ResizedError
             self._note(node, whole_table=True)
             return base
         value = evaluate(self.root, node, env)
@@ -210,7 +222,7 @@ class _Run:
                 return value
         if error is None:
             return evaluate(self.root, node, env)
-        if self._resize(node):
+        if self._resize(node) or (self.rows and self._count(node)):
             raise _ResizedError
         raise UnsupportedHostError(
             f"A node cannot run with fewer tokens after stage {stage}: {node.format_node()} at "
@@ -222,7 +234,10 @@ class _Run:
     ) -> Iterator[Aligned]:
         sizes = {self.full + offset: offset for offset in offsets}
         dims = {d: TokenDim(stage, sizes[n]) for d, n in enumerate(value.shape) if n in sizes}
-        subsets = chain.from_iterable(combinations(dims, n) for n in range(len(dims), 0, -1))
+        if self.rows and value.ndim and value.shape[0] == self.traced.batch_size * self.full:
+            yield Aligned({0: TokenDim(stage, 0)}, value.ndim, rows, folded=True)
+        most = 1 if self.rows else len(dims)
+        subsets = chain.from_iterable(combinations(dims, n) for n in range(most, 0, -1))
         for subset in subsets:
             yield Aligned({d: dims[d] for d in subset}, max(rank, value.ndim), rows)
 
@@ -232,6 +247,8 @@ class _Run:
         for source, aligned in gathers.items():
             value = env[source]
             shape = [1] * (aligned.rank - value.ndim) + _with_extra(value.shape, aligned.dims)
+            if aligned.folded:
+                shape[0] = value.shape[0] // self.full * (self.full + EXTRA[aligned.dims[0].stage])
             trial[source] = value.new_empty(shape)
         return evaluate(self.root, node, trial)
 
@@ -240,7 +257,8 @@ class _Run:
         if not isinstance(value, torch.Tensor) or value.ndim != base.ndim:
             return not isinstance(base, torch.Tensor)
         moves = {new - old for new, old in zip(value.shape, base.shape, strict=True)}
-        return moves <= {0, EXTRA[stage]}
+        more = EXTRA[stage]
+        return moves <= {0, more, self.traced.batch_size * more if self.rows else more}
 
     def _resize(self, node: fx.Node) -> bool:
         """Let the sizes of tables that went into `node` follow the tokens; False if none can.
@@ -254,12 +272,34 @@ class _Run:
             shape, tables = number.meta["val"], number.all_input_nodes[:1]
             stage = self.passed.get(number, -1)
             of_table = isinstance(shape, torch.Size) and not any(t in self.follows for t in tables)
+            if self.rows and not any(self._is_table(used) for used in tables):
+                continue
             if of_table and stage >= 0 and number not in self.length_of:
                 dims = {d: TokenDim(stage, lengths[n]) for d, n in enumerate(shape) if n in lengths}
+                if self.rows:  # one dim counts windows, the first one
+                    dims = dict(list(dims.items())[:1])
                 if dims:
                     self.length_of[number] = dims
                     found = True
         return found
+
+    def _is_table(self, node: fx.Node) -> bool:
+        """Whether a node holds a tensor that is no image's."""
+        return isinstance(node.meta["val"], torch.Tensor) and not self.facts[node].batched
+
+    def _count(self, node: fx.Node) -> bool:
+        """Let a number that went into `node` and equals that of the patches follow them; False if
+        there is none."""
+        for number in makers(node, _may_be_numbers):
+            made_of = list(makers(number, _may_be_numbers))
+            read = {used for each in made_of for used in each.all_input_nodes}
+            known = not self.follows.keys().isdisjoint(read) or not self.length_of.keys().isdisjoint(
+                made_of
+            )
+            if type(number.meta["val"]) is int and number.meta["val"] == self.full and not known:
+                self.length_of[number] = {0: TokenDim(self.passed.get(number, 0), 0)}
+                return True
+        return False
 
     def _classify(self, node: fx.Node, value: torch.Tensor) -> bool:
         """Note the token dims of a node; False if the run must be made again."""

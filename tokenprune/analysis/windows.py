@@ -20,7 +20,7 @@ from tokenprune.analysis.blocks import Blocks, site_marker
 from tokenprune.analysis.cuts import cut_of
 from tokenprune.analysis.facts import NO_FACTS, Facts, NodeFacts, TokenDim
 from tokenprune.analysis.nodes import holds_no_tensor, makers
-from tokenprune.analysis.operators import couples
+from tokenprune.analysis.operators import Kind, couples, kind_of
 from tokenprune.analysis.tails import BlockSearch, Sum, Tail
 from tokenprune.analysis.token_probe import facts_along
 from tokenprune.errors import UnsupportedHostError
@@ -61,7 +61,9 @@ class WindowBranch:
         into: Where it is cut.
         out: Where it is put together again.
         after: Nodes from there to the branch, which act on each token alone.
-        facts: Of the nodes between rows and rows: what follows the number of windows, as stage 0.
+        facts: What follows the number of windows, as stage 0: of the nodes between rows and rows,
+            and of numbers that they read.
+        inside: The nodes between rows and rows.
     """
 
     sum: Sum
@@ -71,6 +73,7 @@ class WindowBranch:
     out: Cut
     after: frozenset[fx.Node]
     facts: Facts
+    inside: frozenset[fx.Node]
 
 
 @dataclass(frozen=True)
@@ -149,13 +152,14 @@ class _Search(BlockSearch):
         return None
 
     def _single_inputs(self, node: fx.Node) -> Iterator[fx.Node]:
-        """`node` and what it was made of, as long as that is one tensor of this block."""
-        while True:
-            yield node
+        """`node` and what it was made of, as long as that is one tensor, up to what enters."""
+        yield node
+        while node not in self.outside:
             tensors = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
-            if len(tensors) != 1 or tensors[0] in self.outside:
+            if len(tensors) != 1:
                 return
             (node,) = tensors
+            yield node
 
     def _cut(self, source: fx.Node, last: fx.Node) -> tuple[Windows, Cut] | None:
         """Where `source` becomes the rows of windows of which `last` is made."""
@@ -323,10 +327,12 @@ class _Search(BlockSearch):
         made_of = set(makers(out.rows, lambda n: n not in self.outside and n is not into.rows))
         inside, stream = {into.rows}, {each.source}
         for node in self.nodes:
-            tensors = (n for n in node.all_input_nodes if not holds_no_tensor(n.meta["val"]))
-            if node in made_of and not inside.isdisjoint(node.all_input_nodes):
+            read = set(node.all_input_nodes)
+            if kind_of(self.root, node) is Kind.FACTORY:  # it reads no more than a type
+                read -= {n for n in read if not holds_no_tensor(n.meta["val"])}
+            if node in made_of and not inside.isdisjoint(read):
                 inside.add(node)
-            if not stream.isdisjoint(tensors):
+            if any(n in stream for n in read if not holds_no_tensor(n.meta["val"])):
                 stream.add(node)
         inside.discard(into.rows)
         read = {n for node in inside for n in node.all_input_nodes} - inside - {into.rows}
@@ -336,14 +342,14 @@ class _Search(BlockSearch):
             facts = self._probed_facts(windows, into.rows, inside)
         except UnsupportedHostError:
             return None
-        return WindowBranch(each, windows, before, into, out, after, facts)
+        return WindowBranch(each, windows, before, into, out, after, facts, frozenset(inside))
 
     def _probed_facts(self, windows: Windows, rows: fx.Node, inside: set[fx.Node]) -> Facts:
         """What is known of the nodes that `rows` go through, and what follows their number."""
         graph = fx.Graph()
         copies: dict[fx.Node, fx.Node] = {}
         value, batch = rows.meta["val"], self.traced.batch_size
-        numbers = [node for node in self._numbers_read(inside)]
+        numbers = self._numbers_read(inside)
         outer = {n for node in (*numbers, *inside) for n in node.all_input_nodes}
         for node in outer.difference(numbers, inside, {rows}):
             copies[node] = graph.placeholder(node.name)
@@ -363,7 +369,7 @@ class _Search(BlockSearch):
         graph.output(())
         known = {node: self.facts.get(origins.get(node), NO_FACTS) for node in graph.nodes}
         section = replace(self.traced, graph=graph)
-        found = facts_along(self.root, section, [marker], 0, (), known)
+        found = facts_along(self.root, section, [marker], 0, (), known, rows=True)
         return {
             origins[node]: replace(
                 facts, gathers={origins[source]: how for source, how in facts.gathers.items()}

@@ -204,8 +204,7 @@ class KeepWindows(Pass):
             rows = rewrite.once(key, rewrite.insert_after, kept, window_rows, kept, windows)
             self.kept.of_branch[place] = kept
             _write_sizes(rewrite, part)
-            for node, facts in part.facts.items():
-                rewrite.copy_of(node).meta[FACTS] = _of_branch(facts, place)
+            _note(rewrite, part, place)
             self._cut(rewrite, part, rows)
             self._put(rewrite, part.sum, {*part.before, *part.after}, {}, rows, windows)
 
@@ -242,6 +241,23 @@ class KeepWindows(Pass):
         inner = tuple(out.grid.meta["val"].shape[1:])
         how = (rows, windows, out.channels_first, out.grid_layout, inner)
         rewrite.narrow(old, rewrite.insert_after(old, leave_windows, given, *how), ())
+
+
+def _note(rewrite: Rewrite, part: WindowBranch, place: int) -> None:
+    """Write down what follows the number of kept windows. Numbers that follow it are made once more
+    for what runs on windows: others may read them too."""
+    own: dict[fx.Node, fx.Node] = {}
+    for node, facts in part.facts.items():
+        copy = rewrite.copy_of(node)
+        if node not in part.inside:
+            if not (facts.follows_tokens or facts.length_of):
+                continue
+            own[node] = rewrite.again(copy, own)
+            copy = own[node]
+        copy.meta[FACTS] = _of_branch(facts, place)
+    for node in part.inside:
+        for number, again in own.items():
+            rewrite.copy_of(node).replace_input_with(rewrite.copy_of(number), again)
 
 
 def _of_branch(facts: NodeFacts, place: int) -> NodeFacts:

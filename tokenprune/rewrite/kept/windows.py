@@ -75,6 +75,14 @@ def decide_windows(
     return decide(logits, None, asked, 0, None)
 
 
+def take_rows(table: Tensor, kept: Tensor) -> Tensor:
+    """The rows [B * K, ...] of kept windows, of a table [B * n, ...] of all."""
+    batch, count = kept.shape
+    first = torch.arange(batch, device=kept.device)[:, None] * (table.shape[0] // batch)
+    every = table.shape[0] == batch * count
+    return table if every else table.index_select(0, (kept + first).flatten())
+
+
 def tokens_decided(kept: Tensor, windows: Windows, like: Tensor) -> Tensor:
     """What is kept, of `choose_windows` or `decide_windows`, as a decision about tokens [B, N]."""
     if not kept.is_floating_point():
@@ -128,6 +136,8 @@ class WindowSet(KeptSet):
     def gather(self, rw: Rewrite, at: fx.Node, table: fx.Node, aligned: Aligned) -> fx.Node:
         dims = tuple(aligned.dims)
         kept = self.of_branch[next(iter(aligned.dims.values())).stage]
+        if aligned.folded:
+            return rw.insert(at, take_rows, table, kept)
         how = (kept, dims, (0,) * len(dims), aligned.rank, aligned.rows_per_image)
         return rw.insert(at, gather_table, table, *how)
 
