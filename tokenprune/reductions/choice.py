@@ -39,6 +39,11 @@ class Choice:
                 f"asked for threshold={threshold}, but the scores of {self.scorer.__name__} are no "
                 "probabilities. Use keep ratios, or `scorer: learned`."
             )
+        if threshold is not None and "jagged" not in self.reduction.kept_sets:
+            raise PlanError(
+                f"asked for threshold={threshold}, but with `mode: {self.reduction.name}` every "
+                "image keeps the same number. Use keep ratios, or another mode."
+            )
 
 
 def choice_of(recipe: Recipe, spec: ArchSpec) -> Choice:

@@ -28,7 +28,6 @@ from tokenprune.ops.windows import (
     put_windows,
     take_windows,
     to_windows,
-    window_policy,
     window_rows,
 )
 from tokenprune.reductions.protocol import MODES, Reduction
@@ -36,7 +35,7 @@ from tokenprune.rewrite.emit import Emit
 from tokenprune.rewrite.kept import KeptSet
 from tokenprune.rewrite.kept.windows import WindowSet, windows_kept
 from tokenprune.rewrite.passes import Pass
-from tokenprune.rewrite.rewrite import FACTS, POLICY, Rewrite
+from tokenprune.rewrite.rewrite import FACTS, Rewrite
 from tokenprune.rewrite.select import SelectAtSites
 from tokenprune.rewrite.settings import PathName
 from tokenprune.rewrite.tables import GatherAligned, ResizeTables
@@ -165,11 +164,7 @@ class MaskWindows(Pass):
         for number, part in self.parts:
             stage = self.stage_of[number]
             if isinstance(part, WindowBranch):
-                windows = part.windows
-                kept = self.kept.windows(rewrite, stage, windows)
-                key = ("policy", stage, windows)
-                policy = rewrite.once(key, rewrite.insert_after, kept, window_policy, kept, windows)
-                policy.meta[POLICY] = stage
+                policy = self.kept.policy_of(rewrite, stage, part.windows)
             each = _sum_of(part)
             total, source, branch = map(rewrite.copy_of, each[:3])
             poison = rewrite.insert(total, getattr, rewrite.settings, "poison")

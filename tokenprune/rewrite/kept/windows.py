@@ -18,7 +18,7 @@ from tokenprune.ops.spread import with_spread_noise
 from tokenprune.ops.windows import Windows, window_means, window_policy
 from tokenprune.rewrite.kept.protocol import KeptSet, StagePoint
 from tokenprune.rewrite.kept.pruning_trace import StageTrace
-from tokenprune.rewrite.rewrite import Rewrite
+from tokenprune.rewrite.rewrite import POLICY, Rewrite
 from tokenprune.rewrite.settings import CallSettings, PathName
 from tokenprune.rewrite.stages import decide, forced_set, score
 from tokenprune.scorers.protocol import as_keep_logits
@@ -38,8 +38,9 @@ def _asked(
     forces the windows that hold most of it."""
     forced, patches = forced_set(settings, stage), keep_logits.shape[1]
     if forced is None:
-        count = windows_kept(settings.num_keep[stage], patches, windows)
-        means = window_means(keep_logits, windows)
+        means, count = window_means(keep_logits, windows), windows.count
+        if settings.num_keep:  # where decisions are drawn, there may be no number
+            count = windows_kept(settings.num_keep[stage], patches, windows)
         return means, CallSettings(
             num_keep=(count,),
             sample=settings.sample,
@@ -122,6 +123,16 @@ class WindowSet(KeptSet):
         mask path a decision about each, [B, n]."""
         record = rw.records[stage]
         return self._kept(rw, record.kept, record.keep_logits, stage, windows)
+
+    def policy_of(self, rw: Rewrite, stage: int, windows: Windows) -> fx.Node:
+        """[B, N]: 1 at the tokens of windows that are kept where they lie like this, 0 elsewhere;
+        on the mask path."""
+        policy = rw.records[stage].kept
+        if windows != self.first[stage]:
+            kept, key = self.windows(rw, stage, windows), ("policy", stage, windows)
+            policy = rw.once(key, rw.insert_after, kept, window_policy, kept, windows)
+        policy.meta[POLICY] = stage
+        return policy
 
     def _kept(
         self, rw: Rewrite, at: fx.Node, logits: fx.Node, stage: int, windows: Windows
