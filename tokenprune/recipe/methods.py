@@ -27,6 +27,7 @@ __all__ = [
     "ToMe",
     "TokenNorm",
     "TopK",
+    "Windows",
     "list_methods",
     "method_named",
     "register_method",
@@ -229,3 +230,11 @@ class Similarity(_Keeping):
     """Tokens that are similar to another one leave, instead of being merged with it."""
 
     parts = {"scorer": "similarity"}
+
+
+@register_method("windows")
+class Windows(_Keeping):
+    """The windows whose tokens have the largest norm, the same share of those of each grid; the
+    others leave attention and MLP of all blocks of that grid (SparseViT: Chen et al., 2023)."""
+
+    parts = {"mode": "windows", "scorer": "token-norm"}

@@ -18,7 +18,7 @@ from tokenprune.analysis.operators import argument
 from tokenprune.analysis.plan import Budget
 from tokenprune.analysis.tails import Sum, Tail
 from tokenprune.analysis.windows import WindowBranch, WindowedBlock, windowed_blocks
-from tokenprune.errors import PlanError, UnsupportedHostError
+from tokenprune.errors import PlanError
 from tokenprune.hosts.spec import ArchSpec
 from tokenprune.ops.bypass import choose_branch
 from tokenprune.ops.layout import Layout
@@ -133,7 +133,7 @@ class WindowsReduction(Reduction):
         return found
 
 
-def _refusal(blocks: Blocks, found: Mapping[int, WindowedBlock], start: int | None) -> Exception:
+def _refusal(blocks: Blocks, found: Mapping[int, WindowedBlock], start: int | None) -> PlanError:
     """Why a stage at block `start`, or any, does nothing."""
     if found:
         return PlanError(
@@ -141,7 +141,7 @@ def _refusal(blocks: Blocks, found: Mapping[int, WindowedBlock], start: int | No
             "to the next stage attends in more than one window of the same grid. Blocks that do: "
             f"{sorted(found)}. Put stages there."
         )
-    return UnsupportedHostError(
+    return PlanError(
         f"`mode: windows` was asked for, but none of the {len(blocks)} blocks of this host attends "
         "in windows. Use merge-k0.7 or token-norm-k0.7 where tokens are one sequence, and "
         "`mode: bypass` where they are a grid."
