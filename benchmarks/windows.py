@@ -112,7 +112,12 @@ def accuracy_rows(data: Path, work: Path, dense_epochs: float, epochs: float) ->
             torch.manual_seed(0)
             model = tokenprune.wrap(copy.deepcopy(host), recipe, example_inputs=fit[0][:2])
             saved = 100 * (1 - tokenprune.profile(model).ratio)
-            row = [name, f"{keep}", f"{saved:.1f} %", f"{100 * (accuracy(model, test) - dense):+.2f}"]
+            row = [
+                name,
+                f"{keep}",
+                f"{saved:.1f} %",
+                f"{100 * (accuracy(model, test) - dense):+.2f}",
+            ]
             trained = ""
             if epochs:
                 train(model, fit, epochs, 3e-4)
@@ -128,7 +133,12 @@ def speed() -> dict[str, float]:
     host = timm.create_model("swin_tiny_patch4_window7_224").eval()
     x, calls = torch.randn(8, 3, 224, 224), {"dense": host}
     for mode in ("windows", "bypass"):
-        recipe = {"version": 1, "mode": mode, "scorer": "token-norm", "schedule": {"keep_ratio": 0.5}}
+        recipe = {
+            "version": 1,
+            "mode": mode,
+            "scorer": "token-norm",
+            "schedule": {"keep_ratio": 0.5},
+        }
         calls[mode] = tokenprune.wrap(copy.deepcopy(host), recipe, verify=False, train=False)
     with torch.inference_mode():
         timed = interleaved({n: lambda call=c: call(x) for n, c in calls.items()}, rounds=15)

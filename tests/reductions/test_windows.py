@@ -85,7 +85,7 @@ def test_a_cut_is_read_off_where_tokens_went(windows: Windows, seed: int) -> Non
 @given(cuts(), st.integers(0, 2**16), st.booleans())
 def test_windows_leave_and_come_back(windows: Windows, seed: int, channels_first: bool) -> None:
     torch.manual_seed(seed)
-    batch, (height, width), count = 2, windows.grid, windows.count
+    batch, (height, width), count = 2, windows.grid, windows.number
     layout = Layout(channels_first=channels_first)
     shape = (batch, 3, height, width) if channels_first else (batch, height, width, 3)
     x, keep = torch.randn(shape), int(torch.randint(1, count + 1, ()))
@@ -103,10 +103,14 @@ def test_windows_leave_and_come_back(windows: Windows, seed: int, channels_first
     new = leave_windows(cut + 1, rows, windows, False, layout, tuple(shape[1:]))
     policy = torch.zeros(batch, count).scatter(1, kept, 1.0)
     spread = window_policy(policy, windows)
-    inside = spread.reshape(batch, 1, height, width) if channels_first else spread.reshape(
-        batch, height, width, 1
+    inside = (
+        spread.reshape(batch, 1, height, width)
+        if channels_first
+        else spread.reshape(batch, height, width, 1)
     )
-    assert put_windows(x, new, rows, windows, layout).equal(torch.where(inside > 0, x + 1, x))
+    assert put_windows(x, new, rows, windows, layout, layout, tuple(shape[1:])).equal(
+        torch.where(inside > 0, x + 1, x)
+    )
     means = window_means(spread.unsqueeze(-1), windows).squeeze(-1)
     torch.testing.assert_close(means, policy)
 

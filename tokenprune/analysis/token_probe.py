@@ -293,9 +293,9 @@ class _Run:
         for number in makers(node, _may_be_numbers):
             made_of = list(makers(number, _may_be_numbers))
             read = {used for each in made_of for used in each.all_input_nodes}
-            known = not self.follows.keys().isdisjoint(read) or not self.length_of.keys().isdisjoint(
-                made_of
-            )
+            known = not self.follows.keys().isdisjoint(
+                read
+            ) or not self.length_of.keys().isdisjoint(made_of)
             if type(number.meta["val"]) is int and number.meta["val"] == self.full and not known:
                 self.length_of[number] = {0: TokenDim(self.passed.get(number, 0), 0)}
                 return True

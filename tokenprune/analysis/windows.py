@@ -8,28 +8,28 @@ number of windows, as hosts are probed with another number of tokens: so tables 
 mask of shifted ones) are found, and numbers that follow them.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
-from tokenprune.analysis.analysis import Analysis
-from tokenprune.analysis.blocks import Blocks, site_marker
+from tokenprune.analysis.blocks import Block, Blocks
 from tokenprune.analysis.cuts import cut_of
-from tokenprune.analysis.facts import NO_FACTS, Facts, NodeFacts, TokenDim
+from tokenprune.analysis.facts import NO_FACTS, Facts
+from tokenprune.analysis.grids import Grid
 from tokenprune.analysis.nodes import holds_no_tensor, makers
 from tokenprune.analysis.operators import Kind, couples, kind_of
-from tokenprune.analysis.tails import BlockSearch, Sum, Tail
-from tokenprune.analysis.token_probe import facts_along
+from tokenprune.analysis.tails import BlockSearch, Sum
+from tokenprune.analysis.window_rows import facts_between
 from tokenprune.errors import UnsupportedHostError
 from tokenprune.ops.layout import Layout, flat_tokens, flat_tokens_back
 from tokenprune.ops.windows import Windows
 from tokenprune.tracing.host_graph import HostGraph
 from tokenprune.tracing.interpret import evaluate
 
-__all__ = ["Cut", "WindowBranch", "WindowedBlock", "windowed_blocks"]
+__all__ = ["Cut", "Part", "WindowBranch", "WindowedBlock", "windowed_blocks"]
 
 
 class Cut(NamedTuple):
@@ -76,23 +76,40 @@ class WindowBranch:
     inside: frozenset[fx.Node]
 
 
+class Part(NamedTuple):
+    """A sum whose branch leaves with the windows.
+
+    Attributes:
+        sum: The sum.
+        attention: The branch, if it attends in windows; otherwise it acts on each token alone.
+        inside: The nodes that run for tokens of kept windows only.
+        reads: The tensors of tokens that those and the sum read, and the layout of each.
+        same: Of `reads`, what holds the sum of the part before, in the same order.
+    """
+
+    sum: Sum
+    attention: WindowBranch | None
+    inside: frozenset[fx.Node]
+    reads: Mapping[fx.Node, Layout]
+    same: frozenset[fx.Node] = frozenset()
+
+
 @dataclass(frozen=True)
 class WindowedBlock:
     """A block that attends in windows.
 
     Attributes:
-        search: The search in it.
-        parts: Its sums whose branch leaves with the windows, in order: the attention in windows,
-            then what acts on each token alone.
+        grid: The tokens that enter it.
+        parts: In order: the attention in windows, then what acts on each token alone.
     """
 
-    search: BlockSearch
-    parts: tuple[WindowBranch | Tail, ...]
+    grid: Grid
+    parts: tuple[Part, ...]
 
     @property
-    def branches(self) -> tuple[WindowBranch, ...]:
-        """Of `parts` those that attend."""
-        return tuple(part for part in self.parts if isinstance(part, WindowBranch))
+    def windows(self) -> list[Windows]:
+        """Of each attention."""
+        return [part.attention.windows for part in self.parts if part.attention is not None]
 
 
 def windowed_blocks(
@@ -104,33 +121,55 @@ def windowed_blocks(
         search = _Search(root, traced, block, num_prefix, facts)
         parts = search.parts()
         if parts:
-            found[number] = WindowedBlock(search, parts)
+            found[number] = WindowedBlock(search.grid, parts)
     return found
 
 
 class _Search(BlockSearch):
     """The search in one block."""
 
-    def __init__(self, *given: Any) -> None:
-        *given, self.facts = given
-        super().__init__(*given)
+    def __init__(
+        self, root: nn.Module, traced: HostGraph, block: Block, num_prefix: int, facts: Facts
+    ) -> None:
+        super().__init__(root, traced, block, num_prefix)
+        self.facts = facts
         self.order = {node: place for place, node in enumerate(self.nodes)}
 
-    def parts(self) -> tuple[WindowBranch | Tail, ...]:
+    def parts(self) -> tuple[Part, ...]:
         """See `WindowedBlock`; nothing before the first attention in windows."""
         if not any(self._rows(node) > self.grid.layout.rows_per_image for node in self.nodes):
             return ()
-        found: dict[fx.Node, WindowBranch | Tail] = {}
-        sums = sorted(self.sums(), key=lambda each: self.order[each.total])
-        for each in sums:
-            if each.total in found:
-                continue
-            part: WindowBranch | Tail | None = self._branch(each)
-            if part is None and found:
-                part = self.tail_of(each, 0)
-            if part is not None:
-                found[each.total] = part
+        found: dict[fx.Node, Part] = {}
+        for each in sorted(self.sums(), key=lambda each: self.order[each.total]):
+            if each.total not in found:
+                part = self._part(each, bool(found))
+                if part is not None:
+                    before = list(found)[-1:]
+                    same = {
+                        n for n, layout in part.reads.items() if self._is_same(n, layout, before)
+                    }
+                    found[each.total] = part._replace(same=frozenset(same))
         return tuple(found.values())
+
+    def _part(self, each: Sum, after: bool) -> Part | None:
+        """What a sum is, `after` an attention in windows or not."""
+        attention = self._branch(each)
+        own = {each.source: each.layout}
+        if attention is not None:
+            return Part(each, attention, attention.before | attention.after, own)
+        tail = self.tail_of(each, 0) if after else None
+        return None if tail is None else Part(each, None, tail.inside, {**tail.reads, **own})
+
+    def _is_same(self, node: fx.Node, layout: Layout, totals: Sequence[fx.Node]) -> bool:
+        """Whether a node holds the tokens of one of `totals` in the same order."""
+        chain: list[fx.Node] = []
+        for made in self._single_inputs(node):
+            if made in totals:
+                start = self.layout(made)
+                value = start and self._run(chain, made, self._numbers(made, start))
+                return value is not None and torch.equal(value, self._numbers(node, layout))
+            chain.insert(0, made)
+        return False
 
     def _rows(self, node: fx.Node) -> int:
         return self.facts.get(node, NO_FACTS).rows_per_image or 0
@@ -211,7 +250,7 @@ class _Search(BlockSearch):
         for node in chain:
             shape = tuple(node.meta["val"].shape)
             if len(shape) == 4 and shape[0] == self.traced.batch_size:
-                seen += [pair for pair in (shape[1:3], shape[2:4])]
+                seen += [shape[1:3], shape[2:4]]
         return [(h, w) for h, w in dict.fromkeys(seen) if h * w == self.grid.length]
 
     def _way_back(self, last: fx.Node, end: fx.Node, windows: Windows, into: Cut) -> Cut | None:
@@ -224,7 +263,7 @@ class _Search(BlockSearch):
             between.insert(0, node)
             if node is last:
                 break
-        shape, rows = last.meta["val"].shape, windows.count
+        shape, rows = last.meta["val"].shape, windows.number
         length = self.grid.length
         table = windows.tokens(torch.device("cpu")).flatten() + 1
         for channels_first in (False, True):
@@ -236,9 +275,8 @@ class _Search(BlockSearch):
             numbers = numbers.expand(-1, -1, width)
             given = flat_tokens_back(numbers, tuple(shape), Layout(rows, channels_first))
             value = self._run(between[1:], last, given)
-            if value is not None and value.shape == end.meta["val"].shape:
-                if torch.equal(value, self._numbers(end, layout)):
-                    return Cut(end, layout, last, channels_first, tuple(between[:-1]))
+            if value is not None and torch.equal(value, self._numbers(end, layout)):
+                return Cut(end, layout, last, channels_first, tuple(between[:-1]))
         return None
 
     def _numbers(self, node: fx.Node, layout: Layout) -> Tensor:
@@ -322,7 +360,7 @@ class _Search(BlockSearch):
     ) -> WindowBranch | None:
         """The branch, if what runs between rows and rows runs with fewer of them."""
         before = self._before(each.source, into.grid)
-        if before is None or windows.count < 2:
+        if before is None or windows.number < 2:
             return None
         made_of = set(makers(out.rows, lambda n: n not in self.outside and n is not into.rows))
         inside, stream = {into.rows}, {each.source}
@@ -339,52 +377,7 @@ class _Search(BlockSearch):
         if any(n in stream and not holds_no_tensor(n.meta["val"]) for n in read):
             return None  # something else of the image goes into the windows
         try:
-            facts = self._probed_facts(windows, into.rows, inside)
+            facts = facts_between(self, self.facts, windows.number, into.rows, inside)
         except UnsupportedHostError:
             return None
         return WindowBranch(each, windows, before, into, out, after, facts, frozenset(inside))
-
-    def _probed_facts(self, windows: Windows, rows: fx.Node, inside: set[fx.Node]) -> Facts:
-        """What is known of the nodes that `rows` go through, and what follows their number."""
-        graph = fx.Graph()
-        copies: dict[fx.Node, fx.Node] = {}
-        value, batch = rows.meta["val"], self.traced.batch_size
-        numbers = self._numbers_read(inside)
-        outer = {n for node in (*numbers, *inside) for n in node.all_input_nodes}
-        for node in outer.difference(numbers, inside, {rows}):
-            copies[node] = graph.placeholder(node.name)
-        given = graph.placeholder("given_windows")
-        marker = graph.call_function(site_marker, (given, 0))
-        copies[rows] = graph.call_method("reshape", (marker, -1, *value.shape[1:]))
-        for node in (*numbers, *(n for n in self.nodes if n in inside)):
-            copies[node] = graph.node_copy(node, copies.__getitem__)
-        origins = {copy: node for node, copy in copies.items()}
-        with self.traced.fake_mode:
-            of_image = value.new_empty(batch, windows.count, value[0].numel())
-        for node in graph.nodes:
-            if node in origins:
-                node.meta = dict(origins[node].meta)
-            else:
-                node.meta = {"val": of_image, "where": rows.meta["where"]}
-        graph.output(())
-        known = {node: self.facts.get(origins.get(node), NO_FACTS) for node in graph.nodes}
-        section = replace(self.traced, graph=graph)
-        found = facts_along(self.root, section, [marker], 0, (), known, rows=True)
-        return {
-            origins[node]: replace(
-                facts, gathers={origins[source]: how for source, how in facts.gathers.items()}
-            )
-            for node, facts in found.items()
-            if origins.get(node) in inside or origins.get(node) in numbers
-        }
-
-    def _numbers_read(self, inside: set[fx.Node]) -> list[fx.Node]:
-        """The numbers that nodes read from outside, and what these were made of, in order."""
-        read = {n for node in inside for n in node.all_input_nodes} - inside
-        found = {
-            each
-            for n in read
-            if holds_no_tensor(n.meta["val"])
-            for each in makers(n, lambda m: holds_no_tensor(m.meta["val"]) and m not in inside)
-        }
-        return [node for node in self.traced.graph.nodes if node in found]

@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from tokenprune.ops.layout import TOKENS, Layout, flat_tokens, flat_tokens_back
+from tokenprune.ops.layout import Layout, flat_tokens, flat_tokens_back
 from tokenprune.ops.moving import gather_tokens
 
 __all__ = [
     "Windows",
     "leave_windows",
     "put_windows",
+    "relaid_windows",
     "take_windows",
     "to_windows",
     "window_means",
@@ -54,7 +55,7 @@ class Windows(NamedTuple):
         return height // self.size[0], width // self.size[1]
 
     @property
-    def count(self) -> int:
+    def number(self) -> int:
         """Windows of an image."""
         return self.across[0] * self.across[1]
 
@@ -85,12 +86,10 @@ class Windows(NamedTuple):
             cut = numbers.reshape(height, down, width, right).permute(1, 3, 0, 2)
         else:
             cut = numbers.reshape(down, height, right, width).permute(0, 2, 1, 3)
-        return cut.reshape(self.count, self.places) - 1
+        return cut.reshape(self.number, self.places) - 1
 
 
-def window_means(
-    scores: Float[Tensor, "B N C"], windows: Windows
-) -> Float[Tensor, "B n C"]:
+def window_means(scores: Float[Tensor, "B N C"], windows: Windows) -> Float[Tensor, "B n C"]:
     """The mean of what the tokens of each window have; empty places do not count."""
     numbers = windows.tokens(scores.device)
     taken = scores.index_select(1, numbers.clamp_min(0).flatten())
@@ -117,7 +116,7 @@ def _places(windows: Windows, device: torch.device) -> Int[Tensor, " N"]:
 
 def window_rows(kept: Int[Tensor, "B K"], windows: Windows) -> Int[Tensor, "B R"] | None:
     """The numbers of the tokens of the kept windows, -1 at empty places; None if all are kept."""
-    if kept.shape[1] == windows.count:
+    if kept.shape[1] == windows.number:
         return None
     numbers = windows.tokens(kept.device)
     return numbers.index_select(0, kept.flatten()).reshape(kept.shape[0], -1)
@@ -168,13 +167,31 @@ def leave_windows(
     """The tokens of windows [B * K, ...] as `take_windows` lays them out; if all are kept, the grid
     [B, *inner] again."""
     if rows is None:
-        tokens = flat_tokens(x, Layout(windows.count, channels_first))
+        tokens = flat_tokens(x, Layout(windows.number, channels_first))
         tokens = tokens.index_select(1, _places(windows, x.device))
-        return flat_tokens_back(tokens, (tokens.shape[0] * layout.rows_per_image, *inner), layout)
+        return flat_tokens_back(tokens, _shape(len(tokens), rows, layout, inner), layout)
     tokens = flat_tokens(x, Layout(rows.shape[1] // windows.places, channels_first))
-    batch = tokens.shape[0] * layout.rows_per_image
-    shape = layout.gathered(torch.Size((batch, *inner)), rows.shape[1])
-    return flat_tokens_back(tokens, shape, layout)
+    return flat_tokens_back(tokens, _shape(len(tokens), rows, layout, inner), layout)
+
+
+def relaid_windows(
+    tokens: Shaped[Tensor, "..."],
+    rows: Int[Tensor, "B R"] | None,
+    was: Layout,
+    layout: Layout,
+    inner: tuple[int, ...],
+) -> Shaped[Tensor, "..."]:
+    """The tokens that `take_windows` returned of a tensor laid out as `was`, as it would return
+    them of the same tokens in one of shape [B, *inner] and another layout."""
+    flat = flat_tokens(tokens, was if rows is None else _one_row(was))
+    return flat_tokens_back(flat, _shape(len(flat), rows, layout, inner), layout)
+
+
+def _shape(
+    batch: int, rows: Tensor | None, layout: Layout, inner: tuple[int, ...]
+) -> tuple[int, ...]:
+    shape = torch.Size((batch * layout.rows_per_image, *inner))
+    return shape if rows is None else layout.gathered(shape, rows.shape[1])
 
 
 def put_windows(
@@ -182,23 +199,37 @@ def put_windows(
     tokens: Float[Tensor, "..."],
     rows: Int[Tensor, "B R"] | None,
     windows: Windows,
-    layout: Layout = TOKENS,
-) -> Float[Tensor, "..."]:
-    """`x` with the tokens of the kept windows replaced by `tokens`; these themselves if all are."""
+    was: Layout,
+    layout: Layout,
+    inner: tuple[int, ...],
+    owned: bool = False,
+) -> Float[Tensor, "B ..."]:
+    """`x` with the tokens of the kept windows replaced by `tokens`; these themselves if all are.
+
+    Args:
+        x: the whole grid, laid out as `was`.
+        tokens: as `take_windows` returns them of a tensor [B, *inner] of this layout, which is that
+            of the result.
+        owned: nobody else reads `x` any more, so it is written to where no gradient is recorded.
+    """
     if rows is None:
         return tokens
     dtype = torch.promote_types(x.dtype, tokens.dtype)
-    full = flat_tokens(x, layout).to(dtype)
+    full = flat_tokens(x, was).to(dtype)
     batch, length, width = full.shape
+    whole = full.reshape(-1, width)
     new = flat_tokens(tokens, _one_row(layout)).to(dtype).reshape(-1, width)
-    first = torch.arange(batch, device=x.device)[:, None] * length
+    places = rows + torch.arange(batch, device=x.device)[:, None] * length
     if windows.padded:
-        places = torch.where(rows < 0, batch * length, rows + first)
-        whole = F.pad(full.reshape(-1, width), (0, 0, 0, 1))  # one more row for empty places
-        put = whole.index_copy(0, places.flatten(), new)[:-1]
+        places = torch.where(rows < 0, batch * length, places)
+        whole = F.pad(whole, (0, 0, 0, 1))  # one more row for empty places
+    if windows.padded or (owned and not torch.is_grad_enabled()):
+        put = whole.index_copy_(0, places.flatten(), new)[: batch * length]
     else:
-        put = full.reshape(-1, width).index_copy(0, (rows + first).flatten(), new)
-    return flat_tokens_back(put.reshape(batch, length, width), x.shape, layout)
+        put = whole.index_copy(0, places.flatten(), new)
+    return flat_tokens_back(
+        put.reshape(batch, length, width), _shape(batch, None, layout, inner), layout
+    )
 
 
 def _one_row(layout: Layout) -> Layout:

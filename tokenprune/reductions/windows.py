@@ -3,21 +3,20 @@
 SparseViT (Chen et al., 2023) for any scorer. Tokens of windows that are left out keep their value.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Size, Tensor, fx, nn
 
 from tokenprune.analysis.analysis import Analysis
 from tokenprune.analysis.batch_probe import probe_batch
-from tokenprune.analysis.blocks import Blocks
+from tokenprune.analysis.blocks import Blocks, site_marker
 from tokenprune.analysis.facts import NodeFacts, TokenDim
 from tokenprune.analysis.nodes import holds_no_tensor
 from tokenprune.analysis.operators import argument
 from tokenprune.analysis.plan import Budget
-from tokenprune.analysis.tails import Sum, Tail
-from tokenprune.analysis.windows import WindowBranch, WindowedBlock, windowed_blocks
+from tokenprune.analysis.windows import Part, WindowBranch, WindowedBlock, windowed_blocks
 from tokenprune.errors import PlanError
 from tokenprune.hosts.spec import ArchSpec
 from tokenprune.ops.bypass import choose_branch
@@ -26,6 +25,7 @@ from tokenprune.ops.windows import (
     Windows,
     leave_windows,
     put_windows,
+    relaid_windows,
     take_windows,
     to_windows,
     window_rows,
@@ -40,6 +40,7 @@ from tokenprune.rewrite.select import SelectAtSites
 from tokenprune.rewrite.settings import PathName
 from tokenprune.rewrite.tables import GatherAligned, ResizeTables
 from tokenprune.scorers import Scorer
+from tokenprune.tracing.effects import has_effect
 from tokenprune.tracing.host_graph import HostGraph
 from tokenprune.tracing.interpret import quiet_trials
 
@@ -71,16 +72,16 @@ class WindowsReduction(Reduction):
         self.stage_of: dict[int, int] = {}
         for number, block in found.items():
             before = [stage for stage, start in enumerate(plan.blocks) if start <= number]
-            same = [stage for stage in before if analysis.grids[stage] == block.search.grid]
+            same = [stage for stage in before if analysis.grids[stage] == block.grid]
             if same:
                 self.stage_of[number] = same[-1]
         self.found = {number: found[number] for number in self.stage_of}
         for stage, start in enumerate(plan.blocks):
             if stage not in self.stage_of.values():
                 raise _refusal(blocks, found, start)
-        self.first = {}
+        self.first: dict[int, Windows] = {}
         for number, stage in self.stage_of.items():
-            self.first.setdefault(stage, self.found[number].branches[0].windows)
+            self.first.setdefault(stage, self.found[number].windows[0])
 
     @classmethod
     def candidates(
@@ -94,7 +95,7 @@ class WindowsReduction(Reduction):
             raise _refusal(blocks, found, None)
         first: dict[Any, int] = {}
         for number, block in found.items():
-            first.setdefault(block.search.grid, number)
+            first.setdefault(block.grid, number)
         return list(first.values()), "a block that attends in windows"
 
     @classmethod
@@ -117,17 +118,18 @@ class WindowsReduction(Reduction):
             return [emit]
         kept = WindowSet(path, self.first)
         select = SelectAtSites(kept, scorer, tokens_leave=False)
-        parts = [(n, part) for n, block in self.found.items() for part in block.parts]
+        found = ((self.stage_of[number], block) for number, block in self.found.items())
+        parts = [(stage, part) for stage, block in found for part in block.parts]
         if path == "mask":
-            return [select, MaskWindows(kept, self.stage_of, parts), emit]
-        keep = KeepWindows(kept, self.stage_of, parts)
+            return [select, MaskWindows(kept, parts), emit]
+        keep = KeepWindows(kept, parts)
         return [select, keep, ResizeTables(kept), GatherAligned(kept), emit]
 
     def tokens_in(self, budget: Budget) -> Mapping[int, int]:
         counts, found = budget.counts(self.analysis.num_patches), {}
         for number, block in self.found.items():
             stage = self.stage_of[number]
-            windows, patches = block.branches[-1].windows, self.analysis.num_patches[stage]
+            windows, patches = block.windows[-1], self.analysis.num_patches[stage]
             kept = windows_kept(counts[stage], patches, windows)
             found[number] = min(kept * windows.places, patches)
         return found
@@ -148,7 +150,8 @@ def _refusal(blocks: Blocks, found: Mapping[int, WindowedBlock], start: int | No
     )
 
 
-Parts = Sequence[tuple[int, WindowBranch | Tail]]
+Parts = Sequence[tuple[int, Part]]
+"""The parts of all blocks that a stage decides for, each with the number of that stage."""
 
 
 @dataclass
@@ -156,26 +159,33 @@ class MaskWindows(Pass):
     """All windows run; what comes of those that are left out is 0."""
 
     kept: WindowSet
-    stage_of: Mapping[int, int]
     parts: Parts
 
     def apply(self, rewrite: Rewrite) -> None:
         policy: fx.Node | None = None
-        for number, part in self.parts:
-            stage = self.stage_of[number]
-            if isinstance(part, WindowBranch):
-                policy = self.kept.policy_of(rewrite, stage, part.windows)
-            each = _sum_of(part)
-            total, source, branch = map(rewrite.copy_of, each[:3])
+        for stage, part in self.parts:
+            if part.attention is not None:
+                policy = self.kept.policy_of(rewrite, stage, part.attention.windows)
+            total, source, branch = map(rewrite.copy_of, part.sum[:3])
             poison = rewrite.insert(total, getattr, rewrite.settings, "poison")
-            how = (source, branch, policy, None, each.layout, poison)
+            how = (source, branch, policy, None, part.sum.layout, poison)
             total.replace_input_with(branch, rewrite.insert(total, choose_branch, *how))
 
 
-def _sum_of(part: WindowBranch | Tail) -> Sum:
-    if isinstance(part, WindowBranch):
-        return part.sum
-    return Sum(part.total, part.source, part.branch, part.layout)
+class _Kept(NamedTuple):
+    """The sum of the part before, where only tokens of kept windows have run.
+
+    Attributes:
+        tokens: Theirs.
+        layout: As it would hold all tokens.
+        whole: What they are put into.
+        whole_layout: How that holds them.
+    """
+
+    tokens: fx.Node
+    layout: Layout
+    whole: fx.Node
+    whole_layout: Layout
 
 
 @dataclass
@@ -183,45 +193,57 @@ class KeepWindows(Pass):
     """Only the tokens of kept windows run."""
 
     kept: WindowSet
-    stage_of: Mapping[int, int]
     parts: Parts
 
     def apply(self, rewrite: Rewrite) -> None:
-        rows, windows = None, None
-        for place, (number, part) in enumerate(self.parts):
-            if isinstance(part, Tail):
-                reads = {rewrite.copy_of(n): layout for n, layout in part.reads.items()}
-                self._put(rewrite, _sum_of(part), part.inside, reads, rows, windows)
-                continue
-            stage, windows = self.stage_of[number], part.windows
-            kept = self.kept.windows(rewrite, stage, windows)
-            key = ("rows", stage, windows)
-            rows = rewrite.once(key, rewrite.insert_after, kept, window_rows, kept, windows)
-            self.kept.of_branch[place] = kept
-            _write_sizes(rewrite, part)
-            _note(rewrite, part, place)
-            self._cut(rewrite, part, rows)
-            self._put(rewrite, part.sum, {*part.before, *part.after}, {}, rows, windows)
+        before: _Kept | None = None
+        cut: tuple[fx.Node, Windows]
+        for place, (stage, part) in enumerate(self.parts):
+            if part.attention is not None:
+                windows = part.attention.windows
+                kept = self.kept.windows(rewrite, stage, windows)
+                how = (("rows", stage, windows), rewrite.insert_after, kept, window_rows)
+                cut = rewrite.once(*how, kept, windows), windows
+                self.kept.of_branch[place] = kept
+                _write_sizes(rewrite, part.attention)
+                _note(rewrite, part.attention, place)
+                self._cut(rewrite, part.attention, cut[0])
+                before = None
+            before = self._put(rewrite, part, *cut, before)
+        read = _read_nodes(rewrite)
+        order = {node: place for place, node in enumerate(rewrite.graph.nodes) if node in read}
+        final = rewrite.copy_of(rewrite.analysis.final)
+        for node in rewrite.graph.find_nodes(op="call_function", target=put_windows):
+            if node in read:
+                node.update_arg(7, _is_owned(node, order, final))
 
     def _put(
         self,
         rewrite: Rewrite,
-        each: Sum,
-        inside: Iterable[fx.Node],
-        reads: Mapping[fx.Node, Layout],
+        part: Part,
         rows: fx.Node,
         windows: Windows,
-    ) -> None:
+        before: _Kept | None,
+    ) -> _Kept:
         """Let a branch and its sum read the tokens of kept windows, and put the sum among the
-        others."""
-        total, source = rewrite.copy_of(each.total), rewrite.copy_of(each.source)
-        readers = {total, *map(rewrite.copy_of, inside)}
-        for read, layout in {**reads, source: each.layout}.items():
-            taken = rewrite.insert_after(read, take_windows, read, rows, windows, layout)
+        others; the sum `before`, of the same windows, is not taken out again."""
+        total, source = rewrite.copy_of(part.sum.total), rewrite.copy_of(part.sum.source)
+        readers = {total, *map(rewrite.copy_of, part.inside)}
+        whole = (source, part.sum.layout)
+        for origin, layout in part.reads.items():
+            read = rewrite.copy_of(origin)
+            if before is not None and origin in part.same:
+                how = (rows, before.layout, layout, _inner(origin))
+                taken = rewrite.insert_after(read, relaid_windows, before.tokens, *how)
+                whole = before[2:] if read is source else whole
+            else:
+                taken = rewrite.insert_after(read, take_windows, read, rows, windows, layout)
             for node in readers.intersection(read.users):
                 node.replace_input_with(read, taken)
-        how = (source, total, rows, windows, each.layout)
+        (grid, was), layout = whole, part.sum.layout
+        how = (grid, total, rows, windows, was, layout, _inner(part.sum.total), False)
         rewrite.narrow(total, rewrite.insert_after(total, put_windows, *how), ())
+        return _Kept(total, layout, *whole)
 
     def _cut(self, rewrite: Rewrite, part: WindowBranch, rows: fx.Node) -> None:
         """Cut only kept windows out of the grid."""
@@ -229,13 +251,51 @@ class KeepWindows(Pass):
         given = rewrite.copy_of(grid)
         if grid is part.sum.source:
             given = rewrite.insert_after(given, take_windows, given, rows, windows, layout)
-        how = (rows, windows, layout, tuple(made.meta["val"].shape[1:]), first)
+        how = (rows, windows, layout, _inner(made), first)
         old = rewrite.copy_of(made)
         rewrite.narrow(old, rewrite.insert_after(old, to_windows, given, *how), ())
         given, old = rewrite.copy_of(out.rows), rewrite.copy_of(out.grid)
-        inner = tuple(out.grid.meta["val"].shape[1:])
-        how = (rows, windows, out.channels_first, out.grid_layout, inner)
+        how = (rows, windows, out.channels_first, out.grid_layout, _inner(out.grid))
         rewrite.narrow(old, rewrite.insert_after(old, leave_windows, given, *how), ())
+
+
+def _inner(node: fx.Node) -> tuple[int, ...]:
+    """All dims of a traced tensor but the first."""
+    return tuple(node.meta["val"].shape[1:])
+
+
+VIEWS = ("view", "reshape", "flatten", "unflatten", site_marker)
+
+
+def _read_nodes(rewrite: Rewrite) -> set[fx.Node]:
+    """The nodes that anything depends on."""
+    final = rewrite.copy_of(rewrite.analysis.final)
+    queue = [n for n in rewrite.graph.nodes if has_effect(n) or n in (rewrite.output, final)]
+    found = set(queue)
+    for node in queue:
+        fresh = [used for used in node.all_input_nodes if used not in found]
+        found.update(fresh)
+        queue += fresh
+    return found
+
+
+def _is_owned(put: fx.Node, order: Mapping[fx.Node, int], final: fx.Node) -> bool:
+    """Whether what tokens are put into was made by us, and nobody reads it later."""
+    made = put.args[0]
+    while isinstance(made, fx.Node) and made.target in VIEWS:
+        made = made.all_input_nodes[0]
+    if not isinstance(made, fx.Node) or made.target is not put_windows:
+        return False
+    same = [made]
+    for node in same:
+        for user in node.users:
+            number = "val" in user.meta and holds_no_tensor(user.meta["val"])
+            if user not in order or user is put or number or user.target is traced_shape:
+                continue  # nothing depends on it, or it reads no more than a size
+            if order[user] > order[put] or user.target not in (take_windows, *VIEWS):
+                return False
+            same += [user] if user.target in VIEWS else []
+    return final not in same
 
 
 def _note(rewrite: Rewrite, part: WindowBranch, place: int) -> None:
@@ -260,7 +320,9 @@ def _of_branch(facts: NodeFacts, place: int) -> NodeFacts:
     return replace(
         facts,
         dims={},
-        gathers={n: how._replace(dims=_renumbered(how.dims, place)) for n, how in facts.gathers.items()},
+        gathers={
+            n: how._replace(dims=_renumbered(how.dims, place)) for n, how in facts.gathers.items()
+        },
         length_of=_renumbered(facts.length_of, place),
     )
 

@@ -28,7 +28,7 @@ __all__ = ["WindowSet", "windows_kept"]
 
 def windows_kept(tokens: int, num_patches: int, windows: Windows) -> int:
     """K windows, for a budget of so many tokens: rounded up."""
-    return -(-tokens * windows.count // num_patches)
+    return -(-tokens * windows.number // num_patches)
 
 
 def _asked(
@@ -38,7 +38,7 @@ def _asked(
     forces the windows that hold most of it."""
     forced, patches = forced_set(settings, stage), keep_logits.shape[1]
     if forced is None:
-        means, count = window_means(keep_logits, windows), windows.count
+        means, count = window_means(keep_logits, windows), windows.number
         if settings.num_keep:  # where decisions are drawn, there may be no number
             count = windows_kept(settings.num_keep[stage], patches, windows)
         return means, CallSettings(
@@ -61,8 +61,8 @@ def choose_windows(
 ) -> Tensor:
     """The numbers of the windows that stay, [B, K], ascending."""
     logits, asked = _asked(keep_logits, settings, stage, windows)
-    if asked.num_keep[0] == windows.count:
-        everyone = torch.arange(windows.count, device=logits.device)
+    if asked.num_keep[0] == windows.number:
+        everyone = torch.arange(windows.number, device=logits.device)
         return everyone.expand(logits.shape[0], -1)
     logits = with_spread_noise(logits) if asked.spread else logits
     return select_topk(logits, asked.num_keep[0])
@@ -87,7 +87,7 @@ def take_rows(table: Tensor, kept: Tensor) -> Tensor:
 def tokens_decided(kept: Tensor, windows: Windows, like: Tensor) -> Tensor:
     """What is kept, of `choose_windows` or `decide_windows`, as a decision about tokens [B, N]."""
     if not kept.is_floating_point():
-        kept = one_hot(kept, like.new_zeros(like.shape[0], windows.count))
+        kept = one_hot(kept, like.new_zeros(like.shape[0], windows.number))
     return window_policy(kept, windows)
 
 
@@ -165,4 +165,3 @@ class WindowSet(KeptSet):
             count = decision.detach().sum(1).mean()
             stages.append(StageTrace(logits, decision, kept, count))
         return stages
-
