@@ -173,9 +173,12 @@ def gather_table(
 
 
 def length_after(
-    shape: torch.Size, kept: Any, dims: tuple[tuple[int, int], ...]
-) -> tuple[int, ...]:
-    """The shape of a table once it is gathered: prefix + K along each (dim, prefix) of `dims`."""
+    shape: torch.Size | int, kept: Any, dims: tuple[tuple[int, int], ...]
+) -> tuple[int, ...] | int:
+    """The shape of a table once it is gathered: prefix + K along each (dim, prefix) of `dims`. Of
+    one number, what it is then."""
+    if isinstance(shape, int):
+        return dims[0][1] + int(kept.shape[1])
     along = {dim: prefix + kept.shape[1] for dim, prefix in dims}
     return tuple(along.get(dim, n) for dim, n in enumerate(shape))
 

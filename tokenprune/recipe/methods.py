@@ -28,6 +28,7 @@ __all__ = [
     "ToMe",
     "TokenNorm",
     "TopK",
+    "Windows",
     "list_methods",
     "method_named",
     "register_method",
@@ -245,3 +246,11 @@ class Exact(Method):
 
     def recipe(self) -> dict[str, Any]:
         return {"mode": "exact", "unread_rows": True, "schedule": {"keep_ratio": 1.0}}
+
+
+@register_method("windows")
+class Windows(_Keeping):
+    """The windows whose tokens have the largest norm, the same share of those of each grid; the
+    others leave attention and MLP of all blocks of that grid (SparseViT: Chen et al., 2023)."""
+
+    parts = {"mode": "windows", "scorer": "token-norm"}

@@ -56,7 +56,8 @@ class Recipe(Section):
         source: the paper or measurement that the recipe comes from.
         mode: `remove` gathers dropped tokens away; `bypass` keeps the grid, and dropped tokens skip
             the MLP; `fuse` lets them go on as one, their weighted sum; `merge` lets similar
-            tokens become their mean; `exact` prunes nothing, and needs `unread_rows`.
+            tokens become their mean; `windows` leaves whole windows of window attention out of
+            its blocks; `exact` prunes nothing, and needs `unread_rows`.
         scorer: what says which tokens stay; `learned` is DynamicViT's predictor, `similarity` (the
             default of `merge`) ToMe's matching.
         unread_rows: do not compute rows (tokens) that nothing reads: queries, projection and MLP of

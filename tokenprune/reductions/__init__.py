@@ -6,5 +6,16 @@ from tokenprune.reductions.fuse import Fuse
 from tokenprune.reductions.merge import Merge
 from tokenprune.reductions.protocol import MODES, Proof, Reduction
 from tokenprune.reductions.remove import Remove
+from tokenprune.reductions.windows import WindowsReduction
 
-__all__ = ["MODES", "Bypass", "Exact", "Fuse", "Merge", "Proof", "Reduction", "Remove"]
+__all__ = [
+    "MODES",
+    "Bypass",
+    "Exact",
+    "Fuse",
+    "Merge",
+    "Proof",
+    "Reduction",
+    "Remove",
+    "WindowsReduction",
+]

@@ -58,6 +58,11 @@ class Choice:
                 f"asked for threshold={threshold}, but the scores of {self.scorer.__name__} are no "
                 "probabilities. Use keep ratios, or `scorer: learned`."
             )
+        if threshold is not None and "jagged" not in self.reduction.kept_sets:
+            raise PlanError(
+                f"asked for threshold={threshold}, but with `mode: {self.reduction.name}` every "
+                "image keeps the same number. Use keep ratios, or another mode."
+            )
 
 
 def choice_of(recipe: Recipe, spec: ArchSpec) -> Choice:
@@ -125,9 +130,8 @@ def with_default_stages(
     recipe: Recipe | None, host: nn.Module, spec: ArchSpec, traced: HostGraph, blocks: Blocks
 ) -> Recipe:
     """A recipe that leaves its stages to the host, with them: by its rule (`ScheduleSection`), or
-    at a quarter, a half and three quarters of the blocks that can have one (`default_sites` where
-    tokens leave in stretches). None keeps 0.7 of the tokens at each stage, in the mode that fits
-    the host.
+    where the reduction puts them (`default_sites` where tokens leave in stretches). None keeps 0.7
+    of the tokens at each stage, in the mode that fits the host.
 
     Raises:
         PlanError: There are too few blocks, or more tokens are to leave than can.
@@ -153,8 +157,7 @@ def with_default_stages(
         if grid:
             chosen = default_sites(*found, reduction.ratios(ratio, 3, patches))
         else:
-            places = (max(reduction.skipped, len(candidates) * part // 4) for part in (1, 2, 3))
-            chosen = sorted({candidates[place] for place in places})
+            chosen = reduction.places_by_default(candidates)
         shares = reduction.ratios(ratio, len(chosen), patches)
         ratios = [float(f"{share:.12g}") for share in shares]
     else:

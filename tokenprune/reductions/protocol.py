@@ -110,6 +110,13 @@ class Reduction(ABC):
         """
 
     @classmethod
+    def places_by_default(cls, candidates: Sequence[int]) -> list[int]:
+        """Of the `candidates`, those at which a default recipe puts stages: at a quarter, a half
+        and three quarters."""
+        places = (max(cls.skipped, len(candidates) * part // 4) for part in (1, 2, 3))
+        return sorted({candidates[place] for place in places})
+
+    @classmethod
     def ratios(cls, keep_ratio: float, stages: int, patches: int) -> list[float]:
         """Keep ratios of the stages of a default recipe, of N patches: r, r^2, r^3, ..."""
         return [keep_ratio ** (stage + 1) for stage in range(stages)]

@@ -1,7 +1,7 @@
 """The working copy of a graph that passes edit."""
 
 import operator
-from collections.abc import Callable, Container, Hashable
+from collections.abc import Callable, Container, Hashable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
@@ -167,6 +167,13 @@ class Rewrite:
             node = self.graph.call_function(target, args, kw)
         _inherit(node, before)
         return node
+
+    def again(self, node: fx.Node, instead: Mapping[fx.Node, fx.Node]) -> fx.Node:
+        """Put one more node after `node` that makes the same, of other nodes `instead` of traced
+        ones."""
+        new = {self.copy_of(origin): other for origin, other in instead.items()}
+        with self.graph.inserting_after(node):
+            return self.graph.node_copy(node, lambda used: new.get(used, used))
 
     def item(self, before: fx.Node, several: fx.Node, place: int) -> fx.Node:
         """One of several values that a node holds."""
