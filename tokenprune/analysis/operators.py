@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from tokenprune.tracing.finite import check_finite
 from tokenprune.tracing.hook_nodes import passed
 
 __all__ = ["Kind", "argument", "attends", "couples", "kind_of", "known_kind", "mixes", "set_kind"]
@@ -50,6 +51,8 @@ class Kind(Enum):
     """Takes from a tensor its shape, type and place, never what it holds."""
     ONES = auto()
     """Makes a tensor of ones."""
+    CHECK = auto()
+    """Looks whether a flag is set in any entry."""
     ANY_LENGTH = auto()
     """Runs with a table shorter than the tokens, and leaves tokens out."""
 
@@ -89,6 +92,7 @@ _KINDS: dict[Any, Kind] = {
             *(torch.zeros_like, torch.empty_like, torch.full_like),
         ),
         Kind.ONES: (torch.ones, torch.ones_like, "new_ones"),
+        Kind.CHECK: (check_finite,),
         Kind.ANY_LENGTH: (operator.setitem, torch.gather, "gather"),
     }.items()
     for target in targets

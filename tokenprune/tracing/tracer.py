@@ -27,7 +27,8 @@ from tokenprune.tracing.calls import NUMBER, RecordedCall
 from tokenprune.tracing.checkpoints import CHECKPOINT, Checkpoint, checkpoints_recorded
 from tokenprune.tracing.constants import find, look_up, named_tensors
 from tokenprune.tracing.decompose import is_leaf
-from tokenprune.tracing.draws import DrawRead, certain, is_drawn, possible_number
+from tokenprune.tracing.draws import DrawRead, is_drawn, possible_number
+from tokenprune.tracing.finite import answer
 from tokenprune.tracing.functions import calls_let_through
 from tokenprune.tracing.gradients import GradientRun
 from tokenprune.tracing.hooks import (
@@ -239,7 +240,7 @@ class ValueTracer(fx.Tracer):
         """`convert` (bool, int, float, ...) applied to `node`'s value, which Python reads."""
         if self.executing:
             return convert(node.meta["val"])
-        known = certain(node)
+        known = answer(node, self.create_node)
         if known is not None:
             return convert(known)
         if self._reads_draws and is_drawn(node):
@@ -272,13 +273,13 @@ class ValueTracer(fx.Tracer):
         try:
             proxy.node.meta["val"] = self._evaluate(kind, target, args, kwargs, value)
         except NEEDS_VALUES as error:
-            known, number = certain(proxy.node), possible_number(proxy.node)
-            if target == "item" and known is not None:
+            number = possible_number(proxy.node)
+            known = answer(proxy.node, self.create_node) if target == "item" else None
+            if known is not None:
                 return known
             if target != "item" or number is None:
                 raise (DrawRead() if is_drawn(proxy.node) else error) from error
-            proxy.node.meta["val"] = number
-            self._reads_draws = True
+            proxy.node.meta["val"], self._reads_draws = number, True
         return proxy
 
     def _evaluate(self, kind: str, target: Any, args: Args, kwargs: Kwargs, value: Any) -> Any:
