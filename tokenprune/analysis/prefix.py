@@ -1,7 +1,7 @@
 """Which of the tokens that enter the first block are of the image, and which are the host's own."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,12 +14,26 @@ from tokenprune.tracing.host_graph import HostGraph
 from tokenprune.tracing.interpret import evaluate
 from tokenprune.tracing.state import buffers_kept
 
-__all__ = ["own_tokens"]
+__all__ = ["OwnTokens", "own_tokens"]
 
 
-def own_tokens(root: nn.Module, traced: HostGraph, entry: fx.Node) -> tuple[int, int] | None:
-    """How many tokens at the front and at the end are the same for every image: class, register
-    and detection tokens. None if running the host up to its first block does not tell.
+class OwnTokens(NamedTuple):
+    """The tokens that are the same for every image: class, register and detection tokens.
+
+    Attributes:
+        front: How many at the front.
+        end: How many at the end.
+        inside: The places of those with patches on both sides, counted from 0.
+    """
+
+    front: int
+    end: int
+    inside: tuple[int, ...] = ()
+
+
+def own_tokens(root: nn.Module, traced: HostGraph, entry: fx.Node) -> OwnTokens | None:
+    """The tokens that are the same for every image. None if running the host up to its first block
+    does not tell.
 
     Two batches of random images go through what the host does before that block, without dropout,
     which would tell equal tokens apart. Masks (bool) are as in a call without padding: first all
@@ -39,8 +53,8 @@ def own_tokens(root: nn.Module, traced: HostGraph, entry: fx.Node) -> tuple[int,
 
 def _same_in_all(
     root: nn.Module, traced: HostGraph, entry: fx.Node, *, masks: bool
-) -> tuple[int, int] | None:
-    """How many tokens at the front and at the end two batches of images share."""
+) -> OwnTokens | None:
+    """The tokens that two batches of images share."""
     given = {node: node.meta["val"] for node in traced.inputs.values()}
     devices = {x.device for x in given.values() if x.device.type == "cuda"}
     generator = torch.Generator().manual_seed(0)
@@ -65,7 +79,9 @@ def _same_in_all(
     of_image = (tokens != tokens[:1]).any(dim=2).any(dim=0).tolist()
     if not any(of_image):
         return None
-    return of_image.index(True), of_image[::-1].index(True)
+    front, end = of_image.index(True), of_image[::-1].index(True)
+    patches = range(front, len(of_image) - end)
+    return OwnTokens(front, end, tuple(place for place in patches if not of_image[place]))
 
 
 def _filled(like: Tensor, generator: torch.Generator, masks: bool) -> Tensor:

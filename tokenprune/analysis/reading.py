@@ -187,14 +187,27 @@ def _entering(call: ModuleCall) -> tuple[int, ...]:
 def _with_prefix(
     host: nn.Module, traced: HostGraph, spec: ArchSpec, blocks: Blocks, reading: Reading
 ) -> ArchSpec:
-    """The facts with the prefix tokens that the graph shows, unless somebody stated them."""
+    """The facts with the prefix tokens that the graph shows, unless somebody stated them.
+
+    Raises:
+        UnsupportedHostError: Own tokens of the host are among the patches, and could leave.
+    """
     if spec.num_prefix_tokens is not None and not reading.guessed:
         return spec
     own = own_tokens(host, traced, blocks[min(blocks)].entry) if blocks else None
     if own is None:
         how = f"{spec.prefix} prefix tokens: nothing else tells which are of the image"
         return replace(spec, num_prefix_tokens=spec.prefix, notes=(*spec.notes, how))
-    front, end = own
+    front, end, inside = own
+    if inside and spec.tokens_leave:
+        places = f"{inside[0]} to {inside[-1]}" if len(inside) > 1 else str(inside[0])
+        raise UnsupportedHostError(
+            f"{len(inside)} of the tokens that enter the first block of {traced.host} are the same "
+            f"for every image and lie among its patches (places {places}): registers, say, which "
+            "are to stay, while only tokens at the front or at the end can. Move them there, or "
+            "let them be dropped as patches are: "
+            f"adapter=ArchSpec(num_prefix_tokens={front}, num_suffix_tokens={end})."
+        )
     how = f"{front} prefix tokens: they are the same for every image"
     how += f"; so are the last {end}, which always stay" if end else ""
     notes = (*spec.notes, how)
