@@ -302,7 +302,7 @@ def _batch_norm(hiding: Hiding, node: fx.Node) -> None:
 @rule(kind=Kind.CHECK)
 def _check(hiding: Hiding, node: fx.Node) -> None:
     """A flag of a dropped token does not count."""
-    rewrite, flags = hiding.rewrite, node.args[0]
+    rewrite, flags = hiding.rewrite, node.all_input_nodes[0]
     for axis, dim in sorted(rewrite.facts(flags).dims.items())[:1]:
         policy = hiding.policy(node, dim, flags)
         numbers = rewrite.insert(node, torch.Tensor.to, flags, torch.float32)
