@@ -17,7 +17,17 @@ from torch import fx, nn
 from tokenprune.tracing.finite import check_finite
 from tokenprune.tracing.hook_nodes import passed
 
-__all__ = ["Kind", "argument", "attends", "couples", "kind_of", "known_kind", "mixes", "set_kind"]
+__all__ = [
+    "Kind",
+    "argument",
+    "attends",
+    "couples",
+    "kind_of",
+    "known_kind",
+    "mixes",
+    "reduces",
+    "set_kind",
+]
 
 
 class Kind(Enum):
@@ -127,6 +137,11 @@ def attends(root: nn.Module, node: fx.Node) -> bool:
 def mixes(root: nn.Module, node: fx.Node) -> bool:
     """Whether a node is an attention, a softmax, a contraction, a pooling or a batch statistic."""
     return kind_of(root, node) in (*_ATTENDING, *_POOLING, Kind.BATCH_STATISTIC)
+
+
+def reduces(root: nn.Module, node: fx.Node) -> bool:
+    """Whether a node is a pooling, over tokens or over channels."""
+    return kind_of(root, node) in _POOLING
 
 
 def couples(root: nn.Module, node: fx.Node) -> bool:

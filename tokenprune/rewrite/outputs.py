@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from tokenprune.analysis.facts import Aligned
-from tokenprune.analysis.operators import mixes
+from tokenprune.analysis.operators import mixes, reduces
 from tokenprune.errors import UnsupportedHostError
 from tokenprune.rewrite.kept import KeptSet
 from tokenprune.rewrite.passes import Pass
@@ -115,8 +115,12 @@ def _whole_reads(rewrite: Rewrite, streams: Container[fx.Node]) -> set[tuple[fx.
 
 
 def _check_unmixed(rewrite: Rewrite, node: fx.Node) -> None:
-    origin = rewrite.origin(node)
-    if origin is None or mixes(rewrite.root, origin) or rewrite.facts(node).gathers:
+    origin, facts = rewrite.origin(node), rewrite.facts(node)
+    mixed = origin is None or mixes(rewrite.root, origin)
+    if origin is not None and reduces(rewrite.root, origin):  # over channels, as an RMS norm does
+        sources = (rewrite.facts(source) for source in node.all_input_nodes)
+        mixed = any(len(source.dims) > len(facts.dims) for source in sources)
+    if mixed or facts.gathers:
         raise UnsupportedHostError(
             f"An output holds tokens that {rewrite.where(node)} has mixed, so they cannot be "
             "given back in place. Wrap with restore=False to get the kept tokens only."
