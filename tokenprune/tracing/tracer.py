@@ -56,6 +56,7 @@ from tokenprune.tracing.opaque import DATA_DEPENDENT, OPAQUE, REASON, as_traced,
 from tokenprune.tracing.outside import named_by, outside_noted
 from tokenprune.tracing.provenance import Provenance, failed_at, frame_of_host
 from tokenprune.tracing.proxy import ValueProxy, concrete
+from tokenprune.tracing.randomness import torch_generators_kept
 from tokenprune.tracing.reads import Reads
 from tokenprune.tracing.recording import calls_recorded
 from tokenprune.tracing.remains import Remains, nodes_in, remains_of, taken_out
@@ -373,7 +374,7 @@ class ValueTracer(fx.Tracer):
             refusal = failed_at(error, self._failed_in or path)
             self._forget(start, specialized)
             self._checkpoint = checkpoint
-            with self._unrecorded():
+            with self._unrecorded(), torch_generators_kept():
                 value = run_again(self.root, self.graph, self._example, m, args, kwargs)
             first = next(v for v in self._example.values() if isinstance(v, torch.Tensor))
             if not isinstance(value, torch.Tensor) or value.shape[:1] != first.shape[:1]:
