@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.atlas_parts.measure import Host, measure
-from benchmarks.atlas_parts.page import as_json, as_page
+from benchmarks.atlas_parts.page import as_json, as_page, read_json
 from benchmarks.atlas_parts.pool import Limits, run
 from benchmarks.atlas_parts.row import Row
 from benchmarks.atlas_parts.timm_hosts import TimmHost, timm_hosts
@@ -82,7 +82,9 @@ def write(hosts: Sequence[Host], rows: Mapping[Key, Row], folder: Path) -> None:
     expected = Counter(host.library for host in hosts)
     versions = {name: version(name).partition("+")[0] for name in MEASURED}
     (folder / "atlas.json").write_text(as_json(ordered))
-    (folder / "atlas.md").write_text(as_page(ordered, expected, versions))
+    others = folder / "held_out.json"  # of python -m benchmarks.held_out
+    held_out = read_json(others.read_text()) if others.exists() else []
+    (folder / "atlas.md").write_text(as_page(ordered, expected, versions, held_out))
 
 
 def main(arguments: Sequence[str] | None = None, hosts: Sequence[Host] | None = None) -> None:

@@ -20,9 +20,10 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks.atlas import Store
+from benchmarks.atlas_parts.page import as_json
 from benchmarks.atlas_parts.pool import Limits, run
 from benchmarks.held_out_parts.host import HeldOut
-from benchmarks.held_out_parts.measure import measure
+from benchmarks.held_out_parts.measure import ABSENT, measure
 from benchmarks.held_out_parts.page import as_page
 
 __all__ = ["PARTS", "main"]
@@ -59,7 +60,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             console.print(f"{row.status:<10} {row.library} {row.model} {row.reason[:120]}")
     page = as_page(everything, store.rows)
     (ROOT / "docs" / "held_out.md").write_text(page)
-    console.print("docs/held_out.md is written")
+    ordered = [store.rows.get((h.library, h.model)) for found in everything.values() for h in found]
+    measured = [row for row in ordered if row is not None and row.status != ABSENT]
+    (ROOT / "docs" / "held_out.json").write_text(as_json(measured))
+    console.print("docs/held_out.md and .json are written; the atlas reads them")
 
 
 if __name__ == "__main__":

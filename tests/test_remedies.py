@@ -15,7 +15,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 import tokenprune
 from tokenprune import errors
@@ -121,6 +121,23 @@ def class_tokenless(names: Names) -> Any:
     return tokenprune.wrap(names["host"], "evit-k0.7", verify=False, train=False)
 
 
+class Talks(nn.Module):
+    """A tower, and Python that decides by what it says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vision_tower = vit()
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen: Tensor = self.vision_tower(x)
+        return seen if seen.sum() > 0 else -seen
+
+
+def a_tower(names: Names) -> Any:
+    names["host"] = Talks()
+    return tokenprune.wrap(names["host"], RECIPE, example_inputs=IMAGES)
+
+
 CASES: dict[str, Case] = {
     # what is refused, and a call in its message; None where another call of the same is run again
     "jit.trace": ("HostError", jit_trace, r'tokenprune\.export\(model, "model\.pt2"\)'),
@@ -129,6 +146,7 @@ CASES: dict[str, Case] = {
         lambda names: torch.fx.symbolic_trace(names["model"]),
         r'tokenprune\.export\(model, "model\.pt2"\)',
     ),
+    "a tower": ("TraceError", a_tower, r"tokenprune\.wrap\(host\.[\w.]+, restore=True\)"),
     "wrapped twice": (
         "AlreadyWrappedError",
         lambda names: tokenprune.wrap(names["model"], RECIPE),

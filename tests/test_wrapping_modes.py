@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import BertConfig, BertForSequenceClassification
 
 import tokenprune
 from tests.toys.vit import Vit, pixels
-from tokenprune.errors import TokenPruneWarning, TraceError
+from tokenprune.errors import TokenPruneWarning, TraceError, VerificationError
 from tokenprune.hosts.spec import ArchSpec
 
 RECIPE = {"version": 1, "schedule": {"blocks": [0, 2], "keep_ratio": 0.6}}
@@ -75,3 +76,12 @@ def test_the_first_training_step_traces_no_more(
     model.train()(torch.cat([X, X])).sum().backward()
     model.eval()(X)
     assert model._pruning.cache.info().programs == 2
+
+
+def test_a_number_of_chunks_is_named() -> None:
+    """Python makes a number of how many times an MLP runs, four tokens each time."""
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 9}
+    config = BertConfig(**sizes, num_hidden_layers=3, chunk_size_feed_forward=4)
+    given = {"example_inputs": {"input_ids": torch.arange(32).reshape(2, 16) % 9}, "train": False}
+    with pytest.raises(VerificationError, match=r"at .*forward_fn.*chunk_size_feed_forward=0"):
+        tokenprune.wrap(BertForSequenceClassification(config).eval(), RECIPE, **given)

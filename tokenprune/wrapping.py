@@ -16,11 +16,12 @@ from tokenprune.errors import (
     PlanError,
     TokenPruneError,
     TokensReturnedError,
+    TraceError,
     UnsupportedHostError,
     VerificationError,
 )
 from tokenprune.hosts.inputs import CallSignature, ExampleInputs, first_floating, named_inputs
-from tokenprune.hosts.registry import GENERIC, hints, stated_by
+from tokenprune.hosts.registry import GENERIC, hints, stated_by, tower_of
 from tokenprune.hosts.spec import ArchSpec
 from tokenprune.notices import warn_once
 from tokenprune.recipe import Recipe, RecipeSource, load_recipe
@@ -188,7 +189,16 @@ class _Task:
 
     def _traced(self) -> HostGraph:
         with in_mode(self.host, training=False):
-            return trace(self.host, self.example, stated=stated_by(self.host, self.hints))
+            try:
+                return trace(self.host, self.example, stated=stated_by(self.host, self.hints))
+            except TraceError as error:
+                tower = tower_of(self.host)
+                if not tower:
+                    raise
+                raise TraceError(
+                    f"{error} Its vision tower can be wrapped alone: host.{tower} = "
+                    f"tokenprune.wrap(host.{tower}, restore=True)."
+                ) from error
 
     def _read_as(self, reading: Reading, traced: HostGraph) -> Any:
         host, example = self.host, self.example

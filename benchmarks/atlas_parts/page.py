@@ -46,13 +46,19 @@ def as_json(rows: Sequence[Row]) -> str:
     return "[\n" + ",\n".join(row.to_json() for row in rows) + "\n]\n"
 
 
-def as_page(rows: Sequence[Row], expected: Counter[str], versions: dict[str, str]) -> str:
+def as_page(
+    rows: Sequence[Row],
+    expected: Counter[str],
+    versions: dict[str, str],
+    held_out: Sequence[Row] = (),
+) -> str:
     """The page.
 
     Args:
         rows: In the order of the scope.
         expected: How many rows each library has in the scope.
         versions: Name -> version of what was measured.
+        held_out: Rows of hosts that nothing was written for, in the order of their libraries.
     """
     parts = [
         HEAD.format(
@@ -67,6 +73,8 @@ def as_page(rows: Sequence[Row], expected: Counter[str], versions: dict[str, str
     refused = [row for row in rows if not row.certified]
     if refused:
         parts.append(_refusals(refused))
+    for library in dict.fromkeys(row.library for row in held_out):
+        parts.append(_held_out(library, [row for row in held_out if row.library == library]))
     return "\n".join(parts)
 
 
@@ -133,6 +141,22 @@ def _range(values: Iterable[int | None]) -> str:
     if len(numbers) < 2:
         return "".join(map(str, numbers))
     return f"{numbers[0]} to {numbers[-1]}"
+
+
+def _held_out(library: str, rows: Sequence[Row]) -> str:
+    """Hosts of a library that nothing was written for: how many, and which are refused."""
+    good = [row for row in rows if row.certified]
+    leave = sum(row.mode != "bypass" for row in good)
+    lines = [
+        f"## Held out: {library}\n",
+        f"{len(good)} of {len(rows)} hosts that nothing was written for are certified; tokens "
+        f"leave {leave} of them. [All rows](held_out.md).",
+    ]
+    refused = [row for row in rows if not row.certified]
+    if refused:
+        lines += ["", "| refused | reason |", "|---|---|"]
+        lines += [f"| `{row.model}` | {_escaped(row.reason)} |" for row in refused]
+    return "\n".join(lines) + "\n"
 
 
 def _refusals(rows: Sequence[Row]) -> str:

@@ -224,6 +224,19 @@ def _towers() -> Iterator[HeldOut]:
     yield _row("OwlViTVisionModel", "OwlViTVisionConfig", VIT, _pixels())
     yield _row("XCLIPVisionModel", "XCLIPVisionConfig",
                {**VIT, "num_frames": 2, "mit_hidden_size": 32}, _pixels())  # fmt: skip
+    llama = {**WORDS, "num_key_value_heads": 1, "pad_token_id": 0}
+
+    def talk() -> dict[str, Any]:
+        ids = torch.full((2, 72), 7)
+        ids[:, 4:68] = 90  # a token for each of the image's patches
+        return {"input_ids": ids, "use_cache": False, **_pixels()()}
+
+    yield _row(
+        "LlavaForConditionalGeneration", "LlavaConfig",
+        {"image_token_index": 90, "image_seq_length": 64}, talk,
+        inner={"vision_config": ("CLIPVisionConfig", VIT),
+               "text_config": ("LlamaConfig", {**llama, "max_position_embeddings": 80})},
+    )  # fmt: skip
     yield _row("ViltModel", "ViltConfig", {**VIT, **WORDS}, lambda: {**_ids(16)(), **_pixels()()})
 
 

@@ -42,7 +42,7 @@ def measure(host: HeldOut) -> Row:
 
 def _fill(row: Row, model: nn.Module, inputs: Any, options: dict[str, Any]) -> None:
     try:
-        wrapped = tokenprune.wrap(model, example_inputs=inputs, **options)
+        wrapped = tokenprune.wrap(model, example_inputs=inputs, train=False, **options)
         pruning = pruning_of(wrapped)
         row.adapter, row.mode = pruning.spec.adapter, pruning.method.reduction.name
         row.blocks, row.prefix = len(pruning.spec.blocks), pruning.plan.num_prefix
@@ -58,7 +58,8 @@ def _fill(row: Row, model: nn.Module, inputs: Any, options: dict[str, Any]) -> N
         row.status = RAW
         return
     try:
-        tokenprune.wrap(tokenprune.unwrap(wrapped), MERGING, example_inputs=inputs, **options)
+        host = tokenprune.unwrap(wrapped)
+        tokenprune.wrap(host, MERGING, example_inputs=inputs, train=False, **options)
         row.certified_at = MERGING
     except TokenPruneError:
         row.certified_at = None

@@ -1,6 +1,8 @@
 """Prefix tokens: what a host does with random images before its first block."""
 
+import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 import tokenprune
 from tests.analysis.test_reading import IMAGES, WIDTH, Pairs
 from tokenprune.analysis import prefix
+from tokenprune.errors import TokenPruneWarning, UnsupportedHostError
 
 
 class Hidden(Pairs):
@@ -40,6 +43,35 @@ def test_a_mask_beside_the_images_leaves_the_prefix_known(
     given = {"x": IMAGES, "mask": torch.full((2, 16), of_none)}
     model = tokenprune.wrap(Hidden(hidden), "token-norm-k0.7", example_inputs=given, train=False)
     assert model._pruning.plan.num_prefix == 2
+
+
+class Amid(Pairs):
+    """Registers between the patches."""
+
+    def tokens(self, x: Tensor) -> Tensor:
+        x = self.embed(x).flatten(2).transpose(1, 2)
+        return torch.cat([x[:, :8], self.first.expand(len(x), -1, -1), x[:, 8:]], dim=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.tokens(x)
+        for attention, feed in self.layers:
+            x = attention(x) + x
+            x = feed(x) + x
+        y: Tensor = self.head(x.mean(1))
+        return y
+
+
+def test_own_tokens_among_the_patches_do_not_leave_unless_that_is_said() -> None:
+    given: dict[str, Any] = {"example_inputs": IMAGES, "train": False}
+    with pytest.raises(UnsupportedHostError, match=r"2 of the tokens.*\(places 8 to 9\)"):
+        tokenprune.wrap(Amid(), "merge-k0.7", **given)
+    with pytest.warns(TokenPruneWarning, match="mode: bypass: .* 2 of the tokens") as found:
+        tokenprune.wrap(Amid(), "token-norm-k0.7", **given)
+    advice = re.search(r"ArchSpec\([^)]*\)", str(found[0].message))
+    assert advice is not None
+    spec = eval(advice[0], {"ArchSpec": tokenprune.ArchSpec})
+    model = tokenprune.wrap(Amid(), "token-norm-k0.7", **given, adapter=spec)
+    assert (model._pruning.plan.num_prefix, model._pruning.plan.num_suffix) == (0, 0)
 
 
 @pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])

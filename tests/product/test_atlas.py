@@ -15,7 +15,7 @@ from torch import nn
 
 from benchmarks.atlas import Store, estimate, main, scope
 from benchmarks.atlas_parts.measure import measure
-from benchmarks.atlas_parts.page import as_page, read_json
+from benchmarks.atlas_parts.page import as_json, as_page, read_json
 from benchmarks.atlas_parts.pool import Limits, run
 from benchmarks.atlas_parts.row import Row
 from benchmarks.atlas_parts.timm_hosts import MODULES, TimmHost, shrink, timm_hosts
@@ -162,6 +162,7 @@ def test_the_page_has_totals_families_and_reasons(rows: dict[str, Row], tmp_path
     for row in rows.values():
         store.add(row)
     hosts = [Tiny("vit", vit), Tiny("conv", convolutions), Tiny("later", vit)]
+    (tmp_path / "held_out.json").write_text(as_json(list(rows.values())))
     main(command(tmp_path, "--render-only"), hosts)
     page = (tmp_path / "atlas.md").read_text()
     assert "| timm | 2 (1 not measured yet) | **1** | 1 | 50.0 % |" in page
@@ -169,6 +170,9 @@ def test_the_page_has_totals_families_and_reasons(rows: dict[str, Row], tmp_path
     assert "| `tiny` | 1 of 2 | timm/vision_transformer | remove | 16 | 1 | 4 |" in page
     assert "| full 1 |" in page
     assert "| `tiny` | `conv` |" in page
+    of_others = page.partition("## Held out: timm")[2]
+    assert "1 of 2 hosts that nothing was written for are certified; tokens leave 1" in of_others
+    assert "\n| `conv` | " in of_others
     assert str(tmp_path) not in page
     assert as_page([], Counter(timm=3), {}).count("## ") == 0
 

@@ -24,6 +24,7 @@ from tokenprune.errors import (
     NotWrappedError,
     VerificationError,
 )
+from tokenprune.hosts.spec import ExampleInput
 from tokenprune.runtime.model import pruning_of
 
 STAGES: dict[str, Any] = {"version": 1, "schedule": {"blocks": [1, 2], "keep_ratio": 0.6}}
@@ -135,30 +136,33 @@ def test_options_of_wrap_are_kept(tmp_path: Path) -> None:
 
 
 def test_an_unknown_adapter_is_replaced_by_the_one_that_matches(tmp_path: Path) -> None:
-    spec = tokenprune.ArchSpec(
-        adapter="by hand", blocks=("blocks.0", "blocks.1", "blocks.2"), num_prefix_tokens=1
-    )
-    images = torch.zeros(2, 3, 32, 32)
-    model = tokenprune.wrap(
-        vit(), STAGES, adapter=spec, example_inputs=images, verify=False, train=False
-    )
-    save(model, tmp_path)
+    save(tokenprune.wrap(vit(), STAGES, verify=False, train=False), tmp_path)
+    facts = json.loads((tmp_path / FACTS).read_text())
+    facts["wrap"]["adapter"] = "of another release"
+    (tmp_path / FACTS).write_text(json.dumps(facts))
     again = pruning_of(load(tmp_path, vit(seed=1), verify=False))
     assert again.spec.adapter == "timm/vision_transformer"
 
 
-def test_a_host_that_is_understood_otherwise_is_refused(tmp_path: Path) -> None:
-    spec = tokenprune.ArchSpec(adapter="by hand", num_prefix_tokens=2)
-    images = torch.zeros(2, 3, 32, 32)
-    options: dict[str, Any] = {"adapter": spec, "example_inputs": images, "verify": False}
-    model = tokenprune.wrap(vit(reg_tokens=2), STAGES, **options, train=False)
+def test_what_was_stated_about_a_host_is_stated_again(tmp_path: Path) -> None:
+    given = {"x": ExampleInput(shape=(3, 32, 32))}
+    spec = tokenprune.ArchSpec(adapter="by hand", num_prefix_tokens=2, inputs=given)
+    model = tokenprune.wrap(vit(reg_tokens=2), STAGES, adapter=spec, verify=False, train=False)
     save(model, tmp_path)
     host = vit(seed=1, reg_tokens=2)
     before = weights(host)
     with pytest.raises(CheckpointError, match=r"num_prefix_tokens=2, but .*num_prefix_tokens=3"):
-        load(tmp_path, host, verify=False)
+        load(tmp_path, host, adapter="timm/vision_transformer", verify=False)
     assert same(before, weights(host))
-    assert same(load(tmp_path, host, **options).state_dict(), model.state_dict())
+    again = load(tmp_path, verify=False)
+    assert pruning_of(again).adapter == spec
+    assert pruning_of(again).spec.blocks == pruning_of(model).spec.blocks
+    assert same(again.state_dict(), model.state_dict())
+    facts = json.loads((tmp_path / FACTS).read_text())
+    facts["host"]["spec"]["blocks"] = 3
+    (tmp_path / FACTS).write_text(json.dumps(facts))
+    with pytest.raises(CheckpointError, match=r"no ArchSpec holds.*adapter=ArchSpec"):
+        load(tmp_path, host, verify=False)
 
 
 def test_shared_parameters_are_stored_once(tmp_path: Path) -> None:

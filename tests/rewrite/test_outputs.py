@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
-from transformers import ViTConfig, ViTModel
+from transformers import T5Config, T5EncoderModel, ViTConfig, ViTModel
 
 import tokenprune
 from tokenprune.errors import UnsupportedHostError
@@ -71,6 +71,22 @@ def test_paths_agree_on_token_outputs(host: ViTModel, pixels: Tensor, restore: b
     rows = torch.arange(9) if restore else torch.tensor([0, *(1 + p for p in SETS[-1])])
     assert gather.last_hidden_state.shape[1] == len(rows)
     torch.testing.assert_close(mask.last_hidden_state[:, rows], gather.last_hidden_state)
+
+
+def test_a_norm_by_hand_is_of_each_token() -> None:
+    """T5 and Llama end in an RMS norm: a mean over channels. The first token is a prefix."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 9, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 4, "num_heads": 2}
+    host = T5EncoderModel(T5Config(**sizes)).eval()
+    given = {"input_ids": torch.arange(32).reshape(2, 16) % 9}
+    recipe = {**RECIPE, "mode": "remove"}
+    model = tokenprune.wrap(host, recipe, example_inputs=given, restore=True, train=False)
+    with model.using("gather", keep_indices=[torch.arange(4).expand(2, -1)] * 3), torch.no_grad():
+        states = model(**given, output_hidden_states=True)
+        entering = host(**given, output_hidden_states=True).hidden_states[1]
+        normed = host.encoder.final_layer_norm(entering)  # what left at block 1, as the others
+    assert states.last_hidden_state.shape == (2, 16, 16)
+    torch.testing.assert_close(states.last_hidden_state[:, 5:], normed[:, 5:])
 
 
 def test_putting_back_writes_kept_rows_and_the_prefix_only() -> None:

@@ -25,6 +25,11 @@ class Shift(nn.Module):
         return x + scaled + torch.stack(rows)[:, None]
 
 
+class Noisy(Shift):
+    def forward(self, x: Tensor, numbers: Tensor) -> Tensor:
+        return nn.functional.dropout(super().forward(x, numbers), 0.2, self.training)
+
+
 class Shorten(nn.Module):
     """Leaves as many tokens as the first image says."""
 
@@ -60,6 +65,15 @@ def wrapped(odd: nn.Module, inside: bool = False) -> tuple[Host, Any]:
     torch.manual_seed(0)
     host = Host(odd, inside).eval()
     return host, tokenprune.wrap(host, RECIPE, example_inputs=inputs(2), adapter=SPEC)
+
+
+def test_its_dropout_is_no_number_of_pythons() -> None:
+    host, model = wrapped(Noisy())
+    before = torch.get_rng_state()
+    model._pruning.programs(inputs(2, length=7))
+    assert torch.equal(torch.get_rng_state(), before)
+    model.train()(**inputs(2)).sum().backward()
+    assert host.odd.table.grad is not None
 
 
 def test_it_runs_on_the_values_of_each_call() -> None:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from tokenprune.tracing.finite import check_finite
 from tokenprune.tracing.hook_nodes import passed
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "known_kind",
     "mixes",
     "reads_neighbours",
+    "reduces",
     "set_kind",
 ]
 
@@ -60,6 +62,8 @@ class Kind(Enum):
     """Takes from a tensor its shape, type and place, never what it holds."""
     ONES = auto()
     """Makes a tensor of ones."""
+    CHECK = auto()
+    """Looks whether a flag is set in any entry."""
     ANY_LENGTH = auto()
     """Runs with a table shorter than the tokens, and leaves tokens out."""
 
@@ -99,6 +103,7 @@ _KINDS: dict[Any, Kind] = {
             *(torch.zeros_like, torch.empty_like, torch.full_like),
         ),
         Kind.ONES: (torch.ones, torch.ones_like, "new_ones"),
+        Kind.CHECK: (check_finite,),
         Kind.ANY_LENGTH: (operator.setitem, torch.gather, "gather"),
     }.items()
     for target in targets
@@ -138,6 +143,11 @@ def attends(root: nn.Module, node: fx.Node) -> bool:
 def mixes(root: nn.Module, node: fx.Node) -> bool:
     """Whether a node is an attention, a softmax, a contraction, a pooling or a batch statistic."""
     return kind_of(root, node) in (*_ATTENDING, *_POOLING, Kind.BATCH_STATISTIC)
+
+
+def reduces(root: nn.Module, node: fx.Node) -> bool:
+    """Whether a node is a pooling, over tokens or over channels."""
+    return kind_of(root, node) in _POOLING
 
 
 def couples(root: nn.Module, node: fx.Node) -> bool:

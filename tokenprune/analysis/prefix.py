@@ -1,7 +1,7 @@
 """Which of the tokens that enter the first block are of the image, and which are the host's own."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 
 from tokenprune.analysis.blocks import Blocks
 from tokenprune.analysis.nodes import shape_of
+from tokenprune.errors import UnsupportedHostError
 from tokenprune.private import without_modes
 from tokenprune.tracing.hook_nodes import is_hook_node
 from tokenprune.tracing.hooks import calls_unhooked
@@ -16,12 +17,26 @@ from tokenprune.tracing.host_graph import HostGraph
 from tokenprune.tracing.interpret import evaluate
 from tokenprune.tracing.state import buffers_kept
 
-__all__ = ["own_tokens", "prefix_of_grid"]
+__all__ = ["OwnTokens", "own_tokens", "prefix_of_grid", "refuse_inside"]
 
 
-def own_tokens(root: nn.Module, traced: HostGraph, entry: fx.Node) -> tuple[int, int] | None:
-    """How many tokens at the front and at the end are the same for every image: class, register
-    and detection tokens. None if running the host up to its first block does not tell.
+class OwnTokens(NamedTuple):
+    """The tokens that are the same for every image: class, register and detection tokens.
+
+    Attributes:
+        front: How many at the front.
+        end: How many at the end.
+        inside: The places of those with patches on both sides, counted from 0.
+    """
+
+    front: int
+    end: int
+    inside: tuple[int, ...] = ()
+
+
+def own_tokens(root: nn.Module, traced: HostGraph, entry: fx.Node) -> OwnTokens | None:
+    """The tokens that are the same for every image. None if running the host up to its first block
+    does not tell.
 
     Two batches of random images go through what the host does before that block, without dropout,
     which would tell equal tokens apart. Masks (bool) are as in a call without padding: first all
@@ -40,18 +55,40 @@ def own_tokens(root: nn.Module, traced: HostGraph, entry: fx.Node) -> tuple[int,
 
 
 def prefix_of_grid(root: nn.Module, traced: HostGraph, blocks: Blocks, number: int) -> int | None:
-    """How many tokens at the front are the host's own on the grid of a block, counted where that
-    grid begins: a host may add its class token to a later one. None if nothing tells."""
+    """How many tokens at the front are the host's own on the grid of a block that tokens leave,
+    counted where that grid begins: a host may add its class token to a later one. None if nothing
+    tells.
+
+    Raises:
+        UnsupportedHostError: Some are among the patches.
+    """
     shape = shape_of(blocks[number].entry)
     first = min(n for n, block in blocks.items() if shape_of(block.entry) == shape)
     own = own_tokens(root, traced, blocks[first].entry)
-    return None if own is None else own[0]
+    if own is None:
+        return None
+    refuse_inside(traced, own)
+    return own.front
+
+
+def refuse_inside(traced: HostGraph, own: OwnTokens) -> None:
+    """Raise UnsupportedHostError if own tokens of the host are among the patches, which leave."""
+    front, end, inside = own
+    if inside:
+        places = f"{inside[0]} to {inside[-1]}" if len(inside) > 1 else str(inside[0])
+        raise UnsupportedHostError(
+            f"{len(inside)} of the tokens that enter the blocks of {traced.host} are the same "
+            f"for every image and lie among its patches (places {places}): registers, say, which "
+            "are to stay, while only tokens at the front or at the end can. Move them there, or "
+            "let them be dropped as patches are: "
+            f"adapter=ArchSpec(num_prefix_tokens={front}, num_suffix_tokens={end})."
+        )
 
 
 def _same_in_all(
     root: nn.Module, traced: HostGraph, entry: fx.Node, *, masks: bool
-) -> tuple[int, int] | None:
-    """How many tokens at the front and at the end two batches of images share."""
+) -> OwnTokens | None:
+    """The tokens that two batches of images share."""
     given = {node: node.meta["val"] for node in traced.inputs.values()}
     devices = {x.device for x in given.values() if x.device.type == "cuda"}
     generator = torch.Generator().manual_seed(0)
@@ -76,7 +113,9 @@ def _same_in_all(
     of_image = (tokens != tokens[:1]).any(dim=2).any(dim=0).tolist()
     if not any(of_image):
         return None
-    return of_image.index(True), of_image[::-1].index(True)
+    front, end = of_image.index(True), of_image[::-1].index(True)
+    patches = range(front, len(of_image) - end)
+    return OwnTokens(front, end, tuple(place for place in patches if not of_image[place]))
 
 
 def _filled(like: Tensor, generator: torch.Generator, masks: bool) -> Tensor:

@@ -12,7 +12,7 @@ from torch import nn
 
 from tokenprune.analysis.blocks import Blocks, blocks_of, find_blocks, sequence_first
 from tokenprune.analysis.nodes import shape_of
-from tokenprune.analysis.prefix import own_tokens, prefix_of_grid
+from tokenprune.analysis.prefix import own_tokens, prefix_of_grid, refuse_inside
 from tokenprune.analysis.residual import find_stretches
 from tokenprune.errors import PlanError, UnsupportedHostError
 from tokenprune.hosts.spec import ArchSpec
@@ -189,14 +189,20 @@ def _entering(call: ModuleCall) -> tuple[int, ...]:
 def _with_prefix(
     host: nn.Module, traced: HostGraph, spec: ArchSpec, blocks: Blocks, reading: Reading
 ) -> ArchSpec:
-    """The facts with the prefix tokens that the graph shows, unless somebody stated them."""
+    """The facts with the prefix tokens that the graph shows, unless somebody stated them.
+
+    Raises:
+        UnsupportedHostError: Own tokens of the host are among the patches, and could leave.
+    """
     if spec.num_prefix_tokens is not None and not reading.guessed:
         return spec
     own = own_tokens(host, traced, blocks[min(blocks)].entry) if blocks else None
     if own is None:
         how = f"{spec.prefix} prefix tokens: nothing else tells which are of the image"
         return replace(spec, num_prefix_tokens=spec.prefix, notes=(*spec.notes, how))
-    front, end = own
+    if spec.tokens_leave:
+        refuse_inside(traced, own)
+    front, end, _ = own
     how = f"{front} prefix tokens: they are the same for every image"
     how += f"; so are the last {end}, which always stay" if end else ""
     notes = (*spec.notes, how)

@@ -44,9 +44,9 @@ from tokenprune.checkpoints.weights import (
     sha256,
     shared_names,
 )
+from tokenprune.checkpoints.wrapped import stated, wrap_options
 from tokenprune.errors import CheckpointError
 from tokenprune.files import all_or_nothing
-from tokenprune.hosts.registry import list_adapters
 from tokenprune.recipe import Recipe, RecipeSource, load_recipe
 from tokenprune.runtime.fitted import have_learned
 from tokenprune.runtime.model import PrunedModel, pruning_of
@@ -165,7 +165,7 @@ def describe_weights(
     facts = Facts(
         format=FORMAT,
         versions=versions(),
-        host={"library": library, "why_not": why_not, **_host_facts(pruning)},
+        host={"library": library, "why_not": why_not, **_host_facts(pruning), **stated(pruning)},
         wrap={"adapter": pruning.spec.adapter, "restore": pruning.restore},
         aliases={**shared_names(pruning.host.state_dict()), **(aliases or {})},
         files={name: sha256(folder / name) for name in files},
@@ -236,7 +236,7 @@ def load(
     check(state, host.state_dict(), head=f"{head} this {type(host).__name__}:")
     with _restored_on_error(host):
         host.load_state_dict(state)
-        model = wrap(host, chosen, **{**_wrap_options(facts), **options})
+        model = wrap(host, chosen, **{**wrap_options(facts), **options})
         _check_facts(pruning_of(model), facts, source)
         added = {name: tensor for name, tensor in tensors.items() if is_added(name)}
         own = {name: tensor for name, tensor in model.state_dict().items() if is_added(name)}
@@ -313,12 +313,6 @@ def _check_facts(pruning: Pruning, facts: Facts, source: Path) -> None:
                 "adapter as they were when it was wrapped: tokenprune.load(folder, host, "
                 "adapter=...)."
             )
-
-
-def _wrap_options(facts: Facts) -> dict[str, Any]:
-    """How the saved model was wrapped; an adapter that is unknown here is not asked for."""
-    known = facts.wrap.get("adapter") in list_adapters()
-    return {name: value for name, value in facts.wrap.items() if known or name != "adapter"}
 
 
 @contextmanager

@@ -126,8 +126,9 @@ class Theorems:
                     at = node.next
             raise VerificationError(
                 f"{type(self.model).__name__} cannot be pruned: its {path} path fails at "
-                f"{program.rewrite.where(at) if at else 'its first node'}: {error}. Leave this "
-                "host dense, or prune it after that node."
+                f"{program.rewrite.where(at) if at else 'its first node'}: {error}. If "
+                "Python has made a number of how many tokens there were (of chunks, say), leave "
+                "that out (chunk_size_feed_forward=0), or prune this host after that node."
             ) from error
         return tensors_in(output)
 

@@ -75,7 +75,8 @@ def _show_spec(host: nn.Module, spec: ArchSpec) -> None:
     if spec.blocks:
         first, last = spec.blocks[0], spec.blocks[-1]
         kind = type(host.get_submodule(first)).__name__
-        blocks = f"{len(spec.blocks)} of class {kind}, {first} to {last}"
+        names = f"{first or 'the host itself'} to {last or 'the host itself'}"
+        blocks = f"{len(spec.blocks)} of class {kind}, {names}"
     taken = ", ".join(f"{name} {list(e.shape)}" for name, e in spec.inputs.items()) or "unknown"
     rows = [
         ("host", f"{type(host).__name__}, {parameters / 1e6:.1f} M parameters"),

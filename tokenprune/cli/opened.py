@@ -70,7 +70,7 @@ def open_model(
         host_weights: File with weights of a host that is built.
         wrapped: Wrap a host that is built.
         verify: Prove it.
-        seen: Called with the host and what is known of it, before it is wrapped.
+        seen: Called with the host and what is known of it, whether it can be wrapped or not.
 
     Raises:
         HostError: An option does not go with what the name is.
@@ -104,9 +104,12 @@ def open_model(
             raise HostError(f"{name} returns a wrapped model, which has both. Leave {clash} out.")
         seen(pruning_of(built).host, pruning_of(built).spec)
     elif wrapped:
-        spec = hints(built, adapter or None)
-        seen(built, spec)
-        with working("tracing and proving" if verify else "tracing"):
-            chosen = load_recipe(recipe) if recipe else recipe_for(name, spec)
-            built = wrap(built, chosen, adapter=adapter or None, verify=verify, train=False)
+        spec, dense = hints(built, adapter or None), built
+        try:
+            with working("tracing and proving" if verify else "tracing"):
+                chosen = load_recipe(recipe) if recipe else recipe_for(name, spec)
+                built = wrap(built, chosen, adapter=adapter or None, verify=verify, train=False)
+            spec = pruning_of(built).spec  # what the graph has shown too
+        finally:
+            seen(dense, spec)
     return Opened(name=name, model=built, folder=None, published=published)

@@ -12,7 +12,15 @@ from torch import nn
 from tokenprune.errors import AdapterError, UnknownAdapterError, UnsupportedHostError, did_you_mean
 from tokenprune.hosts.spec import ArchSpec
 
-__all__ = ["Adapter", "describe", "hints", "list_adapters", "register_adapter", "stated_by"]
+__all__ = [
+    "Adapter",
+    "describe",
+    "hints",
+    "list_adapters",
+    "register_adapter",
+    "stated_by",
+    "tower_of",
+]
 
 ENTRY_POINTS = "tokenprune.adapters"
 GENERIC = "generic"
@@ -136,6 +144,19 @@ def _said(host: nn.Module, adapter: str | ArchSpec | None) -> ArchSpec:
             f"{missing}. Pass adapter=ArchSpec(...) with the right paths."
         )
     return spec
+
+
+def tower_of(host: nn.Module) -> str:
+    """Path of the outermost module inside `host` that an adapter of a family describes and that
+    takes images: the tower of a vision-language model. Empty if there is none."""
+    for path, module in list(host.named_modules())[1:]:
+        try:
+            spec = None if _adapter(module, None).name == GENERIC else describe(module)
+        except UnsupportedHostError:
+            continue
+        if spec is not None and any(len(e.shape) == 3 for e in spec.inputs.values()):
+            return str(path)
+    return ""
 
 
 def stated_by(host: nn.Module, spec: ArchSpec) -> list[tuple[nn.Module, str]]:

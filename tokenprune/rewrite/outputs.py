@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from tokenprune.analysis.facts import Aligned
-from tokenprune.analysis.operators import mixes
+from tokenprune.analysis.operators import mixes, reduces
 from tokenprune.analysis.stretch import Stretch
 from tokenprune.errors import UnsupportedHostError
 from tokenprune.ops.layout import flat_tokens, laid_out
@@ -170,8 +170,12 @@ def _whole_reads(rewrite: Rewrite, streams: Container[fx.Node]) -> set[tuple[fx.
 
 
 def _check_unmixed(rewrite: Rewrite, node: fx.Node) -> None:
-    origin = rewrite.origin(node)
-    if origin is None or mixes(rewrite.root, origin) or rewrite.facts(node).gathers:
+    origin, facts = rewrite.origin(node), rewrite.facts(node)
+    mixed = origin is None or mixes(rewrite.root, origin)
+    if origin is not None and reduces(rewrite.root, origin):  # over channels, as an RMS norm does
+        sources = (rewrite.facts(source) for source in node.all_input_nodes)
+        mixed = any(len(source.dims) > len(facts.dims) for source in sources)
+    if mixed or facts.gathers:
         raise _unrestorable(rewrite, node)
 
 

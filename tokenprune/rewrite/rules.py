@@ -302,6 +302,16 @@ def _batch_norm(hiding: Hiding, node: fx.Node) -> None:
         )
 
 
+@rule(kind=Kind.CHECK)
+def _check(hiding: Hiding, node: fx.Node) -> None:
+    """A flag of a dropped token does not count."""
+    rewrite, flags = hiding.rewrite, node.all_input_nodes[0]
+    for axis, dim in sorted(rewrite.facts(flags).dims.items())[:1]:
+        policy = hiding.policy(node, dim, flags)
+        numbers = rewrite.insert(node, torch.Tensor.to, flags, torch.float32)
+        node.update_arg(0, rewrite.insert(node, hiding.ops.amax, numbers, policy, axis, False))
+
+
 rule(kind=Kind.MEAN)(_in_reduction(lambda ops: ops.mean))
 rule(kind=Kind.SUM)(_in_reduction(lambda ops: ops.sum))
 rule(kind=Kind.AMAX)(_in_reduction(lambda ops: ops.amax))

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from tokenprune.tracing.finite import check_finite
 from tokenprune.tracing.hook_nodes import is_hook_node
 
 __all__ = [
@@ -22,7 +23,7 @@ __all__ = [
 
 IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "ior", "iand")
 """Names of the operators that write into their left side."""
-WRITES = frozenset(getattr(operator, name) for name in ("setitem", *IN_PLACE))
+ENDS = frozenset([check_finite, *(getattr(operator, name) for name in ("setitem", *IN_PLACE))])
 
 
 class Store:
@@ -87,14 +88,14 @@ def refill(kept: Any, contents: Any) -> None:
 
 
 def has_effect(node: fx.Node) -> bool:
-    """Whether a node writes into a tensor, runs hooks, or is an end of the graph."""
+    """Whether a node writes into a tensor, runs hooks, checks, or is an end of the graph."""
     if node.op not in ("call_function", "call_method"):
         return node.op in ("placeholder", "output")
     if is_hook_node(node):
         return True
     name = getattr(node.target, "__name__", str(node.target))
     writes = name.endswith("_") and not name.endswith("__")
-    writes = writes or node.target in WRITES or node.kwargs.get("out") is not None
+    writes = writes or node.target in ENDS or node.kwargs.get("out") is not None
     return writes or isinstance(node.target, Store)
 
 

@@ -27,7 +27,8 @@ from tokenprune.tracing.calls import NUMBER, RecordedCall
 from tokenprune.tracing.checkpoints import CHECKPOINT, Checkpoint, checkpoints_recorded
 from tokenprune.tracing.constants import find, look_up, named_tensors
 from tokenprune.tracing.decompose import is_leaf
-from tokenprune.tracing.draws import DrawRead, certain, is_drawn, possible_number
+from tokenprune.tracing.draws import DrawRead, is_drawn, possible_number
+from tokenprune.tracing.finite import answer
 from tokenprune.tracing.functions import calls_let_through
 from tokenprune.tracing.gradients import GradientRun
 from tokenprune.tracing.hooks import (
@@ -55,6 +56,7 @@ from tokenprune.tracing.opaque import DATA_DEPENDENT, OPAQUE, REASON, as_traced,
 from tokenprune.tracing.outside import named_by, outside_noted
 from tokenprune.tracing.provenance import Provenance, failed_at, frame_of_host
 from tokenprune.tracing.proxy import ValueProxy, concrete
+from tokenprune.tracing.randomness import torch_generators_kept
 from tokenprune.tracing.reads import Reads
 from tokenprune.tracing.recording import calls_recorded
 from tokenprune.tracing.remains import Remains, nodes_in, remains_of, taken_out
@@ -239,7 +241,7 @@ class ValueTracer(fx.Tracer):
         """`convert` (bool, int, float, ...) applied to `node`'s value, which Python reads."""
         if self.executing:
             return convert(node.meta["val"])
-        known = certain(node)
+        known = answer(node, self.create_node)
         if known is not None:
             return convert(known)
         if self._reads_draws and is_drawn(node):
@@ -272,13 +274,13 @@ class ValueTracer(fx.Tracer):
         try:
             proxy.node.meta["val"] = self._evaluate(kind, target, args, kwargs, value)
         except NEEDS_VALUES as error:
-            known, number = certain(proxy.node), possible_number(proxy.node)
-            if target == "item" and known is not None:
+            number = possible_number(proxy.node)
+            known = answer(proxy.node, self.create_node) if target == "item" else None
+            if known is not None:
                 return known
             if target != "item" or number is None:
                 raise (DrawRead() if is_drawn(proxy.node) else error) from error
-            proxy.node.meta["val"] = number
-            self._reads_draws = True
+            proxy.node.meta["val"], self._reads_draws = number, True
         return proxy
 
     def _evaluate(self, kind: str, target: Any, args: Args, kwargs: Kwargs, value: Any) -> Any:
@@ -372,7 +374,7 @@ class ValueTracer(fx.Tracer):
             refusal = failed_at(error, self._failed_in or path)
             self._forget(start, specialized)
             self._checkpoint = checkpoint
-            with self._unrecorded():
+            with self._unrecorded(), torch_generators_kept():
                 value = run_again(self.root, self.graph, self._example, m, args, kwargs)
             first = next(v for v in self._example.values() if isinstance(v, torch.Tensor))
             if not isinstance(value, torch.Tensor) or value.shape[:1] != first.shape[:1]:
