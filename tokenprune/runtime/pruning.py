@@ -18,7 +18,7 @@ from tokenprune.analysis.reading import NoBlocksError, Reading, settle
 from tokenprune.errors import HostError, KeepIndicesError, PlanError
 from tokenprune.hosts.inputs import CallSignature, ExampleInputs, first_floating, named_inputs
 from tokenprune.hosts.registry import hints, stated_by
-from tokenprune.hosts.spec import ArchSpec
+from tokenprune.hosts.spec import ArchSpec, ExampleInput
 from tokenprune.ops.kept_sets import check_keep_indices
 from tokenprune.private import exporting, jit_tracing, without_modes
 from tokenprune.recipe import Recipe
@@ -71,6 +71,7 @@ class Pruning:
         overrides: What `using` forces, by thread.
         entries: The host's other methods that are known to run its blocks.
         example: What it was wrapped with; tensors are on the meta device.
+        asked: What the host said by then that it takes.
         added: What `wrap` added, by name: children of the wrapped model alone.
         compiled: What `compile()` has set on the wrapped model.
         fitted: The scorers are known to have learned, or to have nothing to learn.
@@ -87,6 +88,7 @@ class Pruning:
     call: CallSignature
     restore: bool | None
     example: Arguments
+    asked: Mapping[str, ExampleInput] = field(default_factory=dict)
     added: dict[str, nn.Module] = field(default_factory=dict)
     compiled: Any = None
     cache: ProgramCache = field(default_factory=ProgramCache)
@@ -105,16 +107,14 @@ class Pruning:
         return named_inputs(self.call, spec, self.host, given, self.as_wrapped)
 
     def as_wrapped(self) -> Arguments:
-        """Arguments like those it was wrapped with, of zeros, where the host is now."""
-        like = first_floating(self.host)
-        dtypes = {n: x.dtype for n, x in self.example.tensors.items()}
-        now = {n: like.dtype if d.is_floating_point else d for n, d in dtypes.items()}
-        return self.example.with_tensors(
-            {
-                n: torch.zeros(x.shape, dtype=now[n], device=like.device)
-                for n, x in self.example.tensors.items()
-            }
-        )
+        """Arguments like those it was wrapped with, of zeros, of the host's size and place now."""
+        like, asks = first_floating(self.host), hints(self.host, self.adapter).inputs
+        other, made = {n: a.shape for n, a in asks.items() if a != self.asked.get(n)}, {}
+        for n, x in self.example.tensors.items():
+            shape = (x.shape[0], *other[n]) if n in other else x.shape
+            like_it = like if x.is_floating_point() else x
+            made[n] = torch.zeros(shape, dtype=like_it.dtype, device=like.device)
+        return self.example.with_tensors(made)
 
     @property
     def forced(self) -> Overrides:
