@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 
-from tokenprune.errors import HostError
+from tokenprune.errors import HostError, TokenPruneError
 from tokenprune.hosts.inputs import CallSignature
-from tokenprune.private import register_constant
+from tokenprune.private import jit_tracing, register_constant
 from tokenprune.rewrite.settings import Path
 from tokenprune.runtime.cache import ProgramCache
 from tokenprune.runtime.program import Programs
 from tokenprune.tracing.arguments import Arguments
 from tokenprune.tracing.modes import modes_hold
 
-__all__ = ["Handle", "Seen", "prepare", "watched_by_dynamo"]
+__all__ = ["Handle", "Seen", "prepare", "refuse_jit_trace", "watched_by_dynamo"]
 
 
 # Dynamo of torch 2.8 compares an object by `==` only if a function gets it as a constant; that of
@@ -40,13 +40,19 @@ class Handle:
 
 
 class Seen:
-    """The programs that a call was compiled with; of none, what is compared with it later."""
+    """The programs that a call was compiled with; of none, what is compared with it later; or
+    (`refused`) that there were none to compile, which is tried anew in each call."""
 
-    def __init__(self, programs: Programs | None = None, cache: ProgramCache | None = None) -> None:
-        self.programs, self.cache = programs, cache
+    def __init__(
+        self,
+        programs: Programs | None = None,
+        cache: ProgramCache | None = None,
+        refused: bool = False,
+    ) -> None:
+        self.programs, self.cache, self.refused = programs, cache, refused
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Seen):
+        if not isinstance(other, Seen) or self.refused or other.refused:
             return False
         one = self if other.programs is None else other
         if one.programs is None or one.cache is None:
@@ -65,6 +71,17 @@ register_constant(Handle)
 register_constant(Seen)
 
 
+def refuse_jit_trace(host: str) -> None:
+    """Raise if torch.jit.trace runs."""
+    if jit_tracing():
+        raise HostError(
+            f"torch.jit.trace (or the old torch.onnx exporter) was run on a {host} that tokenprune "
+            "wrapped: its forward chooses a program by shapes and modes, which such a trace would "
+            'freeze in silence. Call tokenprune.export(model, "model.onnx") or '
+            'tokenprune.export(model, "model.pt2").'
+        )
+
+
 def watched_by_dynamo(pruning: Any) -> None:
     """Make Dynamo compare `seen` before each call. It compares other objects only, so another one
     is put in its place, which what is compiled does as well."""
@@ -81,17 +98,25 @@ def _used(seen: Seen) -> bool:
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def prepare(
     handle: Handle, path: Path, entry: str, places: Any, names: tuple[str, ...], *values: Any
-) -> int:
+) -> int | str:
     """Build the program before Dynamo traces the call, on real tensors and outside of what is
-    compiled; its number."""
-    pruning = handle.pruning
+    compiled; its number, or why it cannot be: an error that is raised here Dynamo would wrap."""
+    pruning, arguments = handle.pruning, Arguments(dict(zip(names, values, strict=True)), places)
+    try:
+        return _prepared(pruning, path, entry, arguments)
+    except TokenPruneError as error:
+        pruning.seen = Seen(refused=True)
+        return f"{type(error).__name__}: {error}"
+
+
+def _prepared(pruning: Any, path: Path, entry: str, arguments: Arguments) -> int:
     if (now := CallSignature.now(type(pruning.host))) != pruning.call:
         pruning.call = now
         raise HostError(
             f"The forward of {now.host}, which takes ({', '.join(now.names)}), was put in the "
             "place of one with other arguments after torch.compile. Call the model again."
         )
-    programs = pruning.programs(Arguments(dict(zip(names, values, strict=True)), places), entry)
+    programs = pruning.programs(arguments, entry)
     programs.get(pruning.host, path)
     pruning.look_at_scorers(path)
     pruning.seen = Seen(programs, pruning.cache)

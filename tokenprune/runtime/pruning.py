@@ -16,11 +16,17 @@ from tokenprune.analysis.blocks import Blocks
 from tokenprune.analysis.plan import Budget, Plan, bind
 from tokenprune.analysis.reading import NoBlocksError, Reading, settle
 from tokenprune.errors import HostError, KeepIndicesError, PlanError
-from tokenprune.hosts.inputs import CallSignature, ExampleInputs, first_floating, named_inputs
+from tokenprune.hosts.inputs import (
+    CallSignature,
+    ExampleInputs,
+    first_floating,
+    named_inputs,
+    zeros_of,
+)
 from tokenprune.hosts.registry import hints, stated_by
 from tokenprune.hosts.spec import ArchSpec, ExampleInput
 from tokenprune.ops.kept_sets import check_keep_indices
-from tokenprune.private import exporting, jit_tracing, without_modes
+from tokenprune.private import exporting, without_modes
 from tokenprune.recipe import Recipe
 from tokenprune.reductions.choice import Choice, choice_of
 from tokenprune.rewrite.kept.pruning_trace import PruningTrace
@@ -28,7 +34,7 @@ from tokenprune.rewrite.settings import PATHS, CallSettings, Path, PathName
 from tokenprune.runtime.added import check_parts, check_place
 from tokenprune.runtime.cache import ProgramCache, Signature, signature_of
 from tokenprune.runtime.children import Children
-from tokenprune.runtime.compiled import Handle, Seen, prepare, watched_by_dynamo
+from tokenprune.runtime.compiled import Handle, Seen, prepare, refuse_jit_trace, watched_by_dynamo
 from tokenprune.runtime.entries import (
     BlocksReached,
     are_stopped,
@@ -108,13 +114,9 @@ class Pruning:
 
     def as_wrapped(self) -> Arguments:
         """Arguments like those it was wrapped with, of zeros, of the host's size and place now."""
-        like, asks = first_floating(self.host), hints(self.host, self.adapter).inputs
-        other, made = {n: a.shape for n, a in asks.items() if a != self.asked.get(n)}, {}
-        for n, x in self.example.tensors.items():
-            shape = (x.shape[0], *other[n]) if n in other else x.shape
-            like_it = like if x.is_floating_point() else x
-            made[n] = torch.zeros(shape, dtype=like_it.dtype, device=like.device)
-        return self.example.with_tensors(made)
+        asks = hints(self.host, self.adapter).inputs
+        other = {name: asked.shape for name, asked in asks.items() if asked != self.asked.get(name)}
+        return zeros_of(self.example, other, first_floating(self.host))
 
     @property
     def forced(self) -> Overrides:
@@ -200,13 +202,7 @@ class Pruning:
         path = self.path(model.training)
         if self.runs_host(path) and not return_trace:
             return getattr(self.host, entry)(*args, **kwargs)
-        if jit_tracing():  # of torch.jit
-            raise HostError(
-                f"torch.jit.trace (or the old torch.onnx exporter) was run on a "
-                f"{type(self.host).__name__} that tokenprune wrapped: its forward chooses a "
-                "program by shapes and modes, which such a trace would freeze in silence. Call "
-                'tokenprune.export(model, "model.onnx") or tokenprune.export(model, "model.pt2").'
-            )
+        refuse_jit_trace(type(self.host).__name__)
         if torch.compiler.is_dynamo_compiling():
             call = self.call if entry == "forward" else CallSignature.of(type(self.host), entry)
             arguments = call.bind(args, kwargs)
@@ -215,6 +211,9 @@ class Pruning:
             number = prepare(self.handle, path, entry, *given)
             if not (exporting() or self.cache.frozen):
                 watched_by_dynamo(self)
+            if isinstance(number, str):  # refused: outside of Dynamo, which would wrap the error
+                torch._dynamo.graph_break(msg=number)
+                return self.run_alone(model, args, kwargs, return_trace, entry)
             signature = signature_of(arguments, entry, self.host.training)
             programs = self.cache.numbered(number, signature)
         else:
@@ -238,18 +237,18 @@ class Pruning:
             check()
         programs.look_after()
         if settings.sample and not torch.compiler.is_compiling():
-            scorers, targets = model.get_submodule(PREDICTORS), self.budget.keep_ratios
-            decisions = [kept for _, kept in records]
+            scorers, decisions = model.get_submodule(PREDICTORS), [kept for _, kept in records]
+            targets = self.budget.keep_ratios
             self.watch.saw(model, scorers, decisions, real, targets, return_trace)
         if not return_trace:
             return output
         if name == "dense":
             return output, PruningTrace([], tokens, real)
-        nested = self.method.reduction.nested
-        stages = self.method.reduction.kept_sets[name].stage_traces(
-            records, programs.num_patches, nested
-        )
+        reduction, patches = self.method.reduction, programs.num_patches
+        stages = reduction.kept_sets[name].stage_traces(records, patches, reduction.nested)
         return output, PruningTrace(stages, tokens, real)
+
+    run_alone = torch.compiler.disable(run)  # type: ignore[no-untyped-call]
 
     def path_name(self, path: Path) -> PathName:
         """The gather path has another name where images keep different numbers of tokens."""
