@@ -127,6 +127,12 @@ def test_what_changes_after_compiling_is_seen() -> None:
         before, found = found, run(IMAGES)
         assert not torch.allclose(found, before)
         assert_same(found, model(IMAGES))
+        handle = model.blocks[0].mlp.fc1.register_forward_hook(lambda _m, _a, given: given * 2)
+        hooked = run(IMAGES)  # torch's own compiled modules would not see it
+        assert not torch.allclose(hooked, found)
+        assert_same(hooked, model(IMAGES))
+        handle.remove()
+        assert_same(run(IMAGES), found)
 
 
 @torch.no_grad()

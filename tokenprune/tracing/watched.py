@@ -35,7 +35,7 @@ from tokenprune.tracing.names import (
 from tokenprune.tracing.reads import Reads
 from tokenprune.tracing.settings import setting, settings_named_by
 
-__all__ = ["DIFFERS", "WHOLE", "Watched", "all_watched", "hooks_watched"]
+__all__ = ["DIFFERS", "HOOKS", "WHOLE", "Watched", "all_watched", "hooks_watched"]
 
 BY_TYPE = {
     *("__call__", "__getattr__", "__getitem__", "__iter__", "__contains__", "__len__"),
