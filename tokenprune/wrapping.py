@@ -228,6 +228,7 @@ class _Task:
                 call=self.call,
                 restore=self.restore,
                 example=example.with_tensors({n: x.to("meta") for n, x in example.tensors.items()}),
+                asked=self.hints.inputs,
             )
             programs = pruning.programs(example, traced=traced, blocks=blocks)
             programs.reduction.check_use(host)

@@ -210,6 +210,13 @@ def test_a_model_that_was_moved_and_trained_is_counted_as_it_was_wrapped() -> No
     assert profile(model) == usual
 
 
+def test_a_host_that_takes_another_size_now_is_counted_at_that_size() -> None:
+    model = wrapped(vit(num_classes=5))
+    model.set_input_size(img_size=48)
+    assert profile(model) == profile(model, torch.randn(1, 3, 48, 48))
+    assert profile(model).num_patches == 36
+
+
 def test_inference_mode_counts_the_same() -> None:
     model = wrapped(vit(num_classes=5))
     with torch.inference_mode():

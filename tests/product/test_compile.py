@@ -20,6 +20,7 @@ from tests.theorems.test_9_live import HOSTS as LIVE_HOSTS
 from tests.theorems.test_9_live import IMAGES
 from tests.theorems.test_9_live import wrapped as live_model
 from tests.toys.vit import Vit, pixels
+from tokenprune.errors import UnsupportedHostError
 from tokenprune.ops.bypass import Layout
 
 
@@ -126,6 +127,12 @@ def test_what_changes_after_compiling_is_seen() -> None:
         before, found = found, run(IMAGES)
         assert not torch.allclose(found, before)
         assert_same(found, model(IMAGES))
+        handle = model.blocks[0].mlp.fc1.register_forward_hook(lambda _m, _a, given: given * 2)
+        hooked = run(IMAGES)  # torch's own compiled modules would not see it
+        assert not torch.allclose(hooked, found)
+        assert_same(hooked, model(IMAGES))
+        handle.remove()
+        assert_same(run(IMAGES), found)
 
 
 @torch.no_grad()
@@ -150,6 +157,23 @@ def test_9_a_compiled_model_sees_it_too() -> None:
         torch.testing.assert_close(run(IMAGES), before, rtol=1e-4, atol=1e-4)
     finally:
         change(reader, 1.0)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
+@pytest.mark.parametrize("whole", [False, True])
+@torch.no_grad()
+def test_9_a_refusal_is_seen_through_torch_compile(whole: bool) -> None:
+    make, _ = LIVE_HOSTS["timm_vit"]
+    model = live_model(partial(make, depth=2))
+    torch.compiler.reset()
+    run = torch.compile(model, fullgraph=whole, backend="eager")
+    before, head = run(IMAGES), model.head
+    model.head = torch.jit.trace(head, torch.ones(2, 16))
+    said = r"Module 'head' of VisionTransformer was made by torch\.jit"
+    with pytest.raises(RuntimeError if whole else UnsupportedHostError, match=said):
+        run(IMAGES)
+    model.head = head
+    assert torch.equal(run(IMAGES), before)
 
 
 @torch.no_grad()

@@ -1,11 +1,15 @@
 """Methods of hosts whose blocks are known by no module."""
 
+from typing import Any
+
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tokenprune
 from tests.analysis.test_reading import IMAGES, WIDTH, Attention, Pairs, feed_forward
+from tokenprune.errors import TokenPruneWarning
 
 
 class Tied(Pairs):
@@ -56,3 +60,23 @@ def test_a_method_that_runs_no_block_is_the_hosts_own() -> None:
         pruned = model.features(IMAGES)
         assert torch.equal(host.head(pruned), model(IMAGES))
         assert not torch.allclose(pruned, host.features(IMAGES))
+
+
+def test_a_method_that_is_added_later_says_that_it_ran_dense_and_then_prunes() -> None:
+    class Own(Tied):
+        pass
+
+    def again(self: Tied, x: Tensor) -> Tensor:
+        x = self.embed_images(x)
+        for _ in range(3):
+            x = x + self.attention(x)
+            x = x + self.feed(x)
+        return x[:, 0]
+
+    host = Own().eval()
+    model: Any = tokenprune.wrap(host, "token-norm-k0.7", example_inputs=IMAGES, train=False).eval()
+    Own.again = again  # type: ignore[attr-defined]
+    with pytest.warns(TokenPruneWarning, match=r"added method again: Own got again\(\) after wrap"):
+        assert torch.equal(model.again(IMAGES), host.features(IMAGES))
+    assert torch.equal(model.again(IMAGES), model.features(IMAGES))
+    assert not torch.allclose(model.again(IMAGES), host.features(IMAGES))

@@ -219,8 +219,8 @@ def reader(place: Place) -> nn.Module:
     return made  # type: ignore[no-any-return]
 
 
-def reads_all(places: dict[str, Place]) -> Any:
-    """A wrapped host whose last block reads a number in each of these places."""
+def host_that_reads(places: dict[str, Place]) -> Any:
+    """A host whose last block reads a number in each of these places."""
 
     class Reads(Block):
         def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -229,7 +229,12 @@ def reads_all(places: dict[str, Place]) -> Any:
     host = Vit().eval()
     host.blocks[2].__class__ = Reads
     host.blocks[2].readers = nn.Sequential(OrderedDict((n, reader(p)) for n, p in places.items()))
-    return wrapped(host)
+    return host
+
+
+def reads_all(places: dict[str, Place]) -> Any:
+    """It wrapped."""
+    return wrapped(host_that_reads(places))
 
 
 def whole(model: Any, images: Tensor = IMAGES) -> Tensor:

@@ -20,6 +20,7 @@ __all__ = [
     "first_floating",
     "named_inputs",
     "parameters_of",
+    "zeros_of",
 ]
 
 ExampleInputs = Tensor | Sequence[Tensor] | Mapping[str, Any]
@@ -190,6 +191,17 @@ def named_inputs(
             "the wrapped model takes empty batches too."
         )
     return arguments
+
+
+def zeros_of(example: Arguments, shapes: Mapping[str, tuple[int, ...]], like: Tensor) -> Arguments:
+    """Zeros like an example, of the dtype and device of `like`; `shapes` holds those of one image
+    that are others now."""
+    made = dict[str, Tensor]()
+    for name, value in example.tensors.items():
+        shape = (value.shape[0], *shapes[name]) if name in shapes else value.shape
+        dtype = like.dtype if value.is_floating_point() else value.dtype
+        made[name] = torch.zeros(shape, dtype=dtype, device=like.device)
+    return example.with_tensors(made)
 
 
 def _drawn_like(example: Arguments) -> Arguments:

@@ -7,17 +7,19 @@ it takes classes that are registered as constants. An equal object is one whose 
 from typing import Any
 
 import torch
+from torch import nn
 
-from tokenprune.errors import HostError
+from tokenprune.errors import HostError, TokenPruneError
 from tokenprune.hosts.inputs import CallSignature
-from tokenprune.private import register_constant
+from tokenprune.private import jit_tracing, register_constant
 from tokenprune.rewrite.settings import Path
 from tokenprune.runtime.cache import ProgramCache
 from tokenprune.runtime.program import Programs
 from tokenprune.tracing.arguments import Arguments
 from tokenprune.tracing.modes import modes_hold
+from tokenprune.tracing.watched import HOOKS
 
-__all__ = ["Handle", "Seen", "prepare", "watched_by_dynamo"]
+__all__ = ["Handle", "Seen", "prepare", "refuse_jit_trace", "watched_by_dynamo"]
 
 
 # Dynamo of torch 2.8 compares an object by `==` only if a function gets it as a constant; that of
@@ -39,20 +41,52 @@ class Handle:
         return id(self)
 
 
-class Seen:
-    """The programs that a call was compiled with; of none, what is compared with it later."""
+class LeafHooks:
+    """The hooks of modules that are one node of a graph. An eager call runs them with the module;
+    Dynamo takes those that are there when it compiles, and looks at none afterwards."""
 
-    def __init__(self, programs: Programs | None = None, cache: ProgramCache | None = None) -> None:
-        self.programs, self.cache = programs, cache
+    def __init__(self, programs: Programs, host: nn.Module) -> None:
+        graph = programs.analysis.traced.graph
+        paths = {str(node.target) for node in graph.find_nodes(op="call_module")}
+        tables = [vars(host.get_submodule(path)) for path in sorted(paths)]
+        self._tables = [table for table in tables for _ in HOOKS]
+        self._names = list(HOOKS) * len(tables)
+        self._there = self._now()
+
+    def _now(self) -> list[Any]:
+        held = enumerate(map(dict.get, self._tables, self._names))
+        return [(place, list(hooks.values())) for place, hooks in held if hooks]
+
+    def same(self) -> bool:
+        """Whether they are those that were there."""
+        if not self._there:
+            return not any(map(dict.get, self._tables, self._names))
+        return self._now() == self._there
+
+
+class Seen:
+    """The programs that a call was compiled with; of none, what is compared with it later; or
+    (`refused`) that there were none to compile, which is tried anew in each call."""
+
+    def __init__(
+        self,
+        programs: Programs | None = None,
+        cache: ProgramCache | None = None,
+        hooks: LeafHooks | None = None,
+        refused: bool = False,
+    ) -> None:
+        self.programs, self.cache, self.refused = programs, cache, refused
+        self.hooks = hooks
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Seen):
+        if not isinstance(other, Seen) or self.refused or other.refused:
             return False
         one = self if other.programs is None else other
         if one.programs is None or one.cache is None:
             return True
         ambient = one.programs.analysis.traced.ambient
-        return modes_hold(ambient) and one.cache.holds(one.programs)
+        hooked_alike = one.hooks is None or one.cache.frozen or one.hooks.same()
+        return modes_hold(ambient) and hooked_alike and one.cache.holds(one.programs)
 
     def __hash__(self) -> int:
         return 0  # any two may be equal
@@ -63,6 +97,17 @@ class Seen:
 
 register_constant(Handle)
 register_constant(Seen)
+
+
+def refuse_jit_trace(host: str) -> None:
+    """Raise if torch.jit.trace runs."""
+    if jit_tracing():
+        raise HostError(
+            f"torch.jit.trace (or the old torch.onnx exporter) was run on a {host} that tokenprune "
+            "wrapped: its forward chooses a program by shapes and modes, which such a trace would "
+            'freeze in silence. Call tokenprune.export(model, "model.onnx") or '
+            'tokenprune.export(model, "model.pt2").'
+        )
 
 
 def watched_by_dynamo(pruning: Any) -> None:
@@ -81,20 +126,28 @@ def _used(seen: Seen) -> bool:
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def prepare(
     handle: Handle, path: Path, entry: str, places: Any, names: tuple[str, ...], *values: Any
-) -> int:
+) -> int | str:
     """Build the program before Dynamo traces the call, on real tensors and outside of what is
-    compiled; its number."""
-    pruning = handle.pruning
+    compiled; its number, or why it cannot be: an error that is raised here Dynamo would wrap."""
+    pruning, arguments = handle.pruning, Arguments(dict(zip(names, values, strict=True)), places)
+    try:
+        return _prepared(pruning, path, entry, arguments)
+    except TokenPruneError as error:
+        pruning.seen = Seen(refused=True)
+        return f"{type(error).__name__}: {error}"
+
+
+def _prepared(pruning: Any, path: Path, entry: str, arguments: Arguments) -> int:
     if (now := CallSignature.now(type(pruning.host))) != pruning.call:
         pruning.call = now
         raise HostError(
             f"The forward of {now.host}, which takes ({', '.join(now.names)}), was put in the "
             "place of one with other arguments after torch.compile. Call the model again."
         )
-    programs = pruning.programs(Arguments(dict(zip(names, values, strict=True)), places), entry)
+    programs = pruning.programs(arguments, entry)
     for whole in {False, programs.unread_rows}:  # the latter for calls that return a trace
         programs.get(pruning.host, path, whole)
     pruning.look_at_scorers(path)
-    pruning.seen = Seen(programs, pruning.cache)
+    pruning.seen = Seen(programs, pruning.cache, LeafHooks(programs, pruning.host))
     number: int = programs.number
     return number

@@ -8,8 +8,9 @@ import threading
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import lru_cache
 from itertools import takewhile
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any
 
 from torch import fx, nn
@@ -21,6 +22,7 @@ from tokenprune.tracing.state import Passing
 
 __all__ = [
     "BlocksReached",
+    "added_later",
     "are_stopped",
     "called_in",
     "check_what_follows",
@@ -45,6 +47,22 @@ def methods_of(host_class: type[nn.Module]) -> dict[str, FunctionType]:
         for name, value in found.items()
         if isinstance(value, FunctionType) and name[:2] != "__" and name not in of_all
     }
+
+
+def added_later(host_class: Any, known: Any) -> dict[CodeType, str]:
+    """The methods of a host's classes that the class of its wrapped models does not know, by their
+    code: they were added after `wrap`."""
+    bases = host_class.__mro__[: host_class.__mro__.index(nn.Module)]
+    return _added_later(host_class, known, sum(len(vars(base)) for base in bases))
+
+
+@lru_cache(maxsize=64)
+def _added_later(host_class: Any, known: Any, _size: int) -> dict[CodeType, str]:
+    later = {n: m.__code__ for n, m in methods_of(host_class).items() if n not in vars(known)}
+    inside = {
+        n: [c for c in code.co_consts if isinstance(c, CodeType)] for n, code in later.items()
+    }
+    return {code: name for name, own in later.items() for code in (own, *inside[name])}
 
 
 def called_in(host: nn.Module, paths: Iterable[str]) -> list[nn.Module]:

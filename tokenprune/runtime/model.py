@@ -7,6 +7,7 @@ which no dict shows: modules it adds are children of the wrapper alone.
 
 import copy
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, wraps
@@ -16,9 +17,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from tokenprune.errors import AlreadyWrappedError, HostError, NotWrappedError, UnsupportedHostError
+from tokenprune.notices import warn_once
 from tokenprune.rewrite.settings import Path
 from tokenprune.runtime.added import added_names
-from tokenprune.runtime.entries import methods_of
+from tokenprune.runtime.entries import added_later, methods_of
 from tokenprune.runtime.pruning import Pruning
 from tokenprune.tracing.proxy import ValueProxy
 
@@ -229,6 +231,26 @@ class PrunedModel(nn.Module):
             result = getattr(self, name).load_state_dict(part, strict=strict, assign=assign)
             found.missing_keys.extend(f"{name}.{key}" for key in result.missing_keys)
             found.unexpected_keys.extend(f"{name}.{key}" for key in result.unexpected_keys)
+        return found
+
+    def __getattr__(self, name: str) -> Any:
+        """As torch's; says so where a method that the class got after `wrap` asks for a child, and
+        prunes that method from then on."""
+        found = super().__getattr__(name)
+        if not (isinstance(found, nn.Module) and hasattr(self, PRUNING)):
+            return found
+        if torch.compiler.is_compiling():
+            return found
+        host_class: Any = type(self._pruning.host)
+        later = added_later(host_class, pruned_class(host_class))
+        if later and (method := later.get(sys._getframe(1).f_code)):
+            setattr(pruned_class(host_class), method, _pruned(method, getattr(host_class, method)))
+            warn_once(
+                self._pruning.host,
+                f"added method {method}",
+                f"{host_class.__name__} got {method}() after wrap, so blocks that it runs are "
+                "dense in this call. It is known from now on: call it again, and it prunes.",
+            )
         return found
 
     def __setattr__(self, name: str, value: Any) -> None:

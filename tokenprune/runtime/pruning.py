@@ -16,11 +16,17 @@ from tokenprune.analysis.blocks import Blocks
 from tokenprune.analysis.plan import Budget, Plan, bind
 from tokenprune.analysis.reading import NoBlocksError, Reading, prefix_at, settle
 from tokenprune.errors import HostError, PlanError
-from tokenprune.hosts.inputs import CallSignature, ExampleInputs, first_floating, named_inputs
+from tokenprune.hosts.inputs import (
+    CallSignature,
+    ExampleInputs,
+    first_floating,
+    named_inputs,
+    zeros_of,
+)
 from tokenprune.hosts.registry import hints, stated_by
-from tokenprune.hosts.spec import ArchSpec
+from tokenprune.hosts.spec import ArchSpec, ExampleInput
 from tokenprune.ops.kept_sets import check_keep_indices
-from tokenprune.private import exporting, jit_tracing, without_modes
+from tokenprune.private import exporting, without_modes
 from tokenprune.recipe import Recipe
 from tokenprune.reductions.choice import Choice, choice_of
 from tokenprune.rewrite.kept.pruning_trace import PruningTrace
@@ -28,7 +34,7 @@ from tokenprune.rewrite.settings import PATHS, CallSettings, Path, PathName
 from tokenprune.runtime.added import check_parts, check_place
 from tokenprune.runtime.cache import ProgramCache, Signature, signature_of
 from tokenprune.runtime.children import Children
-from tokenprune.runtime.compiled import Handle, Seen, prepare, watched_by_dynamo
+from tokenprune.runtime.compiled import Handle, Seen, prepare, refuse_jit_trace, watched_by_dynamo
 from tokenprune.runtime.entries import (
     BlocksReached,
     are_stopped,
@@ -71,6 +77,7 @@ class Pruning:
         overrides: What `using` forces, by thread.
         entries: The host's other methods that are known to run its blocks.
         example: What it was wrapped with; tensors are on the meta device.
+        asked: What the host said by then that it takes.
         added: What `wrap` added, by name: children of the wrapped model alone.
         compiled: What `compile()` has set on the wrapped model.
         fitted: The scorers are known to have learned, or to have nothing to learn.
@@ -87,6 +94,7 @@ class Pruning:
     call: CallSignature
     restore: bool | None
     example: Arguments
+    asked: Mapping[str, ExampleInput] = field(default_factory=dict)
     added: dict[str, nn.Module] = field(default_factory=dict)
     compiled: Any = None
     cache: ProgramCache = field(default_factory=ProgramCache)
@@ -105,16 +113,10 @@ class Pruning:
         return named_inputs(self.call, spec, self.host, given, self.as_wrapped)
 
     def as_wrapped(self) -> Arguments:
-        """Arguments like those it was wrapped with, of zeros, where the host is now."""
-        like = first_floating(self.host)
-        dtypes = {n: x.dtype for n, x in self.example.tensors.items()}
-        now = {n: like.dtype if d.is_floating_point else d for n, d in dtypes.items()}
-        return self.example.with_tensors(
-            {
-                n: torch.zeros(x.shape, dtype=now[n], device=like.device)
-                for n, x in self.example.tensors.items()
-            }
-        )
+        """Arguments like those it was wrapped with, of zeros, of the host's size and place now."""
+        asks = hints(self.host, self.adapter).inputs
+        other = {name: asked.shape for name, asked in asks.items() if asked != self.asked.get(name)}
+        return zeros_of(self.example, other, first_floating(self.host))
 
     @property
     def forced(self) -> Overrides:
@@ -201,13 +203,7 @@ class Pruning:
         path = self.path(model.training)
         if self.runs_host(path) and not return_trace:
             return getattr(self.host, entry)(*args, **kwargs)
-        if jit_tracing():  # of torch.jit
-            raise HostError(
-                f"torch.jit.trace (or the old torch.onnx exporter) was run on a "
-                f"{type(self.host).__name__} that tokenprune wrapped: its forward chooses a "
-                "program by shapes and modes, which such a trace would freeze in silence. Call "
-                'tokenprune.export(model, "model.onnx") or tokenprune.export(model, "model.pt2").'
-            )
+        refuse_jit_trace(type(self.host).__name__)
         if torch.compiler.is_dynamo_compiling():
             call = self.call if entry == "forward" else CallSignature.of(type(self.host), entry)
             arguments = call.bind(args, kwargs)
@@ -216,6 +212,9 @@ class Pruning:
             number = prepare(self.handle, path, entry, *given)
             if not (exporting() or self.cache.frozen):
                 watched_by_dynamo(self)
+            if isinstance(number, str):  # refused: outside of Dynamo, which would wrap the error
+                torch._dynamo.graph_break(msg=number)
+                return self.run_alone(model, args, kwargs, return_trace, entry)
             signature = signature_of(arguments, entry, self.host.training)
             programs = self.cache.numbered(number, signature)
         else:
@@ -239,8 +238,8 @@ class Pruning:
             check()
         programs.look_after()
         if settings.sample and not torch.compiler.is_compiling():
-            scorers, targets = model.get_submodule(PREDICTORS), self.budget.keep_ratios
-            decisions = [kept for _, kept in records]
+            scorers, decisions = model.get_submodule(PREDICTORS), [kept for _, kept in records]
+            targets = self.budget.keep_ratios
             self.watch.saw(model, scorers, decisions, real, targets, return_trace)
         if not return_trace:
             return output
@@ -249,6 +248,8 @@ class Pruning:
         kept = self.method.reduction.kept_sets[name]
         stages = kept.stage_traces(records, programs.num_patches, programs.starts)
         return output, PruningTrace(stages, tokens, real)
+
+    run_alone = torch.compiler.disable(run)  # type: ignore[no-untyped-call]
 
     def path_name(self, path: Path) -> PathName:
         """The gather path has another name where images keep different numbers of tokens."""

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
+from tokenprune.tracing.asked import GETATTR
 from tokenprune.tracing.provenance import of_host
 
 __all__ = ["Lookup", "Place", "find", "look_up", "named_tensors"]
@@ -123,9 +124,9 @@ def _inside(value: Any, names: frozenset[str]) -> Iterator[tuple[Step, Any]]:
     elif isinstance(value, tuple | list):
         yield from (((operator.getitem, i), v) for i, v in enumerate(value))
     elif isinstance(value, ModuleType | type):
-        yield from (((getattr, n), vars(value)[n]) for n in names if n in vars(value))
+        yield from (((GETATTR, n), vars(value)[n]) for n in names if n in vars(value))
     elif hasattr(value, "__dict__") and not isinstance(value, Tensor | FunctionType):
-        yield from (((getattr, n), v) for n, v in dict(vars(value)).items())
+        yield from (((GETATTR, n), v) for n, v in dict(vars(value)).items())
 
 
 def _of_class(kind: type) -> dict[str, Any]:

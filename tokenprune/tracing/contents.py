@@ -20,9 +20,13 @@ from torch import nn
 
 __all__ = [
     "ABSENT",
+    "MOST",
     "MOST_BYTES",
+    "beyond",
+    "can_be_set",
     "container_of",
     "equal",
+    "flat",
     "has_kinds",
     "has_slots_alone",
     "held_in_slots",
@@ -41,11 +45,13 @@ ABSENT = object()
 """Stands for an attribute that there is not."""
 MOST_BYTES = 1 << 20  # of an array whose values are watched
 PLAIN = {bool, int, float, str, type(None)}
-ATOMS = PLAIN | {bytes, complex, slice, torch.dtype, torch.device, torch.Size, type, nn.Parameter}
+NUMBERS = PLAIN | {bytes, complex, slice, torch.dtype, torch.device, torch.Size}
+ATOMS = NUMBERS | {type, nn.Parameter}
 CONTAINERS = (list, tuple, deque, set, frozenset, dict)
 CLOSED = (torch.Tensor, nn.Module, str, type)  # objects that are not looked into
 NEVER_WATCHED = (nn.Module, torch.Tensor, type, Enum, FunctionType, MethodType)
-HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class whose attributes can be set
+HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class whose attributes can be set,
+IMMUTABLE = 1 << 8  # Py_TPFLAGS_IMMUTABLETYPE: unless it says that they cannot, as Cython's do
 NOT_WATCHED = {"torch", "numpy", "collections", "functools", "logging", "threading", "typing"}
 NOT_WATCHED |= {"weakref", "contextlib"}  # what torch itself uses while it traces
 OURS = ("tokenprune.tracing.", "tokenprune.runtime.")
@@ -193,9 +199,12 @@ def slots_of(cls: type) -> set[str]:
     return {name for given in found for name in ((given,) if isinstance(given, str) else given)}
 
 
-def within(value: Any, depth: int = 7, most: int = 100) -> Iterator[Any]:
+STEPS, OBJECTS, MOST = 7, 100, 2000
+
+
+def within(value: Any, depth: int = STEPS, most: int = OBJECTS) -> Iterator[Any]:
     """A value, and what containers, plain objects, functions and references in it hold: `depth`
-    steps deep, and `most` objects."""
+    steps deep, and `most` objects; numbers and words are left out."""
     if type(value) in ATOMS:
         yield value
         return
@@ -206,10 +215,24 @@ def within(value: Any, depth: int = 7, most: int = 100) -> Iterator[Any]:
         yield from level
         inner = list[Any]()
         for each in (held for one in level for held in _inside(one)):
-            if id(each) not in seen and len(seen) < most:
+            if type(each) not in NUMBERS and id(each) not in seen and len(seen) < most:
                 seen.add(id(each))
                 inner.append(each)
         level = inner
+
+
+def beyond(value: Any) -> list[Any]:
+    """What is in a value that `within` does not reach; at most `MOST`."""
+    reached = {id(inner) for inner in within(value)}
+    if len(reached) < STEPS:
+        return []
+    return [inner for inner in within(value, depth=MOST, most=MOST) if id(inner) not in reached]
+
+
+def flat(table: Any) -> Iterator[Any]:
+    """What is in a table, less numbers and words."""
+    values = dict.values(table) if isinstance(table, dict) else table
+    return (value for value in values if type(value) not in NUMBERS)
 
 
 def _inside(value: Any) -> Iterable[Any]:
@@ -237,10 +260,15 @@ def _flat(value: Any) -> Iterable[Any]:
 def may_be_watched(cls: type) -> bool:
     """Whether objects of a class are a host's own: a config, say, which its code reads."""
     plain = issubclass(cls, NEVER_WATCHED)
-    if plain or not cls.__flags__ & HEAP_TYPE or not hasattr(cls, "__dict__"):
+    if plain or not can_be_set(cls) or not hasattr(cls, "__dict__"):
         return False
     has_dict = cls.__dictoffset__ != 0
     return has_dict and _is_own(cls)
+
+
+def can_be_set(cls: type) -> bool:
+    """Whether attributes of a class itself can be set."""
+    return cls.__flags__ & (HEAP_TYPE | IMMUTABLE) == HEAP_TYPE
 
 
 def _is_own(cls: type) -> bool:

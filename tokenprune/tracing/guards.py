@@ -18,21 +18,17 @@ from torch import nn
 from tokenprune.private import exporting
 from tokenprune.tracing.contents import ABSENT, equal, has_kinds, is_constant, kinds_of, may_mislead
 from tokenprune.tracing.hooks import Hooks
-from tokenprune.tracing.reads import Reads
-from tokenprune.tracing.watched import (
-    DIFFERS,
+from tokenprune.tracing.looks import (
     OF_TENSOR,
-    WHOLE,
-    Watched,
-    all_watched,
     class_of,
-    hooks_watched,
     itself,
     none_in,
     none_of_gradients,
     of_tensor,
     state_now,
 )
+from tokenprune.tracing.reads import Reads
+from tokenprune.tracing.watched import DIFFERS, WHOLE, Watched, all_watched, hooks_watched
 
 __all__ = ["Guards", "Watched"]
 

@@ -9,7 +9,8 @@ from itertools import chain
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
-from tokenprune.tracing.contents import ABSENT, in_class, within
+from tokenprune.tracing.contents import ABSENT, MOST, can_be_set, flat, in_class, within
+from tokenprune.tracing.lookups import absent_in
 from tokenprune.tracing.provenance import of_python
 
 __all__ = [
@@ -22,6 +23,9 @@ __all__ = [
     "compared_types",
     "data_of",
     "is_foreign",
+    "is_own_class",
+    "is_own_place",
+    "own_metaclasses",
     "value_of",
 ]
 
@@ -30,10 +34,10 @@ Name = tuple[Namespace, str]
 CALLED = (FunctionType, staticmethod, classmethod)
 CACHED = type(lru_cache(len))
 HOLDS_ONE = (cached_property, partialmethod, singledispatchmethod)
+TABLES = (dict, list, tuple, set, frozenset)
 DATA = (bool, int, float, str, type(None), list, tuple, dict, set)
 COMPARES = ("COMPARE_OP", "IS_OP")
 TENSORS = {"Tensor", "Parameter"}
-MOST = 100  # functions of a table that are followed
 NOT_FOLLOWED = (
     "torch",
     "numpy",
@@ -52,12 +56,17 @@ class Reached:
 
     Functions of torch and numpy are not looked into. A name that is only read on some other
     branch is among them: more is watched than was read, never less.
+
+    Attributes:
+        absent: The names that are not there, each with where it is looked up.
+        classes: What something of it all is or is an object of, and the classes of those.
     """
 
     def __init__(self, functions: Iterable[Any]) -> None:
         waiting, self._names = list(functions), dict[FunctionType, list[Name]]()
         self._members: dict[type, set[str]] = {}
         self._of_classes: dict[tuple[int, str], Name] = {}
+        self._absent: dict[tuple[int, str], tuple[Any, str]] = {}
         while waiting:
             for value in waiting:
                 self._note_classes(value)
@@ -76,22 +85,35 @@ class Reached:
                 found.append(value)
                 if isinstance(value, dict) and len(value) <= MOST:
                     found += value.values()
+            for place, name in absent_in(function):
+                self._absent[id(place), name] = place, name
+                found.append(getattr(place, "__dict__", {}).get("__getattr__"))  # of a file
         return found
 
     def _note_classes(self, value: Any) -> None:
         for cls in (v if isinstance(v, type) else type(v) for v in within(value)):
-            if cls not in self._members:
-                self._members[cls] = _members_of(cls)
+            for each in (cls, *own_metaclasses(cls)):
+                if each not in self._members:
+                    self._members[each] = _members_of(each)
 
     def _named_in_classes(self) -> list[Any]:
         """What code may read of classes (`Config.scale`) and was not taken in yet."""
         words, found = self.words(), list[Any]()
         for cls, members in self._members.items():
-            for name in words & members:
+            # Python calls those of a metaclass where no name tells of it: `Registry["a"]`
+            for name in members if issubclass(cls, type) else words & members:
                 if (id(cls), name) not in self._of_classes:
                     self._of_classes[id(cls), name] = cls, name
                     found.append(value_of(cls, name))
         return found
+
+    @property
+    def absent(self) -> list[tuple[Any, str]]:
+        return list(self._absent.values())
+
+    @property
+    def classes(self) -> list[type]:
+        return list(self._members)
 
     @property
     def functions(self) -> list[FunctionType]:
@@ -106,6 +128,18 @@ class Reached:
     def values(self) -> list[Any]:
         """What the names stand for."""
         return [value_of(place, name) for place, name in self.names]
+
+    def tables(self) -> list[Any]:
+        """What names of files of the host's own stand for, or of its classes."""
+        return [value_of(place, name) for place, name in self.names if is_own_place(place)]
+
+    def too_large(self) -> Iterator[tuple[str, FunctionType]]:
+        """The names of tables that hold more objects than are watched, and who reads them."""
+        for function, names in self._names.items():
+            for place, name in filter(lambda each: is_own_place(each[0]), names):
+                value = value_of(place, name)
+                if isinstance(value, TABLES) and len(list(flat(value))) > MOST:
+                    yield name, function
 
     def codes(self) -> list[CodeType]:
         """The code of the functions, and of those inside of them."""
@@ -185,11 +219,34 @@ def data_of(cls: Any) -> set[str]:
 def _members_of(cls: type) -> set[str]:
     """The attributes of a class of the host's own: members of an Enum and properties of its
     metaclass too."""
+    if issubclass(cls, type):
+        own = is_own_class(cls)
+        return {name for name, value in vars(cls).items() if own and _plain(value)}
     names = {name for base in cls.__mro__ if _is_own(base) for name in dict(vars(base))}
     names |= set(cls._member_names_) if issubclass(cls, Enum) else set()
-    metas = (item for meta in type.mro(type(cls)) if _is_own(meta) for item in vars(meta).items())
+    metas = (item for meta in own_metaclasses(cls) for item in vars(meta).items())
     names |= {name for name, value in metas if isinstance(value, property)}
     return {name for name in names if name[:2] != "__"}
+
+
+def own_metaclasses(cls: type) -> list[type]:
+    """The classes of a class that are the host's own, neither Python's nor torch's."""
+    if type(cls) is type:
+        return []
+    return [m for m in type.mro(type(cls)) if can_be_set(m) and is_own_class(m)]
+
+
+def is_own_place(place: Namespace) -> bool:
+    """Whether a class or the globals of a file are neither Python's nor torch's."""
+    if isinstance(place, type):
+        return is_own_class(place)
+    file = str(place.get("__name__")).partition(".")[0]
+    return file not in NOT_FOLLOWED and file not in sys.stdlib_module_names
+
+
+def is_own_class(cls: type) -> bool:
+    """Whether a class is neither of Python's library nor of torch, NumPy or ours."""
+    return _is_own(cls) and str(cls.__module__).partition(".")[0] not in sys.stdlib_module_names
 
 
 def _is_own(cls: type) -> bool:
@@ -206,9 +263,10 @@ def _plain(value: Any) -> FunctionType | None:
 
 def is_foreign(function: FunctionType) -> bool:
     """Whether it is Python's, NumPy's, torch's or ours; `os` asks its environment."""
-    if (function.__module__ or "").partition(".")[0] in NOT_FOLLOWED:
+    file = function.__code__.co_filename
+    if (function.__module__ or "").partition(".")[0] in NOT_FOLLOWED or file[:7] == "<frozen":
         return True
-    return of_python(function.__code__.co_filename) and function.__module__ != "os"
+    return of_python(file) and function.__module__ != "os"
 
 
 def _enclosed(function: FunctionType) -> list[Any]:

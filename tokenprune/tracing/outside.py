@@ -11,12 +11,13 @@ import secrets
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import Any
 from unittest import mock
 
+from tokenprune.tracing.lookups import unseen_in
 from tokenprune.tracing.names import Reached
 from tokenprune.tracing.provenance import of_host
 
@@ -48,14 +49,25 @@ def outside_noted(note: Note) -> Iterator[None]:
         yield
 
 
-def named_by(reached: Reached) -> Iterator[tuple[str, str, int]]:
+def named_by(reached: Reached, ran: Iterable[Any]) -> Iterator[tuple[str, str, int]]:
     """Such functions that code has a name of its own for (`from time import time`), with the file
-    and line of that code."""
+    and line of that code; and what code of the packages that `ran` reads and nobody can watch."""
+    packages = {_package(function) for function in ran}
+    for name, function in reached.too_large():
+        if _package(function) in packages:
+            code = function.__code__
+            yield f"all that {name} holds", code.co_filename, code.co_firstlineno
     for function in reached.functions:
+        if _package(function) in packages:
+            yield from unseen_in(function)
         code, around = function.__code__, function.__globals__
         for name in (NAMES.get(id(around.get(own)), "") for own in code.co_names):
             if name:
                 yield name, code.co_filename, code.co_firstlineno
+
+
+def _package(function: Any) -> str:
+    return str(getattr(function, "__module__", "")).partition(".")[0]
 
 
 def _noted(note: Note, name: str, original: Callable[..., Any]) -> Callable[..., Any]:

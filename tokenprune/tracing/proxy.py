@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import fx
 
+from tokenprune.tracing.asked import GETATTR
 from tokenprune.tracing.effects import IN_PLACE
 from tokenprune.tracing.modes import LAYOUT, MARKS
 
@@ -66,7 +67,7 @@ class ValueProxy(fx.Proxy):
     @property
     def data(self) -> Any:
         tracer: Any = self.tracer
-        return tracer.create_proxy("call_function", getattr, (self, "data"), {})
+        return tracer.create_proxy("call_function", GETATTR, (self, "data"), {})
 
     @data.setter
     def data(self, value: Any) -> None:
@@ -96,7 +97,7 @@ class ValueProxy(fx.Proxy):
         if name in CONSTANTS or isinstance(found, bool) or found is None:
             return found
         if not callable(found) or isinstance(found, torch.Tensor):
-            return tracer.create_proxy("call_function", getattr, (self, name), {})
+            return tracer.create_proxy("call_function", GETATTR, (self, name), {})
 
         def record(*args: Any, **kwargs: Any) -> Any:
             return tracer.create_proxy("call_method", name, (self, *args), kwargs)

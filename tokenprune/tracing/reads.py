@@ -6,23 +6,28 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from io import IOBase
-from types import FrameType, MethodType
+from types import CodeType, FrameType, MethodType, ModuleType
 from typing import Any
+from unittest import mock
 from weakref import ProxyType
 
 import numpy as np
 import torch
 from torch import nn
 
+from tokenprune.tracing.asked import asked_noted
 from tokenprune.tracing.contents import (
     ABSENT,
+    MOST,
     MOST_BYTES,
+    beyond,
     in_class,
     may_be_watched,
     snapshot,
     state_of,
     within,
 )
+from tokenprune.tracing.names import Reached, is_own_class, own_metaclasses
 from tokenprune.tracing.provenance import of_host
 from tokenprune.tracing.stand_ins import original
 
@@ -41,10 +46,9 @@ TABLES = ("_parameters", "_buffers")
 # Methods of torch that go through those tables.
 WALKS = frozenset(
     {"parameters", "named_parameters", "buffers", "named_buffers", "_named_members", "<lambda>"}
-    | {"state_dict", "_save_to_state_dict", "__dir__"}
+    | {"state_dict", "_save_to_state_dict", "__dir__", "of_builtins"}
 )
 LOOKUP = "__getattribute__"
-MOST = 2000  # how many objects that a value holds are watched
 OF_DROPOUT = ("p", "training")
 """What `nn.Dropout` reads and no shape depends on."""
 
@@ -67,6 +71,11 @@ class Reads:
         prints: Lines of the host that print.
         types: Lines that compare `type(...)` with a class of tensors.
         places: id of a tensor -> all attributes of modules that hold it.
+        by_name: (id, name) -> the class or module of Python that was asked for a name that the code
+            makes, or whose own class answers.
+        spaces: id -> a class, a module of Python or the globals of a file: all its names count.
+        imports: Names of modules of Python that were asked for.
+        ran: Code that was made of a text -> its globals.
     """
 
     def __init__(self) -> None:
@@ -83,6 +92,10 @@ class Reads:
         self.types: list[str] = []
         self.tables: dict[tuple[int, str], list[str]] = {}
         self.places: dict[int, list[tuple[nn.Module, str]]] = {}
+        self.by_name: dict[tuple[int, str], Any] = {}
+        self.spaces: dict[int, Any] = {}
+        self.imports: dict[str, None] = {}
+        self.ran: dict[CodeType, dict[str, Any]] = {}
         self._patches = ExitStack()
         self._patched: set[type] = set()
         self._walked: dict[int, Any] = {}
@@ -90,6 +103,7 @@ class Reads:
     @contextmanager
     def recorded(
         self,
+        known: Reached,
         paused: Callable[[], bool],
         runs_itself: Callable[[nn.Module], bool],
         handed: Callable[[Any], Any],
@@ -97,6 +111,7 @@ class Reads:
         """Record what is read inside.
 
         Args:
+            known: What the code may name.
             paused: Whether what is read now does not count: another thread reads.
             runs_itself: Whether a module is no part of the trace but runs when a program does, so
                 that only what decides about shapes matters, and no method.
@@ -105,6 +120,15 @@ class Reads:
         self._paused, self._runs_itself, self._handed = paused, runs_itself, handed
         with self._patches:
             self._watch(nn.Module)
+            for cls in known.classes:
+                self._watch_class_of(cls)
+            for inner in (held for value in known.tables() for held in beyond(value)):
+                if may_be_watched(type(inner)) and is_own_class(type(inner)):
+                    self._watch(type(inner))
+            for file in {id(place): place for place, _ in known.absent}.values():
+                if isinstance(file, ModuleType) and "__getattr__" in vars(file):
+                    self._watch_file(file)
+            self._patches.enter_context(asked_noted(self, paused))
             try:
                 yield
             finally:
@@ -125,6 +149,23 @@ class Reads:
             self.prints.append(f"{file}:{line}")
         else:
             self.opaque[function] = f"{file}:{line}"
+
+    def named(self, owner: Any, name: str) -> None:
+        """Record an attribute of a class or of a module of Python."""
+        if name not in OF_PYTHON:
+            self.by_name[id(owner), name] = owner
+
+    def whole(self, owner: Any) -> None:
+        """Record all names of a class, of a module of Python or of a file."""
+        self.spaces[id(owner)] = owner
+
+    def imported(self, name: str) -> None:
+        """Record a module of Python."""
+        self.imports[name] = None
+
+    def compiled(self, code: CodeType, around: dict[str, Any]) -> None:
+        """Record code that was made of a text."""
+        self.ran[code] = around
 
     def lacked(self, owner: Any, name: str) -> None:
         """Record that an object has no such attribute; its class may have an empty slot for it, or
@@ -157,7 +198,13 @@ class Reads:
     def functions(self) -> list[Any]:
         """What of it may have been called: methods, and functions kept in attributes."""
         classes = {(type(self.objects[i]), name) for i, name in self.inherited}
-        return [in_class(*each, None) for each in classes] + list(self.values.values())
+        named = [getattr(owner, name, None) for (_, name), owner in self.by_name.items()]
+        return [in_class(*each, None) for each in classes] + [*self.values.values(), *named]
+
+    def in_spaces(self) -> list[Any]:
+        """What `spaces` hold."""
+        tables = [vars(s) if isinstance(s, type | ModuleType) else s for s in self.spaces.values()]
+        return [value for table in tables for value in table.values()]
 
     def forget(self, of_trace: Callable[[Any], bool]) -> None:
         """Leave out values that hold something of the trace: the forward had written those."""
@@ -197,10 +244,27 @@ class Reads:
             value = value.__func__
         if isinstance(value, partial):
             self._hold(value.func)
+        self._watch_class_of(value if isinstance(value, type) else type(value))
         if may_be_watched(type(value)):
             self._watch(type(value))
         elif id(value) not in self.held and state_of(value) is not ABSENT:
             self.held[id(value)] = value
+
+    def _watch_file(self, file: ModuleType) -> None:
+        """Record what the `__getattr__` of a file makes up."""
+        made_up: Callable[[str], Any] = vars(file)["__getattr__"]
+
+        def recorded(name: str) -> Any:
+            if not self._paused():
+                self.named(file, name)
+            return made_up(name)
+
+        self._patches.enter_context(mock.patch.dict(vars(file), {"__getattr__": recorded}))
+
+    def _watch_class_of(self, cls: type) -> None:
+        """Record what is read of `cls` and of others whose class is one of the host's own."""
+        for meta in own_metaclasses(cls)[:1]:
+            self._watch(meta)
 
     def _watch(self, cls: type) -> None:
         """Record the reads of every object of `cls` from now on."""
@@ -208,8 +272,13 @@ class Reads:
             return
         self._patched.add(cls)
         read: Callable[[Any, str], Any] = getattr(cls, LOOKUP)
+        of_class = issubclass(cls, type)
 
         def recorded(owner: Any, name: str) -> Any:
+            if of_class:
+                if not self._paused():
+                    self.named(owner, name)
+                return read(owner, name)
             try:
                 value = read(owner, name)
             except AttributeError:

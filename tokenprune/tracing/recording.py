@@ -13,6 +13,7 @@ from tokenprune.tracing.decompose import decomposed
 from tokenprune.tracing.functions import functions_recorded
 from tokenprune.tracing.hooks import forward_of, unhooked
 from tokenprune.tracing.modes import State
+from tokenprune.tracing.names import Reached
 from tokenprune.tracing.reads import Reads
 
 __all__ = ["calls_recorded"]
@@ -43,9 +44,10 @@ class Recorder(Protocol):
 
 
 @contextmanager
-def calls_recorded(tracer: Recorder) -> Iterator[None]:
+def calls_recorded(tracer: Recorder, known: Reached) -> Iterator[None]:
     """Hand calls of modules to `tracer.call_module`, and tensors that the host's code reads from
-    its modules to `tracer.attribute_proxy`; what it reads is in `tracer.reads`."""
+    its modules to `tracer.attribute_proxy`; what it reads is in `tracer.reads`. What its code may
+    name is `known`."""
 
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if tracer.elsewhere:
@@ -75,7 +77,7 @@ def calls_recorded(tracer: Recorder) -> Iterator[None]:
 
     calls = mock.patch.object(nn.Module, "__call__", call)
     attributes = mock.patch.object(nn.Module, "__getattr__", getattribute)
-    reads = tracer.reads.recorded(lambda: tracer.elsewhere, tracer.runs_itself, handed)
+    reads = tracer.reads.recorded(known, lambda: tracer.elsewhere, tracer.runs_itself, handed)
     caller = torch.set_grad_enabled(tracer.caller.grad)  # a host may set it and leave it so
     with caller, calls, attributes, reads, functions_recorded(tracer):  # type: ignore[arg-type]
         yield

@@ -26,6 +26,7 @@ from tokenprune.tracing.arguments import Arguments
 from tokenprune.tracing.calls import NUMBER, RecordedCall
 from tokenprune.tracing.checkpoints import CHECKPOINT, Checkpoint, checkpoints_recorded
 from tokenprune.tracing.constants import find, look_up, named_tensors
+from tokenprune.tracing.contents import in_class
 from tokenprune.tracing.decompose import is_leaf
 from tokenprune.tracing.draws import DrawRead, is_drawn, possible_number
 from tokenprune.tracing.finite import answer
@@ -121,14 +122,16 @@ class ValueTracer(fx.Tracer):
         with ONE_AT_A_TIME, attributes_kept(self.root) as kept:
             empty_caches(self.root)
             checkpoints, outside = checkpoints_recorded(self), outside_noted(self.reads.asked)
-            with calls_recorded(self), reads_noted(self), checkpoints, outside:
+            classes = {type(module): 0 for module in self.root.modules()}
+            known = Reached([forward, *(in_class(c, "forward", None) for c in classes), *classes])
+            with calls_recorded(self, known), reads_noted(self), checkpoints, outside:
                 output = example.with_tensors(inputs).call(forward)
                 result = self.create_arg(output)
             self.reads.forget(lambda value: bool(nodes_in(value)))
             self.functions = [forward, *self.reads.functions()]
-            self.functions += [as_function(code, around) for code, around in self._ran.items()]
+            self.functions += [as_function(*ran) for ran in (self._ran | self.reads.ran).items()]
             reached = Reached(self.functions)
-            for asked in named_by(reached):
+            for asked in named_by(reached, self.functions):
                 self.reads.asked(*asked)
             for mode in modes_named_by(reached):
                 self.note_ambient(mode)

@@ -1,16 +1,18 @@
 """What is watched of all that Python read while a host was traced, and how it is looked up."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from operator import attrgetter
+import sys
+from abc import ABCMeta
+from collections.abc import Callable, Iterable, Iterator
 from types import FunctionType, ModuleType
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from tokenprune.tracing import looks
 from tokenprune.tracing.contents import (
     ABSENT,
+    beyond,
     container_of,
     equal,
     in_class,
@@ -21,24 +23,19 @@ from tokenprune.tracing.contents import (
     within,
 )
 from tokenprune.tracing.hooks import Hooks
-from tokenprune.tracing.names import CALLED, Reached, data_of, is_foreign
+from tokenprune.tracing.lookups import reads_classes_whole
+from tokenprune.tracing.names import (
+    CALLED,
+    Reached,
+    data_of,
+    is_foreign,
+    is_own_class,
+    is_own_place,
+)
 from tokenprune.tracing.reads import Reads
 from tokenprune.tracing.settings import setting, settings_named_by
 
-__all__ = [
-    "DIFFERS",
-    "OF_TENSOR",
-    "WHOLE",
-    "Watched",
-    "all_watched",
-    "class_of",
-    "hooks_watched",
-    "itself",
-    "none_in",
-    "none_of_gradients",
-    "of_tensor",
-    "state_now",
-]
+__all__ = ["DIFFERS", "HOOKS", "WHOLE", "Watched", "all_watched", "hooks_watched"]
 
 BY_TYPE = {
     *("__call__", "__getattr__", "__getitem__", "__iter__", "__contains__", "__len__"),
@@ -91,7 +88,7 @@ class Watched(NamedTuple):
         """Whether what is looked up is kept there: a property may make its value anew each time."""
         if self.look is getattr:
             return isinstance(self.table, type | FunctionType | ModuleType)
-        return self.look in (dict.get, in_class, state_now, itself)
+        return self.look in (dict.get, in_class, looks.state_now, looks.itself)
 
     def wrapped_by_fx(self) -> bool:
         """Whether it is what `torch.fx.wrap` puts in a function's place while something traces."""
@@ -109,7 +106,7 @@ def all_watched(reads: Reads, functions: Iterable[Any]) -> Iterator[Watched]:
                 tied[id(inner)] = inner
     for tensor_id, tensor in tied.items():
         for owner, name in reads.places[tensor_id]:
-            yield Watched(owner, _holds, (owner, tensor), name, True)
+            yield Watched(owner, looks.holds, (owner, tensor), name, True)
 
 
 def _read(reads: Reads, functions: Iterable[Any]) -> Iterator[Watched]:
@@ -117,7 +114,7 @@ def _read(reads: Reads, functions: Iterable[Any]) -> Iterator[Watched]:
     for key, value in reads.values.items():
         owner, name = reads.objects[key[0]], key[1]
         if name == "_modules":
-            yield Watched(owner, _items, owner._modules, name, list(value.items()))
+            yield Watched(owner, looks.items, owner._modules, name, list(value.items()))
         else:
             yield Watched(owner, dict.get, vars(owner), name, value)
     for key in reads.inherited:
@@ -133,12 +130,12 @@ def _read(reads: Reads, functions: Iterable[Any]) -> Iterator[Watched]:
         yield Watched(leaf, dict.get, vars(leaf), "forward", forward)
     for owner_id, name in reads.missing:
         owner = reads.objects[owner_id]
-        yield Watched(owner, _is_there, owner, name, False)
+        yield Watched(owner, looks.is_there, owner, name, False)
     for (owner_id, name), names in reads.tables.items():
         owner = reads.objects[owner_id]
-        yield Watched(owner, _names_in, owner, name, names)
+        yield Watched(owner, looks.names_in, owner, name, names)
     for owner in owners:
-        yield Watched(owner, class_of, owner, "__class__", type(owner))
+        yield Watched(owner, looks.class_of, owner, "__class__", type(owner))
         if hasattr(owner, "__dict__") and not isinstance(owner, type):
             yield Watched(owner, getattr, owner, "__dict__", vars(owner))
         if isinstance(owner, nn.Module) and owner._modules:
@@ -152,18 +149,19 @@ def _read(reads: Reads, functions: Iterable[Any]) -> Iterator[Watched]:
         kind, table = next(((k, p) for k, p in places.items() if name in p), ("", {}))
         if kind in ("_parameters", "_buffers"):
             yield Watched(owner, dict.get, vars(owner), kind, table)
-        look = dict.get if table.get(name) is None else of_tensor
+        look = dict.get if table.get(name) is None else looks.of_tensor
         yield Watched(owner, look, table, name, look(table, name, None))
     inside = (type(inner) for value in reads.values.values() for inner in within(value))
     classes = {type(o): 0 for o in owners} | {c: 0 for c in inside if may_be_watched(c)}
     by_type = [method for cls in classes for method in _by_type(cls)]
-    known = Reached([*functions, *reads.held.values(), *map(type, owners), *by_type])
+    held = *reads.held.values(), *reads.in_spaces()
+    known = Reached([*functions, *held, *map(type, owners), *by_type])
     named_in = (type(inner) for value in known.values() for inner in within(value))
     classes |= {cls: 0 for cls in named_in if may_be_watched(cls)}
     for base in {base: 0 for cls in classes for base in _own_bases(cls)}:
-        yield Watched(base, _how_many, vars(base), "__dict__", _how_many(vars(base)))
+        yield Watched(base, looks.how_many, vars(base), "__dict__", looks.how_many(vars(base)))
         for method in vars(base).keys() & BY_TYPE:
-            yield Watched(base, _of_itself, base, method, vars(base)[method])
+            yield Watched(base, looks.of_itself, base, method, vars(base)[method])
     for value in {id(v): v for v in (*known.functions, *reads.held.values())}.values():
         for name in CONSTANT if isinstance(value, FunctionType) else ():
             if getattr(value, name) is not None:  # a first default changes no call that was made
@@ -173,20 +171,65 @@ def _read(reads: Reads, functions: Iterable[Any]) -> Iterator[Watched]:
     for owner, name in settings_named_by(known):
         yield Watched(owner, setting, owner, name, setting(owner, name))
     for holders in reads.shared():
-        yield Watched(holders[0][0], _are_one, holders, holders[0][1], True)
+        yield Watched(holders[0][0], looks.are_one, holders, holders[0][1], True)
     for place, name in known.names:
         if isinstance(place, type):
             yield from _of_class(place, name)
         else:
             yield Watched(place, dict.get, place, name, snapshot(place[name]))
-            yield from _contents(place[name], name)
+            yield from _contents(place[name], name, whole=is_own_place(place))
+    yield from _by_names_made(reads, known)
     read = {id(value): value for value in reads.values.values()}.values()
     for cls, name in ((v, name) for v in read for name in data_of(v)):  # by a name that it makes
         yield from _of_class(cls, name)
-    for module in (v for v in read if isinstance(v, ModuleType)):  # `self.config_module.scale`
+    modules = [sys.modules.get(name) for name in reads.imports]
+    for module in (v for v in (*read, *modules) if isinstance(v, ModuleType)):
         for name in named & vars(module).keys():
             yield Watched(module, getattr, module, name, snapshot(getattr(module, name)))
             yield from _contents(getattr(module, name), name)
+
+
+def _by_names_made(reads: Reads, known: Reached) -> Iterator[Watched]:
+    """What no name in the code tells of, and what is not there."""
+    spaces, lacking = dict(reads.spaces), dict[int, tuple[dict[str, Any], set[str]]]()
+    for place, name in known.absent:
+        table = vars(place) if isinstance(place, ModuleType) else place
+        if name == "__dict__":
+            spaces[id(place)] = place
+        elif isinstance(place, type):
+            yield Watched(place, in_class, place, name, in_class(place, name, ABSENT))
+        elif name in table:  # by now: the forward itself put it there, or imported it
+            yield Watched(place, dict.get, table, name, snapshot(table[name]))
+        else:
+            lacking.setdefault(id(table), (table, set()))[1].add(name)
+    for table, names in lacking.values():
+        yield Watched(table, looks.lacks, (table, frozenset(names)), "a name that it has not", True)
+    if any(map(reads_classes_whole, known.codes())):
+        spaces |= {id(c): c for o in reads.objects.values() for c in _own_bases(type(o))}
+    for (_, name), owner in reads.by_name.items():
+        if isinstance(owner, type):
+            yield from _of_class(owner, name)
+        else:
+            value = getattr(owner, name, ABSENT)
+            yield Watched(owner, getattr, owner, name, snapshot(value))
+            yield from _contents(value, name)
+    for space in spaces.values():
+        table = vars(space) if isinstance(space, type | ModuleType) else space
+        yield Watched(space, looks.names_of, table, "__dict__", looks.names_of(table))
+        for name in looks.names_of(table):
+            if isinstance(space, type):
+                yield from _of_class(space, name)
+            else:
+                yield Watched(space, dict.get, table, name, snapshot(table[name]))
+                yield from _contents(table[name], name)
+    for name in reads.imports:
+        yield Watched(name, looks.imported, name, name, looks.imported(name))
+    words = known.words()
+    for cls in filter(is_own_class, known.classes if "__subclasses__" in words else ()):
+        yield Watched(cls, looks.subclasses, cls, "__subclasses__", looks.subclasses(cls))
+    abstract = [v for v in known.values() if issubclass(type(v), ABCMeta) and is_own_class(v)]
+    if abstract and words & {"isinstance", "issubclass"}:
+        yield Watched(ABCMeta, looks.registered, ABCMeta, "register", looks.registered())
 
 
 def _own_bases(cls: type) -> tuple[type, ...]:
@@ -202,12 +245,6 @@ def _by_type(cls: type) -> list[Any]:
     ]
 
 
-def _how_many(names: Mapping[str, Any], _name: str = "", _absent: Any = None) -> int:
-    """How many names a class has: a new one may hide what its objects hold. Less what Python puts
-    there when it copies objects or is asked for annotations."""
-    return len(names) - ("__slotnames__" in names) - ("__annotations__" in names)
-
-
 def _of_class(cls: type, name: str) -> Iterator[Watched]:
     """What a class has by a name, and what is kept in it."""
     kept = in_class(cls, name, ABSENT)
@@ -219,7 +256,7 @@ def _of_class(cls: type, name: str) -> Iterator[Watched]:
         yield from _contents(value, name)
     if hasattr(type(kept), "__get__") and not isinstance(kept, CALLED):
         held = getattr(kept, "__dict__", {})
-        yield Watched(kept, itself, held, name, snapshot(held))
+        yield Watched(kept, looks.itself, held, name, snapshot(held))
         yield from _contents(list(held.values()), name)
 
 
@@ -230,16 +267,16 @@ def _computes(kept: Any) -> bool:
     return hasattr(type(kept), "__get__") and not plain
 
 
-def _contents(value: Any, name: str) -> Iterator[Watched]:
-    """What is kept in something that is no attribute of a module."""
-    for inner in within(value):
+def _contents(value: Any, name: str, whole: bool = False) -> Iterator[Watched]:
+    """What is kept in something that is no attribute of a module; `whole` goes `beyond`."""
+    for inner in (*within(value), *(beyond(value) if whole else ())):
         state = state_of(inner)
         plain = isinstance(inner, FunctionType) and (is_foreign(inner) or not any(state[:2]))
         if state is ABSENT or plain:
             continue
-        yield Watched(inner, state_now, inner, name, snapshot(state))
+        yield Watched(inner, looks.state_now, inner, name, snapshot(state))
     if kept := _kept_by(value):  # of a registry, say of attention functions
-        yield Watched(value, itself, kept, name, snapshot(kept))
+        yield Watched(value, looks.itself, kept, name, snapshot(kept))
 
 
 CONSTANT = ("__code__", "__defaults__", "__kwdefaults__")
@@ -252,82 +289,15 @@ def hooks_watched(hooks: Hooks, modules: Iterable[nn.Module]) -> Iterator[Watche
     of_all = {f"_global{n}": vars(torch_module)[f"_global{n}"] for n in HOOKS}
     for name, table in of_all.items():
         if not table:
-            yield Watched(torch_module, none_in, vars(torch_module), name, True)
+            yield Watched(torch_module, looks.none_in, vars(torch_module), name, True)
     for module in modules:
         tables = [getattr(module, name) for name in HOOKS]
         if any(tables) or any(of_all.values()):
             yield Watched(module, hooks.look, module, "hooks", hooks.look(module, "", None))
         else:
             for name in HOOKS:
-                look = none_of_gradients if "backward" in name else none_in
+                look = looks.none_of_gradients if "backward" in name else looks.none_in
                 yield Watched(module, look, vars(module), name, True)
-
-
-def _items(children: dict[str, nn.Module], _name: str, _absent: Any) -> list[Any]:
-    return list(children.items())  # in their order
-
-
-OF_TENSOR = attrgetter("dtype", "device", "shape")
-
-
-def of_tensor(table: dict[str, Tensor], name: str, _absent: Any) -> Any:
-    tensor = table[name]
-    return OF_TENSOR(tensor), _own_class(type(tensor))
-
-
-def _own_class(cls: type) -> type | None:
-    """A class of the host's own; torch changes those of its own, to shard weights say."""
-    return None if str(cls.__module__).partition(".")[0] == "torch" else cls
-
-
-def itself(table: Any, _name: str, _absent: Any) -> Any:
-    return table
-
-
-def _names_in(owner: Any, name: str, _absent: Any) -> list[str]:
-    return list(getattr(owner, name))
-
-
-def _of_itself(cls: type, name: str, absent: Any) -> Any:
-    """A method that a class itself defines; traces put others into torch's classes."""
-    return vars(cls).get(name, absent)
-
-
-def class_of(owner: Any, _name: str, _absent: Any) -> type:
-    return type(owner)
-
-
-def state_now(value: Any, _name: str, _absent: Any) -> Any:
-    return state_of(value)
-
-
-def _is_there(owner: Any, name: str, _absent: Any) -> bool:
-    """Whether an object or its class has an attribute, whatever its `__getattr__` makes up."""
-    if isinstance(owner, nn.Module) and any(
-        name in table for table in (owner._parameters, owner._buffers, owner._modules)
-    ):
-        return True
-    return name in getattr(owner, "__dict__", ()) or hasattr(type(owner), name)
-
-
-def _are_one(places: Sequence[tuple[nn.Module, str]], _name: str, _absent: Any) -> bool:
-    """Whether attributes of modules hold the same tensor."""
-    held = [getattr(module, name, None) for module, name in places]
-    return all(tensor is held[0] for tensor in held)
-
-
-def _holds(place: tuple[Any, Tensor], name: str, _absent: Any) -> bool:
-    owner, tensor = place
-    return getattr(owner, name, None) is tensor
-
-
-def none_in(table: dict[str, Any], name: str, _absent: Any) -> bool:
-    return not table.get(name)
-
-
-def none_of_gradients(table: dict[str, Any], name: str, absent: Any) -> bool:
-    """Hooks of the backward pass are no matter where there is none."""
-    return not torch.is_grad_enabled() or none_in(table, name, absent)
 
 
 def _kept_by(value: Any) -> list[Any]:
