@@ -15,6 +15,8 @@ from tokenprune.errors import RecipeError
 from tokenprune.registry import Registry
 
 __all__ = [
+    "AUTO",
+    "Auto",
     "DynamicViT",
     "EViT",
     "KeyNorm",
@@ -33,6 +35,8 @@ __all__ = [
 ]
 
 ENTRY_POINTS = "tokenprune.methods"
+AUTO = "auto"
+"""The `mode` of a recipe that leaves it to `wrap`, which counts what each saves on its host."""
 NAME = re.compile(r"(?P<method>.+)-(?P<letter>[a-z])(?P<value>\d*\.?\d+)")
 
 KeepRatio = Annotated[float, Field(gt=0, le=1)]
@@ -117,7 +121,10 @@ def list_methods() -> list[str]:
 def method_named(name: str) -> Method | None:
     """The method of a name such as `tome-r13`; None if there is none."""
     match = NAME.fullmatch(name)
-    if match is None or match["method"] not in _METHODS:
+    if match is None:  # no number: of a method that has none, or hides its default
+        bare = _METHODS[name]() if name in _METHODS else None
+        return bare if bare is not None and bare.name == name else None
+    if match["method"] not in _METHODS:
         return None
     method = _METHODS[match["method"]]
     letter, field = method.letter
@@ -138,6 +145,20 @@ class _Keeping(Method):
 
     def recipe(self) -> dict[str, Any]:
         return {**self.parts, "schedule": {"keep_ratio": self.keep_ratio}}
+
+
+@register_method(AUTO)
+class Auto(_Keeping):
+    """Whichever of the reductions saves most on a host at this ratio, by counting; `auto` alone
+    keeps 0.7."""
+
+    parts = {"mode": AUTO}
+
+    @property
+    def name(self) -> str:
+        """Without its number, if that is the default."""
+        default = type(self).model_fields["keep_ratio"].default
+        return self.registered if self.keep_ratio == default else super().name
 
 
 @register_method("dynamicvit")
