@@ -185,9 +185,9 @@ def _say_little(host: nn.Module, best: Option) -> None:
     warn_once(
         host,
         "saves little",
-        f"Of all that serves this {type(host).__name__}, {best.recipe.name} saves most of its "
-        f"MACs, and that is {100 * best.saved:.1f} %. Keep it dense, or let more tokens leave: "
-        'wrap(host, "auto-k0.5").',
+        f"{best.recipe.name}, which auto chose, saves {100 * best.saved:.1f} % of the MACs of this "
+        f"{type(host).__name__}. Keep it dense, or let more tokens leave: wrap(host, "
+        '"auto-k0.5").',
     )
 
 
