@@ -15,7 +15,6 @@ from tokenprune.errors import RecipeError
 from tokenprune.registry import Registry
 
 __all__ = [
-    "AUTO",
     "Auto",
     "DynamicViT",
     "EViT",
