@@ -73,7 +73,7 @@ def count(host: Host) -> Row:
     except TokenPruneError as error:
         return {**row, "refused": str(error)}
     counted, recipe = tokenprune.profile(model, inputs), pruning_of(model).recipe
-    others = re.findall(r"([\d.-]+) % by ([\w.-]+)", recipe.description)
+    others = re.findall(r"(-?[\d.]+) % by ([\w-]+(?:\.\d+)?)", recipe.description)
     return {
         **row,
         "dense": round(counted.dense_gmacs, 3),
