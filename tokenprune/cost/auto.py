@@ -5,7 +5,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
 from torch import nn
 
 from tokenprune.analysis.reading import Reading
@@ -24,6 +23,7 @@ from tokenprune.recipe.names import MODES, recipe_of
 from tokenprune.runtime.model import wrapper_of
 from tokenprune.runtime.pruning import Pruning
 from tokenprune.scorers import Matcher
+from tokenprune.tracing.randomness import torch_generators_kept
 
 __all__ = ["CHOSEN", "LEAST", "RULE", "candidates", "choose"]
 
@@ -164,10 +164,9 @@ def _option(
 
 
 def _share(pruning: Pruning, parts: Wrapping) -> float:
-    """The share of the dense MACs that a plan costs. Scorers are made for the count alone, so
-    random numbers of the owner stay where they are."""
-    devices = {p.device for p in pruning.host.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(list(devices)):
+    """The share of the dense MACs that a plan costs. Scorers are made for the count alone, so the
+    owner's generators get their states back."""
+    with torch_generators_kept():
         parts.equip(pruning)
         share = profile(wrapper_of(pruning)).ratio
     pruning.added.clear()
