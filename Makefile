@@ -4,7 +4,8 @@ BIN := $(VENV)/bin
 DEMO := $(VENV)/.demo
 STAMP := $(VENV)/.installed
 EXAMPLES := $(VENV)/.examples
-INSTALL := $(BIN)/python -m pip install -q -c constraints.txt
+# Without compiling: of the thousands of files of torch and transformers Python compiles those it reads.
+INSTALL := $(BIN)/python -m pip install -q --no-compile -c constraints.txt
 
 .PHONY: demo examples test test-fast test-oldest check docs docs-serve clean venv links
 

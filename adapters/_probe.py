@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tokenprune.hosts.inputs import first_floating
 from tokenprune.hosts.spec import ExampleInput
 from tokenprune.private import tree_leaves
 
@@ -64,7 +65,8 @@ def watch(
         if norm is not None:
             host.get_submodule(norm).register_forward_hook(seen.leave_norm)
         with torch.no_grad():
-            host(**{name: _draw(example) for name, example in inputs.items()})
+            dtype = first_floating(host).dtype
+            host(**{name: _draw(example, dtype) for name, example in inputs.items()})
     except Exception as error:  # a host may raise anything
         return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     return seen
@@ -87,8 +89,8 @@ def _weightless(host: nn.Module) -> nn.Module:
     return copy.deepcopy(host, memo)
 
 
-def _draw(example: ExampleInput) -> torch.Tensor:
+def _draw(example: ExampleInput, dtype: torch.dtype) -> torch.Tensor:
     shape = (BATCH, *example.shape)
     if example.ones or example.high is not None:
         return torch.ones(shape, dtype=torch.long, device="meta")
-    return torch.randn(shape, device="meta")
+    return torch.empty(shape, device="meta", dtype=dtype)

@@ -6,8 +6,8 @@
     python -m benchmarks.auto --wrap MODEL       time the wrap itself against one without a choice
     python -m benchmarks.auto --render-only      write the page only
 
-The families are those of docs/atlas.json whose mode is `bypass`, by their module and the first word
-of their names; of each, the host with the median number of MACs. Hosts are counted without weights.
+The families are those of timm in docs/atlas.json whose mode is `bypass`, by their module and the
+first word of their names; of each, the host with the fewest MACs. It is counted without weights.
 Figures are kept in docs/auto.json; a measurement replaces the old one.
 """
 
@@ -31,7 +31,6 @@ import torch
 import tokenprune
 from benchmarks.atlas_parts.measure import Host
 from benchmarks.atlas_parts.timm_hosts import timm_hosts
-from benchmarks.atlas_parts.transformers_hosts import transformers_hosts
 from benchmarks.atlas_parts.weights import weightless
 from benchmarks.markdown import put, table
 from tokenprune.cost.auto import LEAST
@@ -50,14 +49,13 @@ def families(atlas: Iterable[Row], only: str | None = None) -> list[Row]:
     """The rows of the atlas of the hosts to count."""
     found: dict[tuple[str, str], list[Row]] = defaultdict(list)
     for row in atlas:
-        if row["mode"] == "bypass" and row["status"] == "certified":
+        if (row["library"], row["mode"], row["status"]) == ("timm", "bypass", "certified"):
             word = re.match(r"twins_[a-z]+|[A-Za-z]+?(?=For|v?\d|_|$)", row["model"])
             if word and word[0] != "test":
                 found[row["module"].rpartition(".")[2], word[0]].append(row)
     if only is not None:
         return [row for rows in found.values() for row in rows if fnmatch(row["model"], only)]
-    ranked = (sorted(rows, key=lambda row: row["gmacs_dense"]) for _, rows in sorted(found.items()))
-    return [rows[len(rows) // 2] for rows in ranked]
+    return [min(rows, key=lambda row: row["gmacs_dense"]) for _, rows in sorted(found.items())]
 
 
 def count(host: Host) -> Row:
@@ -207,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for model in asked.wrap:
         noted("wrap", model, wrapping(model))
     if not (asked.speed or asked.wrap or asked.render_only):
-        hosts = {host.model: host for host in [*timm_hosts(), *transformers_hosts()]}
+        hosts = {host.model: host for host in timm_hosts()}
         for known in families(json.loads((DOCS / "atlas.json").read_text()), asked.only):
             if asked.again or known["model"] not in found["counts"]:
                 noted("counts", known["model"], count(hosts[known["model"]]))

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-__all__ = ["put", "table"]
+__all__ = ["carry", "put", "table"]
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -19,3 +19,12 @@ def put(page: Path, part: str, content: str) -> None:
     if len(pattern.findall(text)) != 1:
         raise SystemExit(f"{page.name} has not exactly one part marked '{part}'")
     page.write_text(pattern.sub(lambda match: f"{match[1]}{content}\n{match[2]}", text))
+
+
+def carry(old: str, new: str) -> str:
+    """A new page with the marked parts of the old one, which other benchmarks have written."""
+    pattern = re.compile(r"<!-- (\S+) -->\n(.*?)<!-- end -->", re.DOTALL)
+    parts = dict(pattern.findall(old))
+    return pattern.sub(
+        lambda match: f"<!-- {match[1]} -->\n{parts.get(match[1], match[2])}<!-- end -->", new
+    )

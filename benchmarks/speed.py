@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from benchmarks.markdown import carry
 from benchmarks.speed_parts.hosts import HOSTS
 from benchmarks.speed_parts.page import as_page, draw
 from benchmarks.speed_parts.row import How, SpeedRow, rows_of
@@ -52,8 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             kept.write_text(json.dumps(known, indent=1) + "\n")
     found = list(rows.values())
     draw(found, options.docs / "speed.png")
+    file = options.docs / "speed.md"
     page = as_page(found, known["machine"], known["threads"])
-    (options.docs / "speed.md").write_text(page)
+    file.write_text(carry(file.read_text() if file.exists() else "", page))
     echo(f"wrote {options.docs}/speed.md, .json and .png")
 
 

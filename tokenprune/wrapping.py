@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from tokenprune.analysis.plan import bind
-from tokenprune.analysis.reading import Reading, readings, settle
-from tokenprune.checks.verify import verify as verify_model
+from tokenprune.analysis.reading import Reading, prefix_at, readings, settle
+from tokenprune.checks.verify import verify_wrapped
 from tokenprune.cost.auto import choose
 from tokenprune.errors import (
     AlreadyWrappedError,
@@ -86,7 +86,8 @@ def wrap(
             every token back in place, dropped ones with the value they had when they were dropped,
             merged ones with that of their group; False leaves only kept tokens in eval. None
             refuses such an output by name.
-        verify: Prove on this very model that the paths agree.
+        verify: Prove on this very model that the paths agree; where an image takes more than 100
+            GMACs, in fewer forwards than `tokenprune.verify` runs.
         train: Also trace the host in training mode, for the first training step. If that fails
             while the host is in eval mode, a `TokenPruneWarning` says why, and the first call in
             training mode raises it. False leaves it out, for a model that only serves: `wrap`
@@ -208,11 +209,16 @@ class _Task:
         traced = self.traced.copy()  # where blocks are is marked in it
         with in_mode(host, training=False):
             spec, blocks = settle(host, traced, self.hints, reading)
-            if recipe is not None and reading.mode is not None:
+            open_ = recipe is not None and "mode" not in recipe.model_fields_set
+            if recipe is not None and open_ and reading.mode is not None:
                 recipe = recipe.model_copy(update={"mode": reading.mode})
             if recipe is not None:
                 choice_of(recipe, spec)
             chosen = with_default_stages(recipe, host, spec, traced, blocks)
+            method = choice_of(chosen, spec)
+            if method.reduction.removes:
+                staged = [stage.block for stage in chosen.resolved_stages]
+                spec = prefix_at(host, traced, spec, blocks, reading, staged)
             plan, budget = bind(chosen, spec)
             pruning = Pruning(
                 host=host,
@@ -220,7 +226,7 @@ class _Task:
                 reading=reading.found(blocks),
                 spec=spec,
                 recipe=chosen,
-                method=choice_of(chosen, spec),
+                method=method,
                 plan=plan,
                 budget=budget,
                 call=self.call,
@@ -228,6 +234,7 @@ class _Task:
                 example=example.with_tensors({n: x.to("meta") for n, x in example.tensors.items()}),
             )
             programs = pruning.programs(example, traced=traced, blocks=blocks)
+            programs.reduction.check_use(host)
             programs.get(host, pruning.path_name(pruning.method.path(training=False)))
         return pruning
 
@@ -249,7 +256,7 @@ class _Task:
         wrapped = wrapper_of(pruning)
         self.equip(pruning)
         if self.verify:
-            verify_model(wrapped, example, gradients=False)
+            verify_wrapped(wrapped, example)
         if refused is not None:  # now that this reading is the one
             warn_once(
                 host,

@@ -36,6 +36,7 @@ gather path. One standard error of an accuracy of 90 % on 10,000 images is 0.3 p
 
 Without any training: [methods](methods.md), for this host and a pretrained sentence embedder.
 What few steps are worth, and an ablation of counts and noise: [short training](short_training.md).
+A small Swin, windows against bypass: [windows](windows.md).
 """
 
 

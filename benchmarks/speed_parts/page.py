@@ -60,6 +60,16 @@ REMARKS = """## Where a bar is missed, and why
   LV-ViT-S compiles once for less than 16 images and once for more: torch chooses another kernel for
   its convolutions there, in the dense host too.
 """
+PARTS = """## Rows that nobody reads
+
+<!-- unread -->
+<!-- end -->
+
+## From 196 to 4,096 tokens
+
+<!-- growth -->
+<!-- end -->
+"""
 
 
 def as_page(rows: Sequence[SpeedRow], machine: str, threads: int) -> str:
@@ -78,7 +88,7 @@ def as_page(rows: Sequence[SpeedRow], machine: str, threads: int) -> str:
             others = {row.host for row in rows} - {row.host for row in own}
             if others:
                 parts.append(f"Not measured: {', '.join(sorted(others))}.\n")
-    return "\n".join([*parts, REMARKS])
+    return "\n".join([*parts, PARTS, REMARKS])
 
 
 def _bars(rows: Sequence[SpeedRow]) -> str:

@@ -9,7 +9,7 @@ from tokenprune.analysis.sites import Site
 from tokenprune.errors import PlanError
 from tokenprune.hosts.spec import ArchSpec
 from tokenprune.recipe import Recipe
-from tokenprune.reductions import Bypass
+from tokenprune.reductions import Bypass, Remove
 from tokenprune.reductions.choice import choice_of
 
 
@@ -55,8 +55,7 @@ def test_blocks_that_the_host_does_not_have() -> None:
         bind(recipe(), spec(blocks=1))
 
 
-def test_tokens_cannot_be_removed_from_a_grid() -> None:
-    with pytest.raises(PlanError, match=r"`mode: remove`, but this host \(adapter 'by hand'\) nee"):
-        choice_of(recipe(), spec(mode="bypass"))
-    for mode in ("remove", "bypass"):
-        assert choice_of(recipe(mode="bypass"), spec(mode=mode)).reduction is Bypass  # type: ignore[arg-type]
+def test_what_an_adapter_says_of_the_mode_forbids_no_other() -> None:
+    for mode, reduction in (("remove", Remove), ("bypass", Bypass)):
+        for hint in ("remove", "bypass"):
+            assert choice_of(recipe(mode=mode), spec(mode=hint)).reduction is reduction  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ import tokenprune
 from tokenprune.analysis.analysis import Analysis
 from tokenprune.analysis.batch_probe import probe_batch
 from tokenprune.analysis.facts import NodeFacts, TokenDim
-from tokenprune.analysis.token_probe import EXTRA, _Run
+from tokenprune.analysis.token_run import EXTRA, TokenRun
 from tokenprune.errors import PlanError, UnsupportedHostError
 
 WIDTH, PATCHES, PREFIX = 8, 9, 1
@@ -188,6 +188,8 @@ def test_a_second_run_of_the_probe_keeps_nothing_of_the_first() -> None:
     markers = {marker: stage for stage, marker in enumerate(analysis.markers)}
     with torch.no_grad(), traced.fake_mode:
         facts, _ = probe_batch(pruning.host, traced)
-        once = _Run(pruning.host, traced, markers, PREFIX, (), lengths, dict(facts))
+        once = TokenRun(
+            pruning.host, traced, markers, analysis.grids, PREFIX, (), (), lengths, dict(facts)
+        )
         assert once.finishes()
     assert once.facts == dict(analysis.facts)

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 import tokenprune
 from tests.analysis.test_reading import IMAGES, Detects
+from tokenprune.checks import verify as verifying
 from tokenprune.checks.certificate import Certificate, Check
-from tokenprune.checks.proof import EXACT, Theorems
-from tokenprune.checks.verify import verify
+from tokenprune.checks.difference import EXACT
+from tokenprune.checks.proof import Theorems
+from tokenprune.checks.verify import verify, verify_wrapped
 from tokenprune.errors import (
     HostError,
     NotWrappedError,
@@ -163,6 +165,26 @@ def test_a_host_that_mixes_images_is_refused_whatever_the_example(images: int) -
         verify(model, x)
     plain = wrapped(example_inputs=x)
     assert names(verify(plain, x)) == THEOREMS
+
+
+def test_the_brief_proof_of_a_big_host_refuses_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verifying, "BIG", 0)
+    x = torch.randn(2, 3, 32, 32)
+    host = Vit()
+    for block in host.blocks:
+        block.attn.fused_attn = False
+    with torch.no_grad():
+        for parameter in host.parameters():
+            parameter.normal_(std=0.3)
+    brief = names(verify_wrapped(wrapped(host), x))
+    at_once = "mask = gather in a batch, dropped NaN, inf"
+    assert brief == [THEOREMS[0], at_once, "share of a leak that could hide"]
+    mixes = wrapped(Vit(minus_the_mean_of_the_batch), example_inputs=x)
+    with pytest.raises(VerificationError, match="depends on the other images"):
+        verify_wrapped(mixes, x)
+    monkeypatch.setattr(masked.Masked, "ops", READS_ALL)
+    with pytest.raises(VerificationError, match="mask and gather path differ"):
+        verify_wrapped(wrapped(host), x)
 
 
 def test_a_host_that_decides_by_the_batch_size_is_not_asked_for_another() -> None:

@@ -234,7 +234,7 @@ SCHEDULE = "version: 1\nschedule: {blocks: [3], keep_ratio: 0.7}\n"
             STAGES + "  - {block: 3, keep_ration: 1, keep_ratio: 1}",
             "stages.0.keep_ration: unknown key. Did you mean 'keep_ratio'?",
         ),
-        (SCHEDULE + "predictro: {}", "predictro: unknown key. Did you mean 'predictor'?"),
+        (SCHEDULE + "predictro: {}", "predictro: unknown key. Did you mean 'predictor'"),
         (
             SCHEDULE + "train: {warmup_epoch: 3}",
             "train.warmup_epoch: unknown key. Did you mean 'warmup_epochs'",
@@ -245,7 +245,8 @@ SCHEDULE = "version: 1\nschedule: {blocks: [3], keep_ratio: 0.7}\n"
         ),
         (
             SCHEDULE + "mode: drop",
-            "mode: There is no mode named 'drop'. Known names: bypass, fuse, merge, remove.",
+            "mode: There is no mode named 'drop'. Known names: bypass, exact, fuse, merge, remove, "
+            "windows.",
         ),
         (SCHEDULE + "sampling: {rounding: up}", "sampling.rounding: should be 'floor', 'ceil' or"),
         (

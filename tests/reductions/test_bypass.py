@@ -148,8 +148,8 @@ def test_training_reaches_predictors_and_light_branches(model: nn.Module) -> Non
 
 
 def test_a_grid_host_names_the_mode_it_needs(host: nn.Module) -> None:
-    recipe = {"version": 1, "schedule": {"blocks": [2], "keep_ratio": 0.7}}
-    with pytest.raises(PlanError, match=r"`mode: remove`.*needs `mode: bypass`.*keeps a grid"):
+    recipe = {"version": 1, "mode": "remove", "schedule": {"blocks": [2], "keep_ratio": 0.7}}
+    with pytest.raises(PlanError, match=r"Block 2 .* has to keep.*needs `mode: bypass`.*a grid"):
         tokenprune.wrap(host, recipe)
 
 

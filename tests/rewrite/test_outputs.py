@@ -80,5 +80,10 @@ def test_putting_back_writes_kept_rows_and_the_prefix_only() -> None:
     restored = put_back(full, tokens, kept, 1).squeeze(-1)
     assert restored.tolist() == [[7, 1, 0, 0, 2, 0], [8, 0, 3, 4, 0, 0]]
     decision = torch.zeros(2, 5).scatter(1, kept, 1.0)
-    masked = put_back_masked(full, full + 9, decision, 1).squeeze(-1)
+    decision.requires_grad_()
+    other = (full + 9).masked_fill(torch.arange(6).reshape(1, 6, 1) == 5, float("inf"))
+    masked = put_back_masked(full, other, decision, 1).squeeze(-1)
     assert masked.tolist() == [[9, 9, 0, 0, 9, 0], [9, 0, 9, 9, 0, 0]]
+    masked.square().sum().backward()  # what keeping a token is worth: 2 * value * (kept - dropped)
+    assert decision.grad is not None
+    assert decision.grad.tolist() == [[162, 0, 0, 162, 0], [0, 162, 162, 0, 0]]

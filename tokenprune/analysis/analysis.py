@@ -9,14 +9,17 @@ from torch import fx, nn
 from tokenprune.analysis.blocks import Block, Blocks
 from tokenprune.analysis.facts import Facts
 from tokenprune.analysis.grids import Grid, grid_of
+from tokenprune.analysis.leaving import stretches_at
 from tokenprune.analysis.nodes import shape_of
 from tokenprune.analysis.padding import find_padding
 from tokenprune.analysis.plan import Plan
 from tokenprune.analysis.reuse import facts_for
 from tokenprune.analysis.sites import PLACES
+from tokenprune.analysis.stretch import Stretch
 from tokenprune.analysis.token_probe import find_facts
 from tokenprune.errors import PlanError, TraceError
 from tokenprune.hosts.spec import ArchSpec
+from tokenprune.ops.layout import Layout
 from tokenprune.tracing.host_graph import HostGraph
 
 __all__ = ["Analysis", "analyse"]
@@ -37,6 +40,7 @@ class Analysis:
         real: The node that says which tokens are no padding, [B, L] or [B, N]; None if the host was
             not told.
         batch_bound: The graph holds for its batch size only.
+        stretches: Where tokens leave a host that keeps a grid, and are put back; none elsewhere.
     """
 
     traced: HostGraph
@@ -48,10 +52,24 @@ class Analysis:
     final: fx.Node
     real: fx.Node | None
     batch_bound: bool
+    stretches: tuple[Stretch, ...] = ()
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """The stages that see all tokens: the first one, or that of each stretch."""
+        return tuple(stretch.stages[0] for stretch in self.stretches) or (0,)
+
+    @property
+    def final_layout(self) -> Layout:
+        """Of the final tokens of a host that keeps a grid: as those of the last stage lie, if the
+        final ones are a grid too."""
+        shape = self.final.meta["val"].shape
+        rows = max(shape[0] // self.traced.batch_size, 1)
+        return Layout(rows, self.grids[-1].layout.channels_first and len(shape) == 4)
 
     @property
     def num_patches(self) -> tuple[int, ...]:
-        """N of each stage; all the same where tokens leave."""
+        """N of each stage; all the same in one stretch where tokens leave."""
         return tuple(grid.num_patches for grid in self.grids)
 
 
@@ -72,7 +90,8 @@ def analyse(
 
     Raises:
         TraceError: The block of a stage takes no tensor.
-        PlanError: A stage sees no patch tokens; or, where tokens leave, stages see different ones.
+        PlanError: A stage sees no patch tokens; or, where tokens leave, stages see different ones,
+            or a host that keeps a grid lets none leave there.
         UnsupportedHostError: A node cannot run with fewer tokens, or the final norm does not run.
     """
     missing = [block for block in plan.blocks if block not in blocks]
@@ -92,8 +111,12 @@ def analyse(
                 "Check num_prefix_tokens."
             )
     _check_order(traced, staged)
-    if tokens_leave:
+    stretches: tuple[Stretch, ...] = ()
+    if tokens_leave and spec.tokens_leave:
         _check_one_stretch(blocks, staged)
+    elif tokens_leave:
+        where = (plan.blocks, markers, plan.num_prefix)
+        stretches = stretches_at(root, traced, blocks, *where)
     final = _final(root, traced, blocks, spec)
     mask = spec.padding_mask if tokens_leave else None  # else no padding displaces real tokens
     batch, length = markers[0].meta["val"].shape[:2]
@@ -106,8 +129,9 @@ def analyse(
             bound = other.batch_bound
             break
     else:
-        facts, bound = find_facts(root, traced, markers, plan.num_prefix, padding, tokens_leave)
-    return Analysis(traced, blocks, plan, markers, grids, facts, final, real, bound)
+        given = (root, traced, markers, grids, plan.num_prefix, padding, tokens_leave, stretches)
+        facts, bound = find_facts(*given)
+    return Analysis(traced, blocks, plan, markers, grids, facts, final, real, bound, stretches)
 
 
 def _final(root: nn.Module, traced: HostGraph, blocks: Blocks, spec: ArchSpec) -> fx.Node:

@@ -20,12 +20,14 @@ class Aligned(NamedTuple):
     """An argument that was made for all tokens: `dims` maps its token dims to what they count.
 
     `rank` is the rank of the tensor it is combined with; the gathered tensor is a batch of that
-    rank, with `rows_per_image` rows of dim 0 for each image.
+    rank, with `rows_per_image` rows of dim 0 for each image. `folded`: dim 0 counts images times
+    tokens, in that order.
     """
 
     dims: Mapping[int, TokenDim]
     rank: int
     rows_per_image: int = 1
+    folded: bool = False
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class NodeFacts:
         whole_table: A tensor that takes only its size from the tokens: made at full length.
         counts_real: A sum over a padding mask: how many real tokens there are.
         gathers: Argument -> how it must be gathered before this node reads it.
-        length_of: The shape of an aligned table, read as numbers: these dims follow the tokens.
+        length_of: The shape of an aligned table, read as numbers: these dims follow the tokens; of
+            one number, dim 0.
     """
 
     dims: Mapping[int, TokenDim] = field(default_factory=dict)

@@ -16,7 +16,17 @@ from torch import fx, nn
 
 from tokenprune.tracing.hook_nodes import passed
 
-__all__ = ["Kind", "argument", "attends", "couples", "kind_of", "known_kind", "mixes", "set_kind"]
+__all__ = [
+    "Kind",
+    "argument",
+    "attends",
+    "couples",
+    "kind_of",
+    "known_kind",
+    "mixes",
+    "reads_neighbours",
+    "set_kind",
+]
 
 
 class Kind(Enum):
@@ -94,6 +104,11 @@ _KINDS: dict[Any, Kind] = {
     for target in targets
 }
 _ATTENDING = (Kind.ATTENTION, Kind.SOFTMAX, Kind.CONTRACTION)
+# Of the spatial ones, those that reduce or scan the dims that they are told: mostly the channels.
+_ALONG_A_DIM = (
+    *(torch.cumsum, torch.sort, torch.var, torch.std, torch.var_mean, torch.norm, torch.prod),
+    *(torch.linalg.norm, "cumsum", "sort", "norm", "var", "std", "prod"),
+)
 _POOLING = (Kind.MEAN, Kind.SUM, Kind.AMAX, Kind.MAX, Kind.AVERAGE_POOL, Kind.POOL)
 
 
@@ -136,6 +151,15 @@ def couples(root: nn.Module, node: fx.Node) -> bool:
     if node.op == "call_module" and kind is Kind.BATCH_STATISTIC:
         return False
     return kind is Kind.SPATIAL or mixes(root, node) or attends(root, node)
+
+
+def reads_neighbours(root: nn.Module, node: fx.Node) -> bool:
+    """Whether a node finds other tokens by their places: a convolution of more than one, a pooling
+    window, a shift. It cannot run once tokens have left."""
+    kind = kind_of(root, node)
+    if kind is Kind.PROJECTION:
+        return not _pointwise(root, node)
+    return kind is Kind.SPATIAL and node.target not in _ALONG_A_DIM
 
 
 def _pointwise(root: nn.Module, node: fx.Node) -> bool:

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from tokenprune.analysis.blocks import Blocks
+from tokenprune.analysis.nodes import shape_of
 from tokenprune.private import without_modes
 from tokenprune.tracing.hook_nodes import is_hook_node
 from tokenprune.tracing.hooks import calls_unhooked
@@ -14,7 +16,7 @@ from tokenprune.tracing.host_graph import HostGraph
 from tokenprune.tracing.interpret import evaluate
 from tokenprune.tracing.state import buffers_kept
 
-__all__ = ["own_tokens"]
+__all__ = ["own_tokens", "prefix_of_grid"]
 
 
 def own_tokens(root: nn.Module, traced: HostGraph, entry: fx.Node) -> tuple[int, int] | None:
@@ -35,6 +37,15 @@ def own_tokens(root: nn.Module, traced: HostGraph, entry: fx.Node) -> tuple[int,
     if found is None and torch.bool in kinds:
         found = _same_in_all(root, traced, entry, masks=True)
     return found
+
+
+def prefix_of_grid(root: nn.Module, traced: HostGraph, blocks: Blocks, number: int) -> int | None:
+    """How many tokens at the front are the host's own on the grid of a block, counted where that
+    grid begins: a host may add its class token to a later one. None if nothing tells."""
+    shape = shape_of(blocks[number].entry)
+    first = min(n for n, block in blocks.items() if shape_of(block.entry) == shape)
+    own = own_tokens(root, traced, blocks[first].entry)
+    return None if own is None else own[0]
 
 
 def _same_in_all(

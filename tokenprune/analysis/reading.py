@@ -12,14 +12,14 @@ from torch import nn
 
 from tokenprune.analysis.blocks import Blocks, blocks_of, find_blocks, sequence_first
 from tokenprune.analysis.nodes import shape_of
-from tokenprune.analysis.prefix import own_tokens
+from tokenprune.analysis.prefix import own_tokens, prefix_of_grid
 from tokenprune.analysis.residual import find_stretches
 from tokenprune.errors import PlanError, UnsupportedHostError
 from tokenprune.hosts.spec import ArchSpec
 from tokenprune.tracing.calls import ModuleCall
 from tokenprune.tracing.host_graph import HostGraph
 
-__all__ = ["NoBlocksError", "Reading", "readings", "settle"]
+__all__ = ["NoBlocksError", "Reading", "prefix_at", "readings", "settle"]
 
 Mode = Literal["remove", "bypass"]
 
@@ -57,6 +57,8 @@ def readings(hints: ArchSpec, *, guessed: bool, mode: str | None) -> list[Readin
     """
     of_graph = not hints.blocks
     modes: tuple[Mode | None, ...] = (None, "bypass") if mode is None else (None,)
+    if guessed and mode is not None:  # if tokens cannot leave for good, a stretch may let them
+        modes = (None, "bypass")
     if guessed and mode == "bypass":  # then blocks on any grid count
         modes = ("bypass",)
     if not guessed:
@@ -199,3 +201,31 @@ def _with_prefix(
     how += f"; so are the last {end}, which always stay" if end else ""
     notes = (*spec.notes, how)
     return replace(spec, num_prefix_tokens=front, num_suffix_tokens=end, notes=notes)
+
+
+def prefix_at(
+    host: nn.Module,
+    traced: HostGraph,
+    spec: ArchSpec,
+    blocks: Blocks,
+    reading: Reading,
+    staged: Sequence[int],
+) -> ArchSpec:
+    """The facts of a host that keeps a grid, with the prefix tokens of the grids on which the
+    stages at blocks `staged` let tokens leave.
+
+    Raises:
+        PlanError: These grids have different ones.
+    """
+    if spec.tokens_leave or not reading.guessed:
+        return spec
+    grids = {shape_of(blocks[n].entry): n for n in staged if n in blocks}
+    found = {n: prefix_of_grid(host, traced, blocks, n) for n in grids.values()}
+    known = {n: count for n, count in found.items() if count is not None}
+    if len(set(known.values())) > 1:
+        raise PlanError(
+            f"Tokens are to leave at blocks {list(known)}, before which {list(known.values())} "
+            f"tokens of {traced.host} are no patches (class tokens). Put all stages at blocks with "
+            "the same number of them."
+        )
+    return replace(spec, num_prefix_tokens=next(iter(known.values()), spec.num_prefix_tokens))

@@ -8,10 +8,10 @@ number of tokens is tried.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, permutations
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
@@ -26,9 +26,18 @@ from tokenprune.ops.layout import Layout
 from tokenprune.tracing.host_graph import HostGraph
 from tokenprune.tracing.interpret import evaluate, quiet_trials
 
-__all__ = ["Tail", "find_tails", "prunable_blocks"]
+__all__ = ["BlockSearch", "Sum", "Tail", "find_tails", "prunable_blocks"]
 
-PROBED = 211  # tokens that a tail is tried on: a prime, so that no window size divides it
+PROBED = 999_983  # tokens that a tail is tried on: a prime, so that no window size divides it
+
+
+class Sum(NamedTuple):
+    """`total = source + branch`, all of one layout."""
+
+    total: fx.Node
+    source: fx.Node
+    branch: fx.Node
+    layout: Layout
 
 
 @dataclass(frozen=True)
@@ -67,7 +76,7 @@ def find_tails(
     """
     found: dict[int, Tail] = {}
     for number, block in blocks.items():
-        search = _Search(root, traced, block, plan.num_prefix)
+        search = BlockSearch(root, traced, block, plan.num_prefix)
         before = [stage for stage, start in enumerate(plan.blocks) if start <= number]
         stages = [stage for stage in before if grids[stage] == search.grid]
         tail = search.tail(stages[-1]) if stages else None
@@ -91,14 +100,20 @@ def prunable_blocks(
     """Grid -> the blocks on it that have a tail."""
     found: dict[Grid, list[int]] = {}
     for number, block in blocks.items():
-        search = _Search(root, traced, block, num_prefix)
+        search = BlockSearch(root, traced, block, num_prefix)
         if search.tail(0) is not None:
             found.setdefault(search.grid, []).append(number)
     return found
 
 
-class _Search:
-    """The search in one block."""
+class BlockSearch:
+    """The search in one block.
+
+    Attributes:
+        grid: The tokens that enter it.
+        nodes: Its nodes, in order.
+        outside: All other nodes of the graph.
+    """
 
     def __init__(self, root: nn.Module, traced: HostGraph, block: Block, num_prefix: int) -> None:
         self.root, self.traced = root, traced
@@ -106,37 +121,52 @@ class _Search:
         self.nodes = list(block.call.nodes())
         self.outside = set(traced.graph.nodes).difference(self.nodes)
 
-    def tail(self, stage: int) -> Tail | None:
-        """The last one; None if the block has none."""
+    def sums(self) -> Iterator[Sum]:
+        """The sums of tokens of the grid, the last first; both ways round."""
         for total in reversed(self.nodes):
             if kind_of(self.root, total) is not Kind.ADD or len(total.args) < 2:
                 continue
             for source, branch in permutations(total.args[:2]):
                 if not (isinstance(source, fx.Node) and isinstance(branch, fx.Node)):
                     continue
-                layout = self._layout(source)
+                layout = self.layout(source)
                 if layout is None or set(branch.users) != {total}:
                     continue
                 shape = source.meta["val"].shape
                 width = shape[1 if layout.channels_first else -1]
-                if shape != branch.meta["val"].shape or width != self.grid.num_channels:
-                    continue
-                inside = self._per_token_end(source, branch)
-                # the projection after an attention is no feed-forward part; a whole MLP is
-                if sum(map(self._projects, inside)) > self._attends(source, branch):
-                    read = {n for node in inside for n in node.all_input_nodes} - inside
-                    reads = {n: found for n in read if (found := self._layout(n)) is not None}
-                    return Tail(stage, source, branch, total, layout, inside, reads)
-        return None
+                if shape == branch.meta["val"].shape and width == self.grid.num_channels:
+                    yield Sum(total, source, branch, layout)
+
+    def tail(self, stage: int) -> Tail | None:
+        """The last one; None if the block has none."""
+        found = (self.tail_of(each, stage) for each in self.sums())
+        return next((tail for tail in found if tail is not None), None)
+
+    def tail_of(self, each: Sum, stage: int) -> Tail | None:
+        """That of one sum; None if its branch does not end in a feed-forward part."""
+        total, source, branch, layout = each
+        inside = self.per_token_end(source, branch)
+        # the projection after an attention is no feed-forward part; a whole MLP is
+        if sum(map(self._projects, inside)) <= self._attends(source, branch):
+            return None
+        return Tail(stage, source, branch, total, layout, inside, self.reads(inside))
+
+    def reads(self, inside: frozenset[fx.Node]) -> dict[fx.Node, Layout]:
+        """The tensors of tokens that nodes read from outside, and the layout of each."""
+        read = {n for node in inside for n in node.all_input_nodes} - inside
+        return {n: found for n in read if (found := self.layout(n)) is not None}
 
     def _attends(self, source: fx.Node, branch: fx.Node) -> bool:
         """Whether there is an attention between `source` (or the block's entry) and `branch`."""
         made_of = makers(branch, lambda n: n is not source and n not in self.outside)
         return any(attends(self.root, node) for node in made_of)
 
-    def _per_token_end(self, source: fx.Node, branch: fx.Node) -> frozenset[fx.Node]:
-        """The nodes after the last that couples tokens; none if they project nothing."""
-        ends = {source, *self.outside}
+    def per_token_end(
+        self, source: fx.Node, branch: fx.Node, after: Collection[fx.Node] | None = None
+    ) -> frozenset[fx.Node]:
+        """The nodes after the last that couples tokens; none if they project nothing. Those after
+        the nodes `after`, if given, whatever they do."""
+        ends = {source, *self.outside, *(after or ())}
         ends.update(node for node in self.nodes if couples(self.root, node))
         while branch not in ends:
             inside = frozenset(makers(branch, lambda n: n not in ends and n.op != "get_attr"))
@@ -144,9 +174,9 @@ class _Search:
             if shared:  # something that needs all tokens reads these too
                 ends.update(shared)
                 continue
-            if not any(map(self._projects, inside)):
+            if after is None and not any(map(self._projects, inside)):
                 break
-            stuck = self._first_that_fails(inside)
+            stuck = self.first_that_fails(inside)
             if stuck is None:
                 return inside
             ends.add(stuck)
@@ -157,7 +187,7 @@ class _Search:
         return any(u not in inside and (u.users or u.op == "output") for u in node.users)
 
     @quiet_trials()
-    def _first_that_fails(self, inside: frozenset[fx.Node]) -> fx.Node | None:
+    def first_that_fails(self, inside: frozenset[fx.Node]) -> fx.Node | None:
         """Run the nodes on another number of tokens; the first that cannot, if any."""
         read = {n for node in inside for n in node.all_input_nodes} - inside
         with torch.no_grad(), self.traced.fake_mode:
@@ -178,10 +208,10 @@ class _Search:
 
     def _probed_shape(self, node: fx.Node) -> tuple[int, ...] | None:
         """The shape of a tensor of all tokens, for as many as are tried; None for others."""
-        layout = self._layout(node)
+        layout = self.layout(node)
         return None if layout is None else layout.gathered(node.meta["val"].shape, PROBED)
 
-    def _layout(self, node: fx.Node) -> Layout | None:
+    def layout(self, node: fx.Node) -> Layout | None:
         """How `node` holds the tokens of the grid; None if it does not."""
         shape, images = shape_of(node), self.traced.batch_size
         if len(shape) < 3 or node.op == "get_attr" or shape[0] % images:

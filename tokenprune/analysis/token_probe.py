@@ -7,27 +7,20 @@ tokens. A node that fails combines tokens with a tensor that was made for all of
 a relative-position bias, an attention mask): that tensor is gathered too, and the run goes on.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import chain, combinations
-from typing import Any
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import fx, nn
 
 from tokenprune.analysis.batch_probe import probe_batch
-from tokenprune.analysis.facts import Aligned, Facts, NodeFacts, TokenDim
-from tokenprune.analysis.nodes import holds_no_tensor, makers
-from tokenprune.analysis.operators import Kind, kind_of
-from tokenprune.errors import UnsupportedHostError
-from tokenprune.tracing.hook_nodes import is_hook_node
+from tokenprune.analysis.facts import Facts, NodeFacts, TokenDim
+from tokenprune.analysis.grids import Grid
+from tokenprune.analysis.stretch import Stretch
+from tokenprune.analysis.token_run import TokenRun
 from tokenprune.tracing.host_graph import HostGraph
-from tokenprune.tracing.interpret import Environment, evaluate, quiet_trials, run
+from tokenprune.tracing.interpret import quiet_trials
 
-__all__ = ["find_facts"]
-
-# Extra tokens per stage: primes, so that no multiple or sum looks like another.
-EXTRA = tuple(n for n in range(211, 1000) if all(n % d for d in range(2, 32)))
+__all__ = ["blocks_that_run", "facts_along", "find_facts"]
 
 
 @quiet_trials()
@@ -35,249 +28,82 @@ def find_facts(
     root: nn.Module,
     traced: HostGraph,
     markers: Sequence[fx.Node],
+    grids: Sequence[Grid],
     num_prefix: int,
     padding: Collection[fx.Node],
     tokens_leave: bool,
+    stretches: Sequence[Stretch] = (),
 ) -> tuple[Facts, bool]:
     """One record for each node; and whether the graph holds for its batch size only.
 
     Args:
         markers: Of the tokens that each stage prunes.
+        grids: How they lie there.
         padding: Nodes that hold anything of the host's padding mask.
         tokens_leave: False where every tensor keeps its size.
+        stretches: All that reads their tokens outside of them reads all of these; none where those
+            that left stay away.
 
     Raises:
         UnsupportedHostError: A node cannot run with fewer tokens; its place in the host is named.
     """
-    stages = {node: stage for stage, node in enumerate(markers)}
-    lengths: dict[fx.Node, dict[int, TokenDim]] = {}
     with torch.no_grad(), traced.fake_mode:
         facts, bound = probe_batch(root, traced)
-        while tokens_leave:
-            probe = _Run(root, traced, stages, num_prefix, padding, lengths, dict(facts))
-            if probe.finishes():
-                return probe.facts, bound
+    if tokens_leave:
+        given = (root, traced, markers, grids, num_prefix, padding)
+        return facts_along(*given, facts, stretches), bound
     return facts, bound
 
 
-@dataclass
-class _Run:
-    """One run with other token counts.
+@quiet_trials()
+def facts_along(
+    root: nn.Module,
+    traced: HostGraph,
+    markers: Sequence[fx.Node],
+    grids: Sequence[Grid],
+    num_prefix: int,
+    padding: Collection[fx.Node],
+    facts: Facts,
+    stretches: Sequence[Stretch] = (),
+    windows: bool = False,
+) -> Facts:
+    """What is known of each node, and what runs with other numbers of tokens tell; arguments and
+    errors as for `find_facts`.
 
-    Attributes:
-        length_of: Shapes of tables, read as numbers, that follow the tokens; as far as earlier
-            runs found out. A run that finds another adds it and stops.
-        facts: What is known of each node beforehand; the run adds to it.
-        follows: Node -> the latest stage whose tokens its data holds.
-        passed: Node -> the latest stage entered before it.
-        full: N, patches before the first stage.
+    Args:
+        grids: Read where there are stretches.
+        windows: Tokens are windows, which may be rows beside those of other images; and numbers
+            that equal theirs may be theirs.
     """
+    stages = {node: stage for stage, node in enumerate(markers)}
+    lengths: dict[fx.Node, dict[int, TokenDim]] = {}
+    given = (root, traced, stages, grids, num_prefix, padding, stretches, lengths)
+    with torch.no_grad(), traced.fake_mode:
+        while True:
+            probe = TokenRun(*given, dict(facts), windows=windows)
+            if probe.finishes():
+                return probe.facts
 
-    root: nn.Module
-    traced: HostGraph
-    markers: Mapping[fx.Node, int]
-    prefix: int
-    padding: Collection[fx.Node]
-    length_of: dict[fx.Node, dict[int, TokenDim]]
-    facts: dict[fx.Node, NodeFacts]
-    follows: dict[fx.Node, int] = field(default_factory=dict)
-    passed: dict[fx.Node, int] = field(default_factory=dict)
-    latest: int = -1
-    full: int = 0
 
-    def finishes(self) -> bool:
-        """Run until the end, or until one more size turns out to follow the tokens (False)."""
-        inputs = {name: node.meta["val"] for name, node in self.traced.inputs.items()}
-        for node, value in run(self.root, self.traced.graph, inputs, self._step):
-            holds_tokens = node in self.follows and isinstance(value, torch.Tensor)
-            if holds_tokens and not self._classify(node, value):
-                return False
-        return True
-
-    def _note(self, node: fx.Node, **found: Any) -> None:
-        self.facts[node] = replace(self.facts[node], **found)
-
-    def _step(self, node: fx.Node, env: Environment) -> Any:
-        base = node.meta["val"]
-        self.passed[node] = self.latest
-        if node in self.markers:
-            return self._enter(node, self.markers[node], base)
-        length = self._length(node)
-        if length is not None:
-            self._note(node, follows_tokens=True, length_of=length)
-            return torch.Size(_with_extra(base, length))
-        sources = [self.follows[n] for n in node.all_input_nodes if n in self.follows]
-        counted = None if sources or self.latest < 0 else self._counted(node)
-        if counted is not None:
-            self.follows[node] = self.latest
-            self._note(node, gathers=counted, counts_real=True)
-            return self._evaluate(node, env, counted)
-        if all(env[n] is n.meta["val"] for n in node.all_input_nodes):
-            return base  # nothing that goes in has another size
-        any_length = kind_of(self.root, node) is Kind.ANY_LENGTH
-        plain = holds_no_tensor(base)
-        if sources and (any_length or not plain):
-            self.follows[node] = max(sources)
-            if any_length:
-                return self._align(node, env, None)
+@quiet_trials()
+def blocks_that_run(
+    root: nn.Module,
+    traced: HostGraph,
+    grid: Grid,
+    num_prefix: int,
+    stretch: Stretch,
+    start: fx.Node,
+    ends: Sequence[fx.Node],
+) -> tuple[int, str]:
+    """How many blocks, each given by what it returns, run with another number of tokens from the
+    entry `start` of the first one on; and what the next one said."""
+    lengths: dict[fx.Node, dict[int, TokenDim]] = {}
+    given = (root, traced, {start: 0}, [grid], num_prefix, (), [stretch], lengths)
+    with torch.no_grad(), traced.fake_mode:
+        while True:
+            probe = TokenRun(*given, dict.fromkeys(traced.graph.nodes, NodeFacts()), until=ends[-1])
             try:
-                return evaluate(self.root, node, env)
-            except Exception as error:
-                return self._align(node, env, error)
-        if not plain and any(self.facts[n].follows_tokens for n in node.all_input_nodes):
-            self._note(node, whole_table=True)
-            return base
-        value = evaluate(self.root, node, env)
-        if plain and value != base:
-            self._note(node, follows_tokens=True)
-        return value
-
-    def _length(self, node: fx.Node) -> dict[int, TokenDim] | None:
-        """Which dims of a table's shape follow the tokens: as said of this node, or of one before
-        that read the shape of the same table (each block its own)."""
-        if node not in self.length_of:
-            read = (node.op, node.target, node.args, node.kwargs)
-            for known, dims in self.length_of.items():
-                if self.latest >= 0 and read == (known.op, known.target, known.args, known.kwargs):
-                    return {d: dim._replace(stage=self.latest) for d, dim in dims.items()}
-        return self.length_of.get(node)
-
-    def _counted(self, node: fx.Node) -> dict[fx.Node, Aligned] | None:
-        """How to gather what `node` adds up, if it counts real tokens: those that left are none."""
-        if kind_of(self.root, node) is not Kind.SUM or node not in self.padding:
-            return None
-        source = node.all_input_nodes[0]
-        found = list(self._alignments(source.meta["val"], self.latest, {0, self.prefix}, 0))
-        return {source: found[0]} if found else None
-
-    def _enter(self, node: fx.Node, stage: int, base: torch.Tensor) -> torch.Tensor:
-        if base.ndim != 3:
-            raise UnsupportedHostError(
-                f"Stage {stage} needs tokens [B, L, D] at block {node.args[1]}, found a tensor of "
-                f"shape {tuple(base.shape)} at {node.meta['where']}. A host that keeps a grid "
-                "needs a recipe with `mode: bypass`."
-            )
-        patches = base.shape[1] - self.prefix
-        if self.full and patches != self.full:
-            raise UnsupportedHostError(
-                f"Stage {stage} (block {node.args[1]}) sees {patches} patch tokens, stage 0 saw "
-                f"{self.full}: the host pools tokens in between. Put all stages into one stretch "
-                f"of blocks with equal length. Found at {node.meta['where']}."
-            )
-        self.full, self.latest, self.follows[node] = patches, stage, stage
-        return base.new_empty(base.shape[0], base.shape[1] + EXTRA[stage], base.shape[2])
-
-    def _align(self, node: fx.Node, env: Environment, error: Exception | None) -> Any:
-        """Gather whichever arguments make the node run, and note them; `error` is what it raised
-        without, None if it has not been tried, since it takes tables of any length."""
-        stage, inputs = self.follows[node], node.all_input_nodes
-        holding = [n for n in inputs if self.facts[n].dims]
-        offsets = {dim.prefix for n in holding for dim in self.facts[n].dims.values()}
-        rank = max((env[n].ndim for n in holding), default=0)
-        rows = max((self.facts[n].rows_per_image or 1 for n in holding), default=1)
-        tables = [n for n in inputs if n not in self.follows and isinstance(env[n], torch.Tensor)]
-        options = {n: list(self._alignments(env[n], stage, offsets, rank, rows)) for n in tables}
-        for choice in _choices({n: found for n, found in options.items() if found}):
-            try:
-                value = self._evaluate(node, env, choice)
-            except Exception:
-                continue
-            if self._as_expected(node, value, stage):
-                self._note(node, gathers=choice)
-                return value
-        if error is None:
-            return evaluate(self.root, node, env)
-        raise UnsupportedHostError(
-            f"A node cannot run with fewer tokens after stage {stage}: {node.format_node()} at "
-            f"{node.meta['where']}. It said: {error}. Prune after it, or leave this host dense."
-        ) from error
-
-    def _alignments(
-        self, value: torch.Tensor, stage: int, offsets: set[int], rank: int, rows: int = 1
-    ) -> Iterator[Aligned]:
-        sizes = {self.full + offset: offset for offset in offsets}
-        dims = {d: TokenDim(stage, sizes[n]) for d, n in enumerate(value.shape) if n in sizes}
-        subsets = chain.from_iterable(combinations(dims, n) for n in range(len(dims), 0, -1))
-        for subset in subsets:
-            yield Aligned({d: dims[d] for d in subset}, max(rank, value.ndim), rows)
-
-    def _evaluate(self, node: fx.Node, env: Environment, gathers: Mapping[fx.Node, Aligned]) -> Any:
-        """Evaluate a node whose arguments are gathered."""
-        trial = dict(env)
-        for source, aligned in gathers.items():
-            value = env[source]
-            shape = [1] * (aligned.rank - value.ndim) + _with_extra(value.shape, aligned.dims)
-            trial[source] = value.new_empty(shape)
-        return evaluate(self.root, node, trial)
-
-    def _as_expected(self, node: fx.Node, value: Any, stage: int) -> bool:
-        base = node.meta["val"]
-        if not isinstance(value, torch.Tensor) or value.ndim != base.ndim:
-            return not isinstance(base, torch.Tensor)
-        moves = {new - old for new, old in zip(value.shape, base.shape, strict=True)}
-        return moves <= {0, EXTRA[stage]}
-
-    def _resize(self, node: fx.Node) -> bool:
-        """Let the sizes of tables that went into `node` follow the tokens; False if none can.
-
-        A host that splits its tokens by the length of a RoPE table means the length that the table
-        has once it is gathered.
-        """
-        lengths = {self.full + p: p for p in range(self.prefix + 1)}
-        found = False
-        for number in makers(node, _may_be_numbers):
-            shape, tables = number.meta["val"], number.all_input_nodes[:1]
-            stage = self.passed.get(number, -1)
-            of_table = isinstance(shape, torch.Size) and not any(t in self.follows for t in tables)
-            if of_table and stage >= 0 and number not in self.length_of:
-                dims = {d: TokenDim(stage, lengths[n]) for d, n in enumerate(shape) if n in lengths}
-                if dims:
-                    self.length_of[number] = dims
-                    found = True
-        return found
-
-    def _classify(self, node: fx.Node, value: torch.Tensor) -> bool:
-        """Note the token dims of a node; False if the run must be made again."""
-        base = node.meta["val"]
-        if base.ndim != value.ndim:
-            raise UnsupportedHostError(
-                f"The rank of {node.format_node()} changes with the number of tokens, at "
-                f"{node.meta['where']}."
-            )
-        dims = {}
-        for d, (old, new) in enumerate(zip(base.shape, value.shape, strict=True)):
-            stages = [s for s, extra in enumerate(EXTRA) if new - old == extra]
-            if stages and old < self.full:
-                # a tensor shorter than the patches cannot hold them all: a wrong size went in
-                if self._resize(node):
-                    return False
-                raise UnsupportedHostError(
-                    f"{node.format_node()} holds only {old} of {self.full} patch tokens, at "
-                    f"{node.meta['where']}. Tokens that leave must stay one sequence."
-                )
-            if stages:
-                dims[d] = TokenDim(stages[0], old - self.full)
-            elif new != old:
-                self._note(node, folded=True)
-        self._note(node, dims=dims)
-        return True
-
-
-def _with_extra(shape: Sequence[int], dims: Mapping[int, TokenDim]) -> list[int]:
-    """`shape` with the extra tokens of each dim's stage."""
-    return [n + (EXTRA[dims[d].stage] if d in dims else 0) for d, n in enumerate(shape)]
-
-
-def _may_be_numbers(node: fx.Node) -> bool:
-    value = node.meta["val"]
-    numbers = isinstance(value, tuple | list) or holds_no_tensor(value)
-    return numbers and not is_hook_node(node)
-
-
-def _choices(options: Mapping[fx.Node, Sequence[Aligned]]) -> Iterator[dict[fx.Node, Aligned]]:
-    """All arguments at once first, then each alone."""
-    width = max(map(len, options.values()), default=0)
-    for i in range(width):
-        yield {node: found[min(i, len(found) - 1)] for node, found in options.items()}
-    if len(options) > 1:
-        yield from ({node: aligned} for node, found in options.items() for aligned in found)
+                if probe.finishes():
+                    return len(ends), ""
+            except Exception as error:  # whatever it says: it does not run on some tokens alone
+                return sum(end in probe.follows for end in ends), str(error)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from tokenprune.checks.certificate import Check
+from tokenprune.checks.difference import EXACT, TOLERANCE, difference, largest, with_itself
 from tokenprune.checks.trainable import requiring_grad
 from tokenprune.errors import VerificationError
 from tokenprune.hosts.inputs import first_floating
@@ -27,26 +28,24 @@ from tokenprune.tracing.arguments import Arguments, as_arguments
 from tokenprune.tracing.interpret import run, tensors_in
 from tokenprune.tracing.modes import autocast_dtypes
 
-__all__ = ["TOLERANCE", "Theorems", "cast", "difference"]
-
-# Largest difference, relative to the output's scale, that rounding alone may cause.
-EXACT = 1e-9
-TOLERANCE = {torch.float64: EXACT, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+__all__ = ["Theorems", "cast"]
 
 
 class Theorems:
     """The checks of one wrapped model, in eval mode, on one input; of programs of its own, or of
-    those of the model that it is a copy of."""
+    those of the model that it is a copy of. `brief` ones run as few forwards as will do."""
 
     def __init__(
         self,
         model: nn.Module,
         given: Arguments | Mapping[str, Any],
         programs: Programs | None = None,
+        *,
+        brief: bool = False,
     ) -> None:
         pruning = pruning_of(model)
         inputs = as_arguments(type(model).__name__, given)
-        self.model, self.inputs, self.host = model, inputs, pruning.host
+        self.model, self.inputs, self.host, self.brief = model, inputs, pruning.host, brief
         self.programs = programs or pruning.programs(inputs)
         self.facts = self.programs.analysis.facts
         self.num_patches = self.programs.num_patches
@@ -59,25 +58,24 @@ class Theorems:
         self.settings = self._settings_for(self.sets)
         self.dtype = first_floating(model).dtype
         casts = autocast_dtypes(self.programs.analysis.traced.graph)
-        self.bound = max(
-            TOLERANCE.get(dtype, TOLERANCE[torch.float32]) for dtype in (self.dtype, *casts)
-        )
+        self.dtypes = (self.dtype, *casts)
+        self.bound = largest(TOLERANCE, self.dtypes)
         self.probabilistic = pruning.method.scorer.probabilistic
         self.outputs: dict[PathName, list[Tensor]] = {}
         self.whole: list[Tensor] = []  # outputs with every token kept
 
     def _random_sets(self) -> tuple[Tensor, ...]:
-        """Nested kept sets that leave out about a third each time, but always something; where
-        images may keep different numbers of tokens, they do. The first one leaves out the first and
-        the last patch: one of them may be a token that is no patch."""
+        """Nested kept sets that leave out about a third each time (two if brief), but always
+        something; where images may keep different numbers of tokens, they do. The first one leaves
+        out the first and the last patch: one of them may be a token that is no patch."""
         generator = torch.Generator().manual_seed(0)
         device = next(iter(self.tensors.values())).device
         kept, sets = torch.empty(self.batch_size, 0, device="cpu"), list[Tensor]()
-        staying = self.programs.analysis.plan.num_suffix
-        for patches in self.num_patches:
-            if not sets or not self.programs.reduction.nested:
+        staying, share = self.programs.analysis.plan.num_suffix, 0.35 if self.brief else 0.65
+        for stage, patches in enumerate(self.num_patches):
+            if stage in self.programs.starts:
                 kept = torch.arange(patches, device="cpu").expand(self.batch_size, -1)
-            count = max(1, staying, min(kept.shape[1] - 1, round(kept.shape[1] * 0.65)))
+            count = max(1, staying, min(kept.shape[1] - 1, round(kept.shape[1] * share)))
             rank = torch.rand(kept.shape, generator=generator, device="cpu")
             rank = rank + (kept < 0)  # padding last
             last = patches - staying
@@ -112,9 +110,13 @@ class Theorems:
         return tensors
 
     def _output(
-        self, path: PathName, settings: CallSettings, tensors: Mapping[str, Tensor]
+        self,
+        path: PathName,
+        settings: CallSettings,
+        tensors: Mapping[str, Tensor],
+        whole: bool = True,
     ) -> list[Tensor]:
-        program = self.programs.get(self.host, path)
+        program = self.programs.get(self.host, path, whole)
         try:
             output, *_ = program.run(self.model, settings, **tensors)
         except (RuntimeError, IndexError) as error:
@@ -132,6 +134,10 @@ class Theorems:
     def run_pruned(self) -> list[Tensor]:
         """The output on the random kept sets."""
         return self._run(self.pruned)
+
+    def run_whole_or_not(self, path: PathName, whole: bool) -> list[Tensor]:
+        """The output of a path on them, with or without the rows that nobody reads."""
+        return self._output(path, self.settings, self.tensors, whole)
 
     def comparable(self, tensors: list[Tensor]) -> list[Tensor]:
         """The rows of a mask path's output that the gather path returns."""
@@ -167,20 +173,28 @@ class Theorems:
     def paths(self) -> Iterator[Check]:
         """Theorem 2: paths that must agree do, on rows of kept tokens."""
         for claim in self.programs.reduction.proofs:
-            apart = partial(Theorems._apart, claim=claim)
-            yield self._compared(claim.name, apart, partial(Theorems._where_apart, claim=claim))
+            if not self._at_once:
+                apart = partial(Theorems._apart, claim=claim)
+                yield self.compared(claim.name, apart, partial(Theorems._where_apart, claim=claim))
 
     def _apart(self, claim: Proof) -> float:
         return difference(self._run(claim.left), self._run(self._name(claim.right)))
+
+    @property
+    def _at_once(self) -> bool:
+        """Whether theorems 2, 3 and 4 are one: the mask path of an image alone, with NaN and inf in
+        dropped tokens, is the gather path of it in a batch."""
+        bound, hides = self.programs.analysis.batch_bound, self.programs.reduction.hides
+        return self.brief and hides and not (bound or self.jagged) and self.batch_size == 1
 
     def _name(self, path: PathName) -> PathName:
         return self.pruned if path == "gather" else path
 
     def contents(self) -> Iterator[Check]:
         """Theorem 3: what dropped tokens (bypass: branches not taken) hold is not read."""
-        if not self.programs.reduction.hides:
+        if not self.programs.reduction.hides or self._at_once:
             return
-        yield self._compared(
+        yield self.compared(
             "dropped tokens may hold NaN and inf",
             lambda proof: difference(
                 proof._run("mask", replace(proof.settings, poison=True)), proof._run("mask")
@@ -191,33 +205,42 @@ class Theorems:
     def images(self) -> Iterator[Check]:
         """Theorem 4: an image does not depend on the others of its batch."""
         if not self.programs.analysis.batch_bound:
-            yield self._compared(
-                "an image alone = in a batch",
-                Theorems._alone_and_together,
-                lambda proof: "an image's output depends on the other images of its batch",
-            )
+            name = "an image alone = in a batch"
+            what = "an image's output depends on the other images of its batch"
+            if self._at_once:
+                name = "mask = gather in a batch, dropped NaN, inf"
+                what = f"mask and gather path differ, or dropped tokens are read, or {what}"
+            yield self.compared(name, Theorems._alone_and_together, lambda _: what)
 
-    def _compared(
-        self, name: str, measure: Callable[["Theorems"], float], what: Callable[["Theorems"], str]
+    def compared(
+        self,
+        name: str,
+        measure: Callable[["Theorems"], float],
+        what: Callable[["Theorems"], str],
+        bounds: tuple[float, float] | None = None,
     ) -> Check:
         """Compare in the model's precision; if that fails, float64 tells a real difference from
-        rounding that the host itself amplifies."""
-        proof, check = self, Check(name, measure(self), self.bound)
-        if not check.passed and self.bound > EXACT:
+        rounding that the host itself amplifies. `bounds` of both, if they are others."""
+        bound, exact = bounds or (self.bound, EXACT)
+        proof, check = self, Check(name, measure(self), bound)
+        if not check.passed and bound > exact:
             proof = self._in_float64
             given = str(self.dtype).removeprefix("torch.")
             name = f"{name}, in float64 ({given}: {check.error:.1e})"
-            check = Check(name, measure(proof), EXACT)
+            check = Check(name, measure(proof), exact)
         if not check.passed:
             proof.refuse(check, what(proof))
         return check
 
     @cached_property
     def _in_float64(self) -> "Theorems":
-        return Theorems(copy.deepcopy(self.model).double(), cast(self.inputs, torch.float64))
+        doubles = copy.deepcopy(self.model).double(), cast(self.inputs, torch.float64)
+        return Theorems(*doubles, brief=self.brief)
 
     def _alone_and_together(self) -> float:
         if self.batch_size == 1:
+            if self._at_once:
+                self.outputs[self.pruned] = self._run("mask", replace(self.settings, poison=True))
             alone, batch = self._run(self.pruned), self._beside_another()
         else:
             alone, batch = self._last_alone(), self._run(self.pruned)
@@ -225,7 +248,7 @@ class Theorems:
         image = slice(self.batch_size - 1, self.batch_size)
         together = [t[image] if t.ndim and t.shape[0] == size else None for t in batch]
         pairs = [(a, b) for a, b in zip(alone, together, strict=True) if b is not None]
-        pairs = [(a, _with_itself(b, a, size)) for a, b in pairs]
+        pairs = [(a, with_itself(b, a, size)) for a, b in pairs]
         return difference([self._as_long(a, b) for a, b in pairs], [b for _, b in pairs])
 
     def _as_long(self, alone: Tensor, together: Tensor) -> Tensor:
@@ -246,6 +269,13 @@ class Theorems:
         pairs = zip(self.sets, self.num_patches, strict=True)
         sets = tuple(torch.cat([kept, patches - 1 - kept.flip(1)]) for kept, patches in pairs)
         return self._output(self.pruned, self._settings_for(sets), self.tensors | both)
+
+    def of_one_image(self) -> "Theorems":
+        """The same of the last image alone, if the programs hold for it."""
+        if self.batch_size == 1 or self.programs.analysis.batch_bound:
+            return self
+        last = {name: value[-1:] for name, value in self.batched().items()}
+        return Theorems(self.model, self.inputs.with_tensors(last), brief=self.brief)
 
     def images_alike(self) -> bool:
         """Whether the two images that were beside each other are equal, so that mixing them would
@@ -270,7 +300,7 @@ class Theorems:
     def _gradients_of(self, parameters: Sequence[nn.Parameter]) -> Check:
         generator = torch.Generator(parameters[0].device).manual_seed(0)
         settings = CallSettings((), sample=True, generator=generator)
-        program = self.programs.get(self.host, "mask")
+        program = self.programs.get(self.host, "mask", whole=True)
         output, records, *_ = program.run(self.model, settings, **self.tensors)
         loss = sum(t.float().square().mean() for t in tensors_in(output) if t.requires_grad)
         loss = loss + sum(decision.mean() for _, decision in records)
@@ -292,7 +322,7 @@ class Theorems:
         """Run both paths in step and name the first node whose kept rows differ."""
         differ = f"{claim.left} and {claim.right} path differ"
         names = (claim.left, self._name(claim.right))
-        left, right = (self.programs.get(self.host, name) for name in names)
+        left, right = (self.programs.get(self.host, name, whole=True) for name in names)
         theirs = self._values(right)
         ahead: dict[fx.Node, Any] = {}
         for origin, ours in self._values(left):
@@ -335,16 +365,6 @@ class Theorems:
         return rows
 
 
-def _with_itself(together: Tensor, alone: Tensor, size: int) -> Tensor:
-    """Of an output that pairs each image with each of a batch (CLIP's logits), the pair of the last
-    image with itself, which is all that an image alone has."""
-    for dim in range(1, together.ndim):
-        paired = together.ndim == alone.ndim and alone.shape[dim] == 1 != together.shape[dim]
-        if paired and together.shape[dim] == size:
-            together = together.narrow(dim, size - 1, 1)
-    return together
-
-
 def cast(inputs: Arguments, dtype: torch.dtype) -> Arguments:
     """The same arguments, with floating tensors in `dtype`."""
     floats = {name: x for name, x in inputs.tensors.items() if x.is_floating_point()}
@@ -360,17 +380,3 @@ def _returned(output: Any) -> list[fx.Node]:
         elif isinstance(leaf, fx.Node):
             found.append(leaf)
     return found
-
-
-def difference(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
-    """Largest difference relative to the scale of `theirs`; inf if shapes or NaNs differ."""
-    if [t.shape for t in ours] != [t.shape for t in theirs]:
-        return float("inf")
-    worst = 0.0
-    for a, b in zip(ours, theirs, strict=True):
-        if torch.equal(a, b) or not b.numel():
-            continue
-        scale = b.double().abs().max().clamp_min(1e-6)
-        error = float(((a.double() - b.double()).abs().max() / scale).item())
-        worst = max(worst, error) if error == error else float("inf")
-    return worst

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from tokenprune.checks.certificate import Check
-from tokenprune.checks.proof import Theorems, difference
+from tokenprune.checks.difference import difference
+from tokenprune.checks.proof import Theorems
 from tokenprune.checks.trainable import requiring_grad
+from tokenprune.checks.unread import leaves_out, other_rows
 from tokenprune.ops.layout import flat_tokens
 from tokenprune.ops.pooling import hide_dropped, masked_amax
 from tokenprune.rewrite.kept.token_ops import masked_max
@@ -34,7 +36,8 @@ class Leak(NamedTuple):
     """What a leak at one operator does.
 
     Attributes:
-        stage: Whose decision the operator reads; None for all operators of all stages together.
+        stage: Whose decision the operator reads; None for all operators of all stages together, and
+            for rows that are left out because nobody reads them.
         size: Change of the outputs if the operator ignored the decision: root mean square, relative
             to the scale of the outputs.
         teaches: The operator has a gradient to the decision.
@@ -108,27 +111,27 @@ def telling(proof: Theorems) -> Telling:
     """Measure after all theorems have been checked.
 
     Needs the memory of a forward pass on one image that keeps its activations. Where gradients do
-    not reach (a host that runs under `no_grad`, weights without a backward), all leaks together
-    are measured: by the outputs with every token kept.
+    not reach (a host that runs under `no_grad`, weights without a backward), and in a brief proof,
+    all leaks together are measured: by the outputs with every token kept.
     """
+    leaks: list[Leak] = []
+    taught: list[bool] = []
     try:
-        leaks, taught = _follow(_one_image(proof))
+        if proof.brief and proof.programs.reduction.prunes:
+            raise _NoGradientError
+        if proof.programs.reduction.prunes:
+            leaks, taught = _follow(proof.of_one_image())
     except _NoGradientError:
         leaks, taught = [Leak(None, difference(proof.run_pruned(), proof.whole))], []
     if not proof.probabilistic:
         taught = []
+    if leaves_out(proof):
+        leaks.append(Leak(None, other_rows(proof)))
     return Telling(leaks, proof.bound, proof.images_alike(), taught)
 
 
 class _NoGradientError(Exception):
     """Gradients of the outputs do not reach every operator."""
-
-
-def _one_image(proof: Theorems) -> Theorems:
-    if proof.batch_size == 1 or proof.programs.analysis.batch_bound:
-        return proof
-    last = {name: value[-1:] for name, value in proof.batched().items()}
-    return Theorems(proof.model, proof.inputs.with_tensors(last))
 
 
 class _Tap(NamedTuple):
@@ -141,7 +144,7 @@ class _Tap(NamedTuple):
 def _follow(proof: Theorems) -> tuple[list[Leak], list[bool]]:
     """Leaks of each operator, and whether the outputs teach each decision."""
     hides = proof.programs.reduction.hides
-    rewrite = proof.programs.get(proof.host, "mask" if hides else "gather").rewrite
+    rewrite = proof.programs.get(proof.host, "mask" if hides else "gather", whole=True).rewrite
     stages = {record.kept: stage for stage, record in enumerate(rewrite.records)}
     first = rewrite.records[0].entering
     start = first.all_input_nodes[0] if first.target is flat_tokens else first

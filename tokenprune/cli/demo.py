@@ -33,7 +33,7 @@ def demo(
     output: Annotated[Path, output_option("Folder for all output.")] = Path("runs/demo"),
     dense_epochs: Annotated[int, typer.Option(min=1, help="Epochs of the dense host.")] = 8,
     epochs: Annotated[int | None, typer.Option(help="Overrides the recipe's epochs.")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds of timing.")] = 9,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of timing.")] = 5,
     recipe: Annotated[str, typer.Option(help="Name or file; must name a host.")] = RECIPE,
     as_json: Json = False,
 ) -> None:

@@ -36,6 +36,8 @@ RULE = (
     f"auto takes what saves most of the MACs; of what is within {100 * CLOSE:g} points of that, "
     "first what needs no training, then what merges, then what has fewer stages."
 )
+LINE_OF_SOURCE = re.compile(r"[, ]*((at|in) )?(module '[^']*' )?\(?[^ ]*\.py:\d+.*$")
+"""What a saved recipe does not need: a path on the machine where it was chosen."""
 
 Refusals = Mapping[str, TokenPruneError]
 
@@ -91,21 +93,21 @@ def candidates(asked: Recipe) -> list[Recipe]:
     for mapping in _mappings(ratio):
         recipe = Recipe.parse({**said, **mapping})
         unnamed = recipe.model_copy(update={"name": ""})
-        if unnamed not in known:
+        if unnamed not in known and recipe.name not in {other.name for other in found}:
             found.append(recipe)
             known.append(unnamed)
     return found
 
 
 def _mappings(ratio: float | None) -> Iterator[dict[str, Any]]:
-    schedule = {"keep_ratio": ratio}
+    schedule, modes = {"keep_ratio": ratio}, [mode for mode in MODES if MODES[mode].prunes]
     for name in list_methods():
         method = method_named(name)
         if method is not None and "keep_ratio" in type(method).model_fields:
             mapping = recipe_of(type(method)(**schedule))
-            if mapping.get("mode", "") in MODES:
+            if mapping.get("mode", "") in modes:
                 yield mapping
-    for mode in MODES:
+    for mode in modes:
         yield {"version": 1, "name": f"{mode}-k{ratio:g}", "mode": mode, "schedule": schedule}
 
 
@@ -209,7 +211,8 @@ def _reasons(refused: Refusals) -> list[str]:
     """A sentence for each reason, with the names of what it stands in the way of."""
     groups: dict[str, tuple[list[str], str]] = {}
     for name, error in refused.items():
-        first = re.split(r"(?<=[.:;]) (?=[A-Z])", str(error).splitlines()[0])[0].rstrip(".:;")
+        first = re.split(r"(?<=[.:;]) (?=[A-Z])", str(error).splitlines()[0])[0]
+        first = LINE_OF_SOURCE.sub("", first).rstrip(".:;")
         mode = re.sub(r"`mode: \w[\w-]*`|recipe '[^']*'", "", first)
         groups.setdefault(mode, ([], first))[0].append(name)
     return [

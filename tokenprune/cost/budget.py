@@ -43,6 +43,7 @@ def budget_for(
     """
     check_share(macs)
     pruning = pruning_of(model)
+    pruning.method.check_prunes(f"macs={macs:g}")
     shape = _shape([stage.keep_ratio for stage in pruning.recipe.resolved_stages])
     patches = profile(model, example_inputs).patches_per_stage
     costs: dict[tuple[int, ...], float] = {}

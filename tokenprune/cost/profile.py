@@ -133,7 +133,7 @@ def profile(
     inputs = _fake_inputs(programs, batch)
     dense = _dense(model, programs, inputs)
     pruned = dense
-    if min(budget.keep_ratios) < 1.0:
+    if min(budget.keep_ratios) < 1.0 or not programs.reduction.prunes:
         rewrite = programs.get(model, "gather").rewrite
         entries = {n: rewrite.copy_of(block.entry) for n, block in analysis.blocks.items()}
         settings = CallSettings(num_keep=budget.counts(programs.num_patches), sample=False)

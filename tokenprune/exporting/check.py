@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenprune.checks.proof import TOLERANCE
+from tokenprune.checks.difference import TOLERANCE
 from tokenprune.errors import ExportError
 from tokenprune.exporting.run import Run, batched_inputs, named_tensors
 from tokenprune.hosts.inputs import first_floating
@@ -73,18 +73,20 @@ def margins(model: nn.Module, inputs: Arguments | Mapping[str, Any]) -> Tensor:
     It is the smallest gap, over the stages, between the scores of the last kept and the first
     dropped token, in log-probability; inf where nothing is dropped.
     """
-    nested = pruning_of(model).method.reduction.nested
-    _, trace = as_arguments(type(model).__name__, inputs).call(model, return_trace=True)
+    given = as_arguments(type(model).__name__, inputs)
+    starts = pruning_of(model).programs(given).starts
+    _, trace = given.call(model, return_trace=True)
     batch_size = len(next(iter(batched_inputs(inputs).values())))
     least = torch.full((batch_size,), float("inf"), device="cpu")
     present = trace.real
-    for stage in trace.stages:
+    for number, stage in enumerate(trace.stages):
+        present = trace.real if number in starts else present
         score, kept = stage.keep_logits[..., 0].float(), stage.decision > 0.5
         choice = torch.ones_like(kept) if present is None else present
         last = score.masked_fill(~(kept & choice), float("inf")).amin(dim=1)
         first = score.masked_fill(kept | ~choice, float("-inf")).amax(dim=1)
         least = torch.minimum(least, (last - first).cpu())
-        present = choice & kept if nested else None
+        present = choice & kept
     return least
 
 

@@ -183,7 +183,9 @@ class PruningLoss:
         if self.distill_tokens:
             if student_tokens is None or teacher_tokens is None:
                 raise self._lacks("distill_tokens", "student_tokens and teacher_tokens")
-            last = decisions[-1] if self.token_set == "kept" else None
+            # final tokens on another grid than the stages': all of them are there again
+            same = decisions[-1].shape[1] == student_tokens.shape[1]
+            last = decisions[-1] if self.token_set == "kept" and same else None
             parts["distill_tokens"] = distill_tokens(
                 student_tokens, teacher_tokens, last, self.token_distance
             )

@@ -61,17 +61,21 @@ def choose_branch(
     x: Float[Tensor, "..."],
     branch: Float[Tensor, "..."],
     policy: Float[Tensor, "B L"],
-    bypass: nn.Module,
+    bypass: nn.Module | None,
     layout: Layout = TOKENS,
     poison: bool = False,
 ) -> Float[Tensor, "..."]:
-    """The mask path's version: both branches for every token, one of them chosen.
+    """The mask path's version: both branches for every token, one of them chosen. Without `bypass`
+    the other one is 0.
 
     The policy's gradient at a token is <g, branch - bypass>; a branch that is not chosen never
     reaches the output, whatever it holds. `poison` overwrites it with NaN and inf (for `verify`).
     """
     shape, branch = branch.shape, flat_tokens(branch, layout)
-    light = bypass(flat_tokens(x, layout)).to(branch.dtype)
+    if bypass is None:
+        light = torch.zeros_like(branch)
+    else:
+        light = bypass(flat_tokens(x, layout)).to(branch.dtype)
     weight = policy.to(branch.dtype).unsqueeze(-1)
     chosen = is_kept(policy).unsqueeze(-1)
     if poison:

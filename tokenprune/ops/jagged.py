@@ -101,8 +101,11 @@ def put_back_jagged(
     tokens: Float[Tensor, "B M D"],
     numbers: Int[Tensor, "B K"],
     num_prefix: int,
+    counts: Sequence[int],
 ) -> Float[Tensor, "B L D"]:
-    """`put_back` of rows with padding, which goes nowhere."""
+    """`put_back` of rows with padding, which goes nowhere; `counts` is empty if no row has any."""
+    if not counts:
+        return put_back(full, tokens, numbers, num_prefix)
     wide = torch.cat([full, full[:, :1]], dim=1)  # padding goes to one more place at the end
     places = torch.where(numbers < 0, full.shape[1] - num_prefix, numbers)
     return put_back(wide, tokens, places, num_prefix)[:, :-1]

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-__all__ = ["TOKENS", "Layout", "flat_tokens", "flat_tokens_back"]
+__all__ = ["TOKENS", "Layout", "flat_tokens", "flat_tokens_back", "laid_out"]
 
 
 class Layout(NamedTuple):
@@ -48,3 +48,23 @@ def flat_tokens_back(
     if layout.channels_first:
         tokens = tokens.reshape(shape[0], math.prod(shape[2:]), shape[1]).transpose(1, 2)
     return tokens.reshape(shape)
+
+
+def laid_out(
+    tokens: Shaped[Tensor, "B M D"],
+    flat: Shaped[Tensor, "B L D"],
+    given: Shaped[Tensor, "..."],
+    like: Shaped[Tensor, "..."],
+    layout: Layout,
+) -> Shaped[Tensor, "..."]:
+    """Tokens on the grid of `like`; all in one row of it where they are fewer than it has.
+
+    `flat` are the tokens of `given`, by `flat_tokens`: if `tokens` are these very ones, `given` is
+    what is returned, so that nothing changes at all where no token has left.
+    """
+    if tokens is flat:
+        return given
+    places = like.shape[2:] if layout.channels_first else like.shape[1:-1]
+    whole = tokens.shape[1] == layout.rows_per_image * math.prod(places)
+    shape = tuple(like.shape) if whole else layout.gathered(like.shape, tokens.shape[1])
+    return flat_tokens_back(tokens, shape, layout)

@@ -11,6 +11,7 @@ from tokenprune.errors import PlanError
 from tokenprune.ops.align import is_kept, policy_of
 
 __all__ = [
+    "first_rows",
     "gather_aligned",
     "gather_table",
     "gather_tokens",
@@ -31,6 +32,11 @@ def with_prefix(keep_indices: Int[Tensor, "B K"], prefix: int) -> Int[Tensor, "B
         return F.pad(keep_indices + 1, (1, 0))
     first = torch.arange(prefix, device=keep_indices.device, dtype=keep_indices.dtype)
     return torch.cat([first.expand(keep_indices.shape[0], -1), keep_indices + prefix], dim=1)
+
+
+def first_rows(x: Shaped[Tensor, "..."], dim: int, rows: int) -> Shaped[Tensor, "..."]:
+    """The first rows along a dim, as a view."""
+    return x.narrow(dim, 0, rows)
 
 
 def _take(table: Shaped[Tensor, "b M n D"], index: Int[Tensor, "B k"]) -> Shaped[Tensor, "B M k D"]:
@@ -167,9 +173,12 @@ def gather_table(
 
 
 def length_after(
-    shape: torch.Size, kept: Any, dims: tuple[tuple[int, int], ...]
-) -> tuple[int, ...]:
-    """The shape of a table once it is gathered: prefix + K along each (dim, prefix) of `dims`."""
+    shape: torch.Size | int, kept: Any, dims: tuple[tuple[int, int], ...]
+) -> tuple[int, ...] | int:
+    """The shape of a table once it is gathered: prefix + K along each (dim, prefix) of `dims`. Of
+    one number, what it is then."""
+    if isinstance(shape, int):
+        return dims[0][1] + int(kept.shape[1])
     along = {dim: prefix + kept.shape[1] for dim, prefix in dims}
     return tuple(along.get(dim, n) for dim, n in enumerate(shape))
 
@@ -180,7 +189,10 @@ def put_back(
     keep_indices: Int[Tensor, "B K"],
     num_prefix: int,
 ) -> Float[Tensor, "B L D"]:
-    """`full` with its prefix and kept tokens replaced by `tokens`, M = P + K."""
+    """`full` with its prefix and kept tokens replaced by `tokens`, M = P + K; `tokens` themselves
+    if all are kept."""
+    if tokens.shape[1] == full.shape[1]:
+        return tokens
     patches = scatter_tokens(full[:, num_prefix:], tokens[:, num_prefix:], keep_indices)
     return torch.cat([tokens[:, :num_prefix].to(patches.dtype), patches], dim=1)
 
@@ -191,9 +203,17 @@ def put_back_masked(
     decision: Float[Tensor, "B N"],
     num_prefix: int,
 ) -> Float[Tensor, "B L D"]:
-    """The mask path's `put_back`: `tokens` where kept, `full` where dropped."""
-    kept = is_kept(policy_of(decision, num_prefix))
-    return torch.where(kept.unsqueeze(-1), tokens, full)
+    """The mask path's `put_back`: `tokens` where kept, `full` where dropped.
+
+    The decision's gradient at a token is <g, tokens - full>: what it would have been worth to keep.
+    """
+    policy = policy_of(decision, num_prefix)
+    whole = torch.where(is_kept(policy).unsqueeze(-1), tokens, full)
+    if not (torch.is_grad_enabled() and decision.requires_grad):
+        return whole
+    worth = (tokens - full).detach()
+    worth = torch.where(worth.isfinite(), worth, 0.0)  # dropped tokens may hold anything
+    return whole + (policy - policy.detach()).to(whole.dtype).unsqueeze(-1) * worth
 
 
 def poisonous(x: Float[Tensor, "... D"]) -> Float[Tensor, " D"]:

@@ -18,6 +18,7 @@ __all__ = [
     "Auto",
     "DynamicViT",
     "EViT",
+    "Exact",
     "KeyNorm",
     "Learned",
     "Merge",
@@ -28,6 +29,7 @@ __all__ = [
     "ToMe",
     "TokenNorm",
     "TopK",
+    "Windows",
     "list_methods",
     "method_named",
     "register_method",
@@ -46,12 +48,13 @@ class Method(BaseModel):
 
     Attributes:
         registered: What it is called without its number; set by `register_method`.
-        letter: The letter of a name, such as the k of `random-k0.7`, and the field it stands for.
+        letter: The letter of a name, such as the k of `random-k0.7`, and the field it stands for;
+            None where names have no number.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     registered: ClassVar[str] = ""
-    letter: ClassVar[tuple[str, str]] = ("k", "keep_ratio")
+    letter: ClassVar[tuple[str, str] | None] = ("k", "keep_ratio")
 
     def __init__(self, **fields: Any) -> None:
         try:
@@ -65,6 +68,8 @@ class Method(BaseModel):
     @property
     def name(self) -> str:
         """Its name, number included."""
+        if self.letter is None:
+            return self.registered
         letter, field = self.letter
         return f"{self.registered}-{letter}{getattr(self, field):g}"
 
@@ -119,16 +124,16 @@ def list_methods() -> list[str]:
 
 def method_named(name: str) -> Method | None:
     """The method of a name such as `tome-r13`; None if there is none."""
+    if name in _METHODS:  # without a number, if it has none, or none by default
+        bare = _METHODS[name]()
+        return bare if bare.name == name else None
     match = NAME.fullmatch(name)
-    if match is None:  # no number: of a method that has none, or hides its default
-        bare = _METHODS[name]() if name in _METHODS else None
-        return bare if bare is not None and bare.name == name else None
-    if match["method"] not in _METHODS:
+    if match is None or match["method"] not in _METHODS:
         return None
     method = _METHODS[match["method"]]
-    letter, field = method.letter
-    if letter != match["letter"]:
+    if method.letter is None or method.letter[0] != match["letter"]:
         return None
+    field = method.letter[1]
     text = match["value"]
     try:
         return method(**{field: float(text) if "." in text else int(text)})
@@ -216,7 +221,7 @@ class MergeFalling(_Keeping):
 class ToMe(Method):
     """The same, `r` tokens in every block (Bolya et al., 2023)."""
 
-    letter: ClassVar[tuple[str, str]] = ("r", "r")
+    letter: ClassVar[tuple[str, str] | None] = ("r", "r")
     r: Annotated[int, Field(ge=1)] = 13
 
     def recipe(self) -> dict[str, Any]:
@@ -249,3 +254,21 @@ class Similarity(_Keeping):
     """Tokens that are similar to another one leave, instead of being merged with it."""
 
     parts = {"scorer": "similarity"}
+
+
+@register_method("exact")
+class Exact(Method):
+    """Every token stays; rows that no output reads are not computed (`unread_rows`)."""
+
+    letter: ClassVar[tuple[str, str] | None] = None
+
+    def recipe(self) -> dict[str, Any]:
+        return {"mode": "exact", "unread_rows": True, "schedule": {"keep_ratio": 1.0}}
+
+
+@register_method("windows")
+class Windows(_Keeping):
+    """The windows whose tokens have the largest norm, the same share of those of each grid; the
+    others leave attention and MLP of all blocks of that grid (SparseViT: Chen et al., 2023)."""
+
+    parts = {"mode": "windows", "scorer": "token-norm"}

@@ -56,10 +56,16 @@ class Recipe(Section):
         source: the paper or measurement that the recipe comes from.
         mode: `remove` gathers dropped tokens away; `bypass` keeps the grid, and dropped tokens skip
             the MLP; `fuse` lets them go on as one, their weighted sum; `merge` lets similar
-            tokens become their mean. `auto` is any of these and of those that others add: `wrap`
-            takes what saves most on its host, which is then the recipe of the model.
+            tokens become their mean; `windows` leaves whole windows of window attention out of
+            its blocks; `exact` prunes nothing, and needs `unread_rows`. `auto` is any of these but
+            the last, and of those that others add: `wrap` takes what saves most on its host, which
+            is then the recipe of the model.
         scorer: what says which tokens stay; `learned` is DynamicViT's predictor, `similarity` (the
             default of `merge`) ToMe's matching.
+        unread_rows: do not compute rows (tokens) that nothing reads: queries, projection and MLP of
+            the last block, for a head that reads the class token. Outputs and gradients are equal
+            up to rounding. Nothing changes where all rows are read: by a mean over tokens, a hook,
+            an output or a trace that holds tokens.
         place: where in its block a stage is: `entry`, or `middle` after attention's residual
             sum.
         stages: pruning points, blocks strictly increasing, ratios never growing.
@@ -78,6 +84,7 @@ class Recipe(Section):
     source: str = ""
     mode: str = "remove"
     scorer: str = "learned"
+    unread_rows: bool = False
     place: Literal["entry", "middle"] = "entry"
     stages: Stages | None = None
     schedule: ScheduleSection | None = None

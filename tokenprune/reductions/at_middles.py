@@ -6,6 +6,7 @@ from typing import ClassVar
 from torch import nn
 
 from tokenprune.analysis.blocks import Block, Blocks
+from tokenprune.analysis.leaving import leaving_blocks
 from tokenprune.hosts.spec import ArchSpec
 from tokenprune.reductions.protocol import Reduction
 from tokenprune.tracing.host_graph import HostGraph
@@ -22,8 +23,9 @@ class AtMiddles(Reduction):
     def candidates(
         cls, root: nn.Module, traced: HostGraph, blocks: Blocks, spec: ArchSpec
     ) -> tuple[Sequence[int], str]:
-        middles = [number for number, block in blocks.items() if block.middle is not None]
-        return middles or list(blocks)[1:], "two blocks"
+        able = leaving_blocks(root, traced, blocks, spec)
+        middles = [number for number in able if blocks[number].middle is not None]
+        return middles or [number for number in able if number != min(blocks)], "two blocks"
 
     @classmethod
     def place(cls, asked: str, blocks: Sequence[Block]) -> str:

@@ -18,7 +18,6 @@ from tokenprune.errors import UnsupportedHostError
 from tokenprune.hosts.spec import ArchSpec
 from tokenprune.ops.align import policy_of
 from tokenprune.ops.bypass import choose_branch, merge_branches, take_tokens
-from tokenprune.ops.layout import Layout
 from tokenprune.ops.moving import with_prefix
 from tokenprune.ops.packing import merge_packed, pack, take_packed
 from tokenprune.reductions.protocol import MODES, Reduction
@@ -84,11 +83,7 @@ class Bypass(Reduction):
 
     def passes(self, path: PathName, scorer: type[Scorer], restore: bool | None) -> Sequence[Pass]:
         """See `Reduction.passes`; every token stays in the outputs."""
-        shape = self.analysis.final.meta["val"].shape
-        rows = max(shape[0] // self.analysis.traced.batch_size, 1)
-        # as the tokens of the last stage lie, if the final ones are a grid too
-        layout = Layout(rows, self.analysis.grids[-1].layout.channels_first and len(shape) == 4)
-        emit = Emit(tokens_allowed=True, layout=layout)
+        emit = Emit(tokens_allowed=True, layout=self.final_layout)
         if path == "dense":
             return [emit]
         select = SelectAtSites(KEPT_SETS[path], scorer, tokens_leave=False)

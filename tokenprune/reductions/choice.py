@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from tokenprune.analysis.blocks import Blocks
-from tokenprune.analysis.nodes import shape_of
-from tokenprune.errors import PlanError
+from tokenprune.analysis.grids import grid_of
+from tokenprune.analysis.leaving import costliest_stretch, default_sites
+from tokenprune.errors import KeepIndicesError, PlanError
 from tokenprune.hosts.spec import ArchSpec
 from tokenprune.recipe import Recipe
 from tokenprune.recipe.schema import ScheduleSection
@@ -32,12 +33,35 @@ class Choice:
         have nothing to learn, so training gathers too, which costs less than dense training."""
         return "mask" if training and self.scorer.probabilistic else "gather"
 
+    def check_prunes(self, asked: str) -> None:
+        """Raise PlanError if there is nothing that could be `asked`: nothing is pruned."""
+        if not self.reduction.prunes:
+            raise PlanError(
+                f"asked for {asked}, but `mode: {self.reduction.name}` prunes nothing. Wrap the "
+                "host with a method that does, such as merge-k0.7; `unread_rows: true` in its "
+                "recipe leaves out unread rows as well."
+            )
+
+    def check_keep_indices(self) -> None:
+        """Raise KeepIndicesError if no tokens can be named that are to stay."""
+        self.check_prunes("keep_indices")
+        if not self.reduction.hides:
+            raise KeepIndicesError(
+                f"`mode: {self.reduction.name}` keeps no tokens that could be named: each that is "
+                "left is the mean of several. Leave `keep_indices` out."
+            )
+
     def check_threshold(self, threshold: float | None) -> None:
         """Raise PlanError if a threshold has nothing to be compared with."""
         if threshold is not None and not self.scorer.probabilistic:
             raise PlanError(
                 f"asked for threshold={threshold}, but the scores of {self.scorer.__name__} are no "
                 "probabilities. Use keep ratios, or `scorer: learned`."
+            )
+        if threshold is not None and "jagged" not in self.reduction.kept_sets:
+            raise PlanError(
+                f"asked for threshold={threshold}, but with `mode: {self.reduction.name}` every "
+                "image keeps the same number. Use keep ratios, or another mode."
             )
 
 
@@ -49,11 +73,11 @@ def choice_of(recipe: Recipe, spec: ArchSpec) -> Choice:
     """
     choice = Choice(SCORERS[recipe.scorer], MODES[_mode(recipe, spec)])
     named = f"recipe {recipe.name!r}" if recipe.name else "the recipe"
-    if choice.reduction.removes and not MODES[spec.mode].removes:
+    if not choice.reduction.prunes and not _keeps_all(recipe):
         raise PlanError(
-            f"{named} has `mode: {recipe.mode}`, but this host (adapter {spec.adapter!r}) needs "
-            f"`mode: {spec.mode}`: it keeps a grid of tokens, from which none can be removed. "
-            "Change the recipe's mode or pick another recipe."
+            f"{named} has `mode: {recipe.mode}`, which prunes nothing, but asks for less than that "
+            "or for fewer tokens. Give it `unread_rows: true` and `keep_ratio: 1`, or change the "
+            "mode."
         )
     if spec.num_suffix_tokens and not choice.reduction.keeps_last:
         raise PlanError(
@@ -90,6 +114,12 @@ def choice_of(recipe: Recipe, spec: ArchSpec) -> Choice:
     return choice
 
 
+def _keeps_all(recipe: Recipe) -> bool:
+    """Whether a recipe prunes nothing, and leaves out unread rows."""
+    given = [recipe.schedule] if recipe.schedule else recipe.stages or ()
+    return recipe.unread_rows and {part.keep_ratio for part in given} == {1.0}
+
+
 def _mode(recipe: Recipe, spec: ArchSpec) -> str:
     """Of the recipe; the host's own where the recipe fits any host and gives none."""
     given = recipe.resolved_stages or "mode" in recipe.model_fields_set
@@ -100,8 +130,8 @@ def with_default_stages(
     recipe: Recipe | None, host: nn.Module, spec: ArchSpec, traced: HostGraph, blocks: Blocks
 ) -> Recipe:
     """A recipe that leaves its stages to the host, with them: by its rule (`ScheduleSection`), or
-    at a quarter, a half and three quarters of the blocks that can have one. None keeps 0.7 of the
-    tokens at each stage, in the mode that fits the host.
+    where the reduction puts them (`default_sites` where tokens leave in stretches). None keeps 0.7
+    of the tokens at each stage, in the mode that fits the host.
 
     Raises:
         PlanError: There are too few blocks, or more tokens are to leave than can.
@@ -113,20 +143,25 @@ def with_default_stages(
     mode = _mode(recipe, spec)
     reduction: type[Reduction] = MODES[mode]
     candidates, needed = reduction.candidates(host, traced, blocks, spec)
-    if not candidates or len(candidates) <= reduction.skipped:
+    grid = reduction.removes and not spec.tokens_leave  # tokens leave in stretches of it
+    if not candidates or (not grid and len(candidates) <= reduction.skipped):
         raise PlanError(
             f"A host needs at least {needed} to be pruned, but among the {len(spec.blocks)} blocks "
             f"that adapter {spec.adapter!r} found in {type(host).__name__} there are "
             f"{len(candidates)}. Use a host with more blocks."
         )
-    patches = shape_of(blocks[candidates[0]].entry)[1] - spec.prefix
+    first, found = blocks[candidates[0]], (host, traced, blocks, spec.prefix, candidates)
+    patches = grid_of(host, traced.batch_size, first, spec.prefix).num_patches
     if schedule.r is None and not schedule.falling:
-        places = (max(reduction.skipped, len(candidates) * part // 4) for part in (1, 2, 3))
-        chosen = sorted({candidates[place] for place in places})
-        shares = reduction.ratios(schedule.keep_ratio or 1.0, len(chosen), patches)
+        ratio = schedule.keep_ratio or 1.0
+        if grid:
+            chosen = default_sites(*found, reduction.ratios(ratio, 3, patches))
+        else:
+            chosen = reduction.places_by_default(candidates)
+        shares = reduction.ratios(ratio, len(chosen), patches)
         ratios = [float(f"{share:.12g}") for share in shares]
     else:
-        chosen = list(schedule.blocks or candidates)
+        chosen = list(schedule.blocks or (costliest_stretch(*found) if grid else candidates))
         try:
             ratios = list(schedule.ratios(len(chosen), patches))
         except ValueError as error:

@@ -41,22 +41,24 @@ class Merge(AtMiddles):
     )
 
     def passes(self, path: PathName, scorer: type[Scorer], restore: bool | None) -> Sequence[Pass]:
-        emit = Emit(tokens_allowed=restore is not None)
+        emit = Emit(tokens_allowed=restore is not None, layout=self.final_layout)
         if path == "dense":
-            return [Emit(tokens_allowed=True)]
+            return [Emit(tokens_allowed=True, layout=self.final_layout)]
         kept = self.kept_sets[path]
         select = SelectAtSites(kept, scorer, tokens_leave=True)
         if not kept.removes:
             return [select, GatherAligned(kept), emit]
         tables = (ResizeTables(kept), HideDropped(kept), GatherAligned(kept))
-        outputs = (RestoreOutputs(kept),) if restore else ()
+        whole = RestoreOutputs(kept, outputs=bool(restore))
+        outputs = (whole,) if restore or self.analysis.stretches else ()
         return [KeepTablesWhole(), select, CountRealTokens(), *tables, *outputs, emit]
 
     def forced(self, sets: Sequence[Tensor], num_patches: Sequence[int]) -> Mapping[str, Any]:
         """Groups that random kept sets stand for: each patch joins one of them by its number, and
         every other one the first, so that sizes differ."""
         groups, rows = list[Tensor](), None
-        for kept, patches in zip(sets, num_patches, strict=True):
+        for stage, (kept, patches) in enumerate(zip(sets, num_patches, strict=True)):
+            rows = None if stage in self.analysis.starts else rows
             everyone = torch.arange(patches, device=kept.device).expand(len(kept), -1)
             now = everyone if rows is None else rows
             joins = kept.gather(1, (now * 7 + 3) % kept.shape[1] * (now % 2))

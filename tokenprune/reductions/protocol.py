@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from tokenprune.analysis.analysis import Analysis
 from tokenprune.analysis.blocks import Block, Blocks
 from tokenprune.analysis.plan import Budget
+from tokenprune.analysis.unread import Unread, find_unread
 from tokenprune.hosts.spec import ArchSpec
+from tokenprune.ops.layout import Layout
 from tokenprune.recipe.names import MODES
 from tokenprune.rewrite.kept import KEPT_SETS, KeptSet
 from tokenprune.rewrite.passes import Pass
@@ -37,8 +39,11 @@ class Reduction(ABC):
     Attributes:
         name: As recipes (`mode`), certificates and profiles write it.
         places: Where in a block its stages can stand.
-        nested: A stage chooses among what the stage before kept; otherwise tokens may come back.
+        nested: A stage chooses among what the stage before kept (in its stretch, if the host keeps
+            a grid); otherwise tokens may come back.
         removes: Tensors have fewer tokens after a stage. Where not, every host can be served.
+        prunes: Fewer tokens are left after a stage, or skip something. Where not, its programs run
+            though the budget keeps every token.
         skipped: How many of its `candidates` a default recipe leaves out at the front.
         added: State-dict prefixes of the modules it adds beside the scorers.
         defaults: What a recipe means that names the reduction alone: `scorer`, `place`.
@@ -55,11 +60,12 @@ class Reduction(ABC):
     places: ClassVar[frozenset[str]] = frozenset({"entry"})
     nested: ClassVar[bool]
     removes: ClassVar[bool]
+    prunes: ClassVar[bool] = True
     skipped: ClassVar[int] = 0
     added: ClassVar[tuple[str, ...]] = ()
     scorers: ClassVar[tuple[type, ...]] = (Scorer,)
     kept_sets: ClassVar[Mapping[PathName, KeptSet]] = KEPT_SETS
-    defaults: ClassVar[Mapping[str, str]] = {}
+    defaults: ClassVar[Mapping[str, Any]] = {}
     hides: ClassVar[bool] = True
     keeps_last: ClassVar[bool] = True
     in_words: ClassVar[str] = "tokens that matter little are dropped"
@@ -76,13 +82,39 @@ class Reduction(ABC):
             UnsupportedHostError: A host that it cannot serve.
         """
         self.analysis = analysis
+        self._unread: Unread | None = None
+
+    def unread(self, root: nn.Module) -> Unread:
+        """Which rows of the graph nobody reads."""
+        if self._unread is None:
+            self._unread = find_unread(root, self.analysis)
+        return self._unread
+
+    def check_use(self, root: nn.Module) -> None:  # noqa: B027 - most are of use everywhere
+        """Raise PlanError if it gains nothing on the call that a host is wrapped with."""
+
+    @property
+    def final_layout(self) -> Layout | None:
+        """How the final tokens lie, if the host keeps a grid; None where they are a sequence."""
+        return None if self.removes and not self.analysis.stretches else self.analysis.final_layout
 
     @classmethod
     @abstractmethod
     def candidates(
         cls, root: nn.Module, traced: HostGraph, blocks: Blocks, spec: ArchSpec
     ) -> tuple[Sequence[int], str]:
-        """Blocks at which a default recipe may put stages; and what a host needs to have one."""
+        """Blocks at which a default recipe may put stages; and what a host needs to have one.
+
+        Raises:
+            PlanError: There is none, for a reason that can be named.
+        """
+
+    @classmethod
+    def places_by_default(cls, candidates: Sequence[int]) -> list[int]:
+        """Of the `candidates`, those at which a default recipe puts stages: at a quarter, a half
+        and three quarters."""
+        places = (max(cls.skipped, len(candidates) * part // 4) for part in (1, 2, 3))
+        return sorted({candidates[place] for place in places})
 
     @classmethod
     def ratios(cls, keep_ratio: float, stages: int, patches: int) -> list[float]:

@@ -6,6 +6,7 @@ from typing import ClassVar
 from torch import nn
 
 from tokenprune.analysis.blocks import Blocks
+from tokenprune.analysis.leaving import leaving_blocks
 from tokenprune.hosts.spec import ArchSpec
 from tokenprune.reductions.protocol import MODES, Reduction
 from tokenprune.rewrite.counts import CountRealTokens
@@ -24,7 +25,7 @@ __all__ = ["Remove"]
 
 @MODES.register("remove")
 class Remove(Reduction):
-    """Serves hosts whose tokens are one sequence."""
+    """Serves hosts whose tokens are one sequence, and a stretch of those that keep a grid."""
 
     name: ClassVar[str] = "remove"
     places: ClassVar[frozenset[str]] = frozenset({"entry", "middle"})
@@ -36,15 +37,17 @@ class Remove(Reduction):
     def candidates(
         cls, root: nn.Module, traced: HostGraph, blocks: Blocks, spec: ArchSpec
     ) -> tuple[Sequence[int], str]:
-        return list(blocks), "two blocks"
+        return leaving_blocks(root, traced, blocks, spec), "two blocks"
 
     def passes(self, path: PathName, scorer: type[Scorer], restore: bool | None) -> Sequence[Pass]:
         if path == "dense":
-            return [Emit(tokens_allowed=True)]
-        kept = self.kept_sets[path]
+            return [Emit(tokens_allowed=True, layout=self.final_layout)]
+        kept, stretches = self.kept_sets[path], self.analysis.stretches
         select = (SelectAtSites(kept, scorer, tokens_leave=True), CountRealTokens())
-        outputs = RestoreOutputs(kept) if restore else BlankPadding(kept)
-        emit = Emit(tokens_allowed=restore is not None)
+        outputs: Pass = BlankPadding(kept)
+        if restore or stretches:
+            outputs = RestoreOutputs(kept, outputs=bool(restore))
+        emit = Emit(tokens_allowed=restore is not None, layout=self.final_layout)
         if not kept.removes:
             return [*select, HideDropped(kept), outputs, emit]
         gather = (ResizeTables(kept), HideDropped(kept), GatherAligned(kept))

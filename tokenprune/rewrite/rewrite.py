@@ -1,7 +1,8 @@
 """The working copy of a graph that passes edit."""
 
 import operator
-from collections.abc import Callable, Container, Hashable
+from collections.abc import Callable, Container, Hashable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 from torch import fx, nn
@@ -14,7 +15,7 @@ from tokenprune.rewrite.settings import SETTINGS
 from tokenprune.tracing.checkpoints import CHECKPOINT
 from tokenprune.tracing.modes import MODES
 
-__all__ = ["FACTS", "ORIGIN", "POLICY", "Rewrite", "StageRecord"]
+__all__ = ["FACTS", "INHERITED", "ORIGIN", "POLICY", "Rewrite", "StageRecord"]
 
 FACTS, ORIGIN = "tokens", "origin"
 """Keys in the `meta` of a copied node: its `NodeFacts`, and the traced node it is a copy of."""
@@ -27,11 +28,13 @@ class StageRecord(NamedTuple):
     """The nodes of one stage.
 
     Attributes:
-        entering: The tokens as they come in.
+        given: The tensor that comes in.
+        entering: Its tokens, [B, P + N', D].
         keep_logits: Their scores.
         kept: Which of them are kept, as the path's kept set says it.
     """
 
+    given: fx.Node
     entering: fx.Node
     keep_logits: fx.Node
     kept: fx.Node
@@ -113,6 +116,14 @@ class Rewrite:
         part.meta["val"] = node.meta["val"]
         self._copies[part.meta[ORIGIN]] = part
 
+    def stand_for(self, node: fx.Node, whole: fx.Node) -> None:
+        """Let a node that holds all tokens stand for the host's, in the place of one that holds
+        those that are kept."""
+        origin, facts = node.meta.pop(ORIGIN), node.meta.pop(FACTS)
+        every = replace(facts, dims={}, folded=False)
+        whole.meta |= {ORIGIN: origin, FACTS: every, "val": node.meta["val"]}
+        self._copies[origin] = whole
+
     def nodes(self) -> list[fx.Node]:
         """The nodes that come from the host, in order, as they are now."""
         return [node for node in self.graph.nodes if ORIGIN in node.meta]
@@ -156,6 +167,13 @@ class Rewrite:
             node = self.graph.call_function(target, args, kw)
         _inherit(node, before)
         return node
+
+    def again(self, node: fx.Node, instead: Mapping[fx.Node, fx.Node]) -> fx.Node:
+        """Put one more node after `node` that makes the same, of other nodes `instead` of traced
+        ones."""
+        new = {self.copy_of(origin): other for origin, other in instead.items()}
+        with self.graph.inserting_after(node):
+            return self.graph.node_copy(node, lambda used: new.get(used, used))
 
     def item(self, before: fx.Node, several: fx.Node, place: int) -> fx.Node:
         """One of several values that a node holds."""

@@ -25,6 +25,7 @@ from tokenprune.errors import LeakError, RegistrationError
 from tokenprune.rewrite.kept import KeptSet
 from tokenprune.rewrite.kept.token_ops import TokenOps
 from tokenprune.rewrite.rewrite import Rewrite
+from tokenprune.tracing.effects import has_effect
 
 __all__ = ["Hiding", "OperatorRule", "hide_in_reduction", "rule", "rule_for"]
 
@@ -264,6 +265,8 @@ def _in_reduction(choose: Callable[[TokenOps], Callable[..., Any] | None]) -> Hi
             )
         policy = hiding.policy(node, dims[over[0]], source)
         keepdim = argument(node, 2, "keepdim", default=False)
+        if any(map(has_effect, source.users)):  # written into later: its gradient needs it as it is
+            source = rewrite.insert(node, torch.clone, source)
         if node.kwargs.get("dtype") is not None:
             source = rewrite.insert(node, torch.Tensor.to, source, node.kwargs["dtype"])
         hiding.replace(node, reduction, source, policy, over[0], keepdim)

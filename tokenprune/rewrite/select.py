@@ -11,7 +11,7 @@ from tokenprune.analysis.operators import Kind, argument, kind_of
 from tokenprune.analysis.sites import PLACES
 from tokenprune.errors import PlanError
 from tokenprune.ops.class_attention import class_logits, class_row
-from tokenprune.ops.layout import flat_tokens
+from tokenprune.ops.layout import flat_tokens, laid_out
 from tokenprune.rewrite.kept import KeptSet, StagePoint
 from tokenprune.rewrite.passes import Pass
 from tokenprune.rewrite.rewrite import FACTS, ORIGIN, Rewrite, StageRecord
@@ -39,17 +39,20 @@ class SelectAtSites(Pass):
 
     def apply(self, rewrite: Rewrite) -> None:
         for stage, marker in enumerate(rewrite.markers()):
-            tokens = marker.all_input_nodes[0]
-            if not self.tokens_leave:
-                layout = rewrite.analysis.grids[stage].layout
-                tokens = rewrite.insert(marker, flat_tokens, tokens, layout)
-            bound = rewrite.records[-1].kept if self.tokens_leave and rewrite.records else None
+            given = tokens = marker.all_input_nodes[0]
+            layout = rewrite.analysis.grids[stage].layout
+            if not self.tokens_leave or rewrite.rank(marker) != 3:
+                tokens = rewrite.insert(marker, flat_tokens, given, layout)
+            bounded = self.tokens_leave and stage not in rewrite.analysis.starts
+            bound = rewrite.records[-1].kept if bounded else None
             scorer = rewrite.module(marker, f"{PREDICTORS}.{stage}")
             needed = self._needed(rewrite, stage, marker)
             point = StagePoint(stage, marker, tokens, bound, scorer, needed)
             left, keep_logits, kept = self.kept.choose(rewrite, point)
-            rewrite.records.append(StageRecord(tokens, keep_logits, kept))
+            rewrite.records.append(StageRecord(given, tokens, keep_logits, kept))
             if self.tokens_leave:
+                if tokens is not given:
+                    left = rewrite.insert(marker, laid_out, left, tokens, given, given, layout)
                 rewrite.replace(marker, left)
 
     def _needed(self, rewrite: Rewrite, stage: int, at: fx.Node) -> dict[str, fx.Node]:

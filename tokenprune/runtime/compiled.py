@@ -92,7 +92,8 @@ def prepare(
             "place of one with other arguments after torch.compile. Call the model again."
         )
     programs = pruning.programs(Arguments(dict(zip(names, values, strict=True)), places), entry)
-    programs.get(pruning.host, path)
+    for whole in {False, programs.unread_rows}:  # the latter for calls that return a trace
+        programs.get(pruning.host, path, whole)
     pruning.look_at_scorers(path)
     pruning.seen = Seen(programs, pruning.cache)
     number: int = programs.number

@@ -1,6 +1,6 @@
 """What `PrunedModel.using` forces."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -27,12 +27,12 @@ NOTHING = Overrides()
 
 
 def forced_sets(
-    sets: Sequence[Tensor], blocks: Sequence[int], nested: bool, padded: bool
+    sets: Sequence[Tensor], blocks: Sequence[int], starts: Collection[int], padded: bool
 ) -> tuple[Tensor, ...]:
     """The kept sets in order, for stages at `blocks`.
 
     Args:
-        nested: Whether each set must lie in the one before.
+        starts: The stages whose set need not lie in the one before.
         padded: Whether -1 may stand where an image keeps fewer tokens.
 
     Raises:
@@ -50,14 +50,15 @@ def forced_sets(
             f"keep_indices must be [B, K] tensors of whole numbers, found {found!r}. Give one for "
             "each stage."
         )
-    if nested:
-        _check_nested(sets)
+    _check_nested(sets, starts)
     ordered = tuple(map(in_order, sets))
     return tuple(map(_trimmed, ordered)) if padded else ordered
 
 
-def _check_nested(sets: Sequence[Tensor]) -> None:
+def _check_nested(sets: Sequence[Tensor], starts: Collection[int]) -> None:
     for stage, (before, after) in enumerate(pairwise(sets), start=1):
+        if stage in starts:
+            continue
         for image, (wide, narrow) in enumerate(zip(before.tolist(), after.tolist(), strict=False)):
             lost = sorted(set(narrow) - set(wide) - {-1})
             if lost:

@@ -1,6 +1,6 @@
 """Rewritten graphs as Python functions: one for each path of a traced signature."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from tokenprune.rewrite.pack_rows import PackRows
 from tokenprune.rewrite.passes import run_passes
 from tokenprune.rewrite.rewrite import Rewrite
 from tokenprune.rewrite.settings import PathName
+from tokenprune.rewrite.unread import LeaveUnread
 from tokenprune.runtime.function import as_function
 from tokenprune.runtime.jagged import Jagged
 from tokenprune.scorers import Scorer
@@ -24,8 +25,9 @@ from tokenprune.tracing.stand_ins import forget_weights
 
 __all__ = ["Program", "Programs"]
 
-# The host's output, the stage records, the patch tokens, which patches are real (None: all).
-Returned = tuple[Any, tuple[tuple[Any, ...], ...], Tensor, Tensor | None]
+# The host's output, the stage records, the patch tokens (None where unread rows are left out),
+# which patches are real (None: all).
+Returned = tuple[Any, tuple[tuple[Any, ...], ...], Any, Tensor | None]
 
 LOOKS = 2
 """After how many calls of new programs what they have changed is looked at."""
@@ -52,17 +54,19 @@ class Programs:
         reduction: What becomes of dropped tokens in it.
         scorer: What its stages ask.
         restore: Whether outputs that hold tokens come back in place; None refuses such outputs.
+        unread_rows: Rows that nobody reads are left out.
     """
 
     analysis: Analysis
     reduction: Reduction
     scorer: type[Scorer]
     restore: bool | None
+    unread_rows: bool
     number: int = 0
     """Which of its model's programs these are, from 1."""
     changes: Watched | None = None
     """What the host's own forward reads and changes in each call."""
-    _made: dict[PathName, Program] = field(default_factory=dict)
+    _made: dict[tuple[PathName, bool], Program] = field(default_factory=dict)
     _looks: int = LOOKS
 
     def check_hooks(self, host: str, of: nn.Module | None = None) -> None:
@@ -106,17 +110,26 @@ class Programs:
 
     @property
     def num_patches(self) -> tuple[int, ...]:
-        """N of each stage; all the same where tokens leave."""
+        """N of each stage; all the same in one stretch where tokens leave."""
         return self.analysis.num_patches
 
-    def get(self, root: nn.Module, path: PathName) -> Program:
-        """The program of `path`.
+    @property
+    def starts(self) -> Collection[int]:
+        """The stages that choose among all tokens."""
+        stages = range(len(self.num_patches))
+        return self.analysis.starts if self.reduction.nested else stages
+
+    def get(self, root: nn.Module, path: PathName, whole: bool = False) -> Program:
+        """The program of `path`; `whole`, if all rows are to be computed, the patch tokens too.
 
         Raises:
             UnsupportedHostError: No rewrite serves this host; the node is named.
         """
-        if path not in self._made:
-            passes = self.reduction.passes(path, self.scorer, self.restore)
+        left_out = self.unread_rows and not whole
+        if (path, left_out) not in self._made:
+            passes = [*self.reduction.passes(path, self.scorer, self.restore)]
+            if left_out:
+                passes.append(LeaveUnread(self.reduction.unread(root)))
             rewrite = Rewrite(root, self.analysis)
             run: Callable[..., Returned] = as_function(run_passes(rewrite, passes))
             if path == "jagged" and self.reduction.removes:
@@ -125,5 +138,6 @@ class Programs:
                 run = Jagged(run, as_function(packed.graph), rewrite.graph)
             forget_weights(self.analysis.traced.fake_mode)
             hooked = any(map(is_hook_node, rewrite.graph.nodes))
-            self._made[path] = Program(rewrite, closing(run) if hooked else run, hooked)
-        return self._made[path]
+            run = closing(run) if hooked else run
+            self._made[path, left_out] = Program(rewrite, run, hooked)
+        return self._made[path, left_out]

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from tokenprune.analysis.analysis import analyse
 from tokenprune.analysis.blocks import Blocks
 from tokenprune.analysis.plan import Budget, Plan, bind
-from tokenprune.analysis.reading import NoBlocksError, Reading, settle
-from tokenprune.errors import HostError, KeepIndicesError, PlanError
+from tokenprune.analysis.reading import NoBlocksError, Reading, prefix_at, settle
+from tokenprune.errors import HostError, PlanError
 from tokenprune.hosts.inputs import CallSignature, ExampleInputs, first_floating, named_inputs
 from tokenprune.hosts.registry import hints, stated_by
 from tokenprune.hosts.spec import ArchSpec
@@ -137,6 +137,7 @@ class Pruning:
     def runs_host(self, path: Path) -> bool:
         """Whether a path is the host itself: nothing is pruned."""
         keeps_all = self.forced.keep_indices is None and self.budget.keeps_all
+        keeps_all = keeps_all and self.method.reduction.prunes
         return path == "dense" or (path == "gather" and keeps_all)
 
     def look_at_scorers(self, path: Path) -> None:
@@ -228,7 +229,7 @@ class Pruning:
                 "shapes depend on what the images hold. Export it with fixed counts: "
                 "model.set_threshold(None)."
             )
-        program = programs.get(self.host, name)
+        program = programs.get(self.host, name, whole=return_trace)
         settings = self.settings(path, programs, arguments, model.training)
         hooked = program.hooked and not torch.compiler.is_compiling() and not self.cache.frozen
         check = partial(programs.check_hooks, type(self.host).__name__)
@@ -243,12 +244,10 @@ class Pruning:
             self.watch.saw(model, scorers, decisions, real, targets, return_trace)
         if not return_trace:
             return output
-        if name == "dense":
+        if not records:
             return output, PruningTrace([], tokens, real)
-        nested = self.method.reduction.nested
-        stages = self.method.reduction.kept_sets[name].stage_traces(
-            records, programs.num_patches, nested
-        )
+        kept = self.method.reduction.kept_sets[name]
+        stages = kept.stage_traces(records, programs.num_patches, programs.starts)
         return output, PruningTrace(stages, tokens, real)
 
     def path_name(self, path: Path) -> PathName:
@@ -304,19 +303,21 @@ class Pruning:
             if host.training:  # noise in front of the blocks hides which tokens are of the image
                 own = ("num_prefix_tokens", "num_suffix_tokens")
                 spec = replace(spec, **{name: getattr(self.spec, name) for name in own})
+            elif self.method.reduction.removes:
+                spec = prefix_at(host, traced, spec, blocks, self.reading, self.plan.blocks)
             self.spec = spec
             choice_of(self.recipe, self.spec)  # it may keep a grid now
             self.plan, _ = bind(self.recipe, self.spec)
-        leave = self.method.reduction.removes
         plain, unseen = stand_ins(host, traced.fake_mode), without_modes()
         with unseen, plain, no_autocast_cache(), buffers_kept(host):
             others = [programs.analysis for programs in self.cache]
-            given = (host, traced, blocks, self.plan, self.spec)
-            analysis = analyse(*given, tokens_leave=leave, known=others)
-            reduction = self.method.reduction(host, analysis)
+            kind, given = self.method.reduction, (host, traced, blocks, self.plan, self.spec)
+            analysis = analyse(*given, tokens_leave=kind.removes, known=others)
+            reduction = kind(host, analysis)
         check_parts(host, self.added, reduction)
         forget_weights(traced.fake_mode)
-        found = Programs(analysis, reduction, self.method.scorer, self.restore)
+        how = (self.method.scorer, self.restore, self.recipe.unread_rows)
+        found = Programs(analysis, reduction, *how)
         self.cache.add(signature, found)
         return found
 
@@ -364,15 +365,13 @@ class Pruning:
                 f"`mode: {reduction.name}` has no {path} path: it trains on the path that eval "
                 f"runs. Choose one of {', '.join(there)}."
             )
-        if keep_indices is not None and not reduction.hides:
-            raise KeepIndicesError(
-                f"`mode: {reduction.name}` keeps no tokens that could be named: each that is left "
-                "is the mean of several. Leave `keep_indices` out."
-            )
+        if keep_indices is not None:
+            self.method.check_keep_indices()
         was, forced, thread = self.forced, None, get_ident()
         if keep_indices is not None:
-            nested, padded = self.method.reduction.nested, self.budget.threshold is not None
-            forced = forced_sets(keep_indices, list(self.plan.blocks), nested, padded)
+            known = next(iter(self.cache), None) or self.programs(self.as_wrapped())
+            padded = self.budget.threshold is not None
+            forced = forced_sets(keep_indices, self.plan.blocks, known.starts, padded)
         self.overrides[thread] = Overrides(
             path or was.path, forced or was.keep_indices, generator or was.generator
         )
@@ -391,6 +390,7 @@ class Pruning:
 
     def set_keep_ratio(self, keep_ratio: float | Sequence[float]) -> None:
         """See `PrunedModel.set_keep_ratio`."""
+        self.method.check_prunes(f"keep_ratio={keep_ratio!r}")
         self.budget = self.budget.with_keep_ratio(keep_ratio, self.plan)
 
     def set_threshold(self, threshold: float | None) -> None:

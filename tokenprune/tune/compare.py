@@ -17,7 +17,7 @@ from tokenprune.errors import PlanError
 from tokenprune.hosts.batches import Batch, Batches, BatchSource
 from tokenprune.hosts.spec import ArchSpec
 from tokenprune.recipe import load_recipe
-from tokenprune.recipe.methods import AUTO, Method, list_methods
+from tokenprune.recipe.methods import AUTO, Method, list_methods, method_named
 from tokenprune.report.plots import draw_costs
 from tokenprune.report.progress import ShowProgress, steps
 from tokenprune.report.table import Table
@@ -215,8 +215,10 @@ def compare(
 
 
 def _untrained() -> list[str]:
-    """Names of the methods that need no training."""
-    return [name for name in list_methods() if not SCORERS[load_recipe(name).scorer].probabilistic]
+    """Names of the methods that need no training, and have a budget."""
+    named = [method_named(name) for name in list_methods()]
+    methods = [m for m in named if m is not None and m.letter is not None]
+    return [m.name for m in methods if not SCORERS[load_recipe(m).scorer].probabilistic]
 
 
 @contextmanager

@@ -70,6 +70,13 @@ class Jagged(Selecting):
         gathered.args = (*gathered.args, counts_of(rw, stage))
         return gathered
 
+    def put_back(
+        self, rw: Rewrite, at: fx.Node, full: fx.Node, tokens: fx.Node, stage: int
+    ) -> fx.Node:
+        whole = super().put_back(rw, at, full, tokens, stage)
+        whole.args = (*whole.args, counts_of(rw, stage))
+        return whole
+
     def blank(self, rw: Rewrite, at: fx.Node, tokens: fx.Node) -> fx.Node:
         for d, dim in rw.facts(tokens).dims.items():
             kept = rw.records[dim.stage].kept

@@ -1,6 +1,6 @@
 """The mask path: every token stays, and nothing reads a dropped one."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -49,6 +49,6 @@ class Masked(Selecting):
         return repeated
 
     def stage_traces(
-        self, records: Sequence[Any], num_patches: Sequence[int], nested: bool
+        self, records: Sequence[Any], num_patches: Sequence[int], starts: Collection[int]
     ) -> list[StageTrace]:
         return [StageTrace(logits, d, None, d.detach().sum(dim=1).mean()) for logits, d in records]

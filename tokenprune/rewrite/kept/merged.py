@@ -5,7 +5,7 @@ So they prove each other: `merged = expanded` needs no reference and finds every
 not know of sizes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -86,10 +86,12 @@ class MergedSet(KeptSet):
         return policy
 
     def stage_traces(
-        self, records: Sequence[Any], num_patches: Sequence[int], nested: bool
+        self, records: Sequence[Any], num_patches: Sequence[int], starts: Collection[int]
     ) -> list[StageTrace]:
         stages, before = [], None
-        for (found, merged), patches in zip(records, num_patches, strict=True):
+        pairs = enumerate(zip(records, num_patches, strict=True))
+        for stage, ((found, merged), patches) in pairs:
+            before = None if stage in starts else before
             scores = as_keep_logits(found.score)  # here: most calls do not ask for a trace
             rows, numbers = merged.rows, merged.numbers
             spread = scores if before is None else scores.gather(1, _pairs(before.rows))

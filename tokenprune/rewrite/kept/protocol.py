@@ -5,7 +5,7 @@ left. Only the path's kept set knows which, and what else follows from it.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -92,17 +92,18 @@ class KeptSet(ABC):
         return tokens
 
     def stage_traces(
-        self, records: Sequence[Any], num_patches: Sequence[int], nested: bool
+        self, records: Sequence[Any], num_patches: Sequence[int], starts: Collection[int]
     ) -> list[StageTrace]:
         """The (keep_logits, kept) of each stage in terms of the original patch tokens.
 
         Args:
             num_patches: N of each stage.
-            nested: A stage sees only what the one before kept.
+            starts: The stages that see all tokens; others see only what the one before kept.
         """
         stages, before = [], None
-        for (logits, kept), patches in zip(records, num_patches, strict=True):
-            if before is not None and nested:
+        pairs = enumerate(zip(records, num_patches, strict=True))
+        for stage, ((logits, kept), patches) in pairs:
+            if before is not None and stage not in starts:
                 logits = _spread(logits, before, patches)
             decision = one_hot(kept, logits.new_zeros(logits.shape[0], patches))
             same = self.ops is None  # else images keep different numbers of tokens
