@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from tokenprune.analysis.plan import bind
 from tokenprune.analysis.reading import Reading, prefix_at, readings, settle
 from tokenprune.checks.verify import verify_wrapped
+from tokenprune.cost.auto import choose
 from tokenprune.errors import (
     AlreadyWrappedError,
     NonFiniteWeightsError,
@@ -25,6 +27,7 @@ from tokenprune.hosts.registry import GENERIC, hints, stated_by, tower_of
 from tokenprune.hosts.spec import ArchSpec
 from tokenprune.notices import warn_once
 from tokenprune.recipe import Recipe, RecipeSource, load_recipe
+from tokenprune.recipe.methods import AUTO
 from tokenprune.reductions.choice import choice_of, with_default_stages
 from tokenprune.runtime.added import added_names
 from tokenprune.runtime.model import (
@@ -75,6 +78,8 @@ def wrap(
             with their number, for any host: `merge-k0.7` lets similar tokens become their mean,
             `tome-r13` merges 13 in every block, `evit-k0.7` lets those that leave go on as one;
             `tokenprune.methods.list_methods()` has all, `tokenprune.compare` tells which suits.
+            `auto` (or `auto-k0.5`) counts what each reduction saves on this host and takes the one
+            that saves most; `print(tokenprune.profile(model))` says which, and why not the others.
         example_inputs: A tensor, several, or the arguments by name; drawn at random in the shape
             the host was built for if None.
         adapter: An adapter's name, or an `ArchSpec`; found by itself if None.
@@ -121,9 +126,7 @@ def wrap(
     chosen = None if recipe is None else load_recipe(recipe)
     try:
         known = hints(model, adapter)
-        if chosen is not None and known.blocks:
-            choice_of(chosen, known)
-            bind(chosen, known)
+        _check_known(chosen, known)
         _check_finite(model)
         call = CallSignature.of(type(model))
         example = named_inputs(call, known, model, example_inputs)
@@ -154,18 +157,13 @@ class _Task:
         Raises:
             TokenPruneError: None is; what stands in the way of the likeliest one.
         """
-        guessed = self.adapter in (None, GENERIC) and self.hints.adapter == GENERIC
-        stated = isinstance(self.adapter, ArchSpec)
-        open_ = self.recipe is None or "mode" not in self.recipe.model_fields_set
-        asked: str | None = self.hints.mode if stated else None
-        if self.recipe is not None and not open_:
-            asked = self.recipe.mode
-        ways = readings(self.hints, guessed=guessed, mode=asked)
+        if self.recipe is not None and self.recipe.mode == AUTO:
+            return choose(self.host, self.recipe, self)
+        asked, guessed = self._asked(self.recipe)
         refused: list[TokenPruneError] = []
-        for reading in ways:
-            traced = self._traced()  # anew: where blocks are is marked in a trace
+        for reading in self.ways(self.recipe):
             try:
-                wrapped = self._read_as(reading, traced)
+                wrapped = self.proven(self.planned(self.recipe, reading))
             except TokensReturnedError:
                 raise  # the caller is to say what becomes of them
             except (PlanError, UnsupportedHostError, VerificationError) as error:
@@ -178,6 +176,18 @@ class _Task:
                 return wrapped
         raise refused[0]
 
+    def _asked(self, recipe: Recipe | None) -> tuple[str | None, bool]:
+        """The mode that is asked for, and whether the facts about the host are guessed."""
+        guessed = self.adapter in (None, GENERIC) and self.hints.adapter == GENERIC
+        if recipe is not None and "mode" in recipe.model_fields_set:
+            return recipe.mode, guessed
+        return self.hints.mode if isinstance(self.adapter, ArchSpec) else None, guessed
+
+    def ways(self, recipe: Recipe | None) -> list[Reading]:
+        """The ways to read the host for a recipe, the likeliest first."""
+        asked, guessed = self._asked(recipe)
+        return readings(self.hints, guessed=guessed, mode=asked)
+
     def _say_mode(self, mode: str, refused: TokenPruneError) -> None:
         warn_once(
             self.host,
@@ -187,7 +197,9 @@ class _Task:
             "recipe to choose it without this warning.",
         )
 
-    def _traced(self) -> HostGraph:
+    @cached_property
+    def traced(self) -> HostGraph:
+        """The trace of the host in eval; nothing is marked in it."""
         with in_mode(self.host, training=False):
             try:
                 return trace(self.host, self.example, stated=stated_by(self.host, self.hints))
@@ -200,11 +212,13 @@ class _Task:
                     f"tokenprune.wrap(host.{tower}, restore=True)."
                 ) from error
 
-    def _read_as(self, reading: Reading, traced: HostGraph) -> Any:
+    def planned(self, recipe: Recipe | None, reading: Reading) -> Pruning:
+        """What prunes the host, with the program that serves; nothing is added to it yet."""
         host, example = self.host, self.example
+        _check_known(recipe, self.hints)
+        traced = self.traced.copy()  # where blocks are is marked in it
         with in_mode(host, training=False):
             spec, blocks = settle(host, traced, self.hints, reading)
-            recipe = self.recipe
             open_ = recipe is not None and "mode" not in recipe.model_fields_set
             if recipe is not None and open_ and reading.mode is not None:
                 recipe = recipe.model_copy(update={"mode": reading.mode})
@@ -233,15 +247,25 @@ class _Task:
             programs = pruning.programs(example, traced=traced, blocks=blocks)
             programs.reduction.check_use(host)
             programs.get(host, pruning.path_name(pruning.method.path(training=False)))
-        refused = _trace_training(pruning, example) if self.train else None
-        wrapped = wrapper_of(pruning)
-        first = first_floating(host)
+        return pruning
+
+    def equip(self, pruning: Pruning) -> None:
+        """Make the modules that pruning adds to the host."""
+        (programs, *_), first = pruning.cache, first_floating(self.host)
         like = {"device": first.device, "dtype": first.dtype}
         make, grids = pruning.method.scorer.make, programs.analysis.grids
+        section = pruning.recipe.predictor
         with torch.inference_mode(False):  # what it adds may be trained later
-            scorers = [make(grid.num_channels, chosen.predictor, **like) for grid in grids]
+            scorers = [make(grid.num_channels, section, **like) for grid in grids]
             added = {PREDICTORS: Predictors(*scorers), **programs.reduction.modules(**like)}
-        pruning.added.update({name: m.train(host.training) for name, m in added.items()})
+        pruning.added.update({name: m.train(self.host.training) for name, m in added.items()})
+
+    def proven(self, pruning: Pruning) -> Any:
+        """The wrapped model, traced in training mode and verified as far as that is asked for."""
+        host, example = self.host, self.example
+        refused = _trace_training(pruning, example) if self.train else None
+        wrapped = wrapper_of(pruning)
+        self.equip(pruning)
         if self.verify:
             verify_wrapped(wrapped, example)
         if refused is not None:  # now that this reading is the one
@@ -253,6 +277,13 @@ class _Task:
                 "train=False to wrap.",
             )
         return wrapped
+
+
+def _check_known(recipe: Recipe | None, known: ArchSpec) -> None:
+    """Raise PlanError if a recipe does not fit what an adapter knows of a host without a trace."""
+    if recipe is not None and recipe.mode != AUTO and known.blocks:
+        choice_of(recipe, known)
+        bind(recipe, known)
 
 
 def _trace_training(pruning: Pruning, example: Arguments) -> TokenPruneError | None:

@@ -14,8 +14,9 @@ are multiply-accumulates.
 """
 METHODS = """They are in `tokenprune.methods`. Each is a frozen object with a name that `wrap`,
 recipes and the command line take: `ToMe(r=13)` is `tome-r13`, `Merge(keep_ratio=0.7)` is
-`merge-k0.7`. All but `ToMe` have one field, `keep_ratio` in (0, 1], 0.7 if it is not given: the
-share that each of three stages keeps of what it sees (`MergeFalling` leaves as many in the end).
+`merge-k0.7`, `Auto()` is `auto`. All but `ToMe` have one field, `keep_ratio` in (0, 1], 0.7 if it
+is not given: the share that each of three stages keeps of what it sees (`MergeFalling` leaves as
+many in the end).
 """
 MODEL = """
 ## What a wrapped model has beside its host's names

@@ -1,15 +1,17 @@
 """Find which dims count images, by running a graph with more of them on fake tensors."""
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import fx, nn
 
 from tokenprune.analysis.facts import NodeFacts
-from tokenprune.analysis.nodes import holds_no_tensor, shape_of
+from tokenprune.analysis.nodes import IDENTITY, holds_no_tensor, shape_of
 from tokenprune.private import tree_leaves
+from tokenprune.tracing.guards import Guards
 from tokenprune.tracing.host_graph import HostGraph
 from tokenprune.tracing.interpret import run
 
@@ -20,7 +22,40 @@ EXTRA_BATCH = 3
 
 def probe_batch(root: nn.Module, traced: HostGraph) -> tuple[dict[fx.Node, NodeFacts], bool]:
     """What each node has to do with images; and whether the graph holds for its batch size only: it
-    does not run with another, or Python branches on one."""
+    does not run with another, or Python branches on one.
+
+    Copies of a trace are probed once: what is marked in them are identities.
+    """
+    known = _probed.setdefault(traced.guards, [])
+    for names, bound in known:
+        facts = _named(traced, names)
+        if facts is not None:
+            return facts, bound
+    facts, bound = _probe(root, traced)
+    own = {node.name: found for node, found in facts.items() if IDENTITY not in node.meta}
+    known.append((own, bound))
+    return facts, bound
+
+
+# By what traces share with their copies.
+_probed: WeakKeyDictionary[Guards, list[tuple[dict[str, NodeFacts], bool]]] = WeakKeyDictionary()
+
+
+def _named(traced: HostGraph, names: Mapping[str, NodeFacts]) -> dict[fx.Node, NodeFacts] | None:
+    """The facts of nodes by their names, a marker's being those of what it marks; None if there are
+    other nodes."""
+    facts: dict[fx.Node, NodeFacts] = {}
+    for node in traced.graph.nodes:
+        if node.meta.get(IDENTITY, False):
+            facts[node] = facts[node.all_input_nodes[0]]
+        elif IDENTITY in node.meta or node.name not in names:
+            return None
+        else:
+            facts[node] = names[node.name]
+    return facts
+
+
+def _probe(root: nn.Module, traced: HostGraph) -> tuple[dict[fx.Node, NodeFacts], bool]:
     batch, nodes = traced.batch_size, traced.graph.nodes
     inputs = {name: node.meta["val"] for name, node in traced.inputs.items()}
     images = {name: x for name, x in inputs.items() if x.ndim and x.shape[0] == batch}

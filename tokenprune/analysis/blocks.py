@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from tokenprune.analysis.batch_probe import probe_batch
 from tokenprune.analysis.equations import equation_of, factors_of
-from tokenprune.analysis.nodes import makers, shape_of
+from tokenprune.analysis.nodes import IDENTITY, makers, shape_of
 from tokenprune.analysis.operators import Kind, argument, attends, kind_of
 from tokenprune.hosts.spec import ArchSpec
 from tokenprune.tracing.calls import NUMBER, ModuleCall
@@ -162,7 +162,8 @@ def _turned(
         there = traced.graph.call_method("transpose", (tokens, 0, 1))
         back = traced.graph.call_method("transpose", (there, 0, 1))
     for node, seen in ((there, value.transpose(0, 1)), (back, value)):
-        node.meta = {"val": seen, **{key: at.meta[key] for key in kept if key in at.meta}}
+        meta = {key: at.meta[key] for key in kept if key in at.meta}
+        node.meta = {"val": seen, IDENTITY: False, **meta}
     for reader in readers:
         reader.replace_input_with(tokens, back)
     return there, back
@@ -175,6 +176,7 @@ def mark_tokens(
     with traced.graph.inserting_before(at):
         marker = traced.graph.call_function(site_marker, (tokens, block))
     marker.meta = {"val": tokens.meta["val"], "where": at.meta["where"], NUMBER: at.meta[NUMBER]}
+    marker.meta[IDENTITY] = True
     modes = where_predictors_learn(at.meta.get(MODES, ()))
     if modes:
         marker.meta[MODES] = modes

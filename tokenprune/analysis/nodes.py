@@ -8,7 +8,10 @@ from torch import fx
 
 from tokenprune.private import tree_leaves
 
-__all__ = ["holds_no_tensor", "makers", "shape_of"]
+__all__ = ["IDENTITY", "holds_no_tensor", "makers", "shape_of"]
+
+IDENTITY = "identity"
+"""Key in the `meta` of a node that analysis put into a traced graph: whether it is its input."""
 
 
 def makers(node: fx.Node, enter: Callable[[fx.Node], object]) -> Iterator[fx.Node]:

@@ -18,12 +18,13 @@ from tokenprune.cli.options import (
     ModelName,
     Options,
     Pretrained,
-    RecipeName,
     Settings,
 )
+from tokenprune.cost.auto import CHOSEN, RULE
 from tokenprune.cost.profile import Profile, profile
 from tokenprune.hosts.spec import ArchSpec
 from tokenprune.recipe import Recipe
+from tokenprune.recipe.methods import AUTO
 from tokenprune.report.table import Table
 from tokenprune.runtime.model import pruning_of
 
@@ -33,7 +34,9 @@ __all__ = ["certificate_table", "cost_table", "inspect", "stage_table"]
 def inspect(
     model: ModelName,
     setting: Settings = None,
-    recipe: RecipeName = "",
+    recipe: Annotated[
+        str, typer.Option("--recipe", "-r", help="Name or file. Default: auto, what saves most.")
+    ] = "",
     adapter: AdapterName = "",
     option: Options = None,
     host: HostName = "",
@@ -42,11 +45,13 @@ def inspect(
     proof: Annotated[bool, typer.Option(help="Run the model to verify the pruning.")] = True,
     as_json: Json = False,
 ) -> None:
-    """Show what an adapter finds in a model, what pruning saves, and the certificate."""
+    """Show what an adapter finds in a model, what prunes it best, what that saves, and the
+    certificate."""
     wrapped = open_model(
         model,
         [*(setting or ()), *(option or ())],
         recipe=recipe,
+        otherwise=AUTO,
         adapter=adapter,
         host=host,
         pretrained=pretrained,
@@ -107,7 +112,8 @@ def stage_table(recipe: Recipe, counted: Profile, kept: tuple[int, ...]) -> Tabl
         for number, block in enumerate(counted.stages)
     )
     title = f"Stages of {recipe.name or 'the default recipe'}"
-    return Table(title, ("stage", "before block", "patch tokens", "of all"), rows)
+    note = f"{recipe.description}\n{RULE}" if CHOSEN in recipe.description else recipe.description
+    return Table(title, ("stage", "before block", "patch tokens", "of all"), rows, note)
 
 
 def cost_table(counted: Profile) -> Table:

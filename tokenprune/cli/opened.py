@@ -50,6 +50,7 @@ def open_model(
     options: Sequence[str] = (),
     *,
     recipe: str = "",
+    otherwise: str = "",
     adapter: str = "",
     host: str = "",
     pretrained: bool = False,
@@ -63,7 +64,8 @@ def open_model(
     Args:
         name: A folder that `tokenprune train` or `save` wrote; or a host, as `cli.hosts` says.
         options: `KEY=VALUE` for building the host.
-        recipe: Of a host that is built; by default the shipped recipe of its name, if any.
+        recipe: Of a host that is built.
+        otherwise: Where no recipe is given; by default the shipped recipe of its name, if any.
         adapter: Of a host that is built; by default the one that knows its class.
         host: What a folder's host is, if the folder does not say so.
         pretrained: Load published weights into a host that is built.
@@ -107,7 +109,8 @@ def open_model(
         spec, dense = hints(built, adapter or None), built
         try:
             with working("tracing and proving" if verify else "tracing"):
-                chosen = load_recipe(recipe) if recipe else recipe_for(name, spec)
+                given = recipe or otherwise
+                chosen = load_recipe(given) if given else recipe_for(name, spec)
                 built = wrap(built, chosen, adapter=adapter or None, verify=verify, train=False)
             spec = pruning_of(built).spec  # what the graph has shown too
         finally:

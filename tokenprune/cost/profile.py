@@ -10,7 +10,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from tokenprune.analysis.plan import Budget
 from tokenprune.cost.flops import Counted, count_macs
@@ -18,6 +18,7 @@ from tokenprune.hosts.inputs import ExampleInputs
 from tokenprune.rewrite.settings import SETTINGS, CallSettings
 from tokenprune.runtime.model import pruning_of
 from tokenprune.runtime.program import Programs
+from tokenprune.tracing.guards import Guards
 from tokenprune.tracing.state import in_mode
 
 __all__ = ["Profile", "profile"]
@@ -42,6 +43,7 @@ class Profile:
         predictor_macs: MACs of the predictor of each stage.
         macs: All of the pruned eval path: blocks, predictors, embedding, head.
         dense_macs: All of the host without pruning.
+        description: Of the recipe; what `auto` chose, and why.
     """
 
     host: str
@@ -57,6 +59,7 @@ class Profile:
     predictor_macs: tuple[int, ...]
     macs: int
     dense_macs: int
+    description: str = ""
 
     @property
     def gmacs(self) -> float:
@@ -98,6 +101,7 @@ class Profile:
                 lines.append(f"{before:<32}{predictors[block] / 1e6:>12.3f}")
             lines.append(f"{path:<24}{tokens:>8}{macs / 1e6:>12.3f}{dense / 1e6:>12.3f}")
         lines.append(f"{'embedding, head':<32}{self.other_macs / 1e6:>12.3f}")
+        lines += [self.description] if self.description else []
         return "\n".join(lines)
 
 
@@ -151,6 +155,7 @@ def profile(
         predictor_macs=tuple(pruned.macs["predictor", stage] // batch for stage in stages),
         macs=pruned.macs.total() // batch,
         dense_macs=dense.macs.total() // batch,
+        description=pruning.recipe.description,
     )
 
 
@@ -161,19 +166,22 @@ def _programs(model: nn.Module, example_inputs: ExampleInputs | None) -> Program
     return pruning.programs(pruning.inputs(example_inputs))
 
 
-# By trace, then by the names and shapes of the weights: a head may be replaced.
-_dense_counts: WeakKeyDictionary[fx.Graph, dict[Any, Counted]] = WeakKeyDictionary()
+# By trace, then by what is counted as a block, and the names and shapes of the weights: a head may
+# be replaced.
+_dense_counts: WeakKeyDictionary[Guards, dict[Any, Counted]] = WeakKeyDictionary()
 
 
 def _dense(model: nn.Module, programs: Programs, inputs: Mapping[str, Any]) -> Counted:
     """The count of the host without pruning, made once for a trace and shapes of weights."""
-    shapes = tuple((name, tuple(p.shape)) for name, p in model.named_parameters())
     analysis, graph = programs.analysis, programs.analysis.traced.graph
-    known = _dense_counts.setdefault(graph, {})
-    if shapes not in known:
+    shapes = tuple((name, tuple(p.shape)) for name, p in pruning_of(model).host.named_parameters())
+    blocks = tuple((number, block.path) for number, block in analysis.blocks.items())
+    key = shapes, blocks, analysis.plan.num_prefix
+    known = _dense_counts.setdefault(programs.guards, {})
+    if key not in known:
         entries = {number: block.entry for number, block in analysis.blocks.items()}
-        known[shapes] = count_macs(model, analysis, graph, entries, inputs)
-    return known[shapes]
+        known[key] = count_macs(model, analysis, graph, entries, inputs)
+    return known[key]
 
 
 def _traced_inputs(programs: Programs) -> dict[str, torch.Tensor]:

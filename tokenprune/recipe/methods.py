@@ -15,6 +15,7 @@ from tokenprune.errors import RecipeError
 from tokenprune.registry import Registry
 
 __all__ = [
+    "Auto",
     "DynamicViT",
     "EViT",
     "Exact",
@@ -35,6 +36,8 @@ __all__ = [
 ]
 
 ENTRY_POINTS = "tokenprune.methods"
+AUTO = "auto"
+"""The `mode` of a recipe that leaves it to `wrap`, which counts what each saves on its host."""
 NAME = re.compile(r"(?P<method>.+)-(?P<letter>[a-z])(?P<value>\d*\.?\d+)")
 
 KeepRatio = Annotated[float, Field(gt=0, le=1)]
@@ -121,8 +124,9 @@ def list_methods() -> list[str]:
 
 def method_named(name: str) -> Method | None:
     """The method of a name such as `tome-r13`; None if there is none."""
-    if name in _METHODS and _METHODS[name].letter is None:
-        return _METHODS[name]()
+    if name in _METHODS:  # without a number, if it has none, or none by default
+        bare = _METHODS[name]()
+        return bare if bare.name == name else None
     match = NAME.fullmatch(name)
     if match is None or match["method"] not in _METHODS:
         return None
@@ -145,6 +149,20 @@ class _Keeping(Method):
 
     def recipe(self) -> dict[str, Any]:
         return {**self.parts, "schedule": {"keep_ratio": self.keep_ratio}}
+
+
+@register_method(AUTO)
+class Auto(_Keeping):
+    """Whichever of the reductions saves most on a host at this ratio, by counting; `auto` alone
+    keeps 0.7."""
+
+    parts = {"mode": AUTO}
+
+    @property
+    def name(self) -> str:
+        """Without its number, if that is the default."""
+        default = type(self).model_fields["keep_ratio"].default
+        return self.registered if self.keep_ratio == default else super().name
 
 
 @register_method("dynamicvit")

@@ -17,8 +17,8 @@ NAME = re.compile(r"(?P<part>.+)-k(?P<ratio>0?\.\d+|1)")
 
 
 def named_recipe(name: str) -> dict[str, Any] | None:
-    """The mapping of a recipe for any host: of a method (`tome-r13`), or of any scorer or mode that
-    needs no training (`<scorer>-k0.7`).
+    """The mapping of a recipe for any host: of a method (`tome-r13`), a mode (`merge-k0.7`), or a
+    scorer that needs no training (`key-norm-k0.7`).
 
     Returns:
         None if there is none of that name.
@@ -27,7 +27,8 @@ def named_recipe(name: str) -> dict[str, Any] | None:
     if method is not None:
         return recipe_of(method)
     match = NAME.fullmatch(name)
-    chosen = None if match is None else _untrained().get(match["part"])
+    modes = {mode: {"mode": mode} for mode in MODES}
+    chosen = None if match is None else (_untrained() | modes).get(match["part"])
     if match is None or chosen is None:
         return None
     schedule = {"keep_ratio": float(match["ratio"])}

@@ -11,7 +11,7 @@ from pydantic import ValidationError, ValidationInfo, field_validator, model_val
 from pydantic_core import ErrorDetails
 
 from tokenprune.errors import PlanError, RecipeError, UnknownRecipeError, did_you_mean
-from tokenprune.recipe.methods import Method
+from tokenprune.recipe.methods import AUTO, Method
 from tokenprune.recipe.names import MODES, SCORERS, named_recipe, named_recipes, recipe_of
 from tokenprune.recipe.schema import (
     HostSection,
@@ -57,7 +57,9 @@ class Recipe(Section):
         mode: `remove` gathers dropped tokens away; `bypass` keeps the grid, and dropped tokens skip
             the MLP; `fuse` lets them go on as one, their weighted sum; `merge` lets similar
             tokens become their mean; `windows` leaves whole windows of window attention out of
-            its blocks; `exact` prunes nothing, and needs `unread_rows`.
+            its blocks; `exact` prunes nothing, and needs `unread_rows`. `auto` is any of these but
+            the last, and of those that others add: `wrap` takes what saves most on its host, which
+            is then the recipe of the model.
         scorer: what says which tokens stay; `learned` is DynamicViT's predictor, `similarity` (the
             default of `merge`) ToMe's matching.
         unread_rows: do not compute rows (tokens) that nothing reads: queries, projection and MLP of
@@ -103,6 +105,8 @@ class Recipe(Section):
     @field_validator("mode", "scorer")
     @classmethod
     def _registered(cls, name: str, info: ValidationInfo) -> str:
+        if info.field_name == "mode" and name == AUTO:
+            return name
         registry = MODES if info.field_name == "mode" else SCORERS
         try:
             registry[name]
@@ -114,6 +118,18 @@ class Recipe(Section):
     def _stages_or_schedule(self) -> Self:
         if problem := _choose_one(self.stages is not None, self.schedule is not None):
             raise ValueError(problem)
+        return self
+
+    @model_validator(mode="after")
+    def _open_for_auto(self) -> Self:
+        given = self.schedule
+        open_ = given is not None and given.keep_ratio and not (given.blocks or given.falling)
+        own = (self.scorer, self.place) == ("learned", "entry")
+        if self.mode == AUTO and not (open_ and own):
+            raise ValueError(
+                f"`mode: {AUTO}` chooses scorer, place and stages as well; give it "
+                "`schedule: {keep_ratio: 0.7}` alone, or name a mode"
+            )
         return self
 
     @property

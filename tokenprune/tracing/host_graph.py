@@ -3,13 +3,14 @@
 import traceback
 from collections.abc import Iterable, Mapping
 from contextvars import Context, copy_context
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.node import map_arg
 
 from tokenprune.errors import HostError, TokenPruneError, TraceError, UnsupportedHostError
 from tokenprune.notices import warn_once
@@ -66,6 +67,15 @@ class HostGraph:
         """What the last call of a module returned; None if it does not run or returns no tensor."""
         outputs = [call.output for call in self.calls.get(path, ()) if call.output is not None]
         return outputs[-1] if outputs else None
+
+    def copy(self) -> "HostGraph":
+        """The same with a graph of its own: blocks and stages that are marked in one are not marked
+        in the other."""
+        graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+        output, was = graph.output(graph.graph_copy(self.graph, copies)), self.graph.output_node()
+        output.meta, copies[was] = dict(was.meta), output
+        calls, read = map_arg((dict(self.calls), self.specialized), copies.__getitem__)
+        return replace(self, graph=graph, calls=calls, specialized=read)
 
 
 def trace(

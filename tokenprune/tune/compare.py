@@ -17,7 +17,7 @@ from tokenprune.errors import PlanError
 from tokenprune.hosts.batches import Batch, Batches, BatchSource
 from tokenprune.hosts.spec import ArchSpec
 from tokenprune.recipe import load_recipe
-from tokenprune.recipe.methods import Method, list_methods, method_named
+from tokenprune.recipe.methods import AUTO, Method, list_methods, method_named
 from tokenprune.report.plots import draw_costs
 from tokenprune.report.progress import ShowProgress, steps
 from tokenprune.report.table import Table
@@ -154,7 +154,8 @@ def compare(
             rows, at its own method and weights.
         batches: As for `calibrate`. Whole numbers beside the images of a batch are their labels.
         labels: [N] for all images in order; None takes those of the batches, if they hold any.
-        methods: Names or objects; all that need no training if None.
+        methods: Names or objects; all that need no training if None. A row of `auto` has the name
+            of what that chose.
         macs: Shares of the dense host's MACs.
         read: As for `calibrate`.
         divergence: As for `calibrate`.
@@ -189,6 +190,8 @@ def compare(
             except PlanError as error:
                 left_out[name] = str(error)
                 continue
+            if mine is not given and load_recipe(method).mode == AUTO:
+                name = pruning_of(mine).recipe.name
             for wanted in macs:
                 try:
                     budget, share = budget_for(mine, wanted, reference.example)
