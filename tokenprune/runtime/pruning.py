@@ -366,10 +366,9 @@ class Pruning:
                 f"`mode: {reduction.name}` has no {path} path: it trains on the path that eval "
                 f"runs. Choose one of {', '.join(there)}."
             )
-        if keep_indices is not None:
-            self.method.check_keep_indices()
         was, forced, thread = self.forced, None, get_ident()
         if keep_indices is not None:
+            self.method.check_keep_indices()
             known = next(iter(self.cache), None) or self.programs(self.as_wrapped())
             padded = self.budget.threshold is not None
             forced = forced_sets(keep_indices, self.plan.blocks, known.starts, padded)

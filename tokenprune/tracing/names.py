@@ -9,6 +9,8 @@ from itertools import chain
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
+from torch.nn import Module
+
 from tokenprune.tracing.contents import ABSENT, MOST, can_be_set, flat, in_class, within
 from tokenprune.tracing.lookups import absent_in
 from tokenprune.tracing.provenance import of_python
@@ -26,6 +28,7 @@ __all__ = [
     "is_own_class",
     "is_own_place",
     "own_metaclasses",
+    "reached_by",
     "value_of",
 ]
 
@@ -148,6 +151,12 @@ class Reached:
     def words(self) -> set[str]:
         """The names in their code."""
         return set[str]().union(*[_names_in(place) for place in self._names])
+
+
+def reached_by(root: Module, forward: Any) -> Reached:
+    """What a call of `forward` of a host may reach, before it has run."""
+    classes = {type(module): 0 for module in root.modules()}
+    return Reached([forward, *(in_class(c, "forward", None) for c in classes), *classes])
 
 
 def as_function(code: CodeType, around: dict[str, Any]) -> FunctionType:

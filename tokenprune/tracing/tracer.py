@@ -26,7 +26,6 @@ from tokenprune.tracing.arguments import Arguments
 from tokenprune.tracing.calls import NUMBER, RecordedCall
 from tokenprune.tracing.checkpoints import CHECKPOINT, Checkpoint, checkpoints_recorded
 from tokenprune.tracing.constants import find, look_up, named_tensors
-from tokenprune.tracing.contents import in_class
 from tokenprune.tracing.decompose import is_leaf
 from tokenprune.tracing.draws import DrawRead, is_drawn, possible_number
 from tokenprune.tracing.finite import answer
@@ -51,7 +50,7 @@ from tokenprune.tracing.modes import (
     reads_noted,
     state,
 )
-from tokenprune.tracing.names import Reached, as_function, compared_types
+from tokenprune.tracing.names import Reached, as_function, compared_types, reached_by
 from tokenprune.tracing.node_arguments import argument_of
 from tokenprune.tracing.opaque import DATA_DEPENDENT, OPAQUE, REASON, as_traced, reason_of
 from tokenprune.tracing.outside import named_by, outside_noted
@@ -122,9 +121,8 @@ class ValueTracer(fx.Tracer):
         with ONE_AT_A_TIME, attributes_kept(self.root) as kept:
             empty_caches(self.root)
             checkpoints, outside = checkpoints_recorded(self), outside_noted(self.reads.asked)
-            classes = {type(module): 0 for module in self.root.modules()}
-            known = Reached([forward, *(in_class(c, "forward", None) for c in classes), *classes])
-            with calls_recorded(self, known), reads_noted(self), checkpoints, outside:
+            calls = calls_recorded(self, reached_by(self.root, forward))
+            with calls, reads_noted(self), checkpoints, outside:
                 output = example.with_tensors(inputs).call(forward)
                 result = self.create_arg(output)
             self.reads.forget(lambda value: bool(nodes_in(value)))
