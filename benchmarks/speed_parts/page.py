@@ -69,6 +69,9 @@ PARTS = """## Rows that nobody reads
 
 <!-- growth -->
 <!-- end -->
+
+<!-- large -->
+<!-- end -->
 """
 
 

@@ -167,10 +167,10 @@ def test_a_pass_with_a_fault_is_refused(method: str, monkeypatch: pytest.MonkeyP
     for fault in FAULTS:
         with monkeypatch.context() as patch:
             patch.setattr(protocol, "find_unread", lambda *given, f=fault: f(find_unread(*given)))
-            with pytest.raises(VerificationError, match=r"rows that are left out|path fails at"):
+            with pytest.raises(VerificationError, match=r"leaves out are read|path fails at"):
                 tokenprune.wrap(host, recipe, **options)
     monkeypatch.setattr(rewriting, "first_rows", last_rows)
-    with pytest.raises(VerificationError, match="rows that are left out are read"):
+    with pytest.raises(VerificationError, match="leaves out are read"):
         tokenprune.wrap(host, recipe, **options)
 
 

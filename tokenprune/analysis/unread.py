@@ -156,11 +156,14 @@ class _Search:
         module = self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
         if getattr(module, "inplace", False):  # others read what it writes into
             return False
+        along = node.kwargs.get("dim")
         if kind is Kind.SOFTMAX:
-            asked = argument(node, 1, "dim") if module is None else getattr(module, "dim", None)
-            return (
-                asked is not None and asked % node.meta["val"].ndim != dim % node.meta["val"].ndim
-            )
+            along = argument(node, 1, "dim") if module is None else getattr(module, "dim", None)
+        if isinstance(along, int) and isinstance(node.meta["val"], Tensor):
+            if (along - dim) % node.meta["val"].ndim == 0:  # normalises over tokens, say
+                return False
+        elif kind is Kind.SOFTMAX:
+            return False
         if kind is Kind.BATCH_STATISTIC:
             return module is not None and not module.training
         if kind in (*_BY_ROWS, *_REDUCES):

@@ -33,7 +33,7 @@ def unread(proof: Theorems) -> Iterator[Check]:
         yield proof.compared(
             "without unread rows the outputs are the same",
             _with_and_without,
-            lambda _: "rows that are left out are read",
+            lambda _: "rows that `unread_rows` leaves out are read (leave it out of the recipe)",
             (largest(BOUNDS, proof.dtypes), EXACT),
         )
 
