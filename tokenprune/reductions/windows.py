@@ -233,16 +233,16 @@ class KeepWindows(Pass):
         for origin, layout in part.reads.items():
             read = rewrite.copy_of(origin)
             if before is not None and origin in part.same:
-                how = (rows, before.layout, layout, _inner(origin))
-                taken = rewrite.insert_after(read, relaid_windows, before.tokens, *how)
+                given = (before.tokens, rows, before.layout, layout, _inner(origin))
+                taken = rewrite.insert_after(read, relaid_windows, *given)
                 whole = before[2:] if read is source else whole
             else:
                 taken = rewrite.insert_after(read, take_windows, read, rows, windows, layout)
             for node in readers.intersection(read.users):
                 node.replace_input_with(read, taken)
         (grid, was), layout = whole, part.sum.layout
-        how = (grid, total, rows, windows, was, layout, _inner(part.sum.total), False)
-        rewrite.narrow(total, rewrite.insert_after(total, put_windows, *how), ())
+        to = (rows, windows, was, layout, _inner(part.sum.total), False)
+        rewrite.narrow(total, rewrite.insert_after(total, put_windows, grid, total, *to), ())
         return _Kept(total, layout, *whole)
 
     def _cut(self, rewrite: Rewrite, part: WindowBranch, rows: fx.Node) -> None:
@@ -255,8 +255,8 @@ class KeepWindows(Pass):
         old = rewrite.copy_of(made)
         rewrite.narrow(old, rewrite.insert_after(old, to_windows, given, *how), ())
         given, old = rewrite.copy_of(out.rows), rewrite.copy_of(out.grid)
-        how = (rows, windows, out.channels_first, out.grid_layout, _inner(out.grid))
-        rewrite.narrow(old, rewrite.insert_after(old, leave_windows, given, *how), ())
+        to = (rows, windows, out.channels_first, out.grid_layout, _inner(out.grid))
+        rewrite.narrow(old, rewrite.insert_after(old, leave_windows, given, *to), ())
 
 
 def _inner(node: fx.Node) -> tuple[int, ...]:
