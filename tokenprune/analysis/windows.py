@@ -137,7 +137,10 @@ class _Search(BlockSearch):
 
     def parts(self) -> tuple[Part, ...]:
         """See `WindowedBlock`; nothing before the first attention in windows."""
-        if not any(self._rows(node) > self.grid.layout.rows_per_image for node in self.nodes):
+        rows = self.grid.layout.rows_per_image
+        if self.grid.num_patches < self.grid.length:
+            return ()  # prefix tokens are in no window
+        if not any(self._rows(node) > rows for node in self.nodes):
             return ()
         found: dict[fx.Node, Part] = {}
         for each in sorted(self.sums(), key=lambda each: self.order[each.total]):

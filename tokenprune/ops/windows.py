@@ -119,7 +119,8 @@ def window_rows(kept: Int[Tensor, "B K"], windows: Windows) -> Int[Tensor, "B R"
     if kept.shape[1] == windows.number:
         return None
     numbers = windows.tokens(kept.device)
-    return numbers.index_select(0, kept.flatten()).reshape(kept.shape[0], -1)
+    count = kept.shape[1] * windows.places
+    return numbers.index_select(0, kept.flatten()).reshape(kept.shape[0], count)
 
 
 def take_windows(

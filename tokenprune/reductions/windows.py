@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Size, Tensor, fx, nn
 
 from tokenprune.analysis.analysis import Analysis
@@ -88,7 +89,7 @@ class WindowsReduction(Reduction):
         cls, root: nn.Module, traced: HostGraph, blocks: Blocks, spec: ArchSpec
     ) -> tuple[Sequence[int], str]:
         """See `Reduction.candidates`: the first block of each grid that is cut into windows."""
-        with quiet_trials(), traced.fake_mode:
+        with quiet_trials(), torch.no_grad(), traced.fake_mode:
             facts, _ = probe_batch(root, traced)
         found = windowed_blocks(root, traced, blocks, spec.prefix, facts)
         if not found:
@@ -230,16 +231,16 @@ class KeepWindows(Pass):
         for origin, layout in part.reads.items():
             read = rewrite.copy_of(origin)
             if before is not None and origin in part.same:
-                how = (rows, before.layout, layout, _inner(origin))
-                taken = rewrite.insert_after(read, relaid_windows, before.tokens, *how)
+                given = (before.tokens, rows, before.layout, layout, _inner(origin))
+                taken = rewrite.insert_after(read, relaid_windows, *given)
                 whole = before[2:] if read is source else whole
             else:
-                taken = rewrite.insert_after(read, take_windows, read, rows, windows, layout)
+                taken = _taken(rewrite, read, rows, windows, layout)
             for node in readers.intersection(read.users):
                 node.replace_input_with(read, taken)
         (grid, was), layout = whole, part.sum.layout
-        put = (grid, total, rows, windows, was, layout, _inner(part.sum.total), False)
-        rewrite.narrow(total, rewrite.insert_after(total, put_windows, *put), ())
+        to = (rows, windows, was, layout, _inner(part.sum.total), False)
+        rewrite.narrow(total, rewrite.insert_after(total, put_windows, grid, total, *to), ())
         return _Kept(total, layout, *whole)
 
     def _cut(self, rewrite: Rewrite, part: WindowBranch, rows: fx.Node) -> None:
@@ -247,13 +248,21 @@ class KeepWindows(Pass):
         (grid, layout, made, first, _), out, windows = part.into, part.out, part.windows
         given = rewrite.copy_of(grid)
         if grid is part.sum.source:
-            given = rewrite.insert_after(given, take_windows, given, rows, windows, layout)
-        cut = (rows, windows, layout, _inner(made), first)
+            given = _taken(rewrite, given, rows, windows, layout)
+        how = (rows, windows, layout, _inner(made), first)
         old = rewrite.copy_of(made)
-        rewrite.narrow(old, rewrite.insert_after(old, to_windows, given, *cut), ())
+        rewrite.narrow(old, rewrite.insert_after(old, to_windows, given, *how), ())
         given, old = rewrite.copy_of(out.rows), rewrite.copy_of(out.grid)
-        back = (rows, windows, out.channels_first, out.grid_layout, _inner(out.grid))
-        rewrite.narrow(old, rewrite.insert_after(old, leave_windows, given, *back), ())
+        to = (rows, windows, out.channels_first, out.grid_layout, _inner(out.grid))
+        rewrite.narrow(old, rewrite.insert_after(old, leave_windows, given, *to), ())
+
+
+def _taken(
+    rewrite: Rewrite, read: fx.Node, rows: fx.Node, windows: Windows, layout: Layout
+) -> fx.Node:
+    """The tokens of kept windows of a node."""
+    how = (take_windows, read, rows, windows, layout)
+    return rewrite.once(("taken", *how), rewrite.insert_after, read, *how)
 
 
 def _inner(node: fx.Node) -> tuple[int, ...]:
@@ -335,13 +344,13 @@ def _write_sizes(rewrite: Rewrite, part: WindowBranch) -> None:
     moved = {*part.before, *part.into.between, *part.out.between, part.out.grid}
     for node in moved - {source, part.out.rows}:
         for reader in node.users:
-            if reader in own or not holds_no_tensor(reader.meta.get("val", node)):
+            value = reader.meta.get("val")  # None: of a hook, which sees what runs
+            if reader in own or value is None or not holds_no_tensor(value):
                 continue
             shape = node.meta["val"].shape
             read, stream = rewrite.copy_of(reader), rewrite.copy_of(source)
             ratio = (shape[0], source.meta["val"].shape[0])
             size = rewrite.insert(read, traced_shape, stream, ratio, tuple(shape[1:]))
-            value = reader.meta["val"]
             if isinstance(value, Size):
                 new = size
             elif reader.target == "size":

@@ -161,7 +161,7 @@ class WindowSet(KeptSet):
             if self.name == "gather":
                 numbers = torch.arange(decision.shape[1], device=decision.device)
                 kept = in_order(torch.where(decision > 0.5, numbers, -1))
-                kept = kept[:, : int((kept >= 0).sum(1).max())]
+                kept = kept[:, : max((kept >= 0).sum(1).tolist(), default=0)]
             count = decision.detach().sum(1).mean()
             stages.append(StageTrace(logits, decision, kept, count))
         return stages
