@@ -189,7 +189,7 @@ def test_a_second_run_of_the_probe_keeps_nothing_of_the_first() -> None:
     with torch.no_grad(), traced.fake_mode:
         facts, _ = probe_batch(pruning.host, traced)
         once = _Run(
-            pruning.host, traced, markers, analysis.grids, PREFIX, (), None, lengths, dict(facts)
+            pruning.host, traced, markers, analysis.grids, PREFIX, (), (), lengths, dict(facts)
         )
         assert once.finishes()
     assert once.facts == dict(analysis.facts)
