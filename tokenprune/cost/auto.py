@@ -154,12 +154,13 @@ def _option(
     for reading in ways:
         try:
             pruning = parts.planned(recipe, reading)
+            saved = 1 - _share(pruning, parts)
         except TokensReturnedError:
             raise  # the caller is to say what becomes of them
         except (PlanError, UnsupportedHostError) as error:
             first = first or error
         else:
-            return [Option(recipe, pruning, 1 - _share(pruning, parts), ways)]
+            return [Option(recipe, pruning, saved, ways)]
     if first is not None:
         refused.setdefault(recipe.name, first)
     return []
