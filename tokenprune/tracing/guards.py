@@ -21,6 +21,7 @@ from tokenprune.tracing.hooks import Hooks
 from tokenprune.tracing.looks import (
     OF_TENSOR,
     class_of,
+    dict_of,
     itself,
     none_in,
     none_of_gradients,
@@ -82,6 +83,8 @@ class Alike:
                 return True
             if self._look is class_of:
                 return list(map(type, self._tables)) == self._expected
+            if self._look is dict_of:
+                return not any(map(is_not, map(vars, self._tables), self._expected))
             now = list(map(self._look, self._tables, self._names, repeat(ABSENT)))
             if not _all_equal(now, self._expected):
                 return False
@@ -153,7 +156,7 @@ class Guards:
         it hold, less weights, which hooks of accelerate and FSDP move."""
         if near is not None and near not in self._near:
             held = {id(v) for m in near.modules() for v in (m, *vars(m).values())}
-            kept = (w for w in self if w.look in (dict.get, getattr, state_now, itself))
+            kept = (w for w in self if w.look in (dict.get, getattr, dict_of, state_now, itself))
             self._near[near] = [w for w in kept if id(w.owner) in held]
         known = self if near is None else self._near[near]
         return next((watched for watched in known if not watched.same()), None)

@@ -16,6 +16,7 @@ __all__ = [
     "OF_TENSOR",
     "are_one",
     "class_of",
+    "dict_of",
     "holds",
     "how_many",
     "imported",
@@ -121,6 +122,12 @@ def subclasses(cls: type, _name: str = "", _absent: Any = None) -> list[type]:
 def registered(_cls: Any = None, _name: str = "", _absent: Any = None) -> Any:
     """Another one after any class was declared to be of another (`ABC.register`)."""
     return get_cache_token()
+
+
+def dict_of(owner: Any, _name: str = "", _absent: Any = None) -> dict[str, Any]:
+    """The attributes of an object: it may get another dict."""
+    held: dict[str, Any] = vars(owner)
+    return held
 
 
 def how_many(names: Mapping[str, Any], _name: str = "", _absent: Any = None) -> int:

@@ -137,7 +137,7 @@ def _read(reads: Reads, functions: Iterable[Any]) -> Iterator[Watched]:
     for owner in owners:
         yield Watched(owner, looks.class_of, owner, "__class__", type(owner))
         if hasattr(owner, "__dict__") and not isinstance(owner, type):
-            yield Watched(owner, getattr, owner, "__dict__", vars(owner))
+            yield Watched(owner, looks.dict_of, owner, "__dict__", vars(owner))
         if isinstance(owner, nn.Module) and owner._modules:
             yield Watched(owner, dict.get, vars(owner), "_modules", owner._modules)
     for (owner_id, name), child in reads.children.items():
