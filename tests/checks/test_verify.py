@@ -90,6 +90,10 @@ def test_a_difference_that_is_no_number_does_not_pass() -> None:
     assert not Check("x", float("nan"), 1e-4).passed
 
 
+def test_a_certificate_without_a_mask_path() -> None:
+    assert Certificate("Vit", "generic", "merge", 4, (4,), 1, (2,), ()).mask_vs_gather == 0.0
+
+
 def test_what_is_not_wrapped() -> None:
     with pytest.raises(NotWrappedError, match=r"found Vit.*tokenprune\.wrap"):
         verify(Vit())

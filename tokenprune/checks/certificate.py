@@ -28,7 +28,7 @@ class Certificate:
     Attributes:
         host: Class of the host.
         adapter: Adapter that described it.
-        mode: `remove` or `bypass`.
+        mode: The recipe's: what becomes of the other tokens.
         num_patches: N at the first stage.
         patches_per_stage: N of each stage; all the same where tokens leave.
         num_prefix_tokens: P.
@@ -53,8 +53,10 @@ class Certificate:
 
     @property
     def mask_vs_gather(self) -> float:
-        """The largest relative difference between mask and gather path."""
-        return max(c.error for c in self.checks if c.name.startswith("mask = gather"))
+        """The largest relative difference between mask and gather path; 0 where training runs the
+        path of eval, as it does for merging."""
+        differences = (c.error for c in self.checks if c.name.startswith("mask = gather"))
+        return max(differences, default=0.0)
 
     def __str__(self) -> str:
         kept = counts_in_words(self.patches_per_stage, self.num_keep)
