@@ -15,6 +15,7 @@ import tokenprune
 from tests.zoo.hosts_grid import GRID
 from tests.zoo.rows import Row, over, randomize_weights
 from tokenprune.errors import PlanError
+from tokenprune.ops.layout import Layout, flat_tokens, laid_out
 
 WIDTH, SIDE, HEADS = 16, 6, 2
 IMAGES = torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(0))
@@ -169,6 +170,14 @@ def test_the_proof_holds_and_less_is_computed(layout: str) -> None:
     with model.using("gather"):
         _, trace = model(IMAGES.double(), return_trace=True)
     assert trace.patch_tokens.shape == (2, 36, WIDTH)  # in place again
+
+
+def test_where_nothing_left_the_tensor_itself_goes_on() -> None:
+    grid = torch.randn(2, 4, 3, 5)
+    flat = flat_tokens(grid, Layout(1, True))
+    assert laid_out(flat, flat, grid, grid, Layout(1, True)) is grid
+    assert torch.equal(laid_out(flat.clone(), flat, grid, grid, Layout(1, True)), grid)
+    assert laid_out(flat[:, :7], flat, grid, grid, Layout(1, True)).shape == (2, 4, 1, 7)
 
 
 def test_images_may_keep_different_numbers() -> None:
