@@ -88,7 +88,9 @@ class WindowsReduction(Reduction):
     def candidates(
         cls, root: nn.Module, traced: HostGraph, blocks: Blocks, spec: ArchSpec
     ) -> tuple[Sequence[int], str]:
-        """See `Reduction.candidates`: the first block of each grid that is cut into windows."""
+        """See `Reduction.candidates`: the first block of each grid that is cut into windows; but for
+        the host's first block, in front of which no token has seen another, and all norms are equal
+        behind a norm layer."""
         with quiet_trials(), torch.no_grad(), traced.fake_mode:
             facts, _ = probe_batch(root, traced)
         found = windowed_blocks(root, traced, blocks, spec.prefix, facts)
@@ -96,7 +98,8 @@ class WindowsReduction(Reduction):
             raise _refusal(blocks, found, None)
         first: dict[Any, int] = {}
         for number, block in found.items():
-            first.setdefault(block.grid, number)
+            if number != min(blocks):
+                first.setdefault(block.grid, number)
         return list(first.values()), "a block that attends in windows"
 
     @classmethod
