@@ -39,7 +39,7 @@ HOST = {
     "window_size": 4,
 }
 ARMS = {
-    "windows": ({"mode": "windows", "scorer": "token-norm"}, (0, 2)),
+    "windows": ({"mode": "windows", "scorer": "token-norm"}, (1, 2)),
     "bypass": ({"mode": "bypass", "scorer": "token-norm"}, (0, 2)),
 }
 KEEP = (0.75, 0.5, 0.25)

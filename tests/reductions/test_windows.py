@@ -32,7 +32,8 @@ SWIN = {"img_size": 72, "patch_size": 4, "embed_dim": 16, "window_size": SIZE, "
 SAM = {"img_size": 112, "patch_size": 16, "embed_dim": 16, "depth": 2, "num_heads": 2}
 HF = {"image_size": 32, "patch_size": 4, "embed_dim": 8, "depths": [2], "num_heads": [2]}
 SCHEDULE = {"version": 1, "mode": "windows", "schedule": {"keep_ratio": 0.5}}
-RECIPE = {**SCHEDULE, "scorer": "token-norm"}
+AT_BLOCK_0 = {"stages": [{"block": 0, "keep_ratio": 0.5}]}
+RECIPE = {"version": 1, "mode": "windows", "scorer": "token-norm", **AT_BLOCK_0}
 
 
 def swin(*depths: int) -> nn.Module:
@@ -209,8 +210,8 @@ def test_each_grid_has_a_stage_and_predictors_learn() -> None:
     found = tokenprune.verify(model)  # gradients too
     assert "decisions without a gradient" in str(found)
     profile = tokenprune.profile(model)
-    assert profile.stages == (0, 2, 3)
-    assert profile.tokens_per_block == (13 * 16, 13 * 16, 5 * 16, 2 * 16 - 7)
+    assert profile.stages == (1, 2, 3)  # what enters block 0 has not been looked at
+    assert profile.tokens_per_block == (18 * 18, 13 * 16, 5 * 16, 2 * 16 - 7)
     images = torch.randn(3, 3, 72, 72)
     _, trace = model.eval()(images, return_trace=True)
     for stage in trace.stages:

@@ -100,7 +100,7 @@ class WindowsReduction(Reduction):
         for number, block in found.items():
             if number != min(blocks):
                 first.setdefault(block.grid, number)
-        return list(first.values()), "a block that attends in windows"
+        return list(first.values()), "a block behind the first that attends in windows"
 
     @classmethod
     def places_by_default(cls, candidates: Sequence[int]) -> list[int]:
