@@ -88,8 +88,8 @@ class WindowsReduction(Reduction):
     def candidates(
         cls, root: nn.Module, traced: HostGraph, blocks: Blocks, spec: ArchSpec
     ) -> tuple[Sequence[int], str]:
-        """See `Reduction.candidates`: the first block of each grid that is cut into windows; but for
-        the host's first block, in front of which no token has seen another, and all norms are equal
+        """See `Reduction.candidates`: the first block of each grid that is cut into windows, except
+        the host's first block: no token that enters it has seen another, and all norms are equal
         behind a norm layer."""
         with quiet_trials(), torch.no_grad(), traced.fake_mode:
             facts, _ = probe_batch(root, traced)

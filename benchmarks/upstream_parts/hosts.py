@@ -1,0 +1,76 @@
+"""Which hosts, under which recipe; and why a test may end otherwise over a wrapped model."""
+
+from typing import Any
+
+__all__ = ["FAULTS", "LEFT_OUT", "REASONS", "TIMM", "TRANSFORMERS", "config_of", "recipe_of"]
+
+MERGE, BYPASS = "merge-k0.7", "mode: bypass"
+TIMM = {
+    "test_vit": MERGE,
+    "test_vit2": BYPASS,
+    "vit_tiny_patch16_224": "",
+    "deit_tiny_distilled_patch16_224": MERGE,
+    "swin_tiny_patch4_window7_224": "",
+}
+"""Model -> recipe; empty for the default one, whose predictors are learned."""
+TRANSFORMERS = {"ViT": MERGE, "Dinov2": BYPASS}
+LEFT_OUT = {
+    "timm": [f"test_model_{n}" for n in ("inference", "load_pretrained", "features_pretrained")],
+    "transformers": ["test_eager_matches_sdpa_inference*"],
+}
+"""Patterns of tests that want published weights, or repeat one comparison 25 times."""
+TRACERS = (
+    "torch.jit and torch.fx freeze one program, and a wrapped model chooses its program by the "
+    "call: it refuses them. tokenprune.export writes ONNX and .pt2"
+)
+GRIDS = (
+    "intermediates are grids of all patches, and fewer are left after a stage: this method is "
+    "refused by name. `mode: bypass` keeps all, and passes"
+)
+MAPS = (
+    "attention maps are of the tokens that are left, and cannot be given back in place: "
+    "restore=True refuses them by name, restore=False gives the smaller maps"
+)
+REASONS: dict[str, str] = {
+    **dict.fromkeys(
+        [f"test_model_{n}" for n in ("forward_torchscript", "forward_fx", "backward_fx")], TRACERS
+    ),
+    "test_model_forward_fx_torchscript": TRACERS,
+    "test_model_forward_intermediates": GRIDS,
+    "test_model_forward_intermediates_features": GRIDS,
+    "test_prune_intermediate_layers_contract": GRIDS,
+    "test_attention_outputs": MAPS,
+    "test_retain_grad_hidden_states_attentions": MAPS,
+}
+"""Test -> why it may end otherwise."""
+MOCKED = (
+    "the test puts a unittest.mock.Mock in the place of the function that checkpoints, and a trace "
+    "that watches what it reads finds no end in a Mock. Checkpointing itself is served"
+)
+FAULTS = {
+    f"test_training_gradient_checkpointing{how}": MOCKED
+    for how in ("", "_use_reentrant_false", "_use_reentrant_true")
+}
+"""Test -> why it fails, where that is no design."""
+SIZES = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 37,
+    "image_size": 30, "patch_size": 2,
+}  # fmt: skip
+KINDS = {
+    "ViT": ("ViTForImageClassification",),
+    "Dinov2": ("Dinov2Model",),
+}
+
+
+def recipe_of(named: str) -> Any:
+    """What `wrap` is given."""
+    bypass = {"version": 1, "mode": "bypass", "schedule": {"keep_ratio": 0.7}}
+    return bypass if named == BYPASS else named or None
+
+
+def config_of(host: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """The configuration's class, the models' classes, and the sizes of a host of transformers."""
+    import transformers
+
+    kinds = tuple(getattr(transformers, name) for name in KINDS[host])
+    return getattr(transformers, f"{host}Config"), kinds, dict(SIZES)
