@@ -38,21 +38,25 @@ class Alike:
     """Many values that are looked up in one way."""
 
     def __init__(self, watched: list[Watched]) -> None:
-        self.watched = watched
-        self._look = watched[0].look
-        self._tables = [one.table for one in watched]
-        self._names = [one.name for one in watched]
-        self._expected = [one.expected for one in watched]
-        now = list(map(self._look, self._tables, self._names, repeat(ABSENT)))
+        self._look = look = watched[0].look
+        there = [look(one.table, one.name, ABSENT) for one in watched]
         # what `==` may call equal though it is not
-        mislead = () if self._look is of_tensor else (n for n, v in enumerate(now) if has_kinds(v))
-        kinds = {n: self._kind(n, now) for n in mislead}
-        # the very same number or word is of the same kind
-        self._constant = [n for n in kinds if is_constant(now[n]) or self._is_table(n, now[n])]
-        self._held = [now[n] for n in self._constant]
-        self._kinds, constant = list(kinds.items()), set(self._constant)
-        self._others = [(n, kind) for n, kind in self._kinds if n not in constant]
-        self._tensors = self._facts_of_tensors() if self._look is of_tensor else None
+        mislead = [look is not of_tensor and has_kinds(value) for value in there]
+        kept = [
+            m and _needs_no_look(*each) for m, *each in zip(mislead, watched, there, strict=True)
+        ]
+        # in front: the very same number or word is of the same kind
+        order = sorted(range(len(watched)), key=lambda n: not kept[n])
+        self.watched = [watched[n] for n in order]
+        self._tables = [one.table for one in self.watched]
+        self._names = [one.name for one in self.watched]
+        self._expected = [one.expected for one in self.watched]
+        self._held = [there[n] for n in order if kept[n]]
+        self._rest = self._expected[len(self._held) :]
+        now = [there[n] for n in order]
+        self._kinds = [(at, self._kind(at, now)) for at, n in enumerate(order) if mislead[n]]
+        self._others = [(at, kind) for at, kind in self._kinds if at >= len(self._held)]
+        self._tensors = self._facts_of_tensors() if look is of_tensor else None
 
     def _facts_of_tensors(self) -> tuple[list[Any], list[Any]]:
         tensors = list(map(dict.get, self._tables, self._names))
@@ -62,12 +66,9 @@ class Alike:
         """Whether tensors are as they were, of torch's very classes too: by C code alone."""
         return self._facts_of_tensors() == self._tensors
 
-    def _is_table(self, n: int, value: Any) -> bool:
-        return type(value) in (dict, OrderedDict) and self.watched[n].name in WHOLE
-
     def _kind(self, n: int, now: list[Any]) -> Any:
         value = now[n]
-        if self._is_table(n, value):
+        if _is_table(self.watched[n], value):
             return id(value)
         stored = self.watched[n].stored and may_mislead(value)
         return type(value), kinds_of(value) if stored else None
@@ -86,13 +87,22 @@ class Alike:
             if self._look is dict_of:
                 return not any(map(is_not, map(vars, self._tables), self._expected))
             now = list(map(self._look, self._tables, self._names, repeat(ABSENT)))
-            if not _all_equal(now, self._expected):
-                return False
-            held = not any(map(is_not, map(now.__getitem__, self._constant), self._held))
-            kinds = self._others if held else self._kinds
-            return all(self._kind(n, now) == kind for n, kind in kinds)
+            if any(map(is_not, now, self._held)):  # of those in front
+                alike, kinds = _all_equal(now, self._expected), self._kinds
+            else:
+                alike, kinds = _all_equal(now[len(self._held) :], self._rest), self._others
+            return alike and all(self._kind(n, now) == kind for n, kind in kinds)
         except DIFFERS:
             return False
+
+
+def _is_table(watched: Watched, value: Any) -> bool:
+    return type(value) in (dict, OrderedDict) and watched.name in WHOLE
+
+
+def _needs_no_look(watched: Watched, value: Any) -> bool:
+    """Whether a value is the same as long as it is the same object."""
+    return is_constant(value) or _is_table(watched, value)
 
 
 def _all_equal(now: list[Any], then: list[Any]) -> bool:
