@@ -41,7 +41,7 @@ from tokenprune.runtime.model import pruning_of
 __all__ = ["families", "main"]
 
 DOCS = Path(__file__).parents[1] / "docs"
-BATCH, SPEED_ROUNDS, WRAP_ROUNDS = 8, 9, 5
+BATCH, SPEED_ROUNDS, WRAP_ROUNDS = 8, 9, 3
 Row = dict[str, Any]
 
 
