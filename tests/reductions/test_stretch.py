@@ -137,6 +137,23 @@ def pruned(layout: str) -> tuple[Pyramid, Any]:
     return host, model.eval()
 
 
+class MeanOfTokens(Pyramid):
+    """The mean is over what the last block returns, with nothing between them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.grid(x).permute(0, 2, 3, 1).flatten(1, 2)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean(1))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("mode", ["merge", "remove"])
+def test_a_mean_behind_a_stretch_is_over_all_tokens(mode: str) -> None:
+    stages = recipe(1, 3, mode=mode)
+    model = tokenprune.wrap(MeanOfTokens("sequence"), stages, example_inputs=IMAGES)
+    assert tokenprune.profile(model).ratio < 0.95
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @settings(max_examples=8, deadline=None)
 @given(data=st.data())
