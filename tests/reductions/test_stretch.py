@@ -141,10 +141,12 @@ class MeanOfTokens(Pyramid):
     """The mean is over what the last block returns, with nothing between them."""
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.grid(x).permute(0, 2, 3, 1).flatten(1, 2)
+        x, streams = self.grid(x).permute(0, 2, 3, 1).flatten(1, 2), list[Tensor]()
         for block in self.blocks:
             x = block(x)
-        return self.head(x.mean(1))  # type: ignore[no-any-return]
+            streams.append(x)
+        middle = streams[1].unflatten(1, (SIDE, SIDE)).permute(0, 3, 1, 2)
+        return self.head(x.mean(1)) + self.side(middle).mean((2, 3))  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("mode", ["merge", "remove"])
