@@ -389,7 +389,7 @@ def test_a_failed_proof_gives_the_weights_back(
 
     host = vit(seed=1)
     before = weights(host)
-    monkeypatch.setattr(sys.modules["tokenprune.wrapping"], "verify_model", refuse)
+    monkeypatch.setattr(sys.modules["tokenprune.wrapping"], "verify_wrapped", refuse)
     with pytest.raises(VerificationError, match="no"):
         load(saved, host)
     assert same(before, weights(host))

@@ -1,6 +1,7 @@
 """Outputs that hold tokens: refused, given back in place, or left short."""
 
 import pytest
+import timm
 import torch
 from torch import Tensor
 from transformers import T5Config, T5EncoderModel, ViTConfig, ViTModel
@@ -103,3 +104,26 @@ def test_putting_back_writes_kept_rows_and_the_prefix_only() -> None:
     masked.square().sum().backward()  # what keeping a token is worth: 2 * value * (kept - dropped)
     assert decision.grad is not None
     assert decision.grad.tolist() == [[162, 0, 0, 162, 0], [0, 162, 162, 0, 0]]
+
+
+@pytest.mark.parametrize("side", [5, 4])  # 4 x 4 places divide the channels: reshape(B, H, W, -1)
+def test_maps_are_whole_or_refused(side: int) -> None:
+    family, size = timm.models.vision_transformer.VisionTransformer, 8 * side
+    shape = {"img_size": size, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
+    host = family(**shape, num_classes=3).eval()
+    images = torch.randn(2, 3, size, size)
+    model = tokenprune.wrap(host, "learned-k0.7", restore=True, verify=False, train=False).eval()
+    with torch.no_grad():
+        final, maps = model.forward_intermediates(images)
+        assert [tuple(one.shape) for one in maps] == [(2, 32, side, side)] * 4
+        assert torch.equal(final, model.forward_features(images))
+        assert torch.equal(host.norm(maps[3].permute(0, 2, 3, 1)).flatten(1, 2), final[:, 1:])
+        sets = [torch.arange(count).expand(2, -1) for count in (9, 7, 5)]
+        with model.using("mask", keep_indices=sets):
+            hidden = model.forward_intermediates(images)[1]
+        with model.using("gather", keep_indices=sets):
+            pruned = model.forward_intermediates(images)[1]
+    torch.testing.assert_close(hidden, pruned)
+    tokens = tokenprune.wrap(host, "merge-k0.7", restore=False, verify=False, train=False).eval()
+    with pytest.raises(UnsupportedHostError, match=r"reshape.*(restore=True|Prune after it)"):
+        tokens.forward_intermediates(images)

@@ -17,7 +17,7 @@ from tokenprune.analysis.reuse import facts_for
 from tokenprune.analysis.sites import PLACES
 from tokenprune.analysis.stretch import Stretch
 from tokenprune.analysis.token_probe import find_facts
-from tokenprune.errors import PlanError, TraceError
+from tokenprune.errors import PlanError, TraceError, UnsupportedHostError
 from tokenprune.hosts.spec import ArchSpec
 from tokenprune.ops.layout import Layout
 from tokenprune.tracing.host_graph import HostGraph
@@ -79,13 +79,15 @@ def analyse(
     blocks: Blocks,
     plan: Plan,
     spec: ArchSpec,
-    *,
     tokens_leave: bool,
+    restore: bool | None = None,
+    *,
     known: Iterable["Analysis"] = (),
 ) -> Analysis:
     """Probe a trace whose blocks are found; unless `tokens_leave`, every tensor keeps its size.
 
     Args:
+        restore: Where what follows the blocks needs all tokens, they are put back behind them.
         known: Of other traces of this host; what is known of the same graph is not probed again.
 
     Raises:
@@ -114,8 +116,8 @@ def analyse(
     stretches: tuple[Stretch, ...] = ()
     if tokens_leave and spec.tokens_leave:
         _check_one_stretch(blocks, staged)
-    elif tokens_leave:
-        where = (plan.blocks, markers, plan.num_prefix)
+    where = (plan.blocks, markers, plan.num_prefix)
+    if tokens_leave and not spec.tokens_leave:
         stretches = stretches_at(root, traced, blocks, *where)
     final = _final(root, traced, blocks, spec)
     mask = spec.padding_mask if tokens_leave else None  # else no padding displaces real tokens
@@ -125,12 +127,23 @@ def analyse(
     padding, real = find_padding(root, traced, mask, first, shapes)
     for other in known:
         facts = facts_for(other.facts, other.traced.graph, traced.graph)
-        if facts is not None:
+        if facts is not None and bool(other.stretches) == bool(stretches):
             bound = other.batch_bound
             break
     else:
-        given = (root, traced, markers, grids, plan.num_prefix, padding, tokens_leave, stretches)
-        facts, bound = find_facts(*given)
+        given = (root, traced, markers, grids, plan.num_prefix, padding, tokens_leave)
+        try:
+            facts, bound = find_facts(*given, stretches)
+        except UnsupportedHostError:
+            if stretches or not (tokens_leave and restore):
+                raise
+            try:
+                stretches = stretches_at(root, traced, blocks, *where)
+            except PlanError:
+                stretches = ()
+            if not stretches:
+                raise
+            facts, bound = find_facts(*given, stretches)
     return Analysis(traced, blocks, plan, markers, grids, facts, final, real, bound, stretches)
 
 

@@ -293,9 +293,26 @@ class TokenRun:
             if stages:
                 dims[d] = TokenDim(stages[0], old - self.full)
             elif new != old:
+                self._check_no_grid(node, d, new)
                 self._note(node, folded=True)
         self._note(node, dims=dims)
         return True
+
+    def _check_no_grid(self, node: fx.Node, dim: int, size: int) -> None:
+        """Refuse a node that lays tokens out on as many places as before, and lets another dim take
+        up the difference: x.reshape(B, H, W, -1), which runs where H * W divides that dim."""
+        shape = node.meta["val"].shape
+        for length in (self.full, self.full + self.prefix):
+            moved = size * length in (shape[dim] * (length + extra) for extra in EXTRA)
+            places = [d for d in range(1, len(shape)) if d != dim]
+            runs = (shape[a : b + 1] for a in places for b in places if a <= b and not a < dim < b)
+            if dim and moved and any(math.prod(run) == length for run in runs):
+                raise UnsupportedHostError(
+                    f"A node lays tokens out on a grid of {length} places: {node.format_node()} at "
+                    f"{node.meta['where']}. With fewer tokens it would take channels for places. "
+                    "Wrap with restore=True, which puts tokens back before it, or leave this host "
+                    "dense."
+                )
 
     def _check_whole(self, node: fx.Node) -> None:
         """Refuse a node that multiplies tokens by tokens along one dim of the grid alone: with all

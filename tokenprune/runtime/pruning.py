@@ -313,7 +313,7 @@ class Pruning:
         with unseen, plain, no_autocast_cache(), buffers_kept(host):
             others = [programs.analysis for programs in self.cache]
             kind, given = self.method.reduction, (host, traced, blocks, self.plan, self.spec)
-            analysis = analyse(*given, tokens_leave=kind.removes, known=others)
+            analysis = analyse(*given, kind.removes, self.restore, known=others)
             reduction = kind(host, analysis)
         check_parts(host, self.added, reduction)
         forget_weights(traced.fake_mode)
