@@ -184,6 +184,8 @@ def test_the_proof_holds_and_less_is_computed(layout: str) -> None:
     assert all(check.passed for check in certificate.checks), str(certificate)
     assert certificate.patches_per_stage == (36, 36)
     counted = tokenprune.profile(model)
+    assert counted.tokens_per_block == (36, 21, 21, 12)
+    assert counted.starts == (0,)
     blocks = list(zip(counted.macs_per_block, counted.dense_macs_per_block, strict=True))
     assert [pruned < dense for pruned, dense in blocks] == [False, True, True, True]
     with model.using("gather"):

@@ -100,8 +100,8 @@ def _show_spec(host: nn.Module, spec: ArchSpec) -> None:
 def stage_table(recipe: Recipe, counted: Profile, kept: tuple[int, ...]) -> Table:
     """The stages, and the token counts before and after each."""
     patches = counted.patches_per_stage
-    same = [stage > 0 and patches[stage] == patches[stage - 1] for stage in range(len(patches))]
-    before = [kept[s - 1] if same[s] else patches[s] for s in range(len(patches))]
+    all_there = counted.starts
+    before = [patches[s] if s in all_there else kept[s - 1] for s in range(len(patches))]
     rows = tuple(
         (
             str(number),

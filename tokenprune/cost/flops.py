@@ -76,7 +76,7 @@ class _Count:
         with whole, stand_ins(self.model, mode), kept, torch.no_grad(), mode, counter:
             for node, value in run(self.model, graph, inputs, step):
                 for block in self._entered.get(node, ()):
-                    self.counted.tokens[block] = self._patch_tokens(value)
+                    self.counted.tokens[block] = self._patch_tokens(block, value)
         return self.counted
 
     def _account(self, node: fx.Node) -> tuple[str, int]:
@@ -92,10 +92,17 @@ class _Count:
             path = path.rpartition(".")[0]
         return "other", 0
 
-    def _patch_tokens(self, value: Tensor) -> int:
+    def _patch_tokens(self, block: int, value: Tensor) -> int:
+        """Of one image, in the tensor that enters a block; a host's grids all lie alike."""
         if value.ndim == 3:
             return int(value.shape[1]) - self.analysis.plan.num_prefix
-        return int(value[0, ..., 0].numel())
+        first = value.ndim == 4 and any(g.layout.channels_first for g in self.analysis.grids)
+        traced, batch = (
+            self.analysis.blocks[block].entry.meta["val"],
+            self.analysis.traced.batch_size,
+        )
+        images = value.shape[0] * batch // traced.shape[0]
+        return int(value.numel() // images // value.shape[1 if first else -1])
 
 
 class _FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -30,7 +30,7 @@ class Profile:
 
     Attributes:
         host: Class of the host.
-        mode: `remove` or `bypass`.
+        mode: The recipe's: what becomes of the other tokens.
         num_patches: N at the first stage.
         patches_per_stage: N of each stage; all the same where tokens leave.
         num_prefix_tokens: P; the blocks process these beside the patch tokens.
@@ -44,6 +44,7 @@ class Profile:
         macs: All of the pruned eval path: blocks, predictors, embedding, head.
         dense_macs: All of the host without pruning.
         description: Of the recipe; what `auto` chose, and why.
+        starts: The stages that choose among all tokens; others among those that are left.
     """
 
     host: str
@@ -60,6 +61,7 @@ class Profile:
     macs: int
     dense_macs: int
     description: str = ""
+    starts: tuple[int, ...] = (0,)
 
     @property
     def gmacs(self) -> float:
@@ -156,6 +158,7 @@ def profile(
         macs=pruned.macs.total() // batch,
         dense_macs=dense.macs.total() // batch,
         description=pruning.recipe.description,
+        starts=tuple(sorted(programs.starts)),
     )
 
 
