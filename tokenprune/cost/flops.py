@@ -97,11 +97,8 @@ class _Count:
         if value.ndim == 3:
             return int(value.shape[1]) - self.analysis.plan.num_prefix
         first = value.ndim == 4 and any(g.layout.channels_first for g in self.analysis.grids)
-        traced, batch = (
-            self.analysis.blocks[block].entry.meta["val"],
-            self.analysis.traced.batch_size,
-        )
-        images = value.shape[0] * batch // traced.shape[0]
+        traced = self.analysis.blocks[block].entry.meta["val"]
+        images = value.shape[0] * self.analysis.traced.batch_size // traced.shape[0]
         return int(value.numel() // images // value.shape[1 if first else -1])
 
 
