@@ -27,7 +27,6 @@ from tokenprune.hosts.registry import GENERIC, hints, stated_by, tower_of
 from tokenprune.hosts.spec import ArchSpec
 from tokenprune.notices import warn_once
 from tokenprune.recipe import Recipe, RecipeSource, load_recipe
-from tokenprune.recipe.methods import AUTO
 from tokenprune.reductions.choice import choice_of, with_default_stages
 from tokenprune.runtime.added import added_names
 from tokenprune.runtime.model import (
@@ -157,7 +156,7 @@ class _Task:
         Raises:
             TokenPruneError: None is; what stands in the way of the likeliest one.
         """
-        if self.recipe is not None and self.recipe.mode == AUTO:
+        if self.recipe is not None and self.recipe.is_open:
             return choose(self.host, self.recipe, self)
         asked, guessed = self._asked(self.recipe)
         refused: list[TokenPruneError] = []
@@ -281,7 +280,7 @@ class _Task:
 
 def _check_known(recipe: Recipe | None, known: ArchSpec) -> None:
     """Raise PlanError if a recipe does not fit what an adapter knows of a host without a trace."""
-    if recipe is not None and recipe.mode != AUTO and known.blocks:
+    if recipe is not None and not recipe.is_open and known.blocks:
         choice_of(recipe, known)
         bind(recipe, known)
 

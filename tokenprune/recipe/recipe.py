@@ -125,12 +125,17 @@ class Recipe(Section):
         given = self.schedule
         open_ = given is not None and given.keep_ratio and not (given.blocks or given.falling)
         own = (self.scorer, self.place) == ("learned", "entry")
-        if self.mode == AUTO and not (open_ and own):
+        if self.is_open and not (open_ and own):
             raise ValueError(
                 f"`mode: {AUTO}` chooses scorer, place and stages as well; give it "
                 "`schedule: {keep_ratio: 0.7}` alone, or name a mode"
             )
         return self
+
+    @property
+    def is_open(self) -> bool:
+        """`wrap` is to choose the mode, and what goes with it."""
+        return self.mode == AUTO
 
     @property
     def resolved_stages(self) -> tuple[Stage, ...]:

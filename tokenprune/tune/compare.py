@@ -17,7 +17,7 @@ from tokenprune.errors import PlanError
 from tokenprune.hosts.batches import Batch, Batches, BatchSource
 from tokenprune.hosts.spec import ArchSpec
 from tokenprune.recipe import load_recipe
-from tokenprune.recipe.methods import AUTO, Method, list_methods, method_named
+from tokenprune.recipe.methods import Method, list_methods, method_named
 from tokenprune.report.plots import draw_costs
 from tokenprune.report.progress import ShowProgress, steps
 from tokenprune.report.table import Table
@@ -190,7 +190,7 @@ def compare(
             except PlanError as error:
                 left_out[name] = str(error)
                 continue
-            if mine is not given and load_recipe(method).mode == AUTO:
+            if mine is not given and load_recipe(method).is_open:
                 name = pruning_of(mine).recipe.name
             for wanted in macs:
                 try:
