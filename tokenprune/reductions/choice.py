@@ -143,7 +143,8 @@ def with_default_stages(
     mode = _mode(recipe, spec)
     reduction: type[Reduction] = MODES[mode]
     candidates, needed = reduction.candidates(host, traced, blocks, spec)
-    grid = reduction.removes and not spec.tokens_leave  # tokens leave in stretches of it
+    leave = reduction.removes and reduction.prunes
+    grid = leave and not spec.tokens_leave  # tokens leave in stretches of it
     if not candidates or (not grid and len(candidates) <= reduction.skipped):
         raise PlanError(
             f"A host needs at least {needed} to be pruned, but among the {len(spec.blocks)} blocks "

@@ -41,6 +41,10 @@ class Exact(Reduction):
     ) -> tuple[Sequence[int], str]:
         return [max(blocks)], "one block"
 
+    @classmethod
+    def places_by_default(cls, candidates: Sequence[int]) -> list[int]:
+        return list(candidates)
+
     def passes(self, path: PathName, scorer: type[Scorer], restore: bool | None) -> Sequence[Pass]:
         return [Emit(tokens_allowed=True)]
 
