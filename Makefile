@@ -4,7 +4,8 @@ BIN := $(VENV)/bin
 DEMO := $(VENV)/.demo
 STAMP := $(VENV)/.installed
 EXAMPLES := $(VENV)/.examples
-# Without compiling: of the thousands of files of torch and transformers Python compiles those it reads.
+# Without compiling: of thousands of files the demo reads few. The tests compile all, since a warning
+# about a library's source would fail the test that reads it first.
 INSTALL := $(BIN)/python -m pip install -q --no-compile -c constraints.txt
 
 .PHONY: demo examples test test-fast test-oldest check docs docs-serve clean venv links
@@ -73,6 +74,7 @@ $(DEMO): pyproject.toml constraints.txt
 
 $(STAMP): $(DEMO)
 	$(INSTALL) --no-build-isolation -e '.[dev]'
+	-PYTHONWARNINGS=ignore $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib
 	touch $@
 
 $(EXAMPLES): $(DEMO)
