@@ -264,15 +264,16 @@ def test_what_a_refusal_recommends_helps() -> None:
         assert model._pruning.spec.blocks == paths
 
 
-def test_a_map_of_all_patches_is_served_by_bypass_and_that_is_said() -> None:
+def test_a_map_of_all_patches_is_of_restored_tokens_or_served_by_bypass_and_that_is_said() -> None:
     with pytest.warns(TokenPruneWarning, match="wrapped with `mode: bypass`.*Tokens cannot leave"):
-        model = tokenprune.wrap(Dense(), example_inputs=IMAGES, restore=True).eval()
+        model = tokenprune.wrap(Dense(), example_inputs=IMAGES).eval()
     assert model._pruning.method.reduction.name == "bypass"
     assert model(IMAGES).shape == (2, WIDTH, 4, 4)
     asked = {"version": 1, "mode": "remove", "schedule": {"keep_ratio": 0.7}}
-    model = tokenprune.wrap(Dense(), asked, example_inputs=IMAGES, restore=True).eval()
-    assert model._pruning.method.reduction.name == "remove"  # and put back before the map
-    assert model(IMAGES).shape == (2, WIDTH, 4, 4)
+    for recipe in (None, asked):
+        model = tokenprune.wrap(Dense(), recipe, example_inputs=IMAGES, restore=True).eval()
+        assert model._pruning.method.reduction.name == "remove"  # and put back before the map
+        assert model(IMAGES).shape == (2, WIDTH, 4, 4)
 
 
 def test_no_warning_is_of_a_reading_that_was_refused(recwarn: pytest.WarningsRecorder) -> None:

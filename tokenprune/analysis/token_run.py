@@ -293,7 +293,8 @@ class TokenRun:
             if stages:
                 dims[d] = TokenDim(stages[0], old - self.full)
             elif new != old:
-                self._check_no_grid(node, d, new)
+                if d:
+                    self._check_no_grid(node, d, new)
                 self._note(node, folded=True)
         self._note(node, dims=dims)
         return True
@@ -306,7 +307,7 @@ class TokenRun:
             moved = size * length in (shape[dim] * (length + extra) for extra in EXTRA)
             places = [d for d in range(1, len(shape)) if d != dim]
             runs = (shape[a : b + 1] for a in places for b in places if a <= b and not a < dim < b)
-            if dim and moved and any(math.prod(run) == length for run in runs):
+            if moved and not self.windows and any(math.prod(run) == length for run in runs):
                 raise UnsupportedHostError(
                     f"A node lays tokens out on a grid of {length} places: {node.format_node()} at "
                     f"{node.meta['where']}. With fewer tokens it would take channels for places. "
