@@ -131,7 +131,7 @@ def test_inspect(model: str, options: list[str], adapter: str, norm: str) -> Non
 
 
 def test_inspect_a_windowed_host() -> None:
-    deeper = [*SMALL_SWIN, "depths=[4, 4]"]  # windows leave behind the first block
+    deeper = [*SMALL_SWIN, "depths=[4, 4]"]  # windows leave after the first block
     result = inspect("swin_tiny_patch4_window7_224", *deeper, rest=("--no-proof",))
     assert result.exit_code == 0, result.output
     lines = words(result.stdout)

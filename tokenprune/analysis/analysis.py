@@ -87,7 +87,7 @@ def analyse(
     """Probe a trace whose blocks are found; unless `tokens_leave`, every tensor keeps its size.
 
     Args:
-        restore: Where what follows the blocks needs all tokens, they are put back behind them.
+        restore: Where what follows the blocks needs all tokens, they are put back after them.
         known: Of other traces of this host; what is known of the same graph is not probed again.
 
     Raises:

@@ -29,7 +29,7 @@ def leaving_blocks(
     stretches.
 
     Raises:
-        PlanError: There is no stretch; what stands in the way is named.
+        PlanError: There is no stretch; what prevents it is named.
     """
     if spec.tokens_leave:
         return list(blocks)

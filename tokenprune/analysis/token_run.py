@@ -303,13 +303,15 @@ class TokenRun:
         """Refuse a node that lays tokens out on as many places as before, and lets another dim take
         up the difference: x.reshape(B, H, W, -1), which runs where H * W divides that dim."""
         shape = node.meta["val"].shape
-        for length in (self.full, self.full + self.prefix):
+        read = [d.prefix for n in node.all_input_nodes for d in self.facts[n].dims.values()]
+        places = [d for d in range(1, len(shape)) if d != dim]
+        runs = (shape[a : b + 1] for a in places for b in places if a <= b and not a < dim < b)
+        counts = {math.prod(run) for run in runs} - {1}
+        for length in {self.full + offset for offset in (0, self.prefix, *read)}:
             moved = size * length in (shape[dim] * (length + extra) for extra in EXTRA)
-            places = [d for d in range(1, len(shape)) if d != dim]
-            runs = (shape[a : b + 1] for a in places for b in places if a <= b and not a < dim < b)
-            if moved and not self.windows and any(math.prod(run) == length for run in runs):
+            if moved and not self.windows and any(length % count == 0 for count in counts):
                 raise UnsupportedHostError(
-                    f"A node lays tokens out on a grid of {length} places: {node.format_node()} at "
+                    f"A node lays {length} tokens out on a grid: {node.format_node()} at "
                     f"{node.meta['where']}. With fewer tokens it would take channels for places. "
                     "Wrap with restore=True, which puts tokens back before it, or leave this host "
                     "dense."

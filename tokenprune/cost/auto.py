@@ -209,7 +209,7 @@ def _named(option: Option) -> str:
 
 
 def _reasons(refused: Refusals) -> list[str]:
-    """A sentence for each reason, with the names of what it stands in the way of."""
+    """A sentence for each reason, with the names of what it prevents."""
     groups: dict[str, tuple[list[str], str]] = {}
     for name, error in refused.items():
         first = re.split(r"(?<=[.:;]) (?=[A-Z])", str(error).splitlines()[0])[0]

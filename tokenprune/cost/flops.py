@@ -93,7 +93,7 @@ class _Count:
         return "other", 0
 
     def _patch_tokens(self, block: int, value: Tensor) -> int:
-        """Of one image, in the tensor that enters a block; a host's grids all lie alike."""
+        """Of one image, in the tensor that enters a block; all grids of a host have one layout."""
         if value.ndim == 3:
             return int(value.shape[1]) - self.analysis.plan.num_prefix
         first = value.ndim == 4 and any(g.layout.channels_first for g in self.analysis.grids)

@@ -90,7 +90,7 @@ class WindowsReduction(Reduction):
     ) -> tuple[Sequence[int], str]:
         """See `Reduction.candidates`: the first block of each grid that is cut into windows, except
         the host's first block: no token that enters it has seen another, and all norms are equal
-        behind a norm layer."""
+        after a norm layer."""
         with quiet_trials(), torch.no_grad(), traced.fake_mode:
             facts, _ = probe_batch(root, traced)
         found = windowed_blocks(root, traced, blocks, spec.prefix, facts)
@@ -100,7 +100,7 @@ class WindowsReduction(Reduction):
         for number, block in found.items():
             if number != min(blocks):
                 first.setdefault(block.grid, number)
-        return list(first.values()), "a block behind the first that attends in windows"
+        return list(first.values()), "a block after the first that attends in windows"
 
     @classmethod
     def places_by_default(cls, candidates: Sequence[int]) -> list[int]:

@@ -30,8 +30,10 @@ class Emit(Pass):
             return
         holding = [field for field, _ in rewrite.token_outputs()]
         if holding:
+            named = ", ".join(field for field in holding if field != "output")
+            which = f"output {named}" if named else "output"  # a tensor alone has no name
             raise TokensReturnedError(
-                f"The output {', '.join(holding)} holds tokens after a stage, whose number changes "
+                f"The {which} holds tokens after a stage, whose number changes "
                 "when they are pruned. Say what you want: wrap(..., restore=True) gives every "
                 "token back in place, dropped ones with their last value, merged ones with that of "
                 "their group; restore=False leaves only the kept ones. Or ask for an output "

@@ -66,7 +66,7 @@ class LeafHooks:
 
 class Seen:
     """The programs that a call was compiled with; of none, what is compared with it later; or
-    (`refused`) that there were none to compile, which is tried anew in each call."""
+    (`refused`) that there were none to compile, which is tried again in each call."""
 
     def __init__(
         self,

@@ -20,7 +20,7 @@ from tokenprune.tracing.provenance import of_host, of_python
 __all__ = ["GETATTR", "Notes", "asked_noted", "can_be_imported"]
 
 GETATTR: Any = getattr
-"""Python's own: what a node calls must not be what stands in its place during a trace."""
+"""Python's own: what a node calls must not be what replaces it during a trace."""
 EVAL = eval
 
 OF_CLASSES = (type, ModuleType)
