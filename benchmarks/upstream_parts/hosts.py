@@ -23,10 +23,6 @@ TRACERS = (
     "torch.jit and torch.fx freeze one program, and a wrapped model chooses its program by the "
     "call: it refuses them. tokenprune.export writes ONNX and .pt2"
 )
-GRIDS = (
-    "intermediates are grids of all patches, and fewer are left after a stage: this method is "
-    "refused by name. `mode: bypass` keeps all, and passes"
-)
 MAPS = (
     "attention maps are of the tokens that are left, and cannot be given back in place: "
     "restore=True refuses them by name, restore=False gives the smaller maps"
@@ -36,8 +32,6 @@ REASONS: dict[str, str] = {
         [f"test_model_{n}" for n in ("forward_torchscript", "forward_fx", "backward_fx")], TRACERS
     ),
     "test_model_forward_fx_torchscript": TRACERS,
-    "test_model_forward_intermediates": GRIDS,
-    "test_model_forward_intermediates_features": GRIDS,
     "test_prune_intermediate_layers_contract": (
         "the test cuts blocks away until the blocks of all stages are gone, which is refused by "
         "name; where tokens leave, what it reads first are grids of all patches"
