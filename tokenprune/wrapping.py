@@ -41,6 +41,7 @@ from tokenprune.runtime.pruning import Pruning
 from tokenprune.scorers.protocol import PREDICTORS, Predictors
 from tokenprune.tracing.arguments import Arguments
 from tokenprune.tracing.closed import refuse_closed
+from tokenprune.tracing.collector import collector_paused
 from tokenprune.tracing.contents import slots_of
 from tokenprune.tracing.host_graph import HostGraph, trace, unexpected
 from tokenprune.tracing.stand_ins import is_plain
@@ -129,7 +130,9 @@ def wrap(
         _check_finite(model)
         call = CallSignature.of(type(model))
         example = named_inputs(call, known, model, example_inputs)
-        return _Task(model, adapter, known, chosen, call, example, restore, verify, train).done()
+        task = _Task(model, adapter, known, chosen, call, example, restore, verify, train)
+        with collector_paused():
+            return task.done()
     except (TokenPruneError, Warning, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:

@@ -15,6 +15,8 @@ from tokenprune.tracing.effects import Store
 __all__ = ["as_function"]
 
 _numbers = itertools.count()
+PATH = re.compile(r"""(?<!\w)(?:getattr\()*self(?:\.\w+|, "[^"]*"\))+""")
+"""A module or tensor of the model in a source that fx has written."""
 
 
 def as_function(graph: fx.Graph) -> Callable[..., Any]:
@@ -32,19 +34,25 @@ def as_function(graph: fx.Graph) -> Callable[..., Any]:
 def _looked_up_once(source: str, graph: fx.Graph) -> str:
     """The source with the modules that hold others in local variables: `nn.Module` looks up each
     step of a path in Python, which shows where the arithmetic is small."""
-    owners: Counter[tuple[str, ...]] = Counter()
-    for node in graph.nodes:
-        if node.op in ("call_module", "get_attr"):
-            path = node.target.split(".")
-            owners.update(tuple(path[:length]) for length in range(1, len(path)))
-    body = source.index("\n", source.index("def forward(")) + 1
-    head, rest = source[:body], source[body:]
-    names: dict[tuple[str, ...], str] = {(): "self"}
-    for path in sorted(path for path, uses in owners.items() if uses > 1):
-        (*before, step), name = path, f"tokenprune_at_{len(names)}"
-        owner = names[tuple(before)]
-        found = f"{owner}.{step}" if step.isidentifier() else f'getattr({owner}, "{step}")'
-        rest = re.sub(rf"(?<!\w){re.escape(found)}(?!\w)", name, rest)
-        head += f"    {name} = {found}\n"
+    nodes = (node for node in graph.nodes if node.op in ("call_module", "get_attr"))
+    targets = [tuple(node.target.split(".")) for node in nodes]
+    uses = Counter(path[:length] for path in targets for length in range(1, len(path)))
+    names, lines = {(): "self"}, list[str]()
+    for path in sorted(path for path, count in uses.items() if count > 1):
+        name = f"tokenprune_at_{len(names)}"
+        lines.append(f"    {name} = {_step(names[path[:-1]], path[-1])}\n")
         names[path] = name
-    return head + rest
+    written = dict[str, str]()
+    for path in targets:
+        whole = short = "self"
+        for number, step in enumerate(path, start=1):
+            whole, short = _step(whole, step), names.get(path[:number], _step(short, step))
+        written[whole] = short
+    body = source.index("\n", source.index("def forward(")) + 1
+    rest = PATH.sub(lambda found: written.get(found[0], found[0]), source[body:])
+    return source[:body] + "".join(lines) + rest
+
+
+def _step(owner: str, name: str) -> str:
+    """An attribute as fx writes it."""
+    return f"{owner}.{name}" if name.isidentifier() else f'getattr({owner}, "{name}")'
