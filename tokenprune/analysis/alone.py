@@ -145,8 +145,9 @@ class _Trial:
 
     def _evaluate(self, node: fx.Node, env: dict[fx.Node, Any]) -> Tensor:
         maker = _maker(node)
-        value = evaluate(self.root, maker, env)
-        return value if maker is node else value[node.args[1]]
+        value: Any = evaluate(self.root, maker, env)
+        found: Tensor = value if maker is node else value[node.args[1]]
+        return found
 
     def _number(self, node: fx.Node) -> Any:
         return tree_map(_random, node.meta.get("val"))
@@ -165,13 +166,14 @@ def _random(leaf: Any) -> Any:
     """Random numbers of the form of a tensor; indices are 0, which is in any range."""
     if not isinstance(leaf, Tensor):
         return leaf
-    like = {"device": leaf.device, "dtype": leaf.dtype}
+    shape, device, dtype = leaf.shape, leaf.device, leaf.dtype
     if leaf.is_complex():
-        return torch.randn(leaf.shape, **like)
+        return torch.randn(shape, device=device, dtype=dtype)
     if leaf.is_floating_point():
-        return torch.randn(leaf.shape, device=leaf.device).to(leaf.dtype)
-    zeros = torch.zeros(leaf.shape, **like)
-    return torch.rand(leaf.shape, device=leaf.device) < 0.5 if leaf.dtype is torch.bool else zeros
+        return torch.randn(shape, device=device).to(dtype)
+    if dtype is torch.bool:
+        return torch.rand(shape, device=device) < 0.5
+    return torch.zeros(shape, device=device, dtype=dtype)
 
 
 def _other(x: Tensor) -> Tensor:
