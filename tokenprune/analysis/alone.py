@@ -7,6 +7,7 @@ neither the host nor its hooks run.
 
 import operator
 from collections.abc import Collection, Iterator
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,7 @@ from tokenprune.private import tree_map
 from tokenprune.tracing.hook_nodes import is_hook_node
 from tokenprune.tracing.hooks import calls_unhooked
 from tokenprune.tracing.interpret import evaluate
+from tokenprune.tracing.randomness import torch_generators_kept
 
 if TYPE_CHECKING:
     from tokenprune.analysis.analysis import Analysis
@@ -36,16 +38,17 @@ def check_alone(
     Raises:
         LeakError: One that no rule knows reads other tokens than its result is of.
     """
-    trial, found = _Trial(root, analysis), set[str]()
-    for node, key in trial.candidates():
-        if not proven and key not in known and key not in found and trial.leaks(node):
-            raise LeakError(
-                f"'{node.name}' ({_maker(node).target}) at {node.meta['where']} mixes tokens, and "
-                "no rule says how dropped ones are hidden from the others. Leave it out, write a "
-                "rule (tokenprune.rewrite.rule), or unwrap the model and wrap it with `mode: "
-                "bypass`."
-            )
-        found.add(key)
+    trial = _Trial(root, analysis)
+    found = {key: node for node, key in trial.candidates()}
+    new = [] if proven else [node for key, node in found.items() if key not in known]
+    with torch_generators_kept() if new else nullcontext():
+        leak = next(filter(trial.leaks, new), None)
+    if leak is not None:
+        raise LeakError(
+            f"'{leak.name}' ({_maker(leak).target}) at {leak.meta['where']} mixes tokens, and no "
+            "rule says how dropped ones are hidden from the others. Leave it out, write a rule "
+            "(tokenprune.rewrite.rule), or unwrap the model and wrap it with `mode: bypass`."
+        )
     return frozenset(found)
 
 
@@ -131,10 +134,8 @@ class _Trial:
 
     def _run(self, node: fx.Node, moved: bool) -> Tensor:
         maker = _maker(node)
-        device = node.meta["val"].device
-        cards = [device] if device.type == "cuda" else []
-        with torch.random.fork_rng(cards), torch.no_grad(), calls_unhooked():
-            torch.manual_seed(0)
+        with torch.no_grad(), calls_unhooked():
+            torch.manual_seed(0)  # noise of its own is the same both times
             env = {n: self._number(n) for n in maker.all_input_nodes}
             for used in env if moved else ():
                 marks = self._of_moved(used)
