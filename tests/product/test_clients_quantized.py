@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from torch.ao.quantization import quantize_dynamic
+from torch.ao.quantization import get_default_qat_qconfig, prepare_qat, quantize_dynamic
 from torchao.quantization import (
     Int8DynamicActivationInt8WeightConfig,
     Int8WeightOnlyConfig,
@@ -60,3 +60,18 @@ def test_dynamic_quantization_of_torch_is_refused(before: bool) -> None:
     quantize_dynamic(model, {nn.Linear}, inplace=True)
     with pytest.raises(UnsupportedHostError, match=r"torchao\.quantization\.quantize_\(model"):
         logits(model)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore:torch.*:DeprecationWarning")
+def test_quantization_aware_training_of_torch_is_refused() -> None:
+    model = wrapped(vit())
+    logits(model)
+    host = tokenprune.unwrap(model).train()
+    host.blocks[1].mlp.qconfig = get_default_qat_qconfig("fbgemm")
+    prepare_qat(host, inplace=True)
+    said = r"Module 'blocks\.1\.mlp\.fc1\.\w+' of VisionTransformer was quantized .*prepare_qat"
+    for training in (True, False):
+        with pytest.raises(UnsupportedHostError, match=said):
+            logits(model.train(training))
+    with pytest.raises(UnsupportedHostError, match=said):
+        wrapped(host)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tests.theorems.test_9_places import IMAGES, whole, wrapped
 from tests.toys.vit import Block, Vit
+from tokenprune.errors import LeakError
 
 
 class Parts(nn.ModuleList):
@@ -93,3 +94,53 @@ def test_9_an_own_forward_of_torchs_module_that_mixes_tokens_does_not_leak() -> 
         with model.using(path, keep_indices=kept):
             outputs.append(model(IMAGES))
     torch.testing.assert_close(*outputs)
+
+
+MIXING: dict[str, Callable[[Tensor], Tensor]] = {
+    "scan": lambda x: torch.cummax(x, 1)[0],
+    "norm_over_tokens": lambda x: F.normalize(x, dim=1),
+    "reduction": lambda x: x - torch.logsumexp(x, 1, keepdim=True),
+    "tokens_beside_channels": lambda x: x - x.flatten(1).median(1)[0][:, None, None],
+    "scale_of_all": lambda x: x - x.reshape(2, -1).kthvalue(9, dim=1)[0].view(2, 1, 1),
+}
+ALONE: dict[str, Callable[[Tensor], Tensor]] = {
+    "norm_over_channels": lambda x: F.normalize(x, dim=-1),
+    "scan_of_channels": lambda x: torch.cummax(x, -1)[0],
+    "sorted_by_channel": lambda x: x.flatten(0, 1).topk(24, dim=1)[0].view_as(x),
+    "noise": lambda x: x + torch.rand_like(x) * 0,
+    "prefix": lambda x: x + torch.celu(x[:, :1]),
+}
+
+
+@pytest.mark.parametrize("name", MIXING)
+@torch.no_grad()
+def test_9_an_operator_without_a_rule_that_comes_later_is_refused_if_it_mixes_tokens(
+    name: str,
+) -> None:
+    model = wrapped(Vit().eval())
+    before = model(IMAGES)
+    model = copy.deepcopy(model) if name == "scan" else model
+    activation = model.blocks[2].mlp[1]
+    activation.forward = MIXING[name]
+    for training in (False, True):
+        with pytest.raises(LeakError, match=r"blocks\.2\.mlp\.1.* mixes tokens, and no rule says"):
+            model.train(training)(IMAGES)
+    del activation.forward
+    assert torch.equal(model.eval()(IMAGES), before)
+
+
+@pytest.mark.parametrize("name", ALONE)
+@torch.no_grad()
+def test_9_an_operator_without_a_rule_that_comes_later_runs_if_tokens_stay_alone(
+    name: str,
+) -> None:
+    model = wrapped(Vit().eval())
+    model(IMAGES)
+    model.blocks[2].mlp[1].forward = ALONE[name]
+    kept = [torch.arange(0, 16, 2).expand(2, -1)] * 2
+    outputs, state = [], torch.get_rng_state()
+    for path in ("mask", "gather"):
+        with model.using(path, keep_indices=kept):
+            outputs.append(model(IMAGES))
+    torch.testing.assert_close(*outputs)
+    assert name == "noise" or torch.equal(torch.get_rng_state(), state)

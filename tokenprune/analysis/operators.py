@@ -2,7 +2,7 @@
 
 Only what mixes tokens, moves them or must be recognised has a kind. An operator that changes the
 number of tokens is found by running it (`token_probe`, `tails`); one that is missing here and mixes
-tokens makes `verify` refuse the host and name the node.
+tokens makes `verify` refuse the host and name the node, or `alone` if it comes later.
 """
 
 import operator

@@ -235,8 +235,9 @@ class Theorems:
 
     @cached_property
     def _in_float64(self) -> "Theorems":
-        doubles = copy.deepcopy(self.model).double(), cast(self.inputs, torch.float64)
-        return Theorems(*doubles, brief=self.brief)
+        double = copy.deepcopy(self.model).double()
+        pruning_of(double).cache.proven_next = True
+        return Theorems(double, cast(self.inputs, torch.float64), brief=self.brief)
 
     def _alone_and_together(self) -> float:
         if self.batch_size == 1:

@@ -106,6 +106,7 @@ def _on_a_copy(given: Theorems, gradients: bool) -> list[Check]:
     model, programs = given.model, given.programs
     lively, inputs = copy.deepcopy(model), enlivened_inputs(given.inputs)
     enliven(lively)
+    pruning_of(lively).cache.proven_next = True
     for dtype in (torch.promote_types(given.dtype, torch.float32), torch.float64):
         lively = lively.to(dtype)
         tensors = cast(inputs, dtype)

@@ -85,10 +85,12 @@ class ProgramCache:
         limit: How many are kept.
         frozen: Take the first of a signature, whatever has changed since its trace.
         traced: How many were added.
+        proven_next: The next ones are proven by `wrap` or `verify`; of all others, operators that
+            are new are tried.
     """
 
-    def __init__(self, limit: int = LIMIT) -> None:
-        self.limit, self.frozen, self.traced = limit, False, 0
+    def __init__(self, limit: int = LIMIT, proven_next: bool = True) -> None:
+        self.limit, self.frozen, self.traced, self.proven_next = limit, False, 0, proven_next
         self._known: list[tuple[Signature, Programs]] = []
         self._restless = 0
         self._numbered = Numbered()
@@ -145,7 +147,7 @@ class ProgramCache:
         for _, old in self._known[self.limit :]:
             delattr(self._numbered, f"of_{old.number}")
         del self._known[self.limit :]
-        self.traced += 1
+        self.traced, self.proven_next = self.traced + 1, False
         programs.number = self.traced
         setattr(self._numbered, f"of_{self.traced}", (signature, programs))
 
@@ -170,7 +172,7 @@ class ProgramCache:
             )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ProgramCache":
-        return type(self)(self.limit)  # the copy's modules are others
+        return type(self)(self.limit, False)  # the copy's modules are others
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.limit,)
+        return type(self), (self.limit, False)

@@ -312,13 +312,13 @@ class Pruning:
         plain, unseen = stand_ins(host, traced.fake_mode), without_modes()
         with unseen, plain, no_autocast_cache(), buffers_kept(host):
             others = [programs.analysis for programs in self.cache]
-            kind, given = self.method.reduction, (host, traced, blocks, self.plan, self.spec)
-            analysis = analyse(*given, kind.removes, self.restore, known=others)
-            reduction = kind(host, analysis)
+            kind, proven = self.method.reduction, self.cache.proven_next
+            given = (host, traced, blocks, self.plan, self.spec, kind.removes, self.restore)
+            reduction = kind(host, analyse(*given, known=others, proven=proven))
         check_parts(host, self.added, reduction)
         forget_weights(traced.fake_mode)
         how = (self.method.scorer, self.restore, self.recipe.unread_rows)
-        found = Programs(analysis, reduction, *how)
+        found = Programs(reduction.analysis, reduction, *how)
         self.cache.add(signature, found)
         return found
 

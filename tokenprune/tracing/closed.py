@@ -8,10 +8,11 @@ from tokenprune.errors import UnsupportedHostError
 __all__ = ["refuse_closed"]
 
 PACKED = (
-    "was quantized by torch.ao.quantization (quantize_dynamic). Such a module takes one scale for "
-    "all tokens of all images, so that dropped tokens would change those that stay. Quantize with "
-    "torchao.quantization.quantize_(model, Int8WeightOnlyConfig()) instead."
+    "was quantized by torch.ao.quantization (quantize_dynamic, prepare_qat). Such a module takes "
+    "one scale for all tokens of all images, so that dropped tokens would change those that stay. "
+    "Quantize with torchao.quantization.quantize_(model, Int8WeightOnlyConfig()) instead."
 )
+FAKE_QUANTIZED = "torch.ao.quantization.fake_quantize"  # not imported: few have use for it
 SCRIPTED = (
     "was made by torch.jit (script or trace), which hides its code, so that nothing can tell how "
     "it mixes tokens. Put the module back that it was made of; tokenprune.export(model, ...) makes "
@@ -41,5 +42,6 @@ def _reason(module: nn.Module) -> str:
         return SCRIPTED
     if type(module).__module__.startswith("torch._dynamo"):
         return COMPILED
-    packed = (type(value) is torch.ScriptObject for value in dict(vars(module)).values())
-    return PACKED if any(packed) else ""
+    packed = any(type(value) is torch.ScriptObject for value in dict(vars(module)).values())
+    fake = any(cls.__module__ == FAKE_QUANTIZED for cls in type(module).__mro__)
+    return PACKED if packed or fake else ""
