@@ -45,6 +45,30 @@ def test_a_mask_beside_the_images_leaves_the_prefix_known(
     assert model._pruning.plan.num_prefix == 2
 
 
+class Dark(Pairs):
+    """Patches that are dark, and those that vary little, are hidden by what they hold."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        cut = x.unfold(2, 4, 4).unfold(3, 4, 4).flatten(-2).mean(1).flatten(1, 2)
+        x = self.embed(x).flatten(2).transpose(1, 2)
+        seen = (cut.mean(-1) > 0) & (cut.std(-1) > 0.5)
+        x = torch.cat([self.first.expand(len(x), -1, -1), x * seen.unsqueeze(-1)], dim=1)
+        for attention, feed in self.layers:
+            x = attention(x) + x
+            x = feed(x) + x
+        y: Tensor = self.head(x[:, 0])
+        return y
+
+
+def test_patches_that_are_hidden_by_what_they_hold_are_patches_in_batches_of_any_size() -> None:
+    model = tokenprune.wrap(Dark(), "token-norm-k0.7", example_inputs=IMAGES, train=False)
+    assert (model._pruning.plan.num_prefix, model._pruning.plan.num_suffix) == (2, 0)
+    images = torch.cat([IMAGES, -IMAGES]).repeat(2, 1, 1, 1)
+    for count in (1, 3, 8):
+        model(images[:count])
+        assert (model._pruning.plan.num_prefix, model._pruning.plan.num_suffix) == (2, 0)
+
+
 class Amid(Pairs):
     """Registers between the patches."""
 
