@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import tokenprune
 from tests.analysis.test_reading import IMAGES, WIDTH, Pairs
 from tokenprune.analysis import prefix
-from tokenprune.errors import TokenPruneWarning, UnsupportedHostError
+from tokenprune.errors import TokenPruneError, TokenPruneWarning, UnsupportedHostError
 
 
 class Hidden(Pairs):
@@ -96,6 +96,29 @@ def test_own_tokens_among_the_patches_do_not_leave_unless_that_is_said() -> None
     spec = eval(advice[0], {"ArchSpec": tokenprune.ArchSpec})
     model = tokenprune.wrap(Amid(), "token-norm-k0.7", **given, adapter=spec)
     assert (model._pruning.plan.num_prefix, model._pruning.plan.num_suffix) == (0, 0)
+
+
+class Turned(Pairs):
+    """Every other block reads the tokens from the last to the first."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.tokens(x)
+        for number, (attention, feed) in enumerate(self.layers):
+            x = x.flip(1) if number % 2 else x
+            x = attention(x) + x
+            x = feed(x) + x
+            x = x.flip(1) if number % 2 else x
+        y: Tensor = self.head(x[:, 0])
+        return y
+
+
+def test_own_tokens_are_where_a_block_has_them() -> None:
+    given: dict[str, Any] = {"example_inputs": IMAGES, "train": False}
+    plan = tokenprune.wrap(Turned(), "merge-k0.7", **given)._pruning.plan
+    assert (plan.blocks, plan.num_prefix, plan.num_suffix) == ((2,), 2, 0)
+    recipe = {"version": 1, "mode": "merge", "schedule": {"blocks": [1], "keep_ratio": 0.7}}
+    with pytest.raises(TokenPruneError):  # they would be merged with patches
+        tokenprune.wrap(Turned(), recipe, **given)
 
 
 @pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])

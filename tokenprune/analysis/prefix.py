@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from itertools import chain, repeat
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from tokenprune.tracing.host_graph import HostGraph
 from tokenprune.tracing.interpret import evaluate
 from tokenprune.tracing.state import buffers_kept
 
-__all__ = ["OwnTokens", "own_tokens", "prefix_of_grid", "refuse_inside"]
+__all__ = ["OwnTokens", "own_at", "own_tokens", "refuse_inside"]
 
 # A host may hide patches by what they hold (dark ones, flat ones): a threshold that one of these
 # images is below, another is above. More of them follow, for what none of these changes.
@@ -41,9 +42,14 @@ class OwnTokens(NamedTuple):
     inside: tuple[int, ...] = ()
 
 
-def own_tokens(root: nn.Module, traced: HostGraph, entry: fx.Node) -> OwnTokens | None:
-    """The tokens that are the same for every image. None if running the host up to its first block
-    does not tell.
+def own_tokens(
+    root: nn.Module,
+    traced: HostGraph,
+    entry: fx.Node,
+    around: Mapping[fx.Node, fx.Node] = MappingProxyType({}),
+) -> OwnTokens | None:
+    """The tokens that are the same for every image. None if running the host up to a block does not
+    tell.
 
     Batches of random images of several scales go through what the host does before that block,
     two, or as long as some tokens are the same: at least `MOST` images. Dropout, which would tell
@@ -51,32 +57,49 @@ def own_tokens(root: nn.Module, traced: HostGraph, entry: fx.Node) -> OwnTokens 
     False, then, if the host refuses that or no token is of the image, all True. Nothing of the
     host changes, and no hook runs. Whole numbers (token ids) and weights on the meta device tell
     nothing.
+
+    Args:
+        entry: What enters the block.
+        around: What a block before it returns -> what enters that, which stands for it: a block
+            tells the image to every token.
     """
     kinds = {node.meta["val"].dtype for node in traced.inputs.values()}
     whole = any(not (kind.is_floating_point or kind == torch.bool) for kind in kinds)
     if whole or any(p.is_meta for p in root.parameters()):
         return None
-    found = _same_in_all(root, traced, entry, masks=False)
+    found = _same_in_all(root, traced, entry, around, masks=False)
     if found is None and torch.bool in kinds:
-        found = _same_in_all(root, traced, entry, masks=True)
+        found = _same_in_all(root, traced, entry, around, masks=True)
     return found
 
 
-def prefix_of_grid(root: nn.Module, traced: HostGraph, blocks: Blocks, number: int) -> int | None:
-    """How many tokens at the front are the host's own on the grid of a block that tokens leave,
-    counted where that grid begins: a host may add its class token to a later one. None if nothing
-    tells.
+def own_at(
+    root: nn.Module, traced: HostGraph, blocks: Blocks, numbers: Iterable[int]
+) -> dict[int, OwnTokens]:
+    """The host's own tokens at blocks that tokens leave, without those of which nothing tells.
+
+    They are counted where a grid begins, since a host may add its class token to a later one; where
+    there are some, at each of the blocks too, since it may put its tokens into another order.
 
     Raises:
         UnsupportedHostError: Some are among the patches.
     """
-    shape = shape_of(blocks[number].entry)
-    first = min(n for n, block in blocks.items() if shape_of(block.entry) == shape)
-    own = own_tokens(root, traced, blocks[first].entry)
-    if own is None:
-        return None
-    refuse_inside(traced, own)
-    return own.front
+    found = dict[int, OwnTokens | None]()
+    for number in numbers:
+        shape = shape_of(blocks[number].entry)
+        same = {n: block for n, block in blocks.items() if shape_of(block.entry) == shape}
+        first = min(same)
+        if first not in found:
+            found[first] = own_tokens(root, traced, blocks[first].entry)
+        own = found[first]
+        if own is not None and number not in found and own.front + own.end:
+            made = {b.call.output: b.entry for n, b in same.items() if n != number}
+            around = {output: entry for output, entry in made.items() if output is not None}
+            own = own_tokens(root, traced, blocks[number].entry, around) or own
+        if own is not None:
+            refuse_inside(traced, own)
+        found.setdefault(number, own)
+    return {n: own for n in numbers if (own := found[n]) is not None}
 
 
 def refuse_inside(traced: HostGraph, own: OwnTokens) -> None:
@@ -94,7 +117,12 @@ def refuse_inside(traced: HostGraph, own: OwnTokens) -> None:
 
 
 def _same_in_all(
-    root: nn.Module, traced: HostGraph, entry: fx.Node, *, masks: bool
+    root: nn.Module,
+    traced: HostGraph,
+    entry: fx.Node,
+    around: Mapping[fx.Node, fx.Node],
+    *,
+    masks: bool,
 ) -> OwnTokens | None:
     """The tokens that all images share."""
     given = {node: node.meta["val"] for node in traced.inputs.values()}
@@ -108,7 +136,9 @@ def _same_in_all(
             for scale in chain(SCALES, repeat(1.0)):
                 env = {n: _filled(x, generator, masks, scale) for n, x in given.items()}
                 for node in before:
-                    if node not in env:
+                    if node in around:
+                        env[node] = env[around[node]]
+                    elif node not in env:
                         env[node] = _value(root, node, env)
                 tokens = env[entry]
                 if tokens.ndim != 3 or not len(tokens) or not bool(tokens.isfinite().all()):
