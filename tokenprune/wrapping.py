@@ -231,6 +231,7 @@ class _Task:
             if method.reduction.removes:
                 staged = [stage.block for stage in chosen.resolved_stages]
                 spec = prefix_at(host, traced, spec, blocks, reading, staged)
+                choice_of(chosen, spec)  # other tokens may be the host's own there
             plan, budget = bind(chosen, spec)
             pruning = Pruning(
                 host=host,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import tokenprune
 from tests.analysis.test_reading import IMAGES, WIDTH, Pairs
 from tokenprune.analysis import prefix
-from tokenprune.errors import TokenPruneWarning, UnsupportedHostError
+from tokenprune.errors import TokenPruneError, TokenPruneWarning, UnsupportedHostError
 
 
 class Hidden(Pairs):
@@ -45,6 +45,30 @@ def test_a_mask_beside_the_images_leaves_the_prefix_known(
     assert model._pruning.plan.num_prefix == 2
 
 
+class Dark(Pairs):
+    """Patches that are dark, and those that vary little, are hidden by what they hold."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        cut = x.unfold(2, 4, 4).unfold(3, 4, 4).flatten(-2).mean(1).flatten(1, 2)
+        x = self.embed(x).flatten(2).transpose(1, 2)
+        seen = (cut.mean(-1) > 0) & (cut.std(-1) > 0.5)
+        x = torch.cat([self.first.expand(len(x), -1, -1), x * seen.unsqueeze(-1)], dim=1)
+        for attention, feed in self.layers:
+            x = attention(x) + x
+            x = feed(x) + x
+        y: Tensor = self.head(x[:, 0])
+        return y
+
+
+def test_patches_that_are_hidden_by_what_they_hold_are_patches_in_batches_of_any_size() -> None:
+    model = tokenprune.wrap(Dark(), "token-norm-k0.7", example_inputs=IMAGES, train=False)
+    assert (model._pruning.plan.num_prefix, model._pruning.plan.num_suffix) == (2, 0)
+    images = torch.cat([IMAGES, -IMAGES]).repeat(2, 1, 1, 1)
+    for count in (1, 3, 8):
+        model(images[:count])
+        assert (model._pruning.plan.num_prefix, model._pruning.plan.num_suffix) == (2, 0)
+
+
 class Amid(Pairs):
     """Registers between the patches."""
 
@@ -72,6 +96,29 @@ def test_own_tokens_among_the_patches_do_not_leave_unless_that_is_said() -> None
     spec = eval(advice[0], {"ArchSpec": tokenprune.ArchSpec})
     model = tokenprune.wrap(Amid(), "token-norm-k0.7", **given, adapter=spec)
     assert (model._pruning.plan.num_prefix, model._pruning.plan.num_suffix) == (0, 0)
+
+
+class Turned(Pairs):
+    """Every other block reads the tokens from the last to the first."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.tokens(x)
+        for number, (attention, feed) in enumerate(self.layers):
+            x = x.flip(1) if number % 2 else x
+            x = attention(x) + x
+            x = feed(x) + x
+            x = x.flip(1) if number % 2 else x
+        y: Tensor = self.head(x[:, 0])
+        return y
+
+
+def test_own_tokens_are_where_a_block_has_them() -> None:
+    given: dict[str, Any] = {"example_inputs": IMAGES, "train": False}
+    plan = tokenprune.wrap(Turned(), "merge-k0.7", **given)._pruning.plan
+    assert (plan.blocks, plan.num_prefix, plan.num_suffix) == ((2,), 2, 0)
+    recipe = {"version": 1, "mode": "merge", "schedule": {"blocks": [1], "keep_ratio": 0.7}}
+    with pytest.raises(TokenPruneError):  # they would be merged with patches
+        tokenprune.wrap(Turned(), recipe, **given)
 
 
 @pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])

@@ -145,6 +145,24 @@ def test_where_nothing_serves_every_reason_is_said(modes: dict[str, Any]) -> Non
     assert Remove.name in modes
 
 
+def test_a_plan_that_does_not_run_is_passed_over() -> None:
+    class EachToken(nn.Module):
+        """Takes its tokens one by one, so none can leave before."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.vit = vit()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.vit.forward_features(x)  # type: ignore[operator]
+            x = torch.stack([x[:, place] for place in range(x.shape[1])], 1)
+            return self.vit.head(x[:, 0])  # type: ignore[no-any-return, operator]
+
+    images = torch.randn(2, 3, 16, 16)
+    model = wrapped(EachToken(), verify=True, example_inputs=images)
+    assert model(images).shape == (2, 3)
+
+
 def test_it_chooses_all_or_nothing() -> None:
     asked: dict[str, Any] = {"version": 1, "mode": "auto", "schedule": {"keep_ratio": 0.5}}
     again = Recipe.from_text(Recipe.parse(asked).to_yaml())

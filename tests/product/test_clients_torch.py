@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import tokenprune
 from tests.product.client_hosts import IMAGES, hf_vit, keeping_all, logits, rewrapped, vit, wrapped
@@ -21,13 +22,16 @@ OF_JIT = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::Futur
 
 @OF_JIT
 @HOSTS
-def test_jit_trace_is_refused(make: Callable[[], Any]) -> None:
+def test_jit_trace_and_script_are_refused(make: Callable[[], Any]) -> None:
     model = wrapped(make())
     wanted = logits(model)
     with pytest.raises(HostError, match=r"Call tokenprune\.export\(model, \"model\.onnx\"\)"):
         torch.jit.trace(model, IMAGES, strict=False)
     with pytest.raises(HostError, match=r"torch\.jit\.trace \(or the old torch\.onnx exporter\)"):
         torch.onnx.export(model, (IMAGES,), io.BytesIO(), dynamo=False)
+    for scripted in (model, torch.nn.Sequential(model)):
+        with pytest.raises(HostError, match=r"torch\.jit\.script.*Call tokenprune\.export"):
+            torch.jit.script(scripted)
     assert torch.equal(logits(model), wanted)
 
 
@@ -54,6 +58,15 @@ def test_casts(make: Callable[[], Any], dtype: torch.dtype) -> None:
     assert torch.equal(again, logits(rewrapped(tokenprune.unwrap(model), model)))
     torch.testing.assert_close(again, wanted, atol=0.02, rtol=0)
     assert tokenprune.cache_info(model).traced == traced
+
+
+def test_programs_are_made_where_another_mode_runs() -> None:
+    recipe = {"version": 1, "schedule": {"keep_ratio": 0.7}, "unread_rows": True}
+    model = tokenprune.wrap(vit().eval(), recipe, train=False, verify=False)
+    tokenprune.clear_cache(model)
+    with torch.no_grad():
+        graph = make_fx(model)(IMAGES)
+    torch.testing.assert_close(graph(-IMAGES), logits(model, -IMAGES))
 
 
 @HOSTS

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 import transformers
 import yaml
@@ -322,3 +323,18 @@ def test_merged_and_fused_models_are_exported(mode: str, tmp_path: Path) -> None
     model.set_budget(0.8)
     report = tokenprune.export(model, tmp_path / "model.onnx")
     assert report.deviation < 1e-4
+
+
+def test_windows_are_exported_with_an_open_batch(tmp_path: Path) -> None:
+    recipe = {"version": 1, "mode": "windows", "scorer": "token-norm"}
+    recipe |= {"stages": [{"block": 0, "keep_ratio": 0.5}]}
+    model = tokenprune.wrap(HOSTS["swin"].make().eval(), recipe, verify=False, train=False).eval()
+    assert tokenprune.export(model, tmp_path / "model.pt2").deviation < 1e-4
+
+
+def test_merged_tokens_are_put_back_in_a_file_with_an_open_batch(tmp_path: Path) -> None:
+    options = {**TINY, "num_classes": 0, "global_pool": ""}
+    host = timm.create_model("deit_tiny_patch16_224", **options).eval()
+    recipe = {**HALF, "mode": "merge", "place": "middle"}
+    model = tokenprune.wrap(host, recipe, restore=True, verify=False, train=False).eval()
+    assert tokenprune.export(model, tmp_path / "model.pt2").deviation < 1e-4

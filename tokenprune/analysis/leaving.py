@@ -9,8 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tokenprune.analysis.blocks import Block, Blocks
 from tokenprune.analysis.grids import grid_of
-from tokenprune.analysis.nodes import shape_of
-from tokenprune.analysis.prefix import prefix_of_grid
+from tokenprune.analysis.prefix import OwnTokens, own_at
 from tokenprune.analysis.stretch import Stretch, Stretches, find_runs, stretch_between
 from tokenprune.analysis.token_probe import blocks_that_run
 from tokenprune.errors import PlanError
@@ -49,12 +48,12 @@ def leaving_blocks(
 def _of_one_prefix(
     root: nn.Module, traced: HostGraph, blocks: Blocks, stretches: Sequence[list[Block]]
 ) -> list[list[Block]]:
-    """The stretches before which as many tokens are no patches as before the costliest one."""
-    grids = {shape_of(run[0].entry): run[0].number for run in stretches}
-    counts = {s: prefix_of_grid(root, traced, blocks, n) or 0 for s, n in grids.items()}
+    """The stretches before which the same tokens are no patches as before the costliest one."""
+    own = own_at(root, traced, blocks, [run[0].number for run in stretches])
     best = max(stretches, key=lambda run: _macs_of(root, traced, run, min(blocks)))
-    wanted = counts[shape_of(best[0].entry)]
-    return [run for run in stretches if counts[shape_of(run[0].entry)] == wanted]
+    none = OwnTokens(0, 0)
+    wanted = own.get(best[0].number, none)
+    return [run for run in stretches if own.get(run[0].number, none) == wanted]
 
 
 def default_sites(

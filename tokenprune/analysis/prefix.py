@@ -1,6 +1,8 @@
 """Which of the tokens that enter the first block are of the image, and which are the host's own."""
 
 from collections.abc import Iterable, Mapping
+from itertools import chain, repeat
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +19,13 @@ from tokenprune.tracing.host_graph import HostGraph
 from tokenprune.tracing.interpret import evaluate
 from tokenprune.tracing.state import buffers_kept
 
-__all__ = ["OwnTokens", "own_tokens", "prefix_of_grid", "refuse_inside"]
+__all__ = ["OwnTokens", "own_at", "own_tokens", "refuse_inside"]
+
+# A host may hide patches by what they hold (dark ones, flat ones): a threshold that one of these
+# images is below, another is above. More of them follow, for what none of these changes.
+SCALES = (1.0, -1.0, 0.1, 10.0)
+MOST = 16
+"""Images that are compared, where two batches of them leave some tokens the same."""
 
 
 class OwnTokens(NamedTuple):
@@ -34,41 +42,64 @@ class OwnTokens(NamedTuple):
     inside: tuple[int, ...] = ()
 
 
-def own_tokens(root: nn.Module, traced: HostGraph, entry: fx.Node) -> OwnTokens | None:
-    """The tokens that are the same for every image. None if running the host up to its first block
-    does not tell.
+def own_tokens(
+    root: nn.Module,
+    traced: HostGraph,
+    entry: fx.Node,
+    around: Mapping[fx.Node, fx.Node] = MappingProxyType({}),
+) -> OwnTokens | None:
+    """The tokens that are the same for every image. None if running the host up to a block does not
+    tell.
 
-    Two batches of random images go through what the host does before that block, without dropout,
-    which would tell equal tokens apart. Masks (bool) are as in a call without padding: first all
+    Batches of random images of several scales go through what the host does before that block,
+    two, or as long as some tokens are the same: at least `MOST` images. Dropout, which would tell
+    equal tokens apart, is left out. Masks (bool) are as in a call without padding: first all
     False, then, if the host refuses that or no token is of the image, all True. Nothing of the
     host changes, and no hook runs. Whole numbers (token ids) and weights on the meta device tell
     nothing.
+
+    Args:
+        entry: What enters the block.
+        around: What a block before it returns -> what enters that, which stands for it: a block
+            tells the image to every token.
     """
     kinds = {node.meta["val"].dtype for node in traced.inputs.values()}
     whole = any(not (kind.is_floating_point or kind == torch.bool) for kind in kinds)
     if whole or any(p.is_meta for p in root.parameters()):
         return None
-    found = _same_in_all(root, traced, entry, masks=False)
+    found = _same_in_all(root, traced, entry, around, masks=False)
     if found is None and torch.bool in kinds:
-        found = _same_in_all(root, traced, entry, masks=True)
+        found = _same_in_all(root, traced, entry, around, masks=True)
     return found
 
 
-def prefix_of_grid(root: nn.Module, traced: HostGraph, blocks: Blocks, number: int) -> int | None:
-    """How many tokens at the front are the host's own on the grid of a block that tokens leave,
-    counted where that grid begins: a host may add its class token to a later one. None if nothing
-    tells.
+def own_at(
+    root: nn.Module, traced: HostGraph, blocks: Blocks, numbers: Iterable[int]
+) -> dict[int, OwnTokens]:
+    """The host's own tokens at blocks that tokens leave, without those of which nothing tells.
+
+    They are counted where a grid begins, since a host may add its class token to a later one; where
+    there are some, at each of the blocks too, since it may put its tokens into another order.
 
     Raises:
         UnsupportedHostError: Some are among the patches.
     """
-    shape = shape_of(blocks[number].entry)
-    first = min(n for n, block in blocks.items() if shape_of(block.entry) == shape)
-    own = own_tokens(root, traced, blocks[first].entry)
-    if own is None:
-        return None
-    refuse_inside(traced, own)
-    return own.front
+    found = dict[int, OwnTokens | None]()
+    for number in numbers:
+        shape = shape_of(blocks[number].entry)
+        same = {n: block for n, block in blocks.items() if shape_of(block.entry) == shape}
+        first = min(same)
+        if first not in found:
+            found[first] = own_tokens(root, traced, blocks[first].entry)
+        own = found[first]
+        if own is not None and number not in found and own.front + own.end:
+            made = {b.call.output: b.entry for n, b in same.items() if n != number}
+            around = {output: entry for output, entry in made.items() if output is not None}
+            own = own_tokens(root, traced, blocks[number].entry, around) or own
+        if own is not None:
+            refuse_inside(traced, own)
+        found.setdefault(number, own)
+    return {n: own for n in numbers if (own := found[n]) is not None}
 
 
 def refuse_inside(traced: HostGraph, own: OwnTokens) -> None:
@@ -86,44 +117,55 @@ def refuse_inside(traced: HostGraph, own: OwnTokens) -> None:
 
 
 def _same_in_all(
-    root: nn.Module, traced: HostGraph, entry: fx.Node, *, masks: bool
+    root: nn.Module,
+    traced: HostGraph,
+    entry: fx.Node,
+    around: Mapping[fx.Node, fx.Node],
+    *,
+    masks: bool,
 ) -> OwnTokens | None:
-    """The tokens that two batches of images share."""
+    """The tokens that all images share."""
     given = {node: node.meta["val"] for node in traced.inputs.values()}
     devices = {x.device for x in given.values() if x.device.type == "cuda"}
     generator = torch.Generator().manual_seed(0)
     before = _before(traced.graph.nodes, entry)
-    seen = []
+    first, of_image, images = None, torch.zeros((), dtype=torch.bool), 0
     random, unhooked = torch.random.fork_rng(devices), calls_unhooked()
     try:
         with without_modes(), torch.no_grad(), buffers_kept(root), random, unhooked:
-            for _ in range(2):
-                env = {n: _filled(x, generator, masks) for n, x in given.items()}
+            for scale in chain(SCALES, repeat(1.0)):
+                env = {n: _filled(x, generator, masks, scale) for n, x in given.items()}
                 for node in before:
-                    if node not in env:
+                    if node in around:
+                        env[node] = env[around[node]]
+                    elif node not in env:
                         env[node] = _value(root, node, env)
-                seen.append(env[entry])
+                tokens = env[entry]
+                if tokens.ndim != 3 or not len(tokens) or not bool(tokens.isfinite().all()):
+                    return None
+                again, first = first is not None, tokens[:1] if first is None else first
+                of_image = of_image | (tokens != first).any(dim=2).any(dim=0)
+                images += len(tokens)
+                if again and (bool(of_image.all()) or images >= MOST):
+                    break
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception:  # images of noise may be refused in any way; then nothing is known
         return None
-    tokens = torch.cat(seen)
-    if tokens.ndim != 3 or not bool(tokens.isfinite().all()):
+    told: list[bool] = of_image.tolist()
+    if not any(told):
         return None
-    of_image = (tokens != tokens[:1]).any(dim=2).any(dim=0).tolist()
-    if not any(of_image):
-        return None
-    front, end = of_image.index(True), of_image[::-1].index(True)
-    patches = range(front, len(of_image) - end)
-    return OwnTokens(front, end, tuple(place for place in patches if not of_image[place]))
+    front, end = told.index(True), told[::-1].index(True)
+    patches = range(front, len(told) - end)
+    return OwnTokens(front, end, tuple(place for place in patches if not told[place]))
 
 
-def _filled(like: Tensor, generator: torch.Generator, masks: bool) -> Tensor:
+def _filled(like: Tensor, generator: torch.Generator, masks: bool, scale: float) -> Tensor:
     """An input of this shape: noise, drawn on the CPU whatever the default device."""
     if like.dtype == torch.bool:
         return torch.full(like.shape, masks, device=like.device)
     noise = torch.randn(like.shape, generator=generator, device="cpu")
-    return noise.to(like.device, like.dtype)
+    return (noise * scale).to(like.device, like.dtype)
 
 
 def _value(root: nn.Module, node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:

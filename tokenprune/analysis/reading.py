@@ -12,7 +12,7 @@ from torch import nn
 
 from tokenprune.analysis.blocks import Blocks, blocks_of, find_blocks, sequence_first
 from tokenprune.analysis.nodes import shape_of
-from tokenprune.analysis.prefix import own_tokens, prefix_of_grid, refuse_inside
+from tokenprune.analysis.prefix import own_at, own_tokens, refuse_inside
 from tokenprune.analysis.residual import find_stretches
 from tokenprune.errors import PlanError, UnsupportedHostError
 from tokenprune.hosts.spec import ArchSpec
@@ -217,21 +217,22 @@ def prefix_at(
     reading: Reading,
     staged: Sequence[int],
 ) -> ArchSpec:
-    """The facts of a host that keeps a grid, with the prefix tokens of the grids on which the
-    stages at blocks `staged` let tokens leave.
+    """The facts of a host that keeps a grid, with its own tokens on the grids on which the stages
+    at blocks `staged` let tokens leave.
 
     Raises:
         PlanError: These grids have different ones.
     """
     if spec.tokens_leave or not reading.guessed:
         return spec
-    grids = {shape_of(blocks[n].entry): n for n in staged if n in blocks}
-    found = {n: prefix_of_grid(host, traced, blocks, n) for n in grids.values()}
-    known = {n: count for n, count in found.items() if count is not None}
+    known = own_at(host, traced, blocks, [n for n in staged if n in blocks])
     if len(set(known.values())) > 1:
+        counts = " or ".join(f"{own.front} + {own.end}" for own in known.values())
         raise PlanError(
-            f"Tokens are to leave at blocks {list(known)}, before which {list(known.values())} "
-            f"tokens of {traced.host} are no patches (class tokens). Put all stages at blocks with "
-            "the same number of them."
+            f"Tokens are to leave at blocks {list(known)}, where {counts} tokens of {traced.host} "
+            "at the front and at the end are no patches (class tokens). Put all stages at blocks "
+            "with the same number of them."
         )
-    return replace(spec, num_prefix_tokens=next(iter(known.values()), spec.num_prefix_tokens))
+    for own in known.values():
+        return replace(spec, num_prefix_tokens=own.front, num_suffix_tokens=own.end)
+    return spec

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 
 from tokenprune.analysis.reading import Reading
@@ -23,6 +24,7 @@ from tokenprune.recipe.names import MODES, recipe_of
 from tokenprune.runtime.model import wrapper_of
 from tokenprune.runtime.pruning import Pruning
 from tokenprune.scorers import Matcher
+from tokenprune.tracing.host_graph import unexpected
 from tokenprune.tracing.randomness import torch_generators_kept
 
 __all__ = ["CHOSEN", "LEAST", "RULE", "candidates", "choose"]
@@ -44,6 +46,10 @@ Refusals = Mapping[str, TokenPruneError]
 
 class Wrapping(Protocol):
     """The parts of `wrap`."""
+
+    @property
+    def host(self) -> nn.Module:
+        """What is wrapped."""
 
     def ways(self, recipe: Recipe) -> Sequence[Reading]:
         """The ways to read the host for a recipe."""
@@ -159,6 +165,10 @@ def _option(
             raise  # the caller is to say what becomes of them
         except (PlanError, UnsupportedHostError) as error:
             first = first or error
+        except (TokenPruneError, Warning, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # what a plan makes of the host may not run at all
+            first = first or unexpected(parts.host, error)
         else:
             return [Option(recipe, pruning, saved, ways)]
     if first is not None:

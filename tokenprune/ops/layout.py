@@ -1,9 +1,9 @@
 """How a tensor holds the tokens of each image: in rows, on a grid, channels first or last."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
@@ -22,7 +22,7 @@ class Layout(NamedTuple):
     rows_per_image: int = 1
     channels_first: bool = False
 
-    def gathered(self, shape: torch.Size, count: int) -> tuple[int, ...]:
+    def gathered(self, shape: Sequence[int], count: int) -> tuple[int, ...]:
         """The shape of `take_tokens`: every dim that counts tokens is 1 but one, which is K."""
         batch, inner = shape[0] // self.rows_per_image, (1,) * (len(shape) - 3) + (count,)
         if self.channels_first:

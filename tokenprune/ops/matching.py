@@ -76,7 +76,8 @@ class Pairs(NamedTuple):
 def groups_of(everyone: Int[Tensor, "B N"], joined: Int[Tensor, "B R"]) -> Int[Tensor, "B N"]:
     """The group of each patch, from what `Groups.moves` returns."""
     kept = torch.arange(everyone.shape[1] - joined.shape[1], device=everyone.device)
-    rows = torch.cat([kept.expand(len(everyone), -1), joined], dim=1)
+    kept = kept.expand(everyone.shape[0], -1)  # not len(), which would fix the batch in a file
+    rows = torch.cat([kept, joined], dim=1)
     return everyone.scatter(1, everyone, rows)  # each place is written once
 
 
@@ -184,10 +185,10 @@ def as_groups(of: Int[Tensor, "B N"], numbers: Int[Tensor, "B M"] | None) -> Gro
     """
     everyone = torch.arange(of.shape[1], device=of.device)
     stands = of == everyone
-    count = int(stands[:1].sum()) if len(of) else 1
+    count = int(stands[:1].sum()) if of.shape[0] else 1
     kept = stands.to(torch.int64).argsort(dim=1, descending=True, stable=True)[:, :count]
-    row = torch.zeros_like(of).scatter(1, kept, everyone[:count].expand(len(of), -1))
-    now = everyone.expand(len(of), -1) if numbers is None else numbers
-    place = torch.zeros_like(of).scatter(1, now, everyone[: now.shape[1]].expand(len(of), -1))
+    row = torch.zeros_like(of).scatter(1, kept, everyone[:count].expand(of.shape[0], -1))
+    now = everyone.expand(of.shape[0], -1) if numbers is None else numbers
+    place = torch.zeros_like(of).scatter(1, now, everyone[: now.shape[1]].expand(of.shape[0], -1))
     score = torch.zeros_like(now, dtype=torch.float32)
     return Groups(place.gather(1, kept), row.gather(1, of.gather(1, now)), score)

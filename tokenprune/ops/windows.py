@@ -170,9 +170,9 @@ def leave_windows(
     if rows is None:
         tokens = flat_tokens(x, Layout(windows.number, channels_first))
         tokens = tokens.index_select(1, _places(windows, x.device))
-        return flat_tokens_back(tokens, _shape(len(tokens), rows, layout, inner), layout)
+        return flat_tokens_back(tokens, _shape(tokens.shape[0], rows, layout, inner), layout)
     tokens = flat_tokens(x, Layout(rows.shape[1] // windows.places, channels_first))
-    return flat_tokens_back(tokens, _shape(len(tokens), rows, layout, inner), layout)
+    return flat_tokens_back(tokens, _shape(tokens.shape[0], rows, layout, inner), layout)
 
 
 def relaid_windows(
@@ -185,13 +185,13 @@ def relaid_windows(
     """The tokens that `take_windows` returned of a tensor laid out as `was`, as it would return
     them of the same tokens in one of shape [B, *inner] and another layout."""
     flat = flat_tokens(tokens, was if rows is None else _one_row(was))
-    return flat_tokens_back(flat, _shape(len(flat), rows, layout, inner), layout)
+    return flat_tokens_back(flat, _shape(flat.shape[0], rows, layout, inner), layout)
 
 
 def _shape(
     batch: int, rows: Tensor | None, layout: Layout, inner: tuple[int, ...]
 ) -> tuple[int, ...]:
-    shape = torch.Size((batch * layout.rows_per_image, *inner))
+    shape = (batch * layout.rows_per_image, *inner)
     return shape if rows is None else layout.gathered(shape, rows.shape[1])
 
 

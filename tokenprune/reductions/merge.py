@@ -59,7 +59,7 @@ class Merge(AtMiddles):
         groups, rows = list[Tensor](), None
         for stage, (kept, patches) in enumerate(zip(sets, num_patches, strict=True)):
             rows = None if stage in self.analysis.starts else rows
-            everyone = torch.arange(patches, device=kept.device).expand(len(kept), -1)
+            everyone = torch.arange(patches, device=kept.device).expand(kept.shape[0], -1)
             now = everyone if rows is None else rows
             joins = kept.gather(1, (now * 7 + 3) % kept.shape[1] * (now % 2))
             stays = torch.zeros_like(everyone).scatter(1, kept, 1) > 0

@@ -97,6 +97,14 @@ class PrunedModel(nn.Module):
             )
         return super()._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
 
+    def __prepare_scriptable__(self) -> Any:
+        """What torch.jit.script asks first."""
+        raise HostError(
+            f"torch.jit.script was given a {type(self).__name__} that tokenprune wrapped: its "
+            "forward chooses a program by shapes and modes, which TorchScript cannot hold. Call "
+            'tokenprune.export(model, "model.pt2"), or torch.compile(model).'
+        )
+
     @contextmanager
     def using(
         self,

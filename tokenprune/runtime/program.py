@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from tokenprune.analysis.analysis import Analysis
 from tokenprune.errors import HostError
+from tokenprune.private import without_modes
 from tokenprune.reductions import Reduction
 from tokenprune.rewrite.pack_rows import PackRows
 from tokenprune.rewrite.passes import run_passes
@@ -127,17 +128,21 @@ class Programs:
         """
         left_out = self.unread_rows and not whole
         if (path, left_out) not in self._made:
-            passes = [*self.reduction.passes(path, self.scorer, self.restore)]
-            if left_out:
-                passes.append(LeaveUnread(self.reduction.unread(root)))
-            rewrite = Rewrite(root, self.analysis)
-            run: Callable[..., Returned] = as_function(run_passes(rewrite, passes))
-            if path == "jagged" and self.reduction.removes:
-                packed = Rewrite(root, self.analysis)
-                run_passes(packed, [*passes, PackRows()])
-                run = Jagged(run, as_function(packed.graph), rewrite.graph)
-            forget_weights(self.analysis.traced.fake_mode)
-            hooked = any(map(is_hook_node, rewrite.graph.nodes))
-            run = closing(run) if hooked else run
-            self._made[path, left_out] = Program(rewrite, run, hooked)
+            with without_modes():  # nodes are tried on fake tensors, which are not the caller's
+                self._made[path, left_out] = self._make(root, path, left_out)
         return self._made[path, left_out]
+
+    def _make(self, root: nn.Module, path: PathName, left_out: bool) -> Program:
+        passes = [*self.reduction.passes(path, self.scorer, self.restore)]
+        if left_out:
+            passes.append(LeaveUnread(self.reduction.unread(root)))
+        rewrite = Rewrite(root, self.analysis)
+        run: Callable[..., Returned] = as_function(run_passes(rewrite, passes))
+        if path == "jagged" and self.reduction.removes:
+            packed = Rewrite(root, self.analysis)
+            run_passes(packed, [*passes, PackRows()])
+            run = Jagged(run, as_function(packed.graph), rewrite.graph)
+        forget_weights(self.analysis.traced.fake_mode)
+        hooked = any(map(is_hook_node, rewrite.graph.nodes))
+        run = closing(run) if hooked else run
+        return Program(rewrite, run, hooked)

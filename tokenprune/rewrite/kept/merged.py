@@ -41,7 +41,7 @@ def merge_at(
     if settings.groups is not None:
         groups = as_groups(settings.groups[stage].to(tokens.device), numbers)
     elif settings.num_keep[stage] == patches.shape[1]:
-        places = torch.arange(patches.shape[1], device=tokens.device).expand(len(tokens), -1)
+        places = torch.arange(patches.shape[1], device=tokens.device).expand(tokens.shape[0], -1)
         groups = Groups(places, places, torch.zeros_like(places, dtype=torch.float32))
     else:
         real = real if real is None or numbers is None else real.gather(1, numbers)
@@ -95,7 +95,7 @@ class MergedSet(KeptSet):
             scores = as_keep_logits(found.score)  # here: most calls do not ask for a trace
             rows, numbers = merged.rows, merged.numbers
             spread = scores if before is None else scores.gather(1, _pairs(before.rows))
-            decision = scores.new_zeros(len(scores), patches).scatter(1, numbers, 1.0)
+            decision = scores.new_zeros(scores.shape[0], patches).scatter(1, numbers, 1.0)
             groups = numbers.gather(1, rows)
             sizes = merged.sizes[:, -numbers.shape[1] :]
             count = numbers.shape[1]
