@@ -156,13 +156,23 @@ def test_a_decision_by_the_batch_binds_the_trace_to_it() -> None:
             r"cannot run with fewer tokens after stage 1: .*reshape.*test_token_probe.*It said: ",
         ),
         (
+            lambda host, x: torch.cat([x, x[..., :2]], 2).reshape(len(x), 2, 5, -1).flatten(1, 2),
+            None,
+            UnsupportedHostError,
+            r"lays 10 tokens out on a grid: .*reshape.*test_token_probe.*channels for places",
+        ),
+        (
             lambda host, x: x,
             lambda host, x: x[:, ::2],
             PlanError,
             r"Stage 1 \(block 2\) sees tokens of shape \(5, 8\), stage 0 \(block 1\) of \(10, 8\)",
         ),
     ],
-    ids=["a grid written out", "tokens pooled in between"],
+    ids=[
+        "a grid written out",
+        "a grid, and as many channels as tokens",
+        "tokens pooled in between",
+    ],
 )
 def test_what_cannot_run_with_fewer_tokens_is_named(
     step: Step, between: Step | None, error: type[Exception], says: str

@@ -176,6 +176,10 @@ PLACES: dict[str, Place] = {
         None, lambda s: 3.0 if torch.backends.cudnn.benchmark else 1.0,
         lambda s, v: setattr(torch.backends.cudnn, "benchmark", v > 1),
     ),
+    "flag_of_a_file": (
+        None, lambda s: 1.0 if torch.utils.deterministic.fill_uninitialized_memory else 3.0,
+        lambda s, v: setattr(torch.utils.deterministic, "fill_uninitialized_memory", v == 1),
+    ),
     "list_in_a_named_tuple": (
         Named([1.0]), lambda s: s.held.own[0], lambda s, v: s.held.own.__setitem__(0, v)
     ),

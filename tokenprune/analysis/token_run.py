@@ -24,6 +24,8 @@ __all__ = ["TokenRun"]
 # Extra tokens per stage: primes, so that no multiple or sum looks like another.
 EXTRA = tuple(n for n in range(211, 1000) if all(n % d for d in range(2, 32)))
 
+RESHAPES = ("reshape", "view", "flatten", "unflatten", "squeeze", "unsqueeze")
+
 
 class _ResizedError(Exception):
     """One more size turned out to follow the tokens: the run must be made again."""
@@ -290,7 +292,7 @@ class TokenRun:
                     f"{node.format_node()} holds only {old} of {self.full} patch tokens, at "
                     f"{node.meta['where']}. Tokens that leave must stay one sequence."
                 )
-            if stages:
+            if stages and self._keeps_place(node, d):
                 dims[d] = TokenDim(stages[0], old - self.full)
             elif new != old:
                 if d:
@@ -298,6 +300,16 @@ class TokenRun:
                 self._note(node, folded=True)
         self._note(node, dims=dims)
         return True
+
+    def _keeps_place(self, node: fx.Node, dim: int) -> bool:
+        """Whether a token dim of what only shows a tensor in another shape has as many numbers
+        behind it as in that tensor: else it is another dim, as long by chance."""
+        sources = [n for n in node.all_input_nodes if isinstance(n.meta["val"], torch.Tensor)]
+        known = self.facts[sources[0]].dims if len(sources) == 1 else {}
+        if not known or getattr(node.target, "__name__", node.target) not in RESHAPES:
+            return True
+        behind = {math.prod(sources[0].meta["val"].shape[d + 1 :]) for d in known}
+        return math.prod(node.meta["val"].shape[dim + 1 :]) in behind
 
     def _check_no_grid(self, node: fx.Node, dim: int, size: int) -> None:
         """Refuse a node that lays tokens out on as many places as before, and lets another dim take

@@ -1,13 +1,15 @@
-"""Settings of torch that a host's Python may ask for, beside those that `modes` knows.
+"""Settings of torch and Python that a host's Python may ask for, beside those that `modes` knows.
 
 Under torch.compile Dynamo watches them itself.
 """
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import backends
+from torch.utils import deterministic
 
 from tokenprune.tracing.names import Reached
 
@@ -28,6 +30,7 @@ FUNCTIONS: tuple[Setting, ...] = (
     (torch, "is_warn_always_enabled"),
     (torch, "initial_seed"),
     (backends.mha, "get_fastpath_enabled"),
+    (sys, "getrecursionlimit"),
 )
 FLAGS: tuple[Setting, ...] = (
     *((backends.cudnn, name) for name in ("enabled", "benchmark", "deterministic", "allow_tf32")),
@@ -35,6 +38,7 @@ FLAGS: tuple[Setting, ...] = (
     (backends.cuda.matmul, "allow_fp16_reduced_precision_reduction"),
     (backends.cuda.matmul, "allow_bf16_reduced_precision_reduction"),
     (backends.mkldnn, "enabled"),
+    (deterministic, "fill_uninitialized_memory"),
 )
 
 
