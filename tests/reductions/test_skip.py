@@ -39,10 +39,11 @@ def pvt() -> nn.Module:
     return seeded(timm.models.pvt_v2.PyramidVisionTransformerV2, **sizes)
 
 
-def poolformer() -> nn.Module:
-    """Nothing attends here, so blocks have no middle."""
-    mixer = timm.models.metaformer.Pooling
-    sizes = {"depths": (1, 2, 1), "dims": (8, 16, 16), "token_mixers": mixer}
+def convformer() -> nn.Module:
+    """Nothing attends here, so blocks have no middle; what a branch is added to is scaled first."""
+    mixer = timm.models.metaformer.SepConv
+    sizes: dict[str, Any] = {"depths": (1, 2, 1), "dims": (8, 16, 16), "token_mixers": mixer}
+    sizes["res_scale_init_values"] = (None, 1.0, 1.0)
     return seeded(timm.models.metaformer.MetaFormer, **sizes)
 
 
@@ -91,9 +92,11 @@ def test_a_token_that_is_not_kept_keeps_its_value() -> None:
 
 
 def test_where_nothing_attends_stages_are_at_entries_behind_the_first_block() -> None:
-    model = tokenprune.wrap(poolformer(), "skip-k0.7", example_inputs=torch.randn(IMAGES))
-    recipe = pruning_of(model).recipe
-    assert recipe.place == "entry"
+    model = tokenprune.wrap(convformer(), "skip-k0.7", example_inputs=torch.randn(IMAGES))
+    pruning = pruning_of(model)
+    assert pruning.recipe.place == "entry"
+    parts = pruning.programs(pruning.as_wrapped()).reduction.parts
+    assert [block for block, _ in parts] == [1, 1, 2, 2, 3, 3]  # a convolution and an MLP each
     assert tokenprune.profile(model).stages == (1, 2, 3)
 
 

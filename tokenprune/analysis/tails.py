@@ -152,8 +152,10 @@ class BlockSearch:
             inside = self.per_token_end(source, branch)
             if inside:
                 found.append(Tail(0, source, branch, total, layout, inside, self.reads(inside)))
-            ends = {source, *self.outside}
-            seen.update((total, *makers(branch, lambda n, ends=ends: n not in ends)))
+            of_branch, of_source = (
+                set(makers(node, lambda n: n not in self.outside)) for node in (branch, source)
+            )
+            seen |= {total, *of_branch - of_source}
         return found
 
     def tail_of(self, each: Sum, stage: int) -> Tail | None:
