@@ -186,7 +186,7 @@ class _Task:
     def ways(self, recipe: Recipe | None) -> list[Reading]:
         """The ways to read the host for a recipe, the likeliest first."""
         asked, guessed = self._asked(recipe)
-        if asked in MODES and not MODES[asked].removes:
+        if asked is not None and not MODES[asked].removes:
             asked = "bypass"  # what such a mode needs of a host: a grid that stays
         return readings(self.hints, guessed=guessed, mode=asked)
 
