@@ -46,7 +46,7 @@ Row = dict[str, Any]
 
 
 def families(atlas: Iterable[Row], only: str | None = None) -> list[Row]:
-    """The rows of the atlas of the hosts to count."""
+    """The rows of the atlas of the hosts to count; `models` says how many a family has."""
     found: dict[tuple[str, str], list[Row]] = defaultdict(list)
     for row in atlas:
         if (row["library"], row["mode"], row["status"]) == ("timm", "bypass", "certified"):
@@ -55,7 +55,9 @@ def families(atlas: Iterable[Row], only: str | None = None) -> list[Row]:
                 found[row["module"].rpartition(".")[2], word[0]].append(row)
     if only is not None:
         return [row for rows in found.values() for row in rows if fnmatch(row["model"], only)]
-    return [min(rows, key=lambda row: row["gmacs_dense"]) for _, rows in sorted(found.items())]
+    least = (min(rows, key=lambda row: row["gmacs_dense"]) for _, rows in sorted(found.items()))
+    sizes = (len(rows) for _, rows in sorted(found.items()))
+    return [{**row, "models": models} for row, models in zip(least, sizes, strict=True)]
 
 
 def count(host: Host) -> Row:
@@ -123,13 +125,14 @@ def _machine() -> Row:
 
 def counts_table(rows: dict[str, Row]) -> str:
     """The table of counted hosts, and what it comes to."""
-    lines, saved = [], []
+    lines, saved, of_models = [], list[float](), list[float]()
     for model, row in sorted(rows.items(), key=lambda item: (item[1]["module"], item[0])):
         begins = [f"`{row['module']}`", f"`{model}`"]
         if "refused" in row:
             lines.append([*begins, "", "refused", "", ""])
             continue
         saved.append(row["saved"])
+        of_models += [row["saved"]] * row.get("models", 0)
         others = ", ".join(f"{name} {share:g} %" for name, share in row["others"].items())
         little = row["saved"] < 100 * LEAST
         share = f"{row['saved']:g} %{' (warns)' if little else ''}"
@@ -138,7 +141,8 @@ def counts_table(rows: dict[str, Row]) -> str:
     low = sum(share < 100 * LEAST for share in saved)
     return (
         f"{table(head, lines)}\n\nMedian over these {len(saved)}: **{median(saved):.1f} %**; "
-        f"{low} save less than {100 * LEAST:g} %, and `wrap` warns."
+        f"if every model of a family saves what this one does, {median(of_models):.1f} % over "
+        f"their {len(of_models)} models. {low} save less than {100 * LEAST:g} %, and `wrap` warns."
     )
 
 
@@ -207,8 +211,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not (asked.speed or asked.wrap or asked.render_only):
         hosts = {host.model: host for host in timm_hosts()}
         for known in families(json.loads((DOCS / "atlas.json").read_text()), asked.only):
-            if asked.again or known["model"] not in found["counts"]:
-                noted("counts", known["model"], count(hosts[known["model"]]))
+            model, models = known["model"], {"models": known["models"]} if "models" in known else {}
+            if asked.again or model not in found["counts"]:
+                noted("counts", model, count(hosts[model]) | models)
+            elif models:
+                found["counts"][model] |= models
+                path.write_text(json.dumps(found, indent=1) + "\n")
     for name, make in TABLES.items():
         if found[name]:
             put(DOCS / "auto.md", name, make(found[name]))

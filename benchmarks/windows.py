@@ -1,4 +1,4 @@
-"""Windows against bypass: what a small Swin loses on Fashion-MNIST, and what Swin-T gains in time.
+"""Windows, bypass and skip: what a small Swin loses on Fashion-MNIST; the time Swin-T gains.
 
     OMP_NUM_THREADS=1 python -m benchmarks.windows accuracy --data FOLDER [--work FOLDER]
     OMP_NUM_THREADS=2 python -m benchmarks.windows speed
@@ -41,6 +41,7 @@ HOST = {
 ARMS = {
     "windows": ({"mode": "windows", "scorer": "token-norm"}, (1, 2)),
     "bypass": ({"mode": "bypass", "scorer": "token-norm"}, (0, 2)),
+    "skip": ({"mode": "skip"}, (0, 2)),
 }
 KEEP = (0.75, 0.5, 0.25)
 BATCH = 128

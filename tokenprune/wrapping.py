@@ -27,6 +27,7 @@ from tokenprune.hosts.registry import GENERIC, hints, stated_by, tower_of
 from tokenprune.hosts.spec import ArchSpec
 from tokenprune.notices import warn_once
 from tokenprune.recipe import Recipe, RecipeSource, load_recipe
+from tokenprune.reductions import MODES
 from tokenprune.reductions.choice import choice_of, with_default_stages
 from tokenprune.runtime.added import added_names
 from tokenprune.runtime.model import (
@@ -188,6 +189,8 @@ class _Task:
     def ways(self, recipe: Recipe | None) -> list[Reading]:
         """The ways to read the host for a recipe, the likeliest first."""
         asked, guessed = self._asked(recipe)
+        if asked is not None and not MODES[asked].removes:
+            asked = "bypass"  # what such a mode needs of a host: a grid that stays
         return readings(self.hints, guessed=guessed, mode=asked)
 
     def _say_mode(self, mode: str, refused: TokenPruneError) -> None:

@@ -73,7 +73,8 @@ def test_what_saves_most_is_taken_said_and_saved(
 
 def test_a_grid_gets_what_serves_it_and_is_told_why_others_do_not() -> None:
     recipe = pruning_of(wrapped(swin(), "auto-k0.5")).recipe
-    assert recipe.name == "windows-k0.5"
+    assert recipe.name == "windows-falling-k0.5"
+    assert "% by skip-k0.5, " in recipe.description  # no training
     assert "% by bypass-k0.5 (to be trained)" in recipe.description
     told = "merge-k0.5, remove-k0.5 are refused: Block 0 ('layers.0.blocks.0') has to keep all its"
     assert told in recipe.description
@@ -88,7 +89,7 @@ def test_a_reduction_of_another_package_wins_where_it_saves_more(modes: dict[str
         def ratios(cls, keep_ratio: float, stages: int, patches: int) -> list[float]:
             return [keep_ratio / 50] * stages
 
-    del modes["windows"]
+    del modes["windows"], modes["skip"]
     modes["most"] = Most
     made = []
     for recipe in ("auto", "most-k0.7"):
@@ -115,7 +116,10 @@ def test_a_host_that_gains_nothing_is_wrapped_with_a_warning() -> None:
     assert 0.95 < tokenprune.profile(model).ratio < 1
 
 
-def test_what_is_not_proven_is_passed_over_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_proven_is_passed_over_and_said(
+    monkeypatch: pytest.MonkeyPatch, modes: dict[str, Any]
+) -> None:
+    del modes["skip"]
     real = tokenprune.wrapping.verify_wrapped
 
     def verify(model: Any, *args: Any, **options: Any) -> Any:

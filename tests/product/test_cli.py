@@ -137,8 +137,8 @@ def test_inspect_a_windowed_host() -> None:
     lines = words(result.stdout)
     assert ["mode", "bypass"] in lines
     told = " ".join(result.stdout.split())
-    assert "Stages of windows-k0.7" in told
-    assert "auto chose windows-k0.7: it saves" in told
+    assert "Stages of windows-falling-k0.7" in told
+    assert "auto chose windows-falling-k0.7: it saves" in told
     assert "merge-k0.7, remove-k0.7 are refused: Block 0 ('layers.0.blocks.0') has to keep" in told
     assert "auto takes what saves most of the MACs; of what is within 2 points of that" in told
     assert "Certificate" not in result.stdout

@@ -246,7 +246,7 @@ SCHEDULE = "version: 1\nschedule: {blocks: [3], keep_ratio: 0.7}\n"
         (
             SCHEDULE + "mode: drop",
             "mode: There is no mode named 'drop'. Known names: bypass, exact, fuse, merge, remove, "
-            "windows.",
+            "skip, windows.",
         ),
         (SCHEDULE + "sampling: {rounding: up}", "sampling.rounding: should be 'floor', 'ceil' or"),
         (

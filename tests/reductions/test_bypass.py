@@ -44,6 +44,13 @@ def test_merging_gives_each_token_the_branch_it_took() -> None:
     assert torch.equal(merged, expected)
 
 
+def test_without_a_light_branch_the_others_get_0() -> None:
+    kept, branch = torch.tensor([[0, 3], [1, 2]]), torch.randn(2, 2, 4)
+    merged = merge_branches(torch.randn(2, 4, 4), branch, kept, None)
+    assert torch.equal(merged.gather(1, kept[..., None].expand_as(branch)), branch)
+    assert torch.equal(merged.abs().sum(-1) > 0, torch.tensor([[1, 0, 0, 1], [0, 1, 1, 0]]) > 0)
+
+
 def test_merging_all_tokens_is_the_branch_itself() -> None:
     x = torch.randn(2, 3, 4)
     everyone = torch.arange(3).expand(2, -1)

@@ -55,6 +55,13 @@ class Mixer(nn.Module):
         return x + self.mlp(self.normed(x, self.norm2))
 
 
+class Beside(Mixer):
+    """Attention and MLP beside each other: the block has no middle."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) - x + self.mlp(self.normed(x, self.norm2))
+
+
 class Pyramid(nn.Module):
     """Convolutions on 12 x 12 places, global attention on 6 x 6, and a convolution after it; what
     block 1 of 4 returns is read by a convolution beside the blocks too."""
@@ -199,6 +206,15 @@ def test_where_nothing_left_the_tensor_itself_goes_on() -> None:
     assert laid_out(flat, flat, grid, grid, Layout(1, True)) is grid
     assert torch.equal(laid_out(flat.clone(), flat, grid, grid, Layout(1, True)), grid)
     assert laid_out(flat[:, :7], flat, grid, grid, Layout(1, True)).shape == (2, 4, 1, 7)
+
+
+def test_where_only_the_first_block_has_a_middle_stages_are_at_entries() -> None:
+    host = Pyramid("sequence").eval()
+    for number in (1, 2, 3):
+        host.blocks[number] = Beside("sequence")
+    options: dict[str, Any] = {"example_inputs": IMAGES, "train": False, "verify": False}
+    model = tokenprune.wrap(host, "merge-k0.7", **options)
+    assert tokenprune.profile(model).stages == (1, 2, 3)
 
 
 def test_images_may_keep_different_numbers() -> None:

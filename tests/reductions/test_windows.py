@@ -221,6 +221,17 @@ def test_each_grid_has_a_stage_and_predictors_learn() -> None:
         model.set_threshold(0.5)
 
 
+def test_falling_windows_have_a_stage_at_every_block_that_has_some() -> None:
+    recipe = {**SCHEDULE, "scorer": "token-norm", "schedule": {"keep_ratio": 0.5, "falling": True}}
+    model = tokenprune.wrap(swin(2, 2, 1, 1), recipe, train=False)
+    assert tokenprune.profile(model).stages == (1, 2, 3, 4)  # of block 5 there is one window
+    assert tokenprune.methods.method_named("windows-falling-k0.5").recipe() == {
+        **{key: recipe[key] for key in ("mode", "scorer", "schedule")}
+    }
+    ratios = tokenprune.profile(model).tokens_per_block
+    assert ratios[1] > ratios[2] > ratios[3]
+
+
 def test_what_has_no_windows_is_refused() -> None:
     family = timm.models.vision_transformer.VisionTransformer
     plain = family(img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2)

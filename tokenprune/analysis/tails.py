@@ -142,6 +142,22 @@ class BlockSearch:
         found = (self.tail_of(each, stage) for each in self.sums())
         return next((tail for tail in found if tail is not None), None)
 
+    def ends(self) -> list[Tail]:
+        """The per-token end of each branch of the block's stream, the last first; that after an
+        attention as well."""
+        found, seen = list[Tail](), set[fx.Node]()  # seen: sums, and what their branches run
+        for total, source, branch, layout in self.sums():
+            if total in seen:
+                continue
+            inside = self.per_token_end(source, branch)
+            if inside:
+                found.append(Tail(0, source, branch, total, layout, inside, self.reads(inside)))
+            of_branch, of_source = (
+                set(makers(node, lambda n: n not in self.outside)) for node in (branch, source)
+            )
+            seen |= {total, *of_branch - of_source}
+        return found
+
     def tail_of(self, each: Sum, stage: int) -> Tail | None:
         """That of one sum; None if its branch does not end in a feed-forward part."""
         total, source, branch, layout = each

@@ -4,6 +4,7 @@ DynamicViT, section 3.5 (the hierarchical models of the T-PAMI version).
 """
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
@@ -34,10 +35,11 @@ def merge_branches(
     x: Float[Tensor, "..."],
     branch: Float[Tensor, "..."],
     rows: Int[Tensor, "B K"],
-    bypass: nn.Module,
+    bypass: nn.Module | None,
     layout: Layout = TOKENS,
 ) -> Float[Tensor, "..."]:
-    """The branch of every token: `branch` of the kept ones at `rows`, `bypass` run on the others.
+    """The branch of every token: `branch` of the kept ones at `rows`, `bypass` run on the others;
+    0 without it.
 
     `x` is what the block adds its branch to; `branch` is laid out as by `take_tokens`.
     """
@@ -45,11 +47,17 @@ def merge_branches(
     batch, count = tokens.shape[:2]
     if rows.shape[1] == count:
         return branch
+    one_row = Layout(1, layout.channels_first)  # not _replace(), which torch 2.8 cannot compile
+    kept = flat_tokens(branch, one_row)
+    if bypass is None:  # all others read one more token, which is 0
+        number = torch.arange(kept.shape[1], device=x.device).expand(batch, -1)
+        place = torch.full((batch, count), kept.shape[1], device=x.device).scatter(1, rows, number)
+        merged = F.pad(kept, (0, 0, 0, 1))
+        return flat_tokens_back(gather_tokens(merged, place, 0), x.shape, layout)
     others = torch.ones(batch, count, device=x.device, dtype=torch.bool).scatter(1, rows, False)
     dropped = indices_of(others, count - rows.shape[1])
     light = bypass(take_tokens(tokens, dropped)).to(branch.dtype)
-    one_row = Layout(1, layout.channels_first)  # not _replace(), which torch 2.8 cannot compile
-    merged = torch.cat([flat_tokens(branch, one_row), light], dim=1)
+    merged = torch.cat([kept, light], dim=1)
     # Where each token of the grid now is: moving whole rows by it beats scattering every number.
     order = torch.cat([rows, dropped], dim=1)
     here = torch.arange(count, device=x.device).expand(batch, -1)

@@ -26,10 +26,12 @@ __all__ = [
     "Method",
     "Random",
     "Similarity",
+    "Skip",
     "ToMe",
     "TokenNorm",
     "TopK",
     "Windows",
+    "WindowsFalling",
     "list_methods",
     "method_named",
     "register_method",
@@ -206,15 +208,20 @@ class Merge(_Keeping):
     parts = {"mode": "merge"}
 
 
+class _Falling(_Keeping):
+    """A stage at every block, fewer tokens leave at each than at the one before; as many are left
+    in the end as with three stages of this ratio."""
+
+    def recipe(self) -> dict[str, Any]:
+        return {**self.parts, "schedule": {"keep_ratio": self.keep_ratio, "falling": True}}
+
+
 @register_method("merge-falling")
-class MergeFalling(_Keeping):
+class MergeFalling(_Falling):
     """The same at every block, fewer in each than in the one before; as many tokens are left in the
     end as with `Merge` of this ratio."""
 
     parts = {"mode": "merge"}
-
-    def recipe(self) -> dict[str, Any]:
-        return {**self.parts, "schedule": {"keep_ratio": self.keep_ratio, "falling": True}}
 
 
 @register_method("tome")
@@ -266,9 +273,26 @@ class Exact(Method):
         return {"mode": "exact", "unread_rows": True, "schedule": {"keep_ratio": 1.0}}
 
 
+@register_method("skip")
+class Skip(_Keeping):
+    """The tokens with the smallest norm keep their value through MLPs and projections, while others
+    still read them: on every grid of a host, more of them in each block than in the one before. As
+    many tokens are left in the end as with `Merge` of this ratio."""
+
+    parts = {"mode": "skip"}
+
+
 @register_method("windows")
 class Windows(_Keeping):
     """The windows whose tokens have the largest norm, the same share of those of each grid; the
     others leave attention and MLP of all blocks of that grid (SparseViT: Chen et al., 2023)."""
 
     parts = {"mode": "windows", "scorer": "token-norm"}
+
+
+@register_method("windows-falling")
+class WindowsFalling(_Falling):
+    """The same with a stage at every block that attends in windows: the share of windows that run
+    falls to the cube of this ratio."""
+
+    parts = Windows.parts

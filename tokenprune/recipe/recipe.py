@@ -57,9 +57,10 @@ class Recipe(Section):
         mode: `remove` gathers dropped tokens away; `bypass` keeps the grid, and dropped tokens skip
             the MLP; `fuse` lets them go on as one, their weighted sum; `merge` lets similar
             tokens become their mean; `windows` leaves whole windows of window attention out of
-            its blocks; `exact` prunes nothing, and needs `unread_rows`. `auto` is any of these but
-            the last, and of those that others add: `wrap` takes what saves most on its host, which
-            is then the recipe of the model.
+            its blocks; with `skip` tokens keep their value through MLPs and projections; `exact`
+            prunes nothing, and needs `unread_rows`. `auto` is any of these but the last, and of
+            those that others add: `wrap` takes what saves most on its host, which is then the
+            recipe of the model.
         scorer: what says which tokens stay; `learned` is DynamicViT's predictor, `similarity` (the
             default of `merge`) ToMe's matching.
         unread_rows: do not compute rows (tokens) that nothing reads: queries, projection and MLP of

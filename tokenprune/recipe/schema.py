@@ -23,6 +23,7 @@ __all__ = [
     "Stage",
     "Stages",
     "TrainSection",
+    "falling_shares",
 ]
 
 RUNS_CODE = frozenset(
@@ -166,7 +167,7 @@ class ScheduleSection(Section):
         """Kept share of `patches` tokens after each stage, where the blocks of `r` or `falling` are
         known: ValueError if `r` tokens cannot leave the first."""
         if self.r is None:
-            return _falling((self.keep_ratio or 1.0) ** 3, stages)
+            return falling_shares(self.keep_ratio or 1.0, stages)
         if self.r > patches // 2:
             raise ValueError(
                 f"`r: {self.r}` tokens cannot leave {patches} at once; half of them can, "
@@ -178,12 +179,12 @@ class ScheduleSection(Section):
         return tuple(float(f"{count / patches:.12g}") for count in left[1:])
 
 
-def _falling(end: float, stages: int) -> tuple[float, ...]:
-    """Shares that are left after each stage: what leaves falls evenly to 0."""
-    whole, kept = stages * (stages - 1) / 2 or 1, 1.0
-    shares = []
-    for stage in range(stages):
-        kept -= (1 - end) * (stages - 1 - stage) / whole
+def falling_shares(keep_ratio: float, stages: int) -> tuple[float, ...]:
+    """Shares that are left after each stage, q^3 in the end: what leaves falls evenly to 0."""
+    weights = [stages - 1.0 - stage for stage in range(stages)] if stages > 1 else [1.0]
+    kept, shares = 1.0, []
+    for weight in weights:
+        kept -= (1 - keep_ratio**3) * weight / sum(weights)
         shares.append(float(f"{kept:.12g}"))
     return tuple(shares)
 

@@ -6,6 +6,7 @@ from tokenprune.reductions.fuse import Fuse
 from tokenprune.reductions.merge import Merge
 from tokenprune.reductions.protocol import MODES, Proof, Reduction
 from tokenprune.reductions.remove import Remove
+from tokenprune.reductions.skip import Skip
 from tokenprune.reductions.windows import WindowsReduction
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "Proof",
     "Reduction",
     "Remove",
+    "Skip",
     "WindowsReduction",
 ]

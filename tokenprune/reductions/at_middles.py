@@ -25,7 +25,9 @@ class AtMiddles(Reduction):
     ) -> tuple[Sequence[int], str]:
         able = leaving_blocks(root, traced, blocks, spec)
         middles = [number for number in able if blocks[number].middle is not None]
-        return middles or [number for number in able if number != min(blocks)], "two blocks"
+        later = [number for number in able if number != min(blocks)]
+        alone = later and set(middles) <= {min(blocks)}  # a stage there would be the only one
+        return (later if alone else middles), "two blocks"
 
     @classmethod
     def place(cls, asked: str, blocks: Sequence[Block]) -> str:

@@ -87,7 +87,8 @@ class Bypass(Reduction):
         if path == "dense":
             return [emit]
         select = SelectAtSites(KEPT_SETS[path], scorer, tokens_leave=False)
-        return [select, SplitTails(self.tails, SPLITS[path]), emit]
+        light = {f"{BYPASSES}.{block}": tail for block, tail in self.tails.items()}
+        return [select, SplitTails(list(light.items()), SPLITS[path]), emit]
 
     def modules(self, **like: Any) -> Mapping[str, nn.Module]:
         """See `Reduction.modules`: a light branch for each block that has a tail."""
@@ -125,14 +126,19 @@ SPLITS: dict[PathName, Split] = {
 
 @dataclass
 class SplitTails(Pass):
-    """Run the tail of each block for kept tokens only, and the light branch for the others."""
+    """Run tails for kept tokens only; the others go through a light branch, or keep their value.
 
-    tails: Mapping[int, Tail]
+    Attributes:
+        tails: Each with the name of its light branch, if it has one.
+        split: How the path does it.
+    """
+
+    tails: Sequence[tuple[str | None, Tail]]
     split: Split
 
     def requires(self, rewrite: Rewrite) -> None:
         """Where images share rows, a tail must not read anything else that belongs to one image."""
-        for tail in self.tails.values() if self.split.images_share else ():
+        for _, tail in self.tails if self.split.images_share else ():
             outside = {used for node in tail.inside for used in node.all_input_nodes}
             for node in outside - tail.inside - tail.reads.keys():
                 if rewrite.analysis.facts[node].rows_per_image is not None:
@@ -150,9 +156,9 @@ class SplitTails(Pass):
             chosen.append(rewrite.insert(marker, self.split.choose, *kept, rewrite.num_prefix))
             if self.split.take is None:
                 chosen[-1].meta[POLICY] = stage
-        for block, tail in self.tails.items():
+        for light, tail in self.tails:
             source, branch, total = map(rewrite.copy_of, (tail.source, tail.branch, tail.total))
-            bypass = rewrite.module(total, f"{BYPASSES}.{block}")
+            bypass = None if light is None else rewrite.module(total, light)
             both = [source, branch, chosen[tail.stage], bypass, tail.layout]
             if self.split.take is None:
                 both.append(rewrite.insert(total, getattr, rewrite.settings, "poison"))

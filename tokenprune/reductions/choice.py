@@ -162,7 +162,10 @@ def with_default_stages(
         shares = reduction.ratios(ratio, len(chosen), patches)
         ratios = [float(f"{share:.12g}") for share in shares]
     else:
-        chosen = list(schedule.blocks or (costliest_stretch(*found) if grid else candidates))
+        every = candidates
+        if schedule.falling:
+            every = reduction.at_every_block(host, traced, blocks, spec)
+        chosen = list(schedule.blocks or (costliest_stretch(*found) if grid else every))
         try:
             ratios = list(schedule.ratios(len(chosen), patches))
         except ValueError as error:

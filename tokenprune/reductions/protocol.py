@@ -117,6 +117,13 @@ class Reduction(ABC):
         return sorted({candidates[place] for place in places})
 
     @classmethod
+    def at_every_block(
+        cls, root: nn.Module, traced: HostGraph, blocks: Blocks, spec: ArchSpec
+    ) -> Sequence[int]:
+        """The blocks of a schedule with `falling`."""
+        return cls.candidates(root, traced, blocks, spec)[0]
+
+    @classmethod
     def ratios(cls, keep_ratio: float, stages: int, patches: int) -> list[float]:
         """Keep ratios of the stages of a default recipe, of N patches: r, r^2, r^3, ..."""
         return [keep_ratio ** (stage + 1) for stage in range(stages)]

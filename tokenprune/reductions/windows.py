@@ -91,16 +91,17 @@ class WindowsReduction(Reduction):
         """See `Reduction.candidates`: the first block of each grid that is cut into windows, except
         the host's first block: no token that enters it has seen another, and all norms are equal
         after a norm layer."""
-        with quiet_trials(), torch.no_grad(), traced.fake_mode:
-            facts, _ = probe_batch(root, traced)
-        found = windowed_blocks(root, traced, blocks, spec.prefix, facts)
-        if not found:
-            raise _refusal(blocks, found, None)
         first: dict[Any, int] = {}
-        for number, block in found.items():
-            if number != min(blocks):
-                first.setdefault(block.grid, number)
+        for number, block in _after_first(root, traced, blocks, spec).items():
+            first.setdefault(block.grid, number)
         return list(first.values()), "a block after the first that attends in windows"
+
+    @classmethod
+    def at_every_block(
+        cls, root: nn.Module, traced: HostGraph, blocks: Blocks, spec: ArchSpec
+    ) -> Sequence[int]:
+        """Those that attend in windows, except the host's first block as well."""
+        return list(_after_first(root, traced, blocks, spec))
 
     @classmethod
     def places_by_default(cls, candidates: Sequence[int]) -> list[int]:
@@ -134,6 +135,18 @@ class WindowsReduction(Reduction):
             kept = windows_kept(counts[stage], patches, windows)
             found[number] = min(kept * windows.places, patches)
         return found
+
+
+def _after_first(
+    root: nn.Module, traced: HostGraph, blocks: Blocks, spec: ArchSpec
+) -> dict[int, WindowedBlock]:
+    """The blocks that attend in windows, except the host's first block; PlanError if none does."""
+    with quiet_trials(), torch.no_grad(), traced.fake_mode:
+        facts, _ = probe_batch(root, traced)
+    found = windowed_blocks(root, traced, blocks, spec.prefix, facts)
+    if not found:
+        raise _refusal(blocks, found, None)
+    return {number: block for number, block in found.items() if number != min(blocks)}
 
 
 def _refusal(blocks: Blocks, found: Mapping[int, WindowedBlock], start: int | None) -> PlanError:
