@@ -50,9 +50,10 @@ from tokenprune.runtime.program import Programs
 from tokenprune.runtime.watch import Watch
 from tokenprune.scorers.protocol import PREDICTORS
 from tokenprune.tracing.arguments import Arguments, as_arguments
+from tokenprune.tracing.as_needed import trace_call
 from tokenprune.tracing.closed import refuse_closed
 from tokenprune.tracing.hook_nodes import hooks_told
-from tokenprune.tracing.host_graph import HostGraph, trace
+from tokenprune.tracing.host_graph import HostGraph
 from tokenprune.tracing.stand_ins import forget_weights, stand_ins
 from tokenprune.tracing.state import buffers_kept, no_autocast_cache
 from tokenprune.tracing.tracer import ONE_AT_A_TIME
@@ -74,6 +75,7 @@ class Pruning:
         budget: How much they keep; `set_keep_ratio` and `set_threshold` replace it.
         call: The arguments of the host's forward.
         restore: Whether outputs that hold tokens come back in place; None refuses such outputs.
+        handed: By method, the arguments whose contents no trace knows (`Arguments.handing`).
         overrides: What `using` forces, by thread.
         entries: The host's other methods that are known to run its blocks.
         example: What it was wrapped with; tensors are on the meta device.
@@ -98,6 +100,7 @@ class Pruning:
     added: dict[str, nn.Module] = field(default_factory=dict)
     compiled: Any = None
     cache: ProgramCache = field(default_factory=ProgramCache)
+    handed: dict[str, frozenset[int | str]] = field(default_factory=dict)
     overrides: dict[int, Overrides] = field(default_factory=dict)
     entries: set[str] = field(default_factory=set)
     watch: Watch = field(default_factory=Watch)
@@ -110,7 +113,11 @@ class Pruning:
     def inputs(self, given: ExampleInputs | None) -> Arguments:
         """The arguments of an example call; drawn if None, for the host as it is now."""
         spec = hints(self.host, self.adapter) if given is None else self.spec
-        return named_inputs(self.call, spec, self.host, given, self.as_wrapped)
+        return self.handing(named_inputs(self.call, spec, self.host, given, self.as_wrapped))
+
+    def handing(self, arguments: Arguments, entry: str = "forward") -> Arguments:
+        """The arguments of a call as its trace takes them."""
+        return arguments.handing(self.handed.get(entry, ()))
 
     def as_wrapped(self) -> Arguments:
         """Arguments like those it was wrapped with, of zeros, of the host's size and place now."""
@@ -219,8 +226,10 @@ class Pruning:
             programs = self.cache.numbered(number, signature)
         else:
             self.look_at_scorers(path)
-            arguments = CallSignature.now(type(self.host), entry).bind(args, kwargs)
+            call = CallSignature.now(type(self.host), entry)
+            arguments = call.bind(args, kwargs, self.handed.get(entry, ()))
             programs = self.programs(arguments, entry)
+            arguments = self.handing(arguments, entry)
         name = self.path_name(path)
         if name == "jagged" and exporting():
             raise PlanError(
@@ -233,7 +242,7 @@ class Pruning:
         hooked = program.hooked and not torch.compiler.is_compiling() and not self.cache.frozen
         check = partial(programs.check_hooks, type(self.host).__name__)
         with hooks_told(check) if hooked else nullcontext():
-            output, records, tokens, real = program.run(model, settings, **arguments.tensors)
+            output, records, tokens, real = program.run(model, settings, **arguments.inputs)
         if hooked:
             check()
         programs.look_after()
@@ -270,6 +279,7 @@ class Pruning:
             UnsupportedHostError: The call cannot be traced, or a node run with fewer tokens.
         """
         host, arguments = self.host, as_arguments(self.call.host, given)
+        arguments = self.handing(arguments, entry)
         signature = signature_of(arguments, entry, host.training)
         found = self.cache.find(signature, host, arguments)
         if found is None:
@@ -299,7 +309,9 @@ class Pruning:
             known = hints(host, self.adapter)  # it may have other blocks, or tokens, now
             if not signature.batch_size:
                 arguments = arguments.with_images()
-            traced = trace(host, arguments, entry, stated=stated_by(host, known))
+            traced, arguments = trace_call(host, arguments, entry, stated=stated_by(host, known))
+            self.handed[entry] = self.handed.get(entry, frozenset()) | arguments.handed_places
+            signature = signature_of(arguments, entry, host.training)
             spec, blocks = settle(host, traced, known, self.reading)
             if host.training:  # noise in front of the blocks hides which tokens are of the image
                 own = ("num_prefix_tokens", "num_suffix_tokens")

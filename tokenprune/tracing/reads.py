@@ -2,7 +2,7 @@
 
 import builtins
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from io import IOBase
@@ -209,6 +209,13 @@ class Reads:
     def forget(self, of_trace: Callable[[Any], bool]) -> None:
         """Leave out values that hold something of the trace: the forward had written those."""
         self.values = {key: value for key, value in self.values.items() if not of_trace(value)}
+
+    def forget_made(self, modules: Iterable[nn.Module]) -> None:
+        """Leave out what modules hold that the forward itself has made: it makes others next."""
+        made = {id(module) for module in modules}
+        for kind in ("values", "tensors", "missing", "children", "tables"):
+            known = getattr(self, kind).items()
+            setattr(self, kind, {key: value for key, value in known if key[0] not in made})
 
     def _add(self, owner: Any, name: str, value: Any) -> None:
         # in its own forward, which runs in each call: a stand-in reads there
