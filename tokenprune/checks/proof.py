@@ -270,7 +270,7 @@ class Theorems:
 
     def _beside_another(self) -> list[Tensor]:
         """The gather path's output for the one image and, as a second one, its mirror image."""
-        both = {n: torch.cat([v, v.flip(-1)]) for n, v in self.batched().items()}
+        both: dict[str, Any] = {n: torch.cat([v, v.flip(-1)]) for n, v in self.batched().items()}
         pairs = zip(self.sets, self.num_patches, strict=True)
         sets = tuple(torch.cat([kept, patches - 1 - kept.flip(1)]) for kept, patches in pairs)
         both |= {n: v * 2 for n, v in self.inputs.handed.items() if isinstance(v, list | tuple)}

@@ -5,7 +5,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from threading import get_ident
-from types import GeneratorType
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from tokenprune.analysis.analysis import analyse
 from tokenprune.analysis.blocks import Blocks
 from tokenprune.analysis.plan import Budget, Plan, bind
-from tokenprune.analysis.reading import NoBlocksError, Reading, prefix_at, settle
+from tokenprune.analysis.reading import Reading, prefix_at, settle
 from tokenprune.errors import HostError, PlanError
 from tokenprune.hosts.inputs import (
     CallSignature,
@@ -34,15 +33,13 @@ from tokenprune.rewrite.settings import PATHS, CallSettings, Path, PathName
 from tokenprune.runtime.added import check_parts, check_place
 from tokenprune.runtime.cache import ProgramCache, Signature, signature_of
 from tokenprune.runtime.children import Children
-from tokenprune.runtime.compiled import Handle, Seen, prepare, refuse_jit_trace, watched_by_dynamo
-from tokenprune.runtime.entries import (
-    BlocksReached,
-    are_stopped,
-    called_in,
-    check_what_follows,
-    run_in,
-    stopped_at,
-    stopping,
+from tokenprune.runtime.compiled import (
+    HANDS_ON,
+    Handle,
+    Seen,
+    prepare,
+    refuse_jit_trace,
+    watched_by_dynamo,
 )
 from tokenprune.runtime.fitted import warn_if_fresh
 from tokenprune.runtime.overrides import NOTHING, Overrides, forced_sets
@@ -119,6 +116,11 @@ class Pruning:
         """The arguments of a call as its trace takes them."""
         return arguments.handing(self.handed.get(entry, ()))
 
+    def hands_on(self, args: Sequence[Any], kwargs: Mapping[str, Any], entry: str) -> bool:
+        """Whether a call has an argument whose contents no trace knows."""
+        known, given = self.handed.get(entry, ()), self.call.names[: len(args)]
+        return any(kwargs.get(str(p)) is not None or p in given for p in known)
+
     def as_wrapped(self) -> Arguments:
         """Arguments like those it was wrapped with, of zeros, of the host's size and place now."""
         asks = hints(self.host, self.adapter).inputs
@@ -156,44 +158,6 @@ class Pruning:
         kind = type(self.host).__name__
         self.fitted = warn_if_fresh(kind, self.added, self.method.reduction.removes)
 
-    def call_method(
-        self, model: nn.Module, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> Any:
-        """Call a method that the host has beside its forward; pruned, if it runs its blocks.
-
-        Raises:
-            HostError: In training, what comes after it in the forward must know what was dropped.
-            UnsupportedHostError: It returns tokens, and `restore` was left open.
-        """
-        path = self.path(model.training)
-        if self.runs_host(path):
-            return getattr(self.host, name)(*args, **kwargs)
-        paths = [self.spec.blocks[block] for block in self.plan.blocks]
-        if name not in self.entries:
-            method = getattr(super(type(model), model), name)
-            if are_stopped(self.host.modules()):  # a method that is tried itself calls this one
-                return method(*args, **kwargs)
-            if all(paths):
-                staged = called_in(self.host, paths)
-            else:
-                staged = run_in(self.host, self.programs(self.as_wrapped()), self.plan.blocks)
-            try:
-                with stopped_at(staged):
-                    given = method(*args, **kwargs)
-                return stopping(given, staged, name) if isinstance(given, GeneratorType) else given
-            except BlocksReached:
-                self.entries.add(name)
-        try:
-            if not all(paths):
-                self.programs(CallSignature.now(type(self.host), name).bind(args, kwargs), name)
-            if path == "mask":
-                check_what_follows(self.host, self.programs(self.as_wrapped()), name)
-            return self.run(model, args, kwargs, False, name)
-        except NoBlocksError:  # it may have stopped at a module that blocks share with others
-            if all(paths):
-                raise
-            return getattr(self.host, name)(*args, **kwargs)
-
     def run(
         self,
         model: nn.Module,
@@ -212,6 +176,9 @@ class Pruning:
             return getattr(self.host, entry)(*args, **kwargs)
         refuse_jit_trace(type(self.host).__name__)
         if torch.compiler.is_dynamo_compiling():
+            if self.hands_on(args, kwargs, entry):
+                torch._dynamo.graph_break(msg=HANDS_ON)
+                return self.run_alone(model, args, kwargs, return_trace, entry)
             call = self.call if entry == "forward" else CallSignature.of(type(self.host), entry)
             arguments = call.bind(args, kwargs)
             leaves = arguments.leaves

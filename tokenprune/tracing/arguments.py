@@ -127,7 +127,9 @@ class Arguments(Mapping[str, Any]):
         """The same call with some of its images."""
         batched = {n: x[which] for n, x in self.tensors.items() if x.shape[:1] == (batch_size,)}
         handed = {n: v for n, v in self.leaves.items() if type(v) is Handed}
-        return self.with_tensors(batched | {n: v.rows(which, batch_size) for n, v in handed.items()})
+        return self.with_tensors(
+            batched | {n: v.rows(which, batch_size) for n, v in handed.items()}
+        )
 
     def call(self, function: Callable[..., Any], **more: Any) -> Any:
         """`function` called with these arguments, nested as they were."""

@@ -27,29 +27,30 @@ def trace_call(
     Raises:
         TraceError: Neither can be traced; what stands in the way of the first.
     """
-    stated, found, refused = list(stated), None, None
+    stated, refused = list(stated), None
+    found: tuple[HostGraph, Arguments] | None = None
     try:
-        found = trace(host, arguments, entry, stated=stated)
-        handed = set(arguments.containers) if _reads_contents(found, arguments) else set()
+        found = trace(host, arguments, entry, stated=stated), arguments
     except TraceError as error:
-        handed, refused = set(arguments.containers), error
+        refused = error
+    open_ = found is None or _reads_contents(*found)
+    handed = set(arguments.containers) if open_ else set()
     while handed:
         given = arguments.handing(handed)
         try:
             return trace(host, given, entry, stated=stated), given
         except TraceError as error:
-            if not isinstance(error.__cause__, ContentsReadError):
-                break
-            opened = {p for p in handed if error.__cause__.name in given.names_of(p)}
-            if not opened:
+            looked_into = getattr(error.__cause__, "name", None)
+            opened = {place for place in handed if looked_into in given.names_of(place)}
+            if not isinstance(error.__cause__, ContentsReadError) or not opened:
                 break
             handed -= opened
-    if refused is None:
-        return found, arguments
-    names = [str(place) for place in arguments.containers]
+    if found is not None:
+        return found
+    names = sorted(map(str, arguments.containers))
     if not names or LEAVE_OUT in str(refused):
-        raise refused
-    raise TraceError(f"{refused} If {', '.join(sorted(names))} holds labels, {LEAVE_OUT}.")
+        raise refused  # type: ignore[misc]
+    raise TraceError(f"{refused} If {', '.join(names)} holds labels, {LEAVE_OUT}.") from refused
 
 
 def _reads_contents(traced: HostGraph, arguments: Arguments) -> bool:

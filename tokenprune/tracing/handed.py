@@ -60,7 +60,7 @@ class HandedProxy:
         self._looked_into()
 
     __getitem__ = __setitem__ = __iter__ = __len__ = __bool__ = _looked_into
-    __contains__ = __add__ = __radd__ = __eq__ = __ne__ = _looked_into  # type: ignore[assignment]
+    __contains__ = __add__ = __radd__ = __eq__ = __ne__ = _looked_into
 
     def __hash__(self) -> int:
         return hash(self.node)

@@ -2,10 +2,10 @@
 what tensors hold."""
 
 import operator
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from tokenprune.private import DataDependentOutputException, DynamicOutputShapeException
 from tokenprune.tracing.handed import ContentsReadError
@@ -16,26 +16,12 @@ from tokenprune.tracing.opaque import DATA_DEPENDENT, OPAQUE, AsTraced, Opaque, 
 from tokenprune.tracing.proxy import ArrayReadError
 from tokenprune.tracing.randomness import Generators, torch_generators_kept
 
-__all__ = ["NEEDS_VALUES", "Call", "inside"]
+__all__ = ["NEEDS_VALUES", "inside"]
 
 NEEDS_VALUES = (
     *(DataDependentOutputException, DynamicOutputShapeException),
     *(ArrayReadError, ContentsReadError),
 )
-
-
-class Call(Protocol):
-    """A tracer."""
-
-    root: nn.Module
-    graph: fx.Graph
-
-    @property
-    def example(self) -> Mapping[str, Any]: ...
-
-    def create_proxy(
-        self, kind: str, target: Any, args: Any, kwargs: Any, value: Any = None
-    ) -> Any: ...
 
 
 def inside(
@@ -49,33 +35,41 @@ def inside(
         tracer.opened[m] = None
         return between_hooks(tracer, m, path or type(m).__name__, forward, args, kwargs)
     except NEEDS_VALUES as error:
-        where = tracer.failed_at(error, path)
+        opaque = tracer.failed_at(error, path), reason_of(error) or DATA_DEPENDENT
         tracer.forget_since(before)
         tracer.opened.pop(m)
-        node = (m, "call_module", path, args, kwargs)
-        if path is None:
-            if any(child in tracer.submodule_paths for child in m.modules()):
-                raise
-            made = Made(m)
-            node = (made.run, "call_function", made, (tuple(made.proxies), args, kwargs), {})
-            made.proxies = []
-        example = tracer.example
-        first = next(value for value in example.values() if isinstance(value, Tensor))
-        batch_size, given = first.shape[0] if first.ndim else 1, (tracer.root, tracer.graph)
+        run, node = _as_one_node(tracer, m, path, args, kwargs)
+        images = next(n for n in tracer.graph.nodes if isinstance(n.meta["val"], Tensor))
+        batch_size = len(images.meta["val"]) if images.meta["val"].ndim else 1
         with tracer.unrecorded(), torch_generators_kept(), Generators(tracer.root).kept():
-            value = run_again(*given, example, node[0], *node[3:])
+            value = run_again(tracer.root, tracer.graph, tracer.example, run, *node[2:])
         if not _of_images(value, batch_size):
             raise
-        output = tracer.create_proxy(*node[1:], value)
-        reason = reason_of(error) or DATA_DEPENDENT
-        output.node.meta[OPAQUE] = Opaque(where, reason, batch_size)
-        images = next(
-            n for n in tracer.graph.nodes if isinstance(n.meta["val"], Tensor)
-        )
-        checked = tracer.create_proxy(
-            "call_function", AsTraced(value, batch_size), (output, tracer.proxy(images)), {}
-        )
+        output = tracer.create_proxy(*node, value)
+        output.node.meta[OPAQUE] = Opaque(*opaque, batch_size)
+        given = (output, tracer.proxy(images))
+        checked = tracer.create_proxy("call_function", AsTraced(value, batch_size), given, {})
         return _opened(tracer, checked, value)
+
+
+def _as_one_node(
+    tracer: Any, m: nn.Module, path: str | None, args: Any, kwargs: Any
+) -> tuple[Callable[..., Any], tuple[str, Any, Any, Any]]:
+    """What runs a module, and the node that does.
+
+    Raises:
+        NotImplementedError: Forward has made it, of tensors or modules that no graph can give it.
+    """
+    if path is not None:
+        return m, ("call_module", path, args, kwargs)
+    if any(child in tracer.submodule_paths for child in m.modules()):
+        raise NotImplementedError(
+            f"a {type(m).__name__} that forward makes around a module of the host, and whose code "
+            "decides by what tensors hold"
+        )
+    made = Made(m)
+    proxies, made.proxies = tuple(made.proxies), []
+    return made.run, ("call_function", made, (proxies, args, kwargs), {})
 
 
 def _of_images(value: Any, batch_size: int) -> bool:
