@@ -72,7 +72,7 @@ def test_the_first_training_step_traces_no_more(
     model = wrapped(Vit().train(training))
     assert model.training is training
     assert [m.training for m in model.modules()] == [training] * len(list(model.modules()))
-    monkeypatch.setattr("tokenprune.runtime.pruning.trace", None)
+    monkeypatch.setattr("tokenprune.runtime.pruning.trace_call", None)
     model.train()(torch.cat([X, X])).sum().backward()
     model.eval()(X)
     assert model._pruning.cache.info().programs == 2

@@ -138,7 +138,7 @@ def test_compiled_it_is_the_same() -> None:
 
 def test_what_else_reads_them_or_tokens_is_refused_by_name() -> None:
     _, model = wrapped(reads="labels")
-    with pytest.raises(TraceError, match="leave them out and compute the loss from"):
+    with pytest.raises(TraceError, match="leave the labels out and compute it"):
         model(images(), labels(1, 2))
     assert model(images())["values"].shape == (2, 4)  # the remedy
     _, model = wrapped(reads="tokens")

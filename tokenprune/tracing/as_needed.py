@@ -50,7 +50,7 @@ def trace_call(
     names = sorted(map(str, arguments.containers))
     if not names or LEAVE_OUT in str(refused):
         raise refused  # type: ignore[misc]
-    raise TraceError(f"{refused} If {', '.join(names)} holds labels, {LEAVE_OUT}.") from refused
+    raise TraceError(f"{refused} If a loss reads {', '.join(names)}, {LEAVE_OUT}.") from refused
 
 
 def _reads_contents(traced: HostGraph, arguments: Arguments) -> bool:

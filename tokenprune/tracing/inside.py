@@ -40,8 +40,8 @@ def inside(
         tracer.opened.pop(m)
         run, node = _as_one_node(tracer, m, path, args, kwargs)
         images = next(n for n in tracer.graph.nodes if isinstance(n.meta["val"], Tensor))
-        batch_size = len(images.meta["val"]) if images.meta["val"].ndim else 1
         with tracer.unrecorded(), torch_generators_kept(), Generators(tracer.root).kept():
+            batch_size = len(images.meta["val"]) if images.meta["val"].ndim else 1
             value = run_again(tracer.root, tracer.graph, tracer.example, run, *node[2:])
         if not _of_images(value, batch_size):
             raise

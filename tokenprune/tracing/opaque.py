@@ -20,7 +20,7 @@ __all__ = ["DATA_DEPENDENT", "LEAVE_OUT", "OPAQUE", "AsTraced", "Opaque", "reaso
 
 OPAQUE = "opaque"
 """Key in the `meta` of such a node."""
-LEAVE_OUT = "leave them out and compute the loss from the model's output"
+LEAVE_OUT = "leave the labels out and compute it from the model's output"
 DATA_DEPENDENT = (
     "Python asks for a value of a tensor, which differs from call to call. Decide by tensors "
     f"(torch.where); if this is a loss that matches predictions with labels, {LEAVE_OUT}"

@@ -62,6 +62,7 @@ class Reads:
         inherited: (id, name) of what came from an object's class.
         children: (id, name) -> the child module.
         tensors: (id, name) of parameters and buffers, and of tensors that are plain attributes.
+        deciding: (id, name) of buffers whose values Python asked for.
         missing: (id, name) of what was asked for and is not there (`hasattr`).
         tables: (id of a module, which of torch's tables) -> the names in it.
         leaves: id -> module of torch's that is one node.
@@ -84,6 +85,7 @@ class Reads:
         self.inherited: dict[tuple[int, str], None] = {}
         self.children: dict[tuple[int, str], nn.Module | None] = {}
         self.tensors: dict[tuple[int, str], None] = {}
+        self.deciding: dict[tuple[int, str], None] = {}
         self.missing: dict[tuple[int, str], None] = {}
         self.leaves: dict[int, nn.Module] = {}
         self.held: dict[int, Any] = {}
@@ -183,6 +185,13 @@ class Reads:
             self.values.setdefault((id(owner), name), vars(owner)[name])
         else:
             self.lacked(owner, name)
+
+    def decides(self, buffers: Iterable[tuple[nn.Module, str]]) -> None:
+        """Record that Python decides by what buffers hold."""
+        for owner, name in buffers:
+            owner = original(owner)
+            self.objects[id(owner)] = owner
+            self.deciding[id(owner), name] = None
 
     def shared(self) -> list[list[tuple[nn.Module, str]]]:
         """The attributes that hold one tensor, of which one was read: a trace reads it in one

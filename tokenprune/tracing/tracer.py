@@ -38,6 +38,7 @@ from tokenprune.tracing.hooks import (
 )
 from tokenprune.tracing.inside import NEEDS_VALUES, inside
 from tokenprune.tracing.interpret import tensor_attribute, tensors_in
+from tokenprune.tracing.kept_values import buffers_behind, value_of_buffers
 from tokenprune.tracing.modes import (
     MODES,
     REQUIRES_GRAD,
@@ -255,7 +256,19 @@ class ValueTracer(fx.Tracer):
             with self.unrecorded():
                 return convert(node.meta["val"])
         except NEEDS_VALUES as error:
-            raise (DrawRead() if is_drawn(node) else error) from error
+            found = self._of_buffers(node, convert)
+            if found is None:
+                raise (DrawRead() if is_drawn(node) else error) from error
+            return found
+
+    def _of_buffers(self, node: fx.Node, convert: Callable[[Any], Any]) -> Any:
+        """The value of a node that is computed from settings which the host keeps in buffers."""
+        with self.unrecorded():
+            behind = buffers_behind(self.root, node)
+            if behind is None:
+                return None
+            self.reads.decides(behind)
+            return convert(value_of_buffers(self.root, node))
 
     def proxy(self, node: fx.Node) -> ValueProxy:
         made = ValueProxy(node, self)
@@ -282,6 +295,10 @@ class ValueTracer(fx.Tracer):
             known = answer(proxy.node, self.create_node) if target == "item" else None
             if known is not None:
                 return known
+            found = self._of_buffers(proxy.node, lambda v: v) if target == "item" else None
+            if found is not None:
+                proxy.node.meta["val"] = found
+                return proxy
             if target != "item" or number is None:
                 raise (DrawRead() if is_drawn(proxy.node) else error) from error
             proxy.node.meta["val"], self._reads_draws = number, True
