@@ -47,7 +47,7 @@ def trace_call(
             handed -= opened
     if found is not None:
         return found
-    names = sorted(map(str, arguments.containers))
+    names = sorted(map(str, arguments.containers | arguments.handed_places))
     if not names or LEAVE_OUT in str(refused):
         raise refused  # type: ignore[misc]
     raise TraceError(f"{refused} If a loss reads {', '.join(names)}, {LEAVE_OUT}.") from refused

@@ -42,7 +42,12 @@ def inside(
         images = next(n for n in tracer.graph.nodes if isinstance(n.meta["val"], Tensor))
         with tracer.unrecorded(), torch_generators_kept(), Generators(tracer.root).kept():
             batch_size = len(images.meta["val"]) if images.meta["val"].ndim else 1
-            value = run_again(tracer.root, tracer.graph, tracer.example, run, *node[2:])
+            try:
+                value = run_again(tracer.root, tracer.graph, tracer.example, run, *node[2:])
+            except (AssertionError, ValueError):
+                raise  # the module itself refuses what it is given
+            except Exception:
+                raise error from None
         if not _of_images(value, batch_size):
             raise
         output = tracer.create_proxy(*node, value)
