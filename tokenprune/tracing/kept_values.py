@@ -29,8 +29,9 @@ def buffers_behind(root: nn.Module, node: fx.Node) -> list[tuple[nn.Module, str]
             path, _, name = str(each.target).rpartition(".")
             owner = root.get_submodule(path)
             value = owner._buffers.get(name)
-            small = value is not None and is_plain(value) and value.numel() <= FEW
-            if not small or value.is_meta or any(map(has_effect, each.users)):
+            if value is None or not is_plain(value) or value.is_meta or value.numel() > FEW:
+                return None
+            if any(map(has_effect, each.users)):
                 return None
             found.append((owner, name))
         elif each.op in ("placeholder", "call_module") or not each.all_input_nodes:
