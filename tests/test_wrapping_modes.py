@@ -72,7 +72,7 @@ def test_the_first_training_step_traces_no_more(
     model = wrapped(Vit().train(training))
     assert model.training is training
     assert [m.training for m in model.modules()] == [training] * len(list(model.modules()))
-    monkeypatch.setattr("tokenprune.runtime.pruning.trace", None)
+    monkeypatch.setattr("tokenprune.runtime.pruning.trace_call", None)
     model.train()(torch.cat([X, X])).sum().backward()
     model.eval()(X)
     assert model._pruning.cache.info().programs == 2
@@ -85,3 +85,6 @@ def test_a_number_of_chunks_is_named() -> None:
     given = {"example_inputs": {"input_ids": torch.arange(32).reshape(2, 16) % 9}, "train": False}
     with pytest.raises(VerificationError, match=r"at .*forward_fn.*chunk_size_feed_forward=0"):
         tokenprune.wrap(BertForSequenceClassification(config).eval(), RECIPE, **given)
+    config.chunk_size_feed_forward = 0
+    host = BertForSequenceClassification(config).eval()
+    assert tokenprune.wrap(host, RECIPE, **given)(**given["example_inputs"]).logits.shape == (2, 2)

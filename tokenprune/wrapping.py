@@ -41,10 +41,11 @@ from tokenprune.runtime.model import (
 from tokenprune.runtime.pruning import Pruning
 from tokenprune.scorers.protocol import PREDICTORS, Predictors
 from tokenprune.tracing.arguments import Arguments
+from tokenprune.tracing.as_needed import trace_call
 from tokenprune.tracing.closed import refuse_closed
 from tokenprune.tracing.collector import collector_paused
 from tokenprune.tracing.contents import slots_of
-from tokenprune.tracing.host_graph import HostGraph, trace, unexpected
+from tokenprune.tracing.host_graph import HostGraph, unexpected
 from tokenprune.tracing.stand_ins import is_plain
 from tokenprune.tracing.state import in_mode
 
@@ -202,12 +203,18 @@ class _Task:
             "recipe to choose it without this warning.",
         )
 
-    @cached_property
+    @property
     def traced(self) -> HostGraph:
         """The trace of the host in eval; nothing is marked in it."""
+        return self._traced[0]
+
+    @cached_property
+    def _traced(self) -> tuple[HostGraph, Arguments]:
+        """The same, and the example as it takes it."""
+        stated = stated_by(self.host, self.hints)
         with in_mode(self.host, training=False):
             try:
-                return trace(self.host, self.example, stated=stated_by(self.host, self.hints))
+                return trace_call(self.host, self.example, stated=stated)
             except TraceError as error:
                 tower = tower_of(self.host)
                 if not tower:
@@ -219,9 +226,9 @@ class _Task:
 
     def planned(self, recipe: Recipe | None, reading: Reading) -> Pruning:
         """What prunes the host, with the program that serves; nothing is added to it yet."""
-        host, example = self.host, self.example
         _check_known(recipe, self.hints)
-        traced = self.traced.copy()  # where blocks are is marked in it
+        host, (traced, example) = self.host, self._traced
+        traced = traced.copy()  # where blocks are is marked in it
         with in_mode(host, training=False):
             spec, blocks = settle(host, traced, self.hints, reading)
             open_ = recipe is not None and "mode" not in recipe.model_fields_set
@@ -249,6 +256,7 @@ class _Task:
                 restore=self.restore,
                 example=example.with_tensors({n: x.to("meta") for n, x in example.tensors.items()}),
                 asked=self.hints.inputs,
+                handed={"forward": example.handed_places},
             )
             programs = pruning.programs(example, traced=traced, blocks=blocks)
             programs.reduction.check_use(host)
@@ -268,7 +276,7 @@ class _Task:
 
     def proven(self, pruning: Pruning) -> Any:
         """The wrapped model, traced in training mode and verified as far as that is asked for."""
-        host, example = self.host, self.example
+        host, (_, example) = self.host, self._traced
         refused = _trace_training(pruning, example) if self.train else None
         wrapped = wrapper_of(pruning)
         self.equip(pruning)

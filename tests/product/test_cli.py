@@ -124,6 +124,7 @@ def test_inspect(model: str, options: list[str], adapter: str, norm: str) -> Non
     assert ["final", "norm", norm] in lines
     assert ["prefix", "tokens", "1"] in lines
     prefix = "vit.layers" if "transformers" in model else "blocks"
+    assert ["0", "to", "3", "entry,", "middle", "yes", "17"] in [line[:7] for line in lines]
     assert ["0", "1", f"({prefix}.1)", "16", "->", "11", "68.8", "%"] in lines
     costs = {line[0]: line for line in lines if line and line[0].startswith(prefix)}
     assert [costs[f"{prefix}.{n}"][1] for n in range(4)] == ["16", "11", "7", "5"]

@@ -1,4 +1,4 @@
-"""Modules in front of the blocks whose code decides by what tensors hold: one node each."""
+"""Modules whose code decides by what tensors hold: one node each."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import tokenprune
 from tests.tracing.test_functions import RECIPE, Block
-from tokenprune.errors import HostError, TraceError
+from tokenprune.errors import HostError, UnsupportedHostError
 
 
 class Shift(nn.Module):
@@ -106,5 +106,5 @@ def test_another_shape_than_the_traced_one_is_refused() -> None:
 
 
 def test_behind_a_block_it_is_refused_by_name() -> None:
-    with pytest.raises(TraceError, match=r"stopped at module 'odd'.*value of a tensor"):
+    with pytest.raises(UnsupportedHostError, match=r"tokens of which some have left: module 'odd'"):
         wrapped(Shift(), inside=True)

@@ -20,7 +20,7 @@ from tokenprune.tracing.calls import NUMBER, ModuleCall
 from tokenprune.tracing.host_graph import HostGraph, untraceable
 from tokenprune.tracing.interpret import quiet_trials
 from tokenprune.tracing.modes import MODES, where_predictors_learn
-from tokenprune.tracing.opaque import OPAQUE, REASON
+from tokenprune.tracing.opaque import OPAQUE
 
 __all__ = [
     "Attention",
@@ -115,8 +115,9 @@ def blocks_of(
     running = [(call.first, n, call) for n, call in numbered if call.first is not None]
     running.sort(key=lambda run: _order(run[0]))
     for node in traced.graph.nodes if running else ():
-        if OPAQUE in node.meta and _order(node) >= _order(running[0][0]):
-            raise _refusal(traced, node, node.meta[REASON])
+        last = running[-1][2].last or running[-1][0]
+        if OPAQUE in node.meta and _order(running[0][0]) <= _order(node) <= _order(last):
+            raise _refusal(traced, node, node.meta[OPAQUE].reason)
     same: dict[fx.Node, fx.Node] = {}  # tokens that a block hands on as they are -> their marker
     blocks: dict[int, Block] = {}
     for first, number, call in running:
@@ -191,7 +192,8 @@ def _order(node: fx.Node) -> int:
 
 def _refusal(traced: HostGraph, node: fx.Node | None, reason: str) -> Exception:
     shapes = {name: tuple(given.meta["val"].shape) for name, given in traced.inputs.items()}
-    where = None if node is None else node.meta.get(OPAQUE, node.meta["where"])
+    opaque = None if node is None else node.meta.get(OPAQUE)
+    where = opaque.where if opaque else node and node.meta["where"]
     return untraceable(traced.host, shapes, where, reason)
 
 

@@ -18,6 +18,7 @@ from tokenprune.errors import UnsupportedHostError
 from tokenprune.tracing.hook_nodes import is_hook_node
 from tokenprune.tracing.host_graph import HostGraph
 from tokenprune.tracing.interpret import Environment, evaluate, run
+from tokenprune.tracing.opaque import OPAQUE
 
 __all__ = ["TokenRun"]
 
@@ -99,6 +100,13 @@ class TokenRun:
             return torch.Size(_with_extra(base, length))
         inputs = [n for n in node.all_input_nodes if n not in whole]
         sources = [self.follows[n] for n in inputs if n in self.follows]
+        if OPAQUE in node.meta and any(self.facts[n].dims or self.facts[n].folded for n in inputs):
+            raise UnsupportedHostError(
+                "A module that decides by what tensors hold runs as it is, and cannot be given "
+                f"tokens of which some have left: {node.meta[OPAQUE].where}. Prune after it; or "
+                "leave out what it is for (labels, if it is a loss), and compute that from the "
+                "model's output."
+            )
         counted = None if sources or self.latest < 0 else self._counted(node)
         if counted is not None:
             self.follows[node] = self.latest

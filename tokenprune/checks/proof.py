@@ -27,6 +27,7 @@ from tokenprune.runtime.program import Program, Programs
 from tokenprune.tracing.arguments import Arguments, as_arguments
 from tokenprune.tracing.interpret import run, tensors_in
 from tokenprune.tracing.modes import autocast_dtypes
+from tokenprune.tracing.randomness import torch_generators_kept
 
 __all__ = ["Theorems", "cast"]
 
@@ -45,11 +46,12 @@ class Theorems:
     ) -> None:
         pruning = pruning_of(model)
         inputs = as_arguments(type(model).__name__, given)
-        self.model, self.inputs, self.host, self.brief = model, inputs, pruning.host, brief
         self.programs = programs or pruning.programs(inputs)
+        inputs = pruning.handing(inputs)
+        self.model, self.inputs, self.host, self.brief = model, inputs, pruning.host, brief
         self.facts = self.programs.analysis.facts
         self.num_patches = self.programs.num_patches
-        self.tensors = inputs.tensors
+        self.tensors, self.given = inputs.tensors, inputs.inputs
         first = next(iter(self.tensors.values()))
         self.batch_size = int(first.shape[0]) if first.ndim else 1
         self.pruned = pruning.path_name("gather")
@@ -103,7 +105,7 @@ class Theorems:
         """The output of a path; without settings on the random kept sets, computed once."""
         if settings is None and path in self.outputs:
             return self.outputs[path]
-        tensors = self._output(path, settings or self.settings, self.tensors)
+        tensors = self._output(path, settings or self.settings, self.given)
         tensors = self.comparable(tensors) if path in ("mask", "expanded") else tensors
         if settings is None:
             self.outputs[path] = tensors
@@ -113,12 +115,13 @@ class Theorems:
         self,
         path: PathName,
         settings: CallSettings,
-        tensors: Mapping[str, Tensor],
+        tensors: Mapping[str, Any],
         whole: bool = True,
     ) -> list[Tensor]:
         program = self.programs.get(self.host, path, whole)
         try:
-            output, *_ = program.run(self.model, settings, **tensors)
+            with torch_generators_kept():  # a loss may draw the points that it looks at
+                output, *_ = program.run(self.model, settings, **tensors)
         except (RuntimeError, IndexError) as error:
             at, inputs = None, {SETTINGS: settings, **tensors}
             with suppress(RuntimeError, IndexError):
@@ -138,7 +141,7 @@ class Theorems:
 
     def run_whole_or_not(self, path: PathName, whole: bool) -> list[Tensor]:
         """The output of a path on them, with or without the rows that nobody reads."""
-        return self._output(path, self.settings, self.tensors, whole)
+        return self._output(path, self.settings, self.given, whole)
 
     def comparable(self, tensors: list[Tensor]) -> list[Tensor]:
         """The rows of a mask path's output that the gather path returns."""
@@ -162,7 +165,8 @@ class Theorems:
         fast = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)  # another kernel, with other rounding
         try:
-            dense = tensors_in(self.inputs.call(self.host.forward))
+            with torch_generators_kept():
+                dense = tensors_in(self.inputs.call(self.host.forward))
         finally:
             torch.backends.mha.set_fastpath_enabled(fast)
         self.whole = self._run(self.pruned, whole)
@@ -261,23 +265,24 @@ class Theorems:
 
     def _last_alone(self) -> list[Tensor]:
         """The gather path's output for the last image alone, of those that keep fewest tokens."""
-        one = self.tensors | {n: v[-1:] for n, v in self.batched().items()}
+        one = self.inputs.of_images(slice(-1, None), self.batch_size).inputs
         sets = tuple(kept[-1:, kept[-1] >= 0] for kept in self.sets)
         return self._output(self.pruned, self._settings_for(sets), one)
 
     def _beside_another(self) -> list[Tensor]:
         """The gather path's output for the one image and, as a second one, its mirror image."""
-        both = {n: torch.cat([v, v.flip(-1)]) for n, v in self.batched().items()}
+        both: dict[str, Any] = {n: torch.cat([v, v.flip(-1)]) for n, v in self.batched().items()}
         pairs = zip(self.sets, self.num_patches, strict=True)
         sets = tuple(torch.cat([kept, patches - 1 - kept.flip(1)]) for kept, patches in pairs)
-        return self._output(self.pruned, self._settings_for(sets), self.tensors | both)
+        both |= {n: v * 2 for n, v in self.inputs.handed.items() if isinstance(v, list | tuple)}
+        return self._output(self.pruned, self._settings_for(sets), self.given | both)
 
     def of_one_image(self) -> "Theorems":
         """The same of the last image alone, if the programs hold for it."""
         if self.batch_size == 1 or self.programs.analysis.batch_bound:
             return self
-        last = {name: value[-1:] for name, value in self.batched().items()}
-        return Theorems(self.model, self.inputs.with_tensors(last), brief=self.brief)
+        last = self.inputs.of_images(slice(-1, None), self.batch_size)
+        return Theorems(self.model, last, brief=self.brief)
 
     def images_alike(self) -> bool:
         """Whether the two images that were beside each other are equal, so that mixing them would
@@ -303,7 +308,7 @@ class Theorems:
         generator = torch.Generator(parameters[0].device).manual_seed(0)
         settings = CallSettings((), sample=True, generator=generator)
         program = self.programs.get(self.host, "mask", whole=True)
-        output, records, *_ = program.run(self.model, settings, **self.tensors)
+        output, records, *_ = program.run(self.model, settings, **self.given)
         loss = sum(t.float().square().mean() for t in tensors_in(output) if t.requires_grad)
         loss = loss + sum(decision.mean() for _, decision in records)
         found = torch.autograd.grad(loss, parameters, allow_unused=True)
@@ -342,7 +347,7 @@ class Theorems:
         return f"{differ} at the output"
 
     def _values(self, program: Program) -> Iterator[tuple[fx.Node, Any]]:
-        inputs = {SETTINGS: self.settings, **self.tensors}
+        inputs = {SETTINGS: self.settings, **self.given}
         for node, value in run(self.model, program.rewrite.graph, inputs):
             origin = program.rewrite.origin(node)
             if origin is not None:

@@ -161,7 +161,7 @@ def _follow(proof: Theorems) -> tuple[list[Leak], list[bool]]:
             taps.extend(_taps(proof.model, node, env, value))
         return value
 
-    inputs = {SETTINGS: proof.settings, **proof.tensors}
+    inputs = {SETTINGS: proof.settings, **proof.given}
     try:
         with requiring_grad(proof.model.parameters(), False), torch.enable_grad():
             *_, (_, returned) = run(proof.model, rewrite.graph, inputs, step)

@@ -59,5 +59,5 @@ def other_rows(proof: Theorems) -> float:
         return source.narrow(dim, source.shape[dim] - rows, rows)
 
     graph = proof.programs.get(proof.host, proof.pruned).rewrite.graph
-    *_, (_, returned) = run(proof.model, graph, {SETTINGS: proof.settings, **proof.tensors}, step)
+    *_, (_, returned) = run(proof.model, graph, {SETTINGS: proof.settings, **proof.given}, step)
     return difference(tensors_in(returned[0]), proof.run_pruned())

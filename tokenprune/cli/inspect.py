@@ -1,11 +1,13 @@
 """`tokenprune inspect`: show the blocks, stages, cost and certificate of a model."""
 
 from dataclasses import asdict
+from itertools import groupby
 from typing import Annotated, Any
 
 import typer
 from torch import nn
 
+from tokenprune.analysis.blocks import Blocks
 from tokenprune.checks.certificate import Certificate
 from tokenprune.checks.verify import verify
 from tokenprune.cli.console import report, say, working
@@ -28,7 +30,7 @@ from tokenprune.recipe.methods import AUTO
 from tokenprune.report.table import Table
 from tokenprune.runtime.model import pruning_of
 
-__all__ = ["certificate_table", "cost_table", "inspect", "stage_table"]
+__all__ = ["certificate_table", "cost_table", "inspect", "sites_of", "sites_table", "stage_table"]
 
 
 def inspect(
@@ -62,9 +64,10 @@ def inspect(
     with working("counting"):
         counted = profile(wrapped)
     kept = pruning.budget.counts(counted.patches_per_stage)
-    tables = [stage_table(pruning.recipe, counted, kept), cost_table(counted)]
+    sites = sites_of(next(iter(pruning.cache)).analysis.blocks)
+    tables = [sites_table(sites), stage_table(pruning.recipe, counted, kept), cost_table(counted)]
     data: dict[str, Any] = {"profile": {**asdict(counted), "ratio": counted.ratio}, "kept": kept}
-    data |= {"adapter": pruning.spec.adapter, "recipe": pruning.recipe.name}
+    data |= {"adapter": pruning.spec.adapter, "recipe": pruning.recipe.name, "sites": sites}
     if proof:
         with working("verifying"):
             certificate = verify(wrapped)
@@ -95,6 +98,34 @@ def _show_spec(host: nn.Module, spec: ArchSpec) -> None:
     ]
     width = max(len(name) for name, _ in rows)
     say("", *(f"{name:<{width}}  {value}" for name, value in rows), "")
+
+
+def sites_of(blocks: Blocks) -> list[dict[str, Any]]:
+    """For each block where in it a stage can be, whether its attention is known, which merging and
+    class attention read, and the shape of its tokens, the batch aside."""
+    return [
+        {
+            "block": number,
+            "places": ["entry", *(["middle"] if block.middle is not None else [])],
+            "attention": block.attention is not None,
+            "tokens": list(block.entry.meta["val"].shape[1:]),
+        }
+        for number, block in sorted(blocks.items())
+    ]
+
+
+def sites_table(sites: list[dict[str, Any]]) -> Table:
+    """The sites, with blocks that are alike in one row."""
+    rows = []
+    for (places, attention, tokens), alike in groupby(
+        sites, lambda site: (site["places"], site["attention"], site["tokens"])
+    ):
+        first, *rest = (site["block"] for site in alike)
+        numbers = f"{first} to {rest[-1]}" if rest else str(first)
+        shape = " x ".join(map(str, tokens))
+        rows.append((numbers, ", ".join(places), "yes" if attention else "no", shape))
+    columns = ("blocks", "a stage can be at", "attention known", "tokens")
+    return Table("Sites", columns, tuple(rows), "Merging and class attention need an attention.")
 
 
 def stage_table(recipe: Recipe, counted: Profile, kept: tuple[int, ...]) -> Table:

@@ -183,7 +183,13 @@ def _check_exportable(
             f"Parameter '{narrow}' of {host} is bfloat16, which onnxruntime cannot run here. "
             "Call model.float() or model.half() first, or export as pt2."
         )
-    if pruning.programs(example).analysis.batch_bound:
+    programs, example = pruning.programs(example), pruning.handing(example)
+    if example.handed:
+        raise ExportError(
+            f"{host} hands {', '.join(example.handed)} on as a list, for a loss "
+            "that no file can hold. Export it without: example_inputs={'pixel_values': images}."
+        )
+    if programs.analysis.batch_bound:
         raise ExportError(
             f"The forward of {host} depends on the batch size, so one file cannot serve all sizes. "
             "Run this model with tokenprune."

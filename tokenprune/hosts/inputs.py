@@ -1,7 +1,7 @@
 """Example inputs: drawn from an adapter's facts, or given by the caller in one of several forms."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -117,8 +117,14 @@ class CallSignature:
             accepts_any=any(p.kind is p.VAR_KEYWORD for p in accepted),
         )
 
-    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Arguments:
-        """The arguments of a call, however they were given, without those that are None anyway.
+    def bind(
+        self,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        handed: Collection[int | str] = (),
+    ) -> Arguments:
+        """The arguments of a call, however they were given, without those that are None anyway;
+        containers of `handed` stay as they are.
 
         Raises:
             HostError: The host takes no such call.
@@ -148,7 +154,7 @@ class CallSignature:
         for name, value in kwargs.items():
             if name not in names:
                 bound[name] = name, value
-        return flatten(self.host, bound)
+        return flatten(self.host, bound, handed)
 
 
 @lru_cache(maxsize=64)
@@ -175,6 +181,8 @@ def named_inputs(
         drawn = draw_inputs(spec, host, batch_size=2)
         unnamed = [drawn.pop(call.rest)] if call.rest in drawn else []  # of `forward(*args)`
         arguments = call.bind(unnamed, drawn)
+    elif isinstance(given, Arguments):
+        arguments = given
     elif isinstance(given, Mapping):
         arguments = call.bind((), given)
     else:

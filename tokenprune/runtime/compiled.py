@@ -19,12 +19,15 @@ from tokenprune.tracing.arguments import Arguments
 from tokenprune.tracing.modes import modes_hold
 from tokenprune.tracing.watched import HOOKS
 
-__all__ = ["Handle", "Seen", "prepare", "refuse_jit_trace", "watched_by_dynamo"]
+__all__ = ["HANDS_ON", "Handle", "Seen", "prepare", "refuse_jit_trace", "watched_by_dynamo"]
 
 
 # Dynamo of torch 2.8 compares an object by `==` only if a function gets it as a constant; that of
 # torch 2.14 compares such an object by its identity. Torch 2.11 compares by `==` in both cases.
 _HANDED_ON = torch.__version__ < "2.11"
+
+
+HANDS_ON = "labels go to a loss that runs for real"
 
 
 class Handle:
@@ -137,7 +140,7 @@ def prepare(
         return f"{type(error).__name__}: {error}"
 
 
-def _prepared(pruning: Any, path: Path, entry: str, arguments: Arguments) -> int:
+def _prepared(pruning: Any, path: Path, entry: str, arguments: Arguments) -> int | str:
     if (now := CallSignature.now(type(pruning.host))) != pruning.call:
         pruning.call = now
         raise HostError(
@@ -148,6 +151,9 @@ def _prepared(pruning: Any, path: Path, entry: str, arguments: Arguments) -> int
     for whole in {False, programs.unread_rows}:  # the latter for calls that return a trace
         programs.get(pruning.host, path, whole)
     pruning.look_at_scorers(path)
+    if pruning.handing(arguments, entry).handed:
+        pruning.seen = Seen(refused=True)
+        return HANDS_ON
     pruning.seen = Seen(programs, pruning.cache, LeafHooks(programs, pruning.host))
     number: int = programs.number
     return number

@@ -21,6 +21,7 @@ from tokenprune.notices import warn_once
 from tokenprune.rewrite.settings import Path
 from tokenprune.runtime.added import added_names
 from tokenprune.runtime.entries import added_later, methods_of
+from tokenprune.runtime.methods import call_method
 from tokenprune.runtime.pruning import Pruning
 from tokenprune.tracing.proxy import ValueProxy
 
@@ -349,7 +350,7 @@ def _pruned(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
     def run(self: PrunedModel, *args: Any, **kwargs: Any) -> Any:
         if not hasattr(self, PRUNING):
             return method(self, *args, **kwargs)
-        return self._pruning.call_method(self, name, args, kwargs)
+        return call_method(self._pruning, self, name, args, kwargs)
 
     return run
 

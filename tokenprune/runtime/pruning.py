@@ -5,7 +5,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from threading import get_ident
-from types import GeneratorType
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from tokenprune.analysis.analysis import analyse
 from tokenprune.analysis.blocks import Blocks
 from tokenprune.analysis.plan import Budget, Plan, bind
-from tokenprune.analysis.reading import NoBlocksError, Reading, prefix_at, settle
+from tokenprune.analysis.reading import Reading, prefix_at, settle
 from tokenprune.errors import HostError, PlanError
 from tokenprune.hosts.inputs import (
     CallSignature,
@@ -34,15 +33,13 @@ from tokenprune.rewrite.settings import PATHS, CallSettings, Path, PathName
 from tokenprune.runtime.added import check_parts, check_place
 from tokenprune.runtime.cache import ProgramCache, Signature, signature_of
 from tokenprune.runtime.children import Children
-from tokenprune.runtime.compiled import Handle, Seen, prepare, refuse_jit_trace, watched_by_dynamo
-from tokenprune.runtime.entries import (
-    BlocksReached,
-    are_stopped,
-    called_in,
-    check_what_follows,
-    run_in,
-    stopped_at,
-    stopping,
+from tokenprune.runtime.compiled import (
+    HANDS_ON,
+    Handle,
+    Seen,
+    prepare,
+    refuse_jit_trace,
+    watched_by_dynamo,
 )
 from tokenprune.runtime.fitted import warn_if_fresh
 from tokenprune.runtime.overrides import NOTHING, Overrides, forced_sets
@@ -50,9 +47,10 @@ from tokenprune.runtime.program import Programs
 from tokenprune.runtime.watch import Watch
 from tokenprune.scorers.protocol import PREDICTORS
 from tokenprune.tracing.arguments import Arguments, as_arguments
+from tokenprune.tracing.as_needed import trace_call
 from tokenprune.tracing.closed import refuse_closed
 from tokenprune.tracing.hook_nodes import hooks_told
-from tokenprune.tracing.host_graph import HostGraph, trace
+from tokenprune.tracing.host_graph import HostGraph
 from tokenprune.tracing.stand_ins import forget_weights, stand_ins
 from tokenprune.tracing.state import buffers_kept, no_autocast_cache
 from tokenprune.tracing.tracer import ONE_AT_A_TIME
@@ -74,6 +72,7 @@ class Pruning:
         budget: How much they keep; `set_keep_ratio` and `set_threshold` replace it.
         call: The arguments of the host's forward.
         restore: Whether outputs that hold tokens come back in place; None refuses such outputs.
+        handed: By method, the arguments whose contents no trace knows (`Arguments.handing`).
         overrides: What `using` forces, by thread.
         entries: The host's other methods that are known to run its blocks.
         example: What it was wrapped with; tensors are on the meta device.
@@ -98,6 +97,7 @@ class Pruning:
     added: dict[str, nn.Module] = field(default_factory=dict)
     compiled: Any = None
     cache: ProgramCache = field(default_factory=ProgramCache)
+    handed: dict[str, frozenset[int | str]] = field(default_factory=dict)
     overrides: dict[int, Overrides] = field(default_factory=dict)
     entries: set[str] = field(default_factory=set)
     watch: Watch = field(default_factory=Watch)
@@ -110,7 +110,16 @@ class Pruning:
     def inputs(self, given: ExampleInputs | None) -> Arguments:
         """The arguments of an example call; drawn if None, for the host as it is now."""
         spec = hints(self.host, self.adapter) if given is None else self.spec
-        return named_inputs(self.call, spec, self.host, given, self.as_wrapped)
+        return self.handing(named_inputs(self.call, spec, self.host, given, self.as_wrapped))
+
+    def handing(self, arguments: Arguments, entry: str = "forward") -> Arguments:
+        """The arguments of a call as its trace takes them."""
+        return arguments.handing(self.handed.get(entry, ()))
+
+    def hands_on(self, args: Sequence[Any], kwargs: Mapping[str, Any], entry: str) -> bool:
+        """Whether a call has an argument whose contents no trace knows."""
+        known, given = self.handed.get(entry, ()), self.call.names[: len(args)]
+        return any(kwargs.get(str(p)) is not None or p in given for p in known)
 
     def as_wrapped(self) -> Arguments:
         """Arguments like those it was wrapped with, of zeros, of the host's size and place now."""
@@ -149,44 +158,6 @@ class Pruning:
         kind = type(self.host).__name__
         self.fitted = warn_if_fresh(kind, self.added, self.method.reduction.removes)
 
-    def call_method(
-        self, model: nn.Module, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> Any:
-        """Call a method that the host has beside its forward; pruned, if it runs its blocks.
-
-        Raises:
-            HostError: In training, what comes after it in the forward must know what was dropped.
-            UnsupportedHostError: It returns tokens, and `restore` was left open.
-        """
-        path = self.path(model.training)
-        if self.runs_host(path):
-            return getattr(self.host, name)(*args, **kwargs)
-        paths = [self.spec.blocks[block] for block in self.plan.blocks]
-        if name not in self.entries:
-            method = getattr(super(type(model), model), name)
-            if are_stopped(self.host.modules()):  # a method that is tried itself calls this one
-                return method(*args, **kwargs)
-            if all(paths):
-                staged = called_in(self.host, paths)
-            else:
-                staged = run_in(self.host, self.programs(self.as_wrapped()), self.plan.blocks)
-            try:
-                with stopped_at(staged):
-                    given = method(*args, **kwargs)
-                return stopping(given, staged, name) if isinstance(given, GeneratorType) else given
-            except BlocksReached:
-                self.entries.add(name)
-        try:
-            if not all(paths):
-                self.programs(CallSignature.now(type(self.host), name).bind(args, kwargs), name)
-            if path == "mask":
-                check_what_follows(self.host, self.programs(self.as_wrapped()), name)
-            return self.run(model, args, kwargs, False, name)
-        except NoBlocksError:  # it may have stopped at a module that blocks share with others
-            if all(paths):
-                raise
-            return getattr(self.host, name)(*args, **kwargs)
-
     def run(
         self,
         model: nn.Module,
@@ -205,6 +176,9 @@ class Pruning:
             return getattr(self.host, entry)(*args, **kwargs)
         refuse_jit_trace(type(self.host).__name__)
         if torch.compiler.is_dynamo_compiling():
+            if self.hands_on(args, kwargs, entry):
+                torch._dynamo.graph_break(msg=HANDS_ON)
+                return self.run_alone(model, args, kwargs, return_trace, entry)
             call = self.call if entry == "forward" else CallSignature.of(type(self.host), entry)
             arguments = call.bind(args, kwargs)
             leaves = arguments.leaves
@@ -219,8 +193,10 @@ class Pruning:
             programs = self.cache.numbered(number, signature)
         else:
             self.look_at_scorers(path)
-            arguments = CallSignature.now(type(self.host), entry).bind(args, kwargs)
+            call = CallSignature.now(type(self.host), entry)
+            arguments = call.bind(args, kwargs, self.handed.get(entry, ()))
             programs = self.programs(arguments, entry)
+            arguments = self.handing(arguments, entry)
         name = self.path_name(path)
         if name == "jagged" and exporting():
             raise PlanError(
@@ -233,7 +209,7 @@ class Pruning:
         hooked = program.hooked and not torch.compiler.is_compiling() and not self.cache.frozen
         check = partial(programs.check_hooks, type(self.host).__name__)
         with hooks_told(check) if hooked else nullcontext():
-            output, records, tokens, real = program.run(model, settings, **arguments.tensors)
+            output, records, tokens, real = program.run(model, settings, **arguments.inputs)
         if hooked:
             check()
         programs.look_after()
@@ -270,6 +246,7 @@ class Pruning:
             UnsupportedHostError: The call cannot be traced, or a node run with fewer tokens.
         """
         host, arguments = self.host, as_arguments(self.call.host, given)
+        arguments = self.handing(arguments, entry)
         signature = signature_of(arguments, entry, host.training)
         found = self.cache.find(signature, host, arguments)
         if found is None:
@@ -299,7 +276,9 @@ class Pruning:
             known = hints(host, self.adapter)  # it may have other blocks, or tokens, now
             if not signature.batch_size:
                 arguments = arguments.with_images()
-            traced = trace(host, arguments, entry, stated=stated_by(host, known))
+            traced, arguments = trace_call(host, arguments, entry, stated=stated_by(host, known))
+            self.handed[entry] = self.handed.get(entry, frozenset()) | arguments.handed_places
+            signature = signature_of(arguments, entry, host.training)
             spec, blocks = settle(host, traced, known, self.reading)
             if host.training:  # noise in front of the blocks hides which tokens are of the image
                 own = ("num_prefix_tokens", "num_suffix_tokens")

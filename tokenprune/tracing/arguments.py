@@ -7,7 +7,7 @@ inputs of a graph; everything else belongs to the signature that the graph is ke
 import keyword
 import re
 from collections import UserDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tokenprune.errors import HostError
 from tokenprune.private import TreeSpec, keystr, tree_flatten_with_path, tree_leaves, tree_unflatten
+from tokenprune.tracing.handed import Handed
 
 __all__ = ["Arguments", "as_arguments", "flatten", "plain_key"]
 
@@ -66,6 +67,53 @@ class Arguments(Mapping[str, Any]):
         """The leaves that are tensors."""
         return {name: leaf for name, leaf in self.leaves.items() if isinstance(leaf, Tensor)}
 
+    @property
+    def handed(self) -> dict[str, Any]:
+        """The containers that are handed on as they are."""
+        return {name: leaf.value for name, leaf in self.leaves.items() if type(leaf) is Handed}
+
+    @property
+    def handed_places(self) -> frozenset[int | str]:
+        """The arguments that they are."""
+        return frozenset(p for p, _, own in self._given() if own and type(self[own[0]]) is Handed)
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What a graph is given."""
+        return {**self.tensors, **self.handed}
+
+    @property
+    def containers(self) -> frozenset[int | str]:
+        """The arguments that are containers of tensors."""
+        held = ((place, own) for place, nested, own in self._given() if nested)
+        return frozenset(p for p, own in held if any(isinstance(self[n], Tensor) for n in own))
+
+    def handing(self, which: Collection[int | str]) -> "Arguments":
+        """The same call, in which these arguments are handed on as they are, if they are
+        containers."""
+        if not which:
+            return self
+        leaves, places = dict[str, Any](), list[Place]()
+        for place, nested, own in self._given():
+            values = [self[name] for name in own]
+            if nested is not None and place in which:
+                leaves[_handed_name(place, leaves)] = Handed(_rebuilt(nested, iter(values)))
+                places.append((place, None))
+            else:
+                leaves |= zip(own, values, strict=True)
+                places.append((place, nested))
+        return Arguments(leaves, tuple(places))
+
+    def names_of(self, place: int | str) -> list[str]:
+        """The leaves of an argument."""
+        return next(own for p, _, own in self._given() if p == place)
+
+    def _given(self) -> Iterator[tuple[int | str, Nested | None, list[str]]]:
+        """The place, the nesting and the names of the leaves of each argument."""
+        names = iter(self.leaves)
+        for place, nested in self.places:
+            yield place, nested, [next(names) for _ in range(_count(nested))]
+
     def with_images(self) -> "Arguments":
         """The arguments of a call with an empty batch, for two images: a trace needs some."""
         batched = {name: x for name, x in self.tensors.items() if x.shape[:1] == (0,)}
@@ -75,16 +123,30 @@ class Arguments(Mapping[str, Any]):
         """The same call with other tensors."""
         return Arguments({**self.leaves, **tensors}, self.places)
 
+    def of_images(self, which: slice, batch_size: int) -> "Arguments":
+        """The same call with some of its images."""
+        batched = {n: x[which] for n, x in self.tensors.items() if x.shape[:1] == (batch_size,)}
+        handed = {n: v for n, v in self.leaves.items() if type(v) is Handed}
+        return self.with_tensors(
+            batched | {n: v.rows(which, batch_size) for n, v in handed.items()}
+        )
+
     def call(self, function: Callable[..., Any], **more: Any) -> Any:
         """`function` called with these arguments, nested as they were."""
-        leaves = iter(self.leaves.values())
+        plain = [leaf.value if type(leaf) is Handed else leaf for leaf in self.leaves.values()]
+        leaves = iter(plain)
         given = [(place, _rebuilt(nested, leaves)) for place, nested in self.places]
         args = [value for place, value in given if isinstance(place, int)]
         return function(*args, **{p: v for p, v in given if isinstance(p, str)}, **more)
 
 
-def flatten(host: str, given: Mapping[int | str, tuple[str, Any]]) -> Arguments:
-    """Flatten the arguments of a call of `host`: position or name -> name for leaves, value.
+def flatten(
+    host: str,
+    given: Mapping[int | str, tuple[str, Any]],
+    handed: Collection[int | str] = (),
+) -> Arguments:
+    """Flatten the arguments of a call of `host`: position or name -> name for leaves, value; those
+    of `handed` stay as they are if they are containers.
 
     Raises:
         HostError: One is neither a tensor nor a plain value, nor a container of such.
@@ -94,6 +156,9 @@ def flatten(host: str, given: Mapping[int | str, tuple[str, Any]]) -> Arguments:
     for place, (name, value) in given.items():
         if isinstance(value, (Tensor, *PLAIN)):
             leaves[_free(name, leaves)] = value
+            places.append((place, None))
+        elif place in handed:
+            leaves[_handed_name(place, leaves)] = Handed(value)
             places.append((place, None))
         else:
             places.append((place, _flattened(host, name, value, leaves)))
@@ -108,7 +173,10 @@ def as_arguments(host: str, given: Arguments | Mapping[str, Any]) -> Arguments:
 
 
 def plain_key(value: Any) -> Any:
-    """What tells a plain value from others: `1`, `1.0` and `True` are three, NaN is itself."""
+    """What tells a plain value from others: `1`, `1.0` and `True` are three, NaN is itself; one
+    that is handed on is as good as another."""
+    if type(value) is Handed:
+        return Handed, type(value.value)
     return type(value), repr(value) if isinstance(value, float | complex) else value
 
 
@@ -165,6 +233,15 @@ def _rebuilt(nested: Nested | None, leaves: Iterator[Any]) -> Any:
     for name, held in value.items():
         object.__setattr__(made, name, held)
     return made
+
+
+def _count(nested: Nested | None) -> int:
+    """How many leaves an argument has."""
+    return 1 if nested is None else sum(map(_count, nested.inner))
+
+
+def _handed_name(place: int | str, taken: Mapping[str, Any]) -> str:
+    return _free(place if isinstance(place, str) else f"argument_{place}", taken)
 
 
 def _free(name: str, taken: Mapping[str, Any]) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 
 from tokenprune.private import FakeTensorMode
+from tokenprune.tracing.handed import HANDED
 from tokenprune.tracing.interpret import Environment, evaluate
 
 __all__ = ["GradientRun"]
@@ -49,5 +50,7 @@ class GradientRun:
     def _step(self, node: fx.Node) -> Any:
         if node.op != "placeholder":
             return evaluate(self.root, node, self._values)
+        if HANDED in node.meta:
+            return None
         tensor: torch.Tensor = node.meta["val"].detach()
         return tensor.requires_grad_(self.example[str(node.target)].requires_grad)

@@ -20,6 +20,7 @@ from tokenprune.tracing.calls import MODULE, ModuleCall, calls_of
 from tokenprune.tracing.contents import in_class
 from tokenprune.tracing.effects import has_effect
 from tokenprune.tracing.guards import Guards
+from tokenprune.tracing.handed import HANDED
 from tokenprune.tracing.hooks import Hooks
 from tokenprune.tracing.names import caches_of
 from tokenprune.tracing.opaque import reason_of
@@ -60,8 +61,9 @@ class HostGraph:
 
     @property
     def inputs(self) -> dict[str, fx.Node]:
-        """Placeholders by the names of the host's arguments."""
-        return {str(node.target): node for node in self.graph.find_nodes(op="placeholder")}
+        """Placeholders of tensors by the names of the host's arguments."""
+        nodes = self.graph.find_nodes(op="placeholder")
+        return {str(node.target): node for node in nodes if HANDED not in node.meta}
 
     def output_of(self, path: str) -> fx.Node | None:
         """What the last call of a module returned; None if it does not run or returns no tensor."""

@@ -7,11 +7,13 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate, map_arg
 
-from tokenprune.private import FakeTensor, active_fake_mode, tree_leaves
+from tokenprune.private import FakeTensor, active_fake_mode, tree_leaves, tree_map
 from tokenprune.tracing.effects import Store
+from tokenprune.tracing.handed import HANDED, HandedProxy
 from tokenprune.tracing.hook_nodes import is_hook_node
 from tokenprune.tracing.hooks import calls_unhooked, unhooked
 from tokenprune.tracing.modes import MODES, entered
@@ -69,17 +71,34 @@ def _called(root: nn.Module, node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
     fake = active_fake_mode() is not None
     if isinstance(node.target, Store) or (fake and is_hook_node(node)):
         return None  # that is for a real call
+    if fake and OPAQUE in node.meta:
+        return _as_returned(node, env)
     if node.op == "call_function":
         ours = fake and any(isinstance(given, nn.Module) for given in args)
         with calls_unhooked() if ours else nullcontext():
             return node.target(*args, **kwargs)  # type: ignore[operator]
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    if fake and OPAQUE in node.meta:  # of the traced shape, for as many images
-        images, traced = tensors_in((args, kwargs))[0].shape[0], node.meta["val"]
-        return traced.new_empty(images, *traced.shape[1:])
     module = root.get_submodule(str(node.target))
     return unhooked(module, args, kwargs) if fake else module(*args, **kwargs)
+
+
+def _as_returned(node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
+    """What an opaque module returned in the trace, for as many images as there are now."""
+    batch = node.meta[OPAQUE].batch_size
+    given = [(n.meta["val"], env[n]) for n in node.all_input_nodes]
+    tensors = [(was, now) for was, now in given if isinstance(now, Tensor)]
+    images = next((len(now) for was, now in tensors if was.shape[:1] == (batch,)), batch)
+    learns = torch.is_grad_enabled() and any(now.requires_grad for _, now in tensors)
+
+    def alike(traced: Any) -> Any:
+        if not isinstance(traced, Tensor):
+            return traced
+        rows = (images,) if traced.shape[:1] == (batch,) else traced.shape[:1]
+        made = traced.new_empty((*rows, *traced.shape[1:]))
+        return made.requires_grad_(learns and made.is_floating_point())
+
+    return tree_map(alike, node.meta["val"])
 
 
 def run(
@@ -97,7 +116,8 @@ def run(
     env: Environment = {}
     for node in graph.nodes:
         if node.op == "placeholder":
-            env[node] = inputs[node.target]
+            known = HANDED not in node.meta or node.target in inputs
+            env[node] = inputs[node.target] if known else None
         elif node.op == "output":
             yield node, map_arg(node.args[0], env.__getitem__)
             return
@@ -113,7 +133,7 @@ def run_again(
     root: nn.Module,
     graph: fx.Graph,
     inputs: Mapping[str, Any],
-    module: nn.Module,
+    module: Callable[..., Any],
     args: Any,
     kwargs: Any,
 ) -> Any:
@@ -126,6 +146,7 @@ def run_again(
     known = dict(run(root, graph, inputs, step))
 
     def real(argument: Any) -> Any:
-        return known[argument.node] if type(argument) is ValueProxy else argument
+        proxied = type(argument) in (ValueProxy, HandedProxy)
+        return known[argument.node] if proxied else argument
 
     return module(*map_aggregate(args, real), **map_aggregate(kwargs, real))

@@ -28,6 +28,7 @@ __all__ = [
     "names_of",
     "none_in",
     "none_of_gradients",
+    "numbers_in",
     "of_itself",
     "of_tensor",
     "registered",
@@ -45,6 +46,11 @@ def items(children: dict[str, nn.Module], _name: str, _absent: Any) -> list[Any]
 def of_tensor(table: dict[str, Tensor], name: str, _absent: Any) -> Any:
     tensor = table[name]
     return OF_TENSOR(tensor), _class_of_host(type(tensor))
+
+
+def numbers_in(table: dict[str, Tensor], name: str, absent: Any) -> Any:
+    tensor = table.get(name)
+    return absent if tensor is None or tensor.is_meta else (tensor.shape, tensor.tolist())
 
 
 def _class_of_host(cls: type) -> type | None:

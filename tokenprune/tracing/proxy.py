@@ -8,7 +8,7 @@ inputs that give the same.
 
 import operator
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import fx
@@ -17,7 +17,7 @@ from tokenprune.tracing.asked import GETATTR
 from tokenprune.tracing.effects import IN_PLACE
 from tokenprune.tracing.modes import LAYOUT, MARKS
 
-__all__ = ["CLASS", "ValueProxy", "concrete"]
+__all__ = ["CLASS", "ArrayReadError", "ValueProxy", "concrete"]
 
 # What are constants of a trace, beside flags: they belong to the signature a graph is kept under.
 CONSTANTS = frozenset(
@@ -34,6 +34,10 @@ OF_STEPS = frozenset({"grad", "_version", "_base", "data_ptr", "untyped_storage"
 
 CLASS = "its class"  # no name that Python could write
 """Key in the `meta` of an input or a weight of a class derived from Tensor: that class."""
+
+
+class ArrayReadError(NotImplementedError):
+    """Python makes an array of NumPy's of what a tensor holds."""
 
 
 class ValueProxy(fx.Proxy):
@@ -81,6 +85,8 @@ class ValueProxy(fx.Proxy):
         if name.startswith("__") and name.endswith("__"):
             raise AttributeError(name)  # protocols that the value must not seem to answer
         tracer: Any = self.tracer
+        if name == "numpy" and isinstance(self.val, torch.Tensor):
+            self.__array__()
         if name in OF_STEPS and isinstance(self.val, torch.Tensor):
             raise NotImplementedError(
                 f"`{name}` of a tensor, which is another in every step; read it outside of forward"
@@ -113,6 +119,9 @@ class ValueProxy(fx.Proxy):
 
     def __bool__(self) -> bool:
         return bool(self._specialize(bool))
+
+    def __array__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise ArrayReadError("an array of NumPy's, made of a tensor")
 
     def __int__(self) -> int:
         return int(self._specialize(int))

@@ -63,6 +63,14 @@ class Generators:
             if _state(generator) != state:
                 _set_state(generator, state)
 
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Give them their states back afterwards."""
+        try:
+            yield
+        finally:
+            self.restore()
+
     def first_draw(self, call: Callable[[], Any]) -> Drawn | None:
         """The first line of the host that moves a generator in `call`, which may fail; None if
         none does.

@@ -2,7 +2,7 @@
 
 import builtins
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from io import IOBase
@@ -62,6 +62,7 @@ class Reads:
         inherited: (id, name) of what came from an object's class.
         children: (id, name) -> the child module.
         tensors: (id, name) of parameters and buffers, and of tensors that are plain attributes.
+        deciding: (id, name) of buffers whose values Python asked for.
         missing: (id, name) of what was asked for and is not there (`hasattr`).
         tables: (id of a module, which of torch's tables) -> the names in it.
         leaves: id -> module of torch's that is one node.
@@ -84,6 +85,7 @@ class Reads:
         self.inherited: dict[tuple[int, str], None] = {}
         self.children: dict[tuple[int, str], nn.Module | None] = {}
         self.tensors: dict[tuple[int, str], None] = {}
+        self.deciding: dict[tuple[int, str], None] = {}
         self.missing: dict[tuple[int, str], None] = {}
         self.leaves: dict[int, nn.Module] = {}
         self.held: dict[int, Any] = {}
@@ -184,6 +186,13 @@ class Reads:
         else:
             self.lacked(owner, name)
 
+    def decides(self, buffers: Iterable[tuple[nn.Module, str]]) -> None:
+        """Record that Python decides by what buffers hold."""
+        for owner, name in buffers:
+            owner = original(owner)
+            self.objects[id(owner)] = owner
+            self.deciding[id(owner), name] = None
+
     def shared(self) -> list[list[tuple[nn.Module, str]]]:
         """The attributes that hold one tensor, of which one was read: a trace reads it in one
         place."""
@@ -209,6 +218,13 @@ class Reads:
     def forget(self, of_trace: Callable[[Any], bool]) -> None:
         """Leave out values that hold something of the trace: the forward had written those."""
         self.values = {key: value for key, value in self.values.items() if not of_trace(value)}
+
+    def forget_made(self, modules: Iterable[nn.Module]) -> None:
+        """Leave out what modules hold that the forward itself has made: it makes others next."""
+        made = {id(module) for module in modules}
+        for kind in ("values", "tensors", "missing", "children", "tables"):
+            known = getattr(self, kind).items()
+            setattr(self, kind, {key: value for key, value in known if key[0] not in made})
 
     def _add(self, owner: Any, name: str, value: Any) -> None:
         # in its own forward, which runs in each call: a stand-in reads there

@@ -20,6 +20,7 @@ __all__ = ["calls_recorded"]
 
 MODULE_CALL = nn.Module.__call__
 MODULE_GETATTR = nn.Module.__getattr__
+MODULE_INIT = nn.Module.__init__
 
 
 class Recorder(Protocol):
@@ -27,6 +28,7 @@ class Recorder(Protocol):
 
     caller: State
     reads: Reads
+    made: list[nn.Module]
 
     @property
     def elsewhere(self) -> bool: ...
@@ -71,13 +73,19 @@ def calls_recorded(tracer: Recorder, known: Reached) -> Iterator[None]:
             tracer.reads.registered(module, name, value)
         return handed(value)
 
+    def made(module: nn.Module, *args: Any, **kwargs: Any) -> None:
+        if not tracer.executing:
+            tracer.made.append(module)
+        MODULE_INIT(module, *args, **kwargs)
+
     def handed(value: Any) -> Any:
         recorded = isinstance(value, torch.Tensor) and not tracer.executing
         return tracer.attribute_proxy(value) if recorded else value
 
     calls = mock.patch.object(nn.Module, "__call__", call)
     attributes = mock.patch.object(nn.Module, "__getattr__", getattribute)
+    makes = mock.patch.object(nn.Module, "__init__", made)
     reads = tracer.reads.recorded(known, lambda: tracer.elsewhere, tracer.runs_itself, handed)
     caller = torch.set_grad_enabled(tracer.caller.grad)  # a host may set it and leave it so
-    with caller, calls, attributes, reads, functions_recorded(tracer):  # type: ignore[arg-type]
+    with caller, calls, attributes, makes, reads, functions_recorded(tracer):  # type: ignore[arg-type]
         yield

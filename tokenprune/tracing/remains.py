@@ -9,7 +9,7 @@ from types import CellType, CodeType
 from typing import Any, cast
 from weakref import ref
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from tokenprune.private import tree_leaves
 from tokenprune.tracing.contents import ABSENT, slots_of
@@ -22,12 +22,13 @@ from tokenprune.tracing.counters import (
     trims,
 )
 from tokenprune.tracing.effects import Add, Count, Delete, Refill, Store, of_content, refill
+from tokenprune.tracing.handed import HandedProxy
 from tokenprune.tracing.names import Reached
 from tokenprune.tracing.provenance import Provenance
 from tokenprune.tracing.proxy import ValueProxy, concrete
 from tokenprune.tracing.state import Kept, Written
 
-__all__ = ["CannotRepeatError", "Remains", "nodes_in", "remains_of", "taken_out"]
+__all__ = ["CannotRepeatError", "Remains", "let_go", "nodes_in", "remains_of", "taken_out"]
 
 Place = tuple[int, str]
 """The id of a module, and the name of an attribute."""
@@ -100,7 +101,15 @@ def remains_of(
 
 def nodes_in(value: Any) -> set[fx.Node]:
     """The nodes of the proxies in containers."""
-    return {leaf.node for leaf in tree_leaves(value) if type(leaf) is ValueProxy}
+    proxies = (leaf for leaf in tree_leaves(value) if type(leaf) in (ValueProxy, HandedProxy))
+    return {proxy.node for proxy in proxies}
+
+
+def let_go(module: nn.Module) -> None:
+    """Take proxies out of a module that a forward has made, which something may still know."""
+    for held in (module._parameters, module._buffers, vars(module)):
+        for name in [name for name, value in held.items() if nodes_in(value)]:
+            del held[name]
 
 
 def taken_out(proxies: Iterable["ref[ValueProxy]"]) -> Provenance | None:

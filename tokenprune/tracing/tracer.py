@@ -10,6 +10,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from types import CodeType
 from typing import Any, cast
 
@@ -17,11 +18,7 @@ import torch
 from torch import fx, nn
 from torch.fx.node import map_aggregate
 
-from tokenprune.private import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-)
+from tokenprune.private import FakeTensorMode, tree_map
 from tokenprune.tracing.arguments import Arguments
 from tokenprune.tracing.calls import NUMBER, RecordedCall
 from tokenprune.tracing.checkpoints import CHECKPOINT, Checkpoint, checkpoints_recorded
@@ -31,15 +28,17 @@ from tokenprune.tracing.draws import DrawRead, is_drawn, possible_number
 from tokenprune.tracing.finite import answer
 from tokenprune.tracing.functions import calls_let_through
 from tokenprune.tracing.gradients import GradientRun
+from tokenprune.tracing.handed import HANDED, HandedProxy
 from tokenprune.tracing.hooks import (
     Hooks,
     after_host_hooks,
     before_host_hooks,
-    between_hooks,
     next_hook,
     unhooked,
 )
-from tokenprune.tracing.interpret import run_again, tensor_attribute, tensors_in
+from tokenprune.tracing.inside import NEEDS_VALUES, inside
+from tokenprune.tracing.interpret import tensor_attribute, tensors_in
+from tokenprune.tracing.kept_values import buffers_behind, value_of_buffers
 from tokenprune.tracing.modes import (
     MODES,
     REQUIRES_GRAD,
@@ -52,14 +51,12 @@ from tokenprune.tracing.modes import (
 )
 from tokenprune.tracing.names import Reached, as_function, compared_types, reached_by
 from tokenprune.tracing.node_arguments import argument_of
-from tokenprune.tracing.opaque import DATA_DEPENDENT, OPAQUE, REASON, as_traced, reason_of
 from tokenprune.tracing.outside import named_by, outside_noted
 from tokenprune.tracing.provenance import Provenance, failed_at, frame_of_host
 from tokenprune.tracing.proxy import ValueProxy, concrete
-from tokenprune.tracing.randomness import torch_generators_kept
 from tokenprune.tracing.reads import Reads
 from tokenprune.tracing.recording import calls_recorded
-from tokenprune.tracing.remains import Remains, nodes_in, remains_of, taken_out
+from tokenprune.tracing.remains import Remains, let_go, nodes_in, remains_of, taken_out
 from tokenprune.tracing.stand_ins import fake_near, fake_of, mark
 from tokenprune.tracing.state import attributes_kept, empty_caches
 
@@ -67,7 +64,6 @@ __all__ = ["ValueTracer"]
 
 # Tracing patches torch for the whole process; calls of other threads pass through the patches.
 ONE_AT_A_TIME = threading.RLock()
-NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 
@@ -89,6 +85,7 @@ class ValueTracer(fx.Tracer):
         self.specialized: list[fx.Node] = []
         self.reads = Reads()
         self.functions: list[Any] = []
+        self.made: list[nn.Module] = []
         self._ran: dict[CodeType, dict[str, Any]] = {}
         self.left = Remains()
         self.calls: list[RecordedCall] = []
@@ -102,7 +99,7 @@ class ValueTracer(fx.Tracer):
         self._attributes: dict[str, ValueProxy] = {}
         self._modules_entered = [""]
         self._failed_in = ""
-        self._example: Mapping[str, Any] = {}
+        self.example: Mapping[str, Any] = {}
         self._reads_draws = False
         self._count = 0
         self._proxies: list[weakref.ref[ValueProxy]] = []
@@ -115,9 +112,9 @@ class ValueTracer(fx.Tracer):
 
     def record(self, forward: Callable[..., Any], example: Arguments) -> fx.Graph:
         """Trace a call of `forward`: tensors become inputs, other values are specialized on."""
-        self._example = tensors = example.tensors
+        self.example = example.inputs
         self.reads.inherits(self.root, forward.__name__)
-        inputs = self._inputs(tensors)
+        inputs = self._inputs(example)
         with ONE_AT_A_TIME, attributes_kept(self.root) as kept:
             empty_caches(self.root)
             checkpoints, outside = checkpoints_recorded(self), outside_noted(self.reads.asked)
@@ -126,6 +123,9 @@ class ValueTracer(fx.Tracer):
                 output = example.with_tensors(inputs).call(forward)
                 result = self.create_arg(output)
             self.reads.forget(lambda value: bool(nodes_in(value)))
+            self.reads.forget_made(self.made)
+            for module in self.made:
+                let_go(module)
             self.functions = [forward, *self.reads.functions()]
             self.functions += [as_function(*ran) for ran in (self._ran | self.reads.ran).items()]
             reached = Reached(self.functions)
@@ -143,13 +143,17 @@ class ValueTracer(fx.Tracer):
             self.create_node("output", "output", (result,), {})
         return self.graph
 
-    def _inputs(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    def _inputs(self, example: Arguments) -> dict[str, Any]:
         """Placeholders; what is one tensor is one proxy for the host's code."""
-        inputs = dict[str, Any]()
+        inputs, tensors = dict[str, Any](), example.tensors
         for name, tensor in tensors.items():
             proxy = self.create_proxy("placeholder", name, (), {}, tensor)
             mark(proxy.node, tensor)
             inputs[name] = next((inputs[n] for n in inputs if tensors[n] is tensor), proxy)
+        for name, value in example.handed.items():
+            node = self.create_node("placeholder", name, (), {})
+            node.meta |= {"val": None, HANDED: type(value)}
+            inputs[name] = HandedProxy(node)
         return inputs
 
     @property
@@ -163,7 +167,7 @@ class ValueTracer(fx.Tracer):
         return self._executing or self.elsewhere
 
     @contextmanager
-    def _unrecorded(self) -> Iterator[None]:
+    def unrecorded(self) -> Iterator[None]:
         """Values are computed without gradients, and all of them as tensors of one kind."""
         was, self._executing = self._executing, True
         moved = torch.is_inference_mode_enabled() != self.caller.inference
@@ -180,15 +184,15 @@ class ValueTracer(fx.Tracer):
     def lacks(self, node: fx.Node, name: str) -> None:
         """Python asked a tensor for a mark that it does not have."""
         if node.op == "get_attr" and not self.executing:
-            with self._unrecorded():
+            with self.unrecorded():
                 self.reads.lacked(tensor_attribute(self.root, str(node.target)), name)
 
     def note_ambient(self, name: str) -> None:
         """Python reads or changes a mode of torch, or asks about the inputs, so the trace holds
         for what the caller has."""
         of_mode = name in State._fields
-        with self._unrecorded():
-            now = getattr(self.caller, name) if of_mode else of_call(name, self.root, self._example)
+        with self.unrecorded():
+            now = getattr(self.caller, name) if of_mode else of_call(name, self.root, self.example)
         self.ambient[name] = now
 
     @contextmanager
@@ -207,9 +211,9 @@ class ValueTracer(fx.Tracer):
         for name in ("grad", "inference", REQUIRES_GRAD):
             self.note_ambient(name)
         if self._gradients is None:
-            known = (self.root, self.graph, self.fake_mode, self._example, self.caller.grad)
+            known = (self.root, self.graph, self.fake_mode, self.example, self.caller.grad)
             self._gradients = GradientRun(*known)
-        with self._unrecorded():
+        with self.unrecorded():
             return self._gradients.value(node)
 
     def attribute_proxy(self, tensor: torch.Tensor) -> Any:
@@ -229,10 +233,10 @@ class ValueTracer(fx.Tracer):
         """A node that looks up what no module has as a tensor or child of its own."""
         name = f"constant {id(thing)}"
         if name not in self._attributes:
-            with self._unrecorded():
+            with self.unrecorded():
                 place = find(self.root, thing)
             found = look_up(self, thing, place)
-            with self._unrecorded():
+            with self.unrecorded():
                 tensor = isinstance(thing, torch.Tensor)
                 found.node.meta["val"] = fake_of(self.fake_mode, thing) if tensor else thing
             self._attributes[name] = found
@@ -249,10 +253,22 @@ class ValueTracer(fx.Tracer):
             raise DrawRead()
         self.specialized.append(node)
         try:
-            with self._unrecorded():
+            with self.unrecorded():
                 return convert(node.meta["val"])
         except NEEDS_VALUES as error:
-            raise (DrawRead() if is_drawn(node) else error) from error
+            found = self._of_buffers(node, convert)
+            if found is None:
+                raise (DrawRead() if is_drawn(node) else error) from error
+            return found
+
+    def _of_buffers(self, node: fx.Node, convert: Callable[[Any], Any]) -> Any:
+        """The value of a node that is computed from settings which the host keeps in buffers."""
+        with self.unrecorded():
+            behind = buffers_behind(self.root, node)
+            if behind is None:
+                return None
+            self.reads.decides(behind)
+            return convert(value_of_buffers(self.root, node))
 
     def proxy(self, node: fx.Node) -> ValueProxy:
         made = ValueProxy(node, self)
@@ -279,19 +295,23 @@ class ValueTracer(fx.Tracer):
             known = answer(proxy.node, self.create_node) if target == "item" else None
             if known is not None:
                 return known
+            found = self._of_buffers(proxy.node, lambda v: v) if target == "item" else None
+            if found is not None:
+                proxy.node.meta["val"] = found
+                return proxy
             if target != "item" or number is None:
                 raise (DrawRead() if is_drawn(proxy.node) else error) from error
             proxy.node.meta["val"], self._reads_draws = number, True
         return proxy
 
     def _evaluate(self, kind: str, target: Any, args: Args, kwargs: Kwargs, value: Any) -> Any:
-        with self._unrecorded():
+        with self.unrecorded():
             if kind == "get_attr":
                 value = tensor_attribute(self.root, target)
             if value is not None:
-                near = next(iter(self._example.values()), value)
-                tensor = isinstance(value, torch.Tensor)
-                return fake_near(self.fake_mode, value, near) if tensor else value
+                near = next(iter(self.example.values()), value)
+                fake = partial(fake_near, self.fake_mode, example=near)
+                return tree_map(lambda v: fake(v) if isinstance(v, torch.Tensor) else v, value)
             args, kwargs = map_aggregate(args, concrete), map_aggregate(kwargs, concrete)
             with self.fake_mode:
                 if kind == "call_function":
@@ -320,7 +340,7 @@ class ValueTracer(fx.Tracer):
         return node
 
     def create_arg(self, a: Any) -> Any:
-        if type(a) is ValueProxy:
+        if type(a) in (ValueProxy, HandedProxy):
             return a.node
         unnamed = isinstance(a, nn.Module) and a not in self._paths
         if unnamed or isinstance(a, torch.Tensor | torch.Generator):
@@ -336,8 +356,7 @@ class ValueTracer(fx.Tracer):
     ) -> Any:
         path = self._paths.get(m)
         if path is None:  # in a list, or made inside forward (a loss): its own calls are recorded
-            self.opened[m] = None
-            return between_hooks(self, m, type(m).__name__, forward, args, kwargs)
+            return inside(self, m, None, forward, args, kwargs)
         start = self._count
         self._modules_entered.append(path)
         try:
@@ -348,7 +367,7 @@ class ValueTracer(fx.Tracer):
                 before_host_hooks(self.hooks, m, args, kwargs)
                 after_host_hooks(self.hooks, m, args, kwargs, output)
             else:
-                output = self._inside(m, path, forward, args, kwargs)
+                output = inside(self, m, path, forward, args, kwargs)
             self._failed_in = ""
         except Exception:
             self._failed_in = self._failed_in or path
@@ -359,33 +378,13 @@ class ValueTracer(fx.Tracer):
         self.calls.append(RecordedCall.of(path, given, output, start, self._count))
         return output
 
-    def _inside(
-        self, m: nn.Module, path: str, forward: Callable[..., Any], args: Args, kwargs: Kwargs
-    ) -> Any:
-        """Trace through a module; or make it one node, if its code decides by what tensors hold
-        and it returns one tensor with a row for each image."""
-        if m is self.root:
-            return forward(*args, **kwargs)
-        start, specialized, checkpoint = self._count, len(self.specialized), self._checkpoint
-        try:
-            self.opened[m] = None
-            return between_hooks(self, m, path, forward, args, kwargs)
-        except NEEDS_VALUES as error:
-            reason = reason_of(error) or DATA_DEPENDENT
-            refusal = failed_at(error, self._failed_in or path)
-            self._forget(start, specialized)
-            self._checkpoint = checkpoint
-            with self._unrecorded(), torch_generators_kept():
-                value = run_again(self.root, self.graph, self._example, m, args, kwargs)
-            first = next(v for v in self._example.values() if isinstance(v, torch.Tensor))
-            if not isinstance(value, torch.Tensor) or value.shape[:1] != first.shape[:1]:
-                raise
-        output = self.create_proxy("call_module", path, args, kwargs, value)
-        output.node.meta |= {OPAQUE: refusal, REASON: reason}
-        return self.create_proxy("call_function", as_traced, (output, tuple(value.shape[1:])), {})
+    def so_far(self) -> tuple[int, int, Checkpoint | None]:
+        """How much is recorded."""
+        return self._count, len(self.specialized), self._checkpoint
 
-    def _forget(self, start: int, specialized: int) -> None:
-        """Take back what was recorded from node number `start` on."""
+    def forget_since(self, before: tuple[int, int, Checkpoint | None]) -> None:
+        """Take back what was recorded since then (`so_far`)."""
+        start, specialized, self._checkpoint = before
         for node in reversed(self.graph.nodes):
             if node.meta[NUMBER] < start:
                 break
@@ -395,6 +394,6 @@ class ValueTracer(fx.Tracer):
         self.calls = [call for call in self.calls if call.start < start]
         del self.specialized[specialized:]
 
-    def failed_at(self, error: BaseException) -> Provenance:
-        """The line of the host's source that led to `error`."""
-        return failed_at(error, self._failed_in)
+    def failed_at(self, error: BaseException, path: str | None = None) -> Provenance:
+        """The line of the host's source that led to `error`, in the call of a module."""
+        return failed_at(error, self._failed_in or path or "")

@@ -143,6 +143,9 @@ def _read(reads: Reads, functions: Iterable[Any]) -> Iterator[Watched]:
     for (owner_id, name), child in reads.children.items():
         owner = reads.objects[owner_id]
         yield Watched(owner, dict.get, owner._modules, name, child)
+    for owner_id, name in reads.deciding:
+        held = reads.objects[owner_id]._buffers
+        yield Watched(held, looks.numbers_in, held, name, looks.numbers_in(held, name, ABSENT))
     for owner_id, name in reads.tensors:
         owner = reads.objects[owner_id]
         places = {kind: getattr(owner, kind, {}) for kind in WHOLE if kind != "_modules"}
