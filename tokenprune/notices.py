@@ -13,7 +13,10 @@ from tokenprune.errors import TokenPruneWarning
 __all__ = ["warn_once", "was_given"]
 
 _given: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
-_NOT_THE_CALLER = (str(Path(__file__).parent), str(Path(torch.__file__).parent))
+_NOT_THE_CALLER = (
+    *(str(Path(__file__).parent), str(Path(torch.__file__).parent)),
+    "<tokenprune program",  # as `runtime.function` names them
+)
 
 
 def was_given(model: nn.Module, name: str) -> bool:

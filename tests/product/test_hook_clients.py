@@ -152,6 +152,7 @@ def test_torch_fx_is_refused(model: Any, tracer: Any) -> None:
 
 
 # torch says so of every tensor that goes over a break of a compiled graph
+@pytest.mark.filterwarnings("ignore:hook ")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_a_compiled_model_runs_hooks_that_come_and_go(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(config, "jaxtyping_disable", True)  # the shape checks break the graphs

@@ -156,6 +156,7 @@ class _Twice(nn.Module):
         return 2 * self.block(0.5 * x)
 
 
+@pytest.mark.filterwarnings("ignore:hook ")
 @pytest.mark.parametrize("path", ["mask", "gather"])
 def test_what_hooks_return_goes_on(toy: Toy, model: Any, path: str) -> None:
     written = copy.deepcopy(model._pruning.host)
@@ -311,6 +312,7 @@ def test_hooks_that_are_always_called_are_called_after_an_error(
     assert seen == ["attn", "block"]
 
 
+@pytest.mark.filterwarnings("ignore:hook ")
 def test_copies_have_hooks_of_their_own(toy: Toy, model: Any) -> None:
     inputs = toy.inputs()
     plain = output(model, "gather", inputs)

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from tokenprune.checks.certificate import Certificate, Check
 from tokenprune.checks.enliven import enliven, enlivened_inputs
@@ -78,6 +79,7 @@ def _verify(
             checks += told.checks(proof)
         else:
             checks += _on_a_copy(proof, gradients)
+    pruning.proven_hooks = RemovableHandle.next_id
     return Certificate(
         host=type(model).__name__,
         adapter=pruning.spec.adapter,

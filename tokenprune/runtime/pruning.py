@@ -3,12 +3,12 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
 from threading import get_ident
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from tokenprune.analysis.analysis import analyse
 from tokenprune.analysis.blocks import Blocks
@@ -42,6 +42,7 @@ from tokenprune.runtime.compiled import (
     watched_by_dynamo,
 )
 from tokenprune.runtime.fitted import warn_if_fresh
+from tokenprune.runtime.hooked import HooksOfCall
 from tokenprune.runtime.overrides import NOTHING, Overrides, forced_sets
 from tokenprune.runtime.program import Programs
 from tokenprune.runtime.watch import Watch
@@ -75,6 +76,7 @@ class Pruning:
         handed: By method, the arguments whose contents no trace knows (`Arguments.handing`).
         overrides: What `using` forces, by thread.
         entries: The host's other methods that are known to run its blocks.
+        proven_hooks: Hooks of smaller numbers were there when it was wrapped or verified.
         example: What it was wrapped with; tensors are on the meta device.
         asked: What the host said by then that it takes.
         added: What `wrap` added, by name: children of the wrapped model alone.
@@ -100,6 +102,7 @@ class Pruning:
     handed: dict[str, frozenset[int | str]] = field(default_factory=dict)
     overrides: dict[int, Overrides] = field(default_factory=dict)
     entries: set[str] = field(default_factory=set)
+    proven_hooks: int = field(default_factory=lambda: RemovableHandle.next_id)
     watch: Watch = field(default_factory=Watch)
     fitted: bool = False
 
@@ -207,11 +210,11 @@ class Pruning:
         program = programs.get(self.host, name, whole=return_trace)
         settings = self.settings(path, programs, arguments, model.training)
         hooked = program.hooked and not torch.compiler.is_compiling() and not self.cache.frozen
-        check = partial(programs.check_hooks, type(self.host).__name__)
-        with hooks_told(check) if hooked else nullcontext():
+        hooks = HooksOfCall(self.host, programs, self.proven_hooks)
+        with hooks_told(hooks) if hooked else nullcontext():
             output, records, tokens, real = program.run(model, settings, **arguments.inputs)
         if hooked:
-            check()
+            hooks.done()
         programs.look_after()
         if settings.sample and not torch.compiler.is_compiling():
             scorers, decisions = model.get_submodule(PREDICTORS), [kept for _, kept in records]

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial, wraps
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, fx, nn
@@ -27,18 +27,40 @@ from tokenprune.errors import HostError
 from tokenprune.notices import warn_once
 from tokenprune.tracing.structure import Structure
 
-__all__ = ["After", "Before", "Call", "closing", "hooks_told", "is_hook_node", "passed"]
+__all__ = [
+    "After",
+    "Before",
+    "Call",
+    "Hook",
+    "Told",
+    "closing",
+    "hooks_told",
+    "is_hook_node",
+    "name_of",
+    "passed",
+]
 
 Hook = Callable[..., Any]
+State = list[tuple[int, int]]
+
+
+class Told(Protocol):
+    """Who is told what hooks do in a call."""
+
+    def before(self, module: nn.Module) -> None:
+        """Pre-hooks of a module have run."""
+
+    def changed(self, number: int, path: str, hook: Hook) -> None:
+        """A hook of this number, of the module at a path, has changed values."""
 
 
 class _OpenCalls(threading.local):
     """Records of hooked modules that are running in this thread, outermost first; and who is told
-    of each whose pre-hooks have run."""
+    of their hooks."""
 
     def __init__(self) -> None:
         self.records: list[Record] = []
-        self.told: list[Callable[[nn.Module], None]] = []
+        self.told: list[Told] = []
 
 
 OPEN = _OpenCalls()
@@ -127,12 +149,18 @@ class _Node:
             if leaves[place] is not leaves[first]:
                 self._refuse(hook, "made two tensors of one", _said(leaves[first]), "two")
 
+    def tell_changed(self, was: State, leaves: Sequence[Any], number: int, hook: Hook) -> None:
+        """Tell of a hook that returned other tensors, or wrote into those that it was given."""
+        for told in OPEN.told[-1:]:
+            if _state(leaves) != was:
+                told.changed(number, self.call.path, hook)
+
     def _refuse(self, hook: Hook, what: str, before: Any, after: Any) -> NoReturn:
         raise HostError(
-            f"A hook of module '{self.call.path}' ({_name(hook)}) {what}: {before} became {after}. "
-            "A pruned model runs what was traced with the shapes, types and flags that the host "
-            "gives; a hook may change values. Remove the hook, change the host itself, or run "
-            "dense: model.using('dense')."
+            f"A hook of module '{self.call.path}' ({name_of(hook)}) {what}: {before} became "
+            f"{after}. A pruned model runs what was traced with the shapes, types and flags that "
+            "the host gives; a hook may change values. Remove the hook, change the host itself, or "
+            "run dense: model.using('dense')."
         )
 
 
@@ -150,6 +178,7 @@ class Before(_Node):
         called = _called(self.call, *known)
         for number, hook in called:
             given: Any
+            was = _state(leaves)
             if number in module._forward_pre_hooks_with_kwargs:
                 given = hook(module, args, kwargs)
                 if given is not None:
@@ -158,8 +187,9 @@ class Before(_Node):
                 args = given if isinstance(given, tuple) else (given,)
             leaves = self.checked((args, kwargs), leaves, hook)
             self.check_same(leaves, hook)
-        for tell in OPEN.told[-1:] if called else ():
-            tell(module)
+            self.tell_changed(was, leaves, number, hook)
+        for told in OPEN.told[-1:] if called else ():
+            told.before(module)
         running: Any = module
         full, pre = running._get_backward_hooks()[0], running._get_backward_pre_hooks()
         if full or pre:
@@ -190,10 +220,12 @@ class After(_Node):
         record.result = result
         for number, hook in _called(self.call, *_forward_hooks(module)):
             record.ran.add(number)
+            was = _state(leaves)
             given = _call_forward(record, number, hook)
             if given is not None:
                 record.result = given
             leaves = self.checked(record.result, leaves, hook)
+            self.tell_changed(was, leaves, number, hook)
         result, backward = record.result, record.backward
         if backward is not None:
             if not isinstance(result, Tensor | tuple):
@@ -221,9 +253,9 @@ def is_hook_node(node: fx.Node) -> bool:
 
 
 @contextmanager
-def hooks_told(tell: Callable[[nn.Module], None]) -> Iterator[None]:
-    """Call `tell` with each module of this thread whose pre-hooks have run."""
-    OPEN.told.append(tell)
+def hooks_told(told: Told) -> Iterator[None]:
+    """Tell what hooks do in the calls of this thread."""
+    OPEN.told.append(told)
     try:
         yield
     finally:
@@ -285,6 +317,12 @@ def _call_always(record: Record) -> None:
             )
 
 
+def _state(leaves: Sequence[Any]) -> State:
+    """Which tensors these are, and how often each was written to, as far as torch counts it."""
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    return [(id(x), 0 if x.is_inference() else x._version) for x in tensors]
+
+
 def _form(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.shape, tensor.dtype
 
@@ -303,7 +341,8 @@ def _shapes(value: Any) -> str:
     return type(value).__name__
 
 
-def _name(hook: Hook) -> str:
+def name_of(hook: Hook) -> str:
+    """The file and the name of a hook's function."""
     function = getattr(hook, "func", hook)
     name = getattr(function, "__qualname__", type(function).__qualname__)
     return f"{getattr(function, '__module__', '?')}.{name}"
