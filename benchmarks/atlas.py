@@ -3,7 +3,7 @@
     python -m benchmarks.atlas                           all rows, about an hour and a half
     python -m benchmarks.atlas --library timm --only 'vit_*' --jobs 2
     python -m benchmarks.atlas --again-refused           measure refused rows again
-    python -m benchmarks.atlas --render-only             write docs/atlas.* anew, with the rows so far
+    python -m benchmarks.atlas --render-only             write docs/atlas.* with the rows so far
 
 Rows are saved in a work folder one by one; an interrupted run resumes. The documents are written
 once no row of the scope is missing, or with --render-only.
