@@ -3,7 +3,7 @@
     python -m benchmarks.atlas                           all rows, about an hour and a half
     python -m benchmarks.atlas --library timm --only 'vit_*' --jobs 2
     python -m benchmarks.atlas --again-refused           measure refused rows again
-    python -m benchmarks.atlas --render-only             write docs/atlas.* from the rows so far
+    python -m benchmarks.atlas --render-only             write docs/atlas.* with the rows so far
 
 Rows are saved in a work folder one by one; an interrupted run resumes. The documents are written
 once no row of the scope is missing, or with --render-only.
@@ -28,7 +28,7 @@ from benchmarks.atlas_parts.row import Row
 from benchmarks.atlas_parts.timm_hosts import TimmHost, timm_hosts
 from benchmarks.atlas_parts.transformers_hosts import transformers_hosts
 
-__all__ = ["Store", "estimate", "main", "scope"]
+__all__ = ["Store", "estimate", "main", "published", "scope"]
 
 ROOT = Path(__file__).parents[1]
 MANY = 10  # rows for which a warm-up pays
@@ -60,6 +60,11 @@ class Store:
         self.rows[row.key] = row
 
 
+def published(file: Path) -> dict[Key, Row]:
+    """The rows of a json file of the docs; none if it is not there."""
+    return {row.key: row for row in read_json(file.read_text())} if file.exists() else {}
+
+
 def scope() -> list[Host]:
     """Every model of the atlas."""
     return [*timm_hosts(), *transformers_hosts()]
@@ -82,9 +87,8 @@ def write(hosts: Sequence[Host], rows: Mapping[Key, Row], folder: Path) -> None:
     expected = Counter(host.library for host in hosts)
     versions = {name: version(name).partition("+")[0] for name in MEASURED}
     (folder / "atlas.json").write_text(as_json(ordered))
-    others = folder / "held_out.json"  # of python -m benchmarks.held_out
-    held_out = read_json(others.read_text()) if others.exists() else []
-    (folder / "atlas.md").write_text(as_page(ordered, expected, versions, held_out))
+    held_out = published(folder / "held_out.json")  # of python -m benchmarks.held_out
+    (folder / "atlas.md").write_text(as_page(ordered, expected, versions, [*held_out.values()]))
 
 
 def main(arguments: Sequence[str] | None = None, hosts: Sequence[Host] | None = None) -> None:
@@ -103,12 +107,15 @@ def main(arguments: Sequence[str] | None = None, hosts: Sequence[Host] | None = 
         echo(estimate(len(todo), store.rows, options.jobs))
         limits = Limits(options.seconds, options.gigabytes)
         _measure(todo, store, options.jobs, limits)
-    missing = [host.model for host in hosts if (host.library, host.model) not in store.rows]
+    rows = store.rows
+    if options.render_only:
+        rows = published(options.docs / "atlas.json") | rows
+    missing = [host.model for host in hosts if (host.library, host.model) not in rows]
     if missing and not options.render_only:
         echo(f"{len(missing)} of {len(hosts)} rows are missing: docs stay as they are.")
         return
-    write(hosts, store.rows, options.docs)
-    good = sum(store.rows[h.library, h.model].certified for h in hosts if h.model not in missing)
+    write(hosts, rows, options.docs)
+    good = sum(rows[h.library, h.model].certified for h in hosts if h.model not in missing)
     echo(f"{good} of {len(hosts)} certified; wrote {options.docs}/atlas.md and atlas.json")
 
 

@@ -18,7 +18,7 @@ from tests.toys.table import TOYS, Toy
 from tests.toys.vit import Block, Vit
 from tests.zoo.hosts import ZOO
 from tests.zoo.hosts_grid import GRID
-from tokenprune.errors import HostError, TokenPruneWarning
+from tokenprune.errors import HostError, TokenPruneWarning, VerificationError
 from tokenprune.tracing import hook_nodes
 
 Calls = list[tuple[str, str, list[tuple[int, ...]]]]
@@ -334,6 +334,25 @@ def test_copies_have_hooks_of_their_own(toy: Toy, model: Any) -> None:
         edited = output(model, "gather", inputs)
     assert same_bits(output(model, "gather", inputs), plain)
     assert same_bits(output(other, "gather", inputs), edited)
+
+
+def test_a_hook_that_changes_values_after_the_proof_is_said(toy: Toy, model: Any) -> None:
+    """Those that only look are not, nor those that `verify` has seen."""
+    inputs, block = toy.inputs(), model.blocks[2]
+    with block.register_forward_hook(lambda *_: None):
+        output(model, "gather", inputs)
+    mixes = block.register_forward_hook(lambda m, args, out: out - out.mean(1, keepdim=True))
+    with pytest.warns(TokenPruneWarning, match=r"^hook .*blocks\.2.*tokenprune\.verify\(model\)"):
+        output(model, "gather", inputs)
+    with pytest.raises(VerificationError):
+        tokenprune.verify(model, inputs)
+    mixes.remove()
+    said = pytest.warns(TokenPruneWarning, match="It changes values of module 'blocks.2'")
+    with block.register_forward_pre_hook(lambda m, args: (args[0].mul_(1.0),)), said:
+        output(model, "gather", inputs)
+    with block.register_forward_pre_hook(lambda m, args: (args[0] * 2,)):
+        tokenprune.verify(model, inputs)
+        output(model, "gather", inputs)
 
 
 class _Collects(Vit):

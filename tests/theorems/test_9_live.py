@@ -21,6 +21,8 @@ from tests.theorems.changes import CHANGES, UNDONE, NotHereError
 from tests.zoo.rows import randomize_weights
 from tokenprune.errors import HostError, TokenPruneError
 
+# Of hooks that come after the proof: tested in runtime/test_hooks.py.
+pytestmark = pytest.mark.filterwarnings("ignore:hook ")
 RECIPE: dict[str, Any] = {"version": 1, "schedule": {"blocks": [0, 1], "keep_ratio": 0.5}}
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 EVERY: dict[str, Any] = {"path": "gather", "keep_indices": [torch.arange(16).expand(2, -1)] * 2}
