@@ -170,6 +170,19 @@ def test_what_hooks_return_goes_on(toy: Toy, model: Any, path: str) -> None:
         assert same_bits(output(model, path, toy.inputs()), output(other, path, toy.inputs()))
 
 
+@pytest.mark.parametrize("path", ["blocks.2", "blocks.2.mlp.0", "blocks.2.mlp.1"])
+def test_a_hook_that_changes_values_is_said_on_modules_of_torch_too(path: str) -> None:
+    toy = TOYS["prefix_1"]
+    model = toy.wrap(toy.build(), verify=False, train=False)
+    hooked = model.get_submodule(path)
+    with torch.no_grad(), hooked.register_forward_hook(lambda m, args, y: None):
+        model(**toy.inputs())
+    handle = hooked.register_forward_hook(lambda m, args, y: y - y.mean(1, keepdim=True))
+    said = rf"hook .*changes values of module '{path}'"
+    with torch.no_grad(), handle, pytest.warns(TokenPruneWarning, match=said):
+        model(**toy.inputs())
+
+
 def test_hooks_come_and_go_without_a_new_trace(toy: Toy, model: Any) -> None:
     inputs, seen = toy.inputs(), list[str]()
     wanted = output(model, "gather", inputs)

@@ -101,12 +101,21 @@ MIXING: dict[str, Callable[[Tensor], Tensor]] = {
     "norm_over_tokens": lambda x: F.normalize(x, dim=1),
     "reduction": lambda x: x - torch.logsumexp(x, 1, keepdim=True),
     "tokens_beside_channels": lambda x: x - x.flatten(1).median(1)[0][:, None, None],
+    "scan_known_by_its_place": lambda x: x.cumsum(1),
+    "spread_of_tokens": lambda x: x / x.std(1, keepdim=True),
+    "one_token_by_its_place": lambda x: x + x[:, 3:4],
+    "number_of_tokens": lambda x: x / x.shape[1],
+    "places_kept": torch.tril,
+    "one_of_a_pair": lambda x: x - x.median(1, keepdim=True).values,
+    "whether_any": lambda x: x + (x > 1).any(1, keepdim=True),
     "scale_of_all": lambda x: x - x.reshape(2, -1).kthvalue(9, dim=1)[0].view(2, 1, 1),
 }
 ALONE: dict[str, Callable[[Tensor], Tensor]] = {
     "norm_over_channels": lambda x: F.normalize(x, dim=-1),
     "scan_of_channels": lambda x: torch.cummax(x, -1)[0],
     "sorted_by_channel": lambda x: x.flatten(0, 1).topk(24, dim=1)[0].view_as(x),
+    "scan_of_channels_known_by_place": lambda x: x.cumsum(-1) / x.std(-1, keepdim=True),
+    "table": lambda x: x + torch.arange(x.shape[1])[:, None] * 0.1,
     "noise": lambda x: x + torch.rand_like(x) * 0,
     "prefix": lambda x: x + torch.celu(x[:, :1]),
 }

@@ -121,7 +121,7 @@ class Guards:
         reads: What was read while it was traced; the host is as it was before.
         functions: The entry points that were called.
         counted: (id of a module, name) of counters that nothing depends on.
-        hooked: The modules that were traced through.
+        hooked: The modules whose hooks were asked for: those that were traced through, torch's.
         hooks: Says which hooks are the host's own.
 
     Attributes:

@@ -18,7 +18,7 @@ from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
 from tokenprune.private import FakeTensor, tree_leaves
-from tokenprune.tracing.hook_nodes import After, Before, Call, Hook, passed
+from tokenprune.tracing.hook_nodes import After, Before, Call, Hook, name_of, passed
 from tokenprune.tracing.proxy import ValueProxy
 from tokenprune.tracing.stand_ins import is_away, with_fakes
 from tokenprune.tracing.structure import Structure
@@ -43,6 +43,13 @@ NONE, FORWARD, BACKWARD = range(3)
 GLOBAL_BACKWARD = (torch_module._global_backward_hooks, torch_module._global_backward_pre_hooks)
 GLOBAL_FORWARD = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
 GLOBAL = (*GLOBAL_BACKWARD, *GLOBAL_FORWARD)
+
+# rules know these by their classes, not by the functions that they call
+KNOWN_BY_CLASS = (
+    *(nn.modules.batchnorm._NormBase, nn.Conv1d, nn.Conv3d),
+    *(nn.modules.pooling._AvgPoolNd, nn.modules.pooling._MaxPoolNd),
+    *(nn.modules.pooling._AdaptiveAvgPoolNd, nn.modules.pooling._AdaptiveMaxPoolNd),
+)
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -80,11 +87,24 @@ class Hooks:
                 return FORWARD
         return NONE
 
+    def of_owner(self, module: nn.Module) -> bool:
+        """Whether a module has forward hooks that are neither the host's own code nor torch's
+        (`nn.utils.prune`), and is known by what it calls: torch's own are then traced through."""
+        if "_hf_hook" in module.__dict__ or isinstance(module, KNOWN_BY_CLASS):
+            return False
+        tables = (*GLOBAL_FORWARD, module._forward_hooks, module._forward_pre_hooks)
+        return any(
+            not (self.of_host(n, hook) or name_of(hook).startswith("torch."))
+            for hooks in tables
+            for n, hook in hooks.items()
+        )
+
     def look(self, module: nn.Module, _name: str, _absent: Any) -> tuple[Any, ...]:
-        """For `guards`: the state, and the host's own hooks, which a trace went through."""
+        """For `guards`: the state, whether a module of torch's is traced through because of its
+        hooks, and the host's own hooks, which a trace went through."""
         tables = (module._forward_hooks, module._forward_pre_hooks)
         own = [n for hooks in tables for n, hook in hooks.items() if self.of_host(n, hook)]
-        return self.state(module), *own
+        return self.state(module), self.of_owner(module), *own
 
     def of_host(self, number: int, hook: Hook) -> bool:
         """Whether a hook is the host's own code."""

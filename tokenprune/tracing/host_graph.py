@@ -150,7 +150,8 @@ def _trace(
     for owner, name in stated:
         tracer.reads.stated(owner, name)
     left = tracer.left
-    guards = Guards(tracer.reads, tracer.functions, left.counted, tracer.opened, Hooks(host))
+    hooked = (*tracer.opened, *tracer.reads.leaves.values())
+    guards = Guards(tracer.reads, tracer.functions, left.counted, hooked, Hooks(host))
     opaque = {f"{type(w.owner).__name__}.{w.name}": "another each time" for w in guards.unsteady}
     for what, which in (tracer.reads.opaque | opaque).items():
         warn_once(

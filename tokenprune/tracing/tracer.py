@@ -349,7 +349,7 @@ class ValueTracer(fx.Tracer):
         return argument_of(self, a, super().create_arg)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return is_leaf(m)
+        return is_leaf(m) and not self.hooks.of_owner(m)
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: Args, kwargs: Kwargs
