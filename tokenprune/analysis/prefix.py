@@ -129,7 +129,7 @@ def _same_in_all(
     devices = {x.device for x in given.values() if x.device.type == "cuda"}
     generator = torch.Generator().manual_seed(0)
     before = _before(traced.graph.nodes, entry)
-    first, of_image, images = None, torch.zeros((), dtype=torch.bool), 0
+    first, images = None, 0
     random, unhooked = torch.random.fork_rng(devices), calls_unhooked()
     try:
         with without_modes(), torch.no_grad(), buffers_kept(root), random, unhooked:
@@ -143,7 +143,12 @@ def _same_in_all(
                 tokens = env[entry]
                 if tokens.ndim != 3 or not len(tokens) or not bool(tokens.isfinite().all()):
                     return None
-                again, first = first is not None, tokens[:1] if first is None else first
+                again = first is not None
+                if first is None:
+                    first, of_image = (
+                        tokens[:1],
+                        torch.zeros_like(tokens[0, :, 0], dtype=torch.bool),
+                    )
                 of_image = of_image | (tokens != first).any(dim=2).any(dim=0)
                 images += len(tokens)
                 if again and (bool(of_image.all()) or images >= MOST):

@@ -42,8 +42,9 @@ DATA = (bool, int, float, str, type(None), list, tuple, dict, set)
 COMPARES = ("COMPARE_OP", "IS_OP")
 TENSORS = {"Tensor", "Parameter"}
 CLASSES_DEEP = 4
-"""How many times methods are looked up by name in the classes that code names: each time, those that
-the code of the last ones names."""
+"""How many times methods are looked up by name in the classes that code names; each time in those
+that the code of the last ones names. Without a limit a trainer that is imported leads to all of
+transformers."""
 NOT_FOLLOWED = (
     "torch",
     "numpy",
