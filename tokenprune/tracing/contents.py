@@ -10,7 +10,7 @@ from contextvars import ContextVar
 from enum import Enum
 from functools import partial
 from numbers import Number
-from types import CellType, FunctionType, MappingProxyType, MethodType, SimpleNamespace
+from types import CellType, FunctionType, MappingProxyType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 from weakref import WeakKeyDictionary, WeakValueDictionary, ref
 
@@ -49,7 +49,7 @@ NUMBERS = PLAIN | {bytes, complex, slice, torch.dtype, torch.device, torch.Size}
 ATOMS = NUMBERS | {type, nn.Parameter}
 CONTAINERS = (list, tuple, deque, set, frozenset, dict)
 CLOSED = (torch.Tensor, nn.Module, str, type)  # objects that are not looked into
-NEVER_WATCHED = (nn.Module, torch.Tensor, type, Enum, FunctionType, MethodType)
+NEVER_WATCHED = (nn.Module, torch.Tensor, type, Enum, FunctionType, MethodType, ModuleType)
 HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class whose attributes can be set,
 IMMUTABLE = 1 << 8  # Py_TPFLAGS_IMMUTABLETYPE: unless it says that they cannot, as Cython's do
 NOT_WATCHED = {"torch", "numpy", "collections", "functools", "logging", "threading", "typing"}
