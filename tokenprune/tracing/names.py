@@ -41,10 +41,6 @@ TABLES = (dict, list, tuple, set, frozenset)
 DATA = (bool, int, float, str, type(None), list, tuple, dict, set)
 COMPARES = ("COMPARE_OP", "IS_OP")
 TENSORS = {"Tensor", "Parameter"}
-CLASSES_DEEP = 4
-"""How many times methods are looked up by name in the classes that code names; each time in those
-that the code of the last ones names. Without a limit a trainer that is imported leads to all of
-transformers."""
 NOT_FOLLOWED = (
     "torch",
     "numpy",
@@ -74,13 +70,10 @@ class Reached:
         self._members: dict[type, set[str]] = {}
         self._of_classes: dict[tuple[int, str], Name] = {}
         self._absent: dict[tuple[int, str], tuple[Any, str]] = {}
-        rounds = 0
         while waiting:
             for value in waiting:
                 self._note_classes(value)
-            waiting = self._follow(waiting)
-            if not waiting and rounds < CLASSES_DEEP:
-                rounds, waiting = rounds + 1, self._named_in_classes()
+            waiting = self._follow(waiting) or self._named_in_classes()
 
     def _follow(self, values: list[Any]) -> list[Any]:
         """Take in functions; what they look up."""
