@@ -111,8 +111,8 @@ def _large() -> str:
     threads, version = torch.get_num_threads(), torch.__version__.partition("+")[0]
     return (
         f"`wrap` of `{LARGE}` ({billions:.2f} B parameters, float32, training traced too): "
-        f"{cpu:.1f} s of CPU time with {threads} threads, {wall:.0f} s by the clock; {held:.2f} GiB "
-        f"were held before, {_memory('VmHWM'):.2f} GiB at most (torch {version}, "
+        f"{cpu:.1f} s of CPU time with {threads} threads, {wall:.0f} s by the clock; "
+        f"{held:.2f} GiB were held before, {_memory('VmHWM'):.2f} GiB at most (torch {version}, "
         f"`OMP_NUM_THREADS={threads} python -m benchmarks.growth --large`)."
     )
 
