@@ -142,7 +142,8 @@ def counts_table(rows: dict[str, Row]) -> str:
     return (
         f"{table(head, lines)}\n\nMedian over these {len(saved)}: **{median(saved):.1f} %**; "
         f"if every model of a family saves what this one does, {median(of_models):.1f} % over "
-        f"their {len(of_models)} models. {low} save less than {100 * LEAST:g} %, and `wrap` warns."
+        f"their {len(of_models)} models. {low or 'None'} of them save less than {100 * LEAST:g} %, "
+        "where `wrap` warns."
     )
 
 

@@ -263,7 +263,7 @@ HOLDERS: dict[str, Held] = {
 }  # fmt: skip
 
 
-# Each change traces all of its host anew, so several read a part of them each.
+# A change traces its whole host again, so each of several hosts reads a part of them.
 GROUP = 8
 PARTS = {n: place // GROUP for place, n in enumerate(HOLDERS)}
 

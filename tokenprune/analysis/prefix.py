@@ -60,8 +60,8 @@ def own_tokens(
 
     Args:
         entry: What enters the block.
-        around: What a block before it returns -> what enters that, which stands for it: a block
-            tells the image to every token.
+        around: What an earlier block returns -> what enters that block, which is used instead: a
+            block tells every token of the image.
     """
     kinds = {node.meta["val"].dtype for node in traced.inputs.values()}
     whole = any(not (kind.is_floating_point or kind == torch.bool) for kind in kinds)
@@ -145,10 +145,8 @@ def _same_in_all(
                     return None
                 again = first is not None
                 if first is None:
-                    first, of_image = (
-                        tokens[:1],
-                        torch.zeros_like(tokens[0, :, 0], dtype=torch.bool),
-                    )
+                    first = tokens[:1]
+                    of_image = torch.zeros_like(tokens[0, :, 0], dtype=torch.bool)
                 of_image = of_image | (tokens != first).any(dim=2).any(dim=0)
                 images += len(tokens)
                 if again and (bool(of_image.all()) or images >= MOST):

@@ -310,8 +310,8 @@ class TokenRun:
         return True
 
     def _keeps_place(self, node: fx.Node, dim: int) -> bool:
-        """Whether a token dim of what only shows a tensor in another shape has as many numbers
-        behind it as in that tensor: else it is another dim, as long by chance."""
+        """Whether a token dim of a reshaped tensor has as many numbers in the dims after it as
+        before the reshape: else it is another dim, which is as long by chance."""
         sources = [n for n in node.all_input_nodes if isinstance(n.meta["val"], torch.Tensor)]
         known = self.facts[sources[0]].dims if len(sources) == 1 else {}
         if not known or getattr(node.target, "__name__", node.target) not in RESHAPES:

@@ -12,7 +12,7 @@ def collector_paused() -> Iterator[None]:
     """Leave automatic collections out.
 
     A trace makes many objects that stay, so the collector would look through all of the process
-    again and again: a quarter of the time of `wrap`. It is the whole process's: where several
+    again and again. The switch is the whole process's: where several
     threads pause it, the first that is done ends the pause.
     """
     if not gc.isenabled():
