@@ -1,6 +1,7 @@
 """`profile` counts what eval runs: by hand, and against torch; published figures are elsewhere."""
 
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,8 +12,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import tokenprune
-from tokenprune.cost.profile import Profile, profile
+from tokenprune.cost.profile import Profile, Profiler, profile
 from tokenprune.errors import HostError, NotWrappedError
+from tokenprune.runtime.model import pruning_of
 
 STAGES: dict[str, Any] = {"version": 1, "schedule": {"blocks": [1, 2], "keep_ratio": 0.6}}
 counting = sys.modules["tokenprune.cost.flops"]
@@ -75,6 +77,21 @@ def hf_vit(attention: str) -> nn.Module:
 def test_every_kind_of_attention_counts(attention: str) -> None:
     counted = profile(wrapped(hf_vit(attention)))
     assert counted.dense_macs == vit_macs([17, 17, 17], 16, 64, 16, 5)
+
+
+@pytest.mark.parametrize("recipe", [STAGES, "tome-r2", "evit-k0.7", {**STAGES, "mode": "bypass"}])
+def test_what_one_budget_taught_holds_for_another(recipe: Any) -> None:
+    host = vit()
+    host.blocks[1].register_forward_hook(
+        lambda module, args, output: output.mul(1).unsqueeze_(0)[0]
+    )
+    model = wrapped(host, recipe)
+    profiler, budget = Profiler(model), pruning_of(model).budget
+    for ratio in (0.9, 0.4, 0.9, 0.6):
+        ratios = tuple(ratio ** (stage + 1) for stage in range(len(budget.keep_ratios)))
+        other = replace(budget, keep_ratios=ratios)
+        assert profiler(other) == profile(model, budget=other)
+    assert profiler(other).macs < profiler().dense_macs
 
 
 def test_the_same_as_torch_counts_in_a_real_run() -> None:

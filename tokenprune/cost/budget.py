@@ -8,7 +8,7 @@ import torch
 
 from tokenprune.analysis.plan import Budget
 from tokenprune.cost.image_macs import ImageMacs
-from tokenprune.cost.profile import profile
+from tokenprune.cost.profile import Profiler
 from tokenprune.errors import PlanError
 from tokenprune.hosts.batches import Batches, BatchSource
 from tokenprune.hosts.inputs import ExampleInputs
@@ -45,14 +45,15 @@ def budget_for(
     pruning = pruning_of(model)
     pruning.method.check_prunes(f"macs={macs:g}")
     shape = _shape([stage.keep_ratio for stage in pruning.recipe.resolved_stages])
-    patches = profile(model, example_inputs).patches_per_stage
+    profiler = Profiler(model, example_inputs)
+    patches = profiler().patches_per_stage
     costs: dict[tuple[int, ...], float] = {}
 
     def at(amount: float) -> tuple[Budget, float]:
         budget = replace(pruning.budget, keep_ratios=shape(amount), threshold=None)
         counts = budget.counts(patches)
         if counts not in costs:
-            costs[counts] = profile(model, example_inputs, budget=budget).ratio
+            costs[counts] = profiler(budget).ratio
         return budget, costs[counts]
 
     if macs == 1.0:

@@ -1,4 +1,4 @@
-"""Count the multiply-accumulates of a graph, node by node, on fake tensors."""
+"""Count the multiply-accumulates of a graph, node by node, on meta tensors, which are shapes."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -9,8 +9,10 @@ from torch import Tensor, fx, nn
 from torch.utils.flop_counter import flop_registry
 
 from tokenprune.analysis.analysis import Analysis
-from tokenprune.private import TorchDispatchMode
+from tokenprune.cost.remembered import Remembered
+from tokenprune.private import TorchDispatchMode, tree_map
 from tokenprune.scorers.protocol import PREDICTORS
+from tokenprune.tracing.hooks import calls_unhooked
 from tokenprune.tracing.interpret import evaluate, run
 from tokenprune.tracing.stand_ins import stand_ins
 from tokenprune.tracing.state import buffers_kept
@@ -23,6 +25,9 @@ UNCOUNTED_ATTENTION = (
     "_scaled_dot_product_fused_attention_overrideable",
     "_scaled_dot_product_attention_math_for_mps",
 )
+
+
+META = torch.device("meta")
 
 
 class Counted(NamedTuple):
@@ -38,14 +43,15 @@ def count_macs(
     graph: fx.Graph,
     entries: Mapping[int, fx.Node],
     inputs: Mapping[str, Any],
+    remembered: Remembered | None = None,
 ) -> Counted:
-    """Count one run of a graph, which was made from the trace of `analysis`, on fake tensors;
-    `entries` says which of its nodes holds what enters a block."""
-    return _Count(model, analysis, entries).over(graph, inputs)
+    """Count one run of a graph, which was made from the trace of `analysis`; `inputs` are meta
+    tensors, and `entries` says which of its nodes holds what enters a block."""
+    return _Count(model, analysis, entries).over(graph, inputs, remembered or Remembered())
 
 
 class _Count:
-    """Runs a graph on fake tensors and books each node's MACs."""
+    """Runs a graph on meta tensors and books each node's MACs."""
 
     def __init__(
         self, model: nn.Module, analysis: Analysis, entries: Mapping[int, fx.Node]
@@ -59,21 +65,26 @@ class _Count:
         for number, entry in entries.items():
             self._entered.setdefault(entry, []).append(number)
 
-    def over(self, graph: fx.Graph, inputs: Mapping[str, Any]) -> Counted:
+    def over(self, graph: fx.Graph, inputs: Mapping[str, Any], remembered: Remembered) -> Counted:
         """Count one run of `graph`."""
         counter = _FlopCounter()
 
         def step(node: fx.Node, env: Any) -> Any:
-            before = counter.total
-            value = evaluate(self.model, node, env)
-            if flops := counter.total - before:
+            def compute() -> tuple[Any, int]:
+                before = counter.total
+                value = evaluate(self.model, node, env, shapes_alone=True)
+                return value, counter.total - before
+
+            value, flops = remembered.value(node, env, compute)
+            if flops:
                 self.counted.macs[self._account(node)] += flops // 2
             return value
 
         mode = self.analysis.traced.fake_mode
         kept = buffers_kept(self.model)
         whole = torch.inference_mode(False)  # there a mode sees linear layers, and no product
-        with whole, stand_ins(self.model, mode), kept, torch.no_grad(), mode, counter:
+        stood = stand_ins(self.model, mode)
+        with whole, stood, kept, torch.no_grad(), calls_unhooked(), counter:
             for node, value in run(self.model, graph, inputs, step):
                 for block in self._entered.get(node, ()):
                     self.counted.tokens[block] = self._patch_tokens(block, value)
@@ -103,9 +114,10 @@ class _Count:
 
 
 class _FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Adds up the FLOPs of what runs, by torch's own formulas.
+    """Adds up the FLOPs of what runs, by torch's own formulas, and runs it on meta tensors: a shape
+    that is new takes fake tensors ten times as long.
 
-    `FlopCounterMode` does so too, but keeps account by module and tries to take every operator
+    `FlopCounterMode` adds up too, but keeps account by module and tries to take every operator
     apart first, which takes twice the time.
     """
 
@@ -119,12 +131,23 @@ class _FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        args, kwargs = tree_map(_meta, (args, dict(kwargs or {})))
         value = func(*args, **kwargs)
         formula = self._formulas.get(func._overloadpacket)
         if formula is not None:
             self.total += formula(*args, **kwargs, out_val=value)
         return value
+
+
+def _meta(value: Any) -> Any:
+    """A meta tensor for one of a weight, and that device for any other."""
+    if isinstance(value, torch.device):
+        return META
+    if not isinstance(value, Tensor) or value.is_meta:
+        return value
+    if value.layout is not torch.strided:
+        return torch.empty(tuple(value.shape), dtype=value.dtype, device=META)
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=META)
 
 
 def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any) -> int:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.analysis.plan import Budget
-from tokenprune.cost.profile import profile
+from tokenprune.cost.profile import Profiler
 from tokenprune.errors import PlanError
 from tokenprune.hosts.inputs import ExampleInputs
 from tokenprune.rewrite.kept.pruning_trace import PruningTrace
@@ -38,7 +38,8 @@ class ImageMacs:
             NotWrappedError: `model` is not wrapped.
             PlanError: It has fewer than four patch tokens at a stage.
         """
-        now = profile(model, example_inputs)
+        profiler = Profiler(model, example_inputs)
+        now = profiler()
         self.dense, self.patches = now.dense_macs, now.patches_per_stage
         patches = self.patches
         if min(patches) < 4:
@@ -51,7 +52,7 @@ class ImageMacs:
         def cost(counts: Sequence[int]) -> float:
             shares = tuple(k / n for k, n in zip(counts, patches, strict=True))
             budget = Budget(shares, rounding="round")
-            return float(profile(model, example_inputs, budget=budget).macs)
+            return float(profiler(budget).macs)
 
         self._points: list[tuple[int, int, int]] = []
         self._steps: list[tuple[float, float]] = []

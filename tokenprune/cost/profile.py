@@ -1,6 +1,6 @@
 """Count multiply-accumulates exactly, on any device, without doing the arithmetic.
 
-The program that would run is interpreted on fake tensors, node by node, and operators are counted
+The program that would run is interpreted on meta tensors, node by node, and operators are counted
 by torch's formulas. What counts is what runs: fused attention included, predictors included.
 """
 
@@ -14,6 +14,7 @@ from torch import nn
 
 from tokenprune.analysis.plan import Budget
 from tokenprune.cost.flops import Counted, count_macs
+from tokenprune.cost.remembered import Remembered
 from tokenprune.hosts.inputs import ExampleInputs
 from tokenprune.rewrite.settings import SETTINGS, CallSettings
 from tokenprune.runtime.model import pruning_of
@@ -21,7 +22,7 @@ from tokenprune.runtime.program import Programs
 from tokenprune.tracing.guards import Guards
 from tokenprune.tracing.state import in_mode
 
-__all__ = ["Profile", "profile"]
+__all__ = ["Profile", "Profiler", "profile"]
 
 
 @dataclass(frozen=True)
@@ -126,20 +127,42 @@ def profile(
         NotWrappedError: `model` is not wrapped.
         HostError: The inputs hold no tensor, or the host refuses them.
     """
+    return Profiler(model, example_inputs)(budget)
+
+
+class Profiler:
+    """Counts what several budgets of one wrapped model cost, as `profile` does."""
+
+    def __init__(self, model: nn.Module, example_inputs: ExampleInputs | None = None) -> None:
+        self.model, self.example_inputs = model, example_inputs
+        self._remembered = Remembered()
+
+    def __call__(self, budget: Budget | None = None) -> Profile:
+        """Count one; the model's own if None."""
+        return _profile(self.model, self.example_inputs, budget, self._remembered)
+
+
+def _profile(
+    model: nn.Module,
+    example_inputs: ExampleInputs | None,
+    budget: Budget | None,
+    remembered: Remembered,
+) -> Profile:
     pruning = pruning_of(model)
     budget = budget or pruning.budget
     with in_mode(model, training=False):
         programs = _programs(model, example_inputs)
     spec, plan, analysis = pruning.spec, pruning.plan, programs.analysis
     batch = analysis.traced.batch_size if analysis.batch_bound else 1
-    inputs = _fake_inputs(programs, batch)
+    inputs = _meta_inputs(programs, batch)
     dense = _dense(model, programs, inputs)
     pruned = dense
     if min(budget.keep_ratios) < 1.0 or not programs.reduction.prunes:
         rewrite = programs.get(model, "gather").rewrite
         entries = {n: rewrite.copy_of(block.entry) for n, block in analysis.blocks.items()}
         settings = CallSettings(num_keep=budget.counts(programs.num_patches), sample=False)
-        pruned = count_macs(model, analysis, rewrite.graph, entries, {**inputs, SETTINGS: settings})
+        inputs = {**inputs, SETTINGS: settings}
+        pruned = count_macs(model, analysis, rewrite.graph, entries, inputs, remembered)
     numbers = range(len(spec.blocks))
     tokens = {**pruned.tokens, **programs.reduction.tokens_in(budget)}
     stages = range(len(plan.sites))
@@ -191,12 +214,11 @@ def _traced_inputs(programs: Programs) -> dict[str, torch.Tensor]:
     return {n: node.meta["val"] for n, node in programs.analysis.traced.inputs.items()}
 
 
-def _fake_inputs(programs: Programs, batch: int) -> dict[str, Any]:
-    """Fake tensors like those of the trace, for `batch` images."""
-    fakes, traced = {}, programs.analysis.traced
-    with traced.fake_mode:
-        for name, like in _traced_inputs(programs).items():
-            batched = like.ndim and like.shape[0] == traced.batch_size
-            shape = (batch, *like.shape[1:]) if batched else tuple(like.shape)
-            fakes[name] = torch.empty(shape, dtype=like.dtype, device=like.device)
-    return fakes
+def _meta_inputs(programs: Programs, batch: int) -> dict[str, Any]:
+    """Meta tensors like those of the trace, for `batch` images."""
+    made, traced = {}, programs.analysis.traced
+    for name, like in _traced_inputs(programs).items():
+        batched = like.ndim and like.shape[0] == traced.batch_size
+        shape = (batch, *like.shape[1:]) if batched else tuple(like.shape)
+        made[name] = torch.empty(shape, dtype=like.dtype, device="meta")
+    return made

@@ -40,6 +40,7 @@ HOST_HOOKS = {"transformers.utils.output_capturing"}
 """Names of Python modules whose hooks are part of the hosts that have them; others may be added."""
 
 NONE, FORWARD, BACKWARD = range(3)
+UNHOOKED = "unhooked in thread"
 GLOBAL_BACKWARD = (torch_module._global_backward_hooks, torch_module._global_backward_pre_hooks)
 GLOBAL_FORWARD = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
 GLOBAL = (*GLOBAL_BACKWARD, *GLOBAL_FORWARD)
@@ -264,10 +265,12 @@ def _holds_proxies(entry: Any) -> bool:
 def unhooked(module: nn.Module, args: Any, kwargs: Any) -> Any:
     """What a module returns, without any hook; where accelerate keeps its weights elsewhere, fake
     tensors are computed with weights that seem to be where the arguments are."""
-    fake = next((t for t in tree_leaves((args, kwargs)) if isinstance(t, FakeTensor)), None)
+    given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    fake = next((tensor for tensor in given if isinstance(tensor, FakeTensor)), None)
     if fake is None:
+        shapes_alone = any(tensor.is_meta for tensor in given)
         with calls_unhooked():
-            return module.forward(*args, **kwargs)
+            return (forward_of(module) if shapes_alone else module.forward)(*args, **kwargs)
     held = {**vars(module)["_parameters"], **vars(module)["_buffers"]}
     alone = not vars(module)["_modules"]
     if alone and (fake.is_meta or not any(map(is_away, held.values()))):
@@ -283,11 +286,15 @@ def unhooked(module: nn.Module, args: Any, kwargs: Any) -> Any:
 def calls_unhooked() -> Iterator[None]:
     """Modules that this thread calls run their forward alone."""
     thread, before = threading.get_ident(), nn.Module.__call__
+    if getattr(before, UNHOOKED, None) == thread:
+        yield
+        return
 
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if threading.get_ident() != thread:
             return before(module, *args, **kwargs)
         return forward_of(module)(*args, **kwargs)
 
-    with mock.patch.object(nn.Module, "__call__", call):
+    setattr(call, UNHOOKED, thread)
+    with mock.patch.object(nn.Module, "__call__", call):  # slow: each class in the process is told
         yield

@@ -52,23 +52,26 @@ def tensors_in(value: Any) -> list[Tensor]:
     return found
 
 
-def evaluate(root: nn.Module, node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
+def evaluate(
+    root: nn.Module, node: fx.Node, env: Mapping[fx.Node, Any], shapes_alone: bool = False
+) -> Any:
     """The value of one node (not a placeholder, not the output), its arguments taken from `env`,
-    in the modes that the host sets there. No hook runs under fake tensors."""
+    in the modes that the host sets there. No hook runs under fake tensors, nor on meta tensors
+    (`shapes_alone`)."""
     if node.op == "get_attr":
         mode, known = active_fake_mode(), node.meta.get("val")
         faked = isinstance(known, FakeTensor) and known.fake_mode is mode
         return known if faked else tensor_attribute(root, str(node.target))
     if MODES in node.meta:
         with entered(node.meta[MODES]):
-            return _called(root, node, env)
-    return _called(root, node, env)
+            return _called(root, node, env, shapes_alone)
+    return _called(root, node, env, shapes_alone)
 
 
-def _called(root: nn.Module, node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
+def _called(root: nn.Module, node: fx.Node, env: Mapping[fx.Node, Any], shapes_alone: bool) -> Any:
     args = map_arg(node.args, env.__getitem__)
     kwargs = map_arg(node.kwargs, env.__getitem__)
-    fake = active_fake_mode() is not None
+    fake = shapes_alone or active_fake_mode() is not None
     if isinstance(node.target, Store) or (fake and is_hook_node(node)):
         return None  # that is for a real call
     if fake and OPAQUE in node.meta:
