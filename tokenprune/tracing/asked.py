@@ -10,14 +10,13 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from types import CodeType, FrameType, ModuleType
 from typing import Any, Protocol
-from unittest import mock
 
 from tokenprune.tracing.provenance import of_host, of_python
 
-__all__ = ["GETATTR", "Notes", "asked_noted", "can_be_imported"]
+__all__ = ["GETATTR", "Asked", "Notes", "can_be_imported"]
 
 GETATTR: Any = getattr
 """Python's own: what a node calls must not be what replaces it during a trace."""
@@ -45,22 +44,42 @@ class Notes(Protocol):
         """Code that was made of a text and ran, with its globals."""
 
 
-@contextmanager
-def asked_noted(notes: Notes, paused: Callable[[], bool]) -> Iterator[None]:
-    """Tell `notes` what lines of the host ask Python for, unless `paused`."""
-    patches = [
-        *((builtins, name, _attribute) for name in ("getattr", "hasattr")),
-        (builtins, "vars", _names),
-        (builtins, "globals", _file),
-        *((builtins, name, _text) for name in ("eval", "exec")),
-        (builtins, "__import__", _statement),
-        (importlib, "import_module", _import),
-    ]
-    with ExitStack() as stack:
-        for owner, name, wrapper in patches:
-            made = wrapper(getattr(owner, name), notes, lambda: not paused() and _host_asks())
-            stack.enter_context(mock.patch.object(owner, name, made))
-        yield
+class Asked:
+    """Python's own functions, replaced by ones that tell `notes` what lines of the host ask them
+    for, unless `paused`."""
+
+    def __init__(self, notes: Notes, paused: Callable[[], bool]) -> None:
+        patches = [
+            *((builtins, name, _attribute) for name in ("getattr", "hasattr")),
+            (builtins, "vars", _names),
+            (builtins, "globals", _file),
+            *((builtins, name, _text) for name in ("eval", "exec")),
+            (builtins, "__import__", _statement),
+            (importlib, "import_module", _import),
+        ]
+        self._before = [(owner, name, getattr(owner, name)) for owner, name, _ in patches]
+        made = [
+            wrapper(original, notes, lambda: not paused() and _host_asks())
+            for (_, _, wrapper), (_, _, original) in zip(patches, self._before, strict=True)
+        ]
+        self._made = [(*of[:2], new) for of, new in zip(self._before, made, strict=True)]
+        self._on = False
+
+    @contextmanager
+    def noted(self, on: bool = True) -> Iterator[None]:
+        """Inside they are replaced, or not: torch asks tens of thousands of times in a trace."""
+        was = self._on
+        self._set(on)
+        try:
+            yield
+        finally:
+            self._set(was)
+
+    def _set(self, on: bool) -> None:
+        if on is not self._on:
+            self._on = on
+            for owner, name, function in self._made if on else self._before:
+                setattr(owner, name, function)
 
 
 def can_be_imported(name: str) -> bool:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from types import BuiltinFunctionType
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from tokenprune.notices import warn_once
 from tokenprune.private import canonical_mask
 
-__all__ = ["decomposed", "is_leaf"]
+__all__ = ["decomposed", "is_leaf", "is_torchs"]
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -235,3 +236,10 @@ def is_leaf(module: nn.Module) -> bool:
     opened = type(module) in (*DECOMPOSED, *TRACED_THROUGH)
     own = "forward" in vars(module) and "_hf_hook" not in vars(module)
     return of_torch and not (opened or own or isinstance(module, CONTAINERS))
+
+
+def is_torchs(called: Any) -> bool:
+    """Whether a function or module is torch's own, and runs no code of an owner."""
+    of_torch = ("torch.nn.modules.", "torch.nn.functional")
+    made_by = getattr(called, "__module__", None) or ""  # of a module that of its class
+    return isinstance(called, BuiltinFunctionType) or made_by.startswith(of_torch)

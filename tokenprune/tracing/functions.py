@@ -175,7 +175,7 @@ def _replaced(owner: Any, attributes: dict[str, Any]) -> Iterator[None]:
 def _recorded_method(tracer: Recorder, name: str) -> Callable[..., Any]:
     original = getattr(TensorBase, name)
 
-    @wraps(original)
+    @wraps(original, assigned=("__name__", "__doc__"), updated=())
     def record(*args: Any, **kwargs: Any) -> Any:
         if tracer.executing or not (_holds_proxy(args) or _holds_proxy(kwargs)):
             return original(*args, **kwargs)

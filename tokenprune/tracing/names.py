@@ -2,7 +2,7 @@
 
 import dis
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from enum import Enum
 from functools import cached_property, lru_cache, partialmethod, singledispatchmethod
 from itertools import chain
@@ -150,7 +150,7 @@ class Reached:
 
     def words(self) -> set[str]:
         """The names in their code."""
-        return set[str]().union(*[_names_in(place) for place in self._names])
+        return set[str]().union(*[_names_in(place.__code__) for place in self._names])
 
 
 def reached_by(root: Module, forward: Any) -> Reached:
@@ -195,7 +195,7 @@ def value_of(place: Namespace, name: str) -> Any:
 
 
 def _looked_up(function: FunctionType) -> Iterator[tuple[Namespace, str]]:
-    names = _names_in(function)
+    names = _names_in(function.__code__)
     waiting, seen = [function.__globals__], list[Any]()
     modules = [sys.modules[n] for n in names & sys.modules.keys() if n not in NOT_FOLLOWED]
     waiting += [vars(module) for module in modules if isinstance(module, ModuleType)]  # `import`
@@ -212,11 +212,13 @@ def _looked_up(function: FunctionType) -> Iterator[tuple[Namespace, str]]:
     yield from _overridden(function, names)
 
 
-def _names_in(function: FunctionType) -> set[str]:
-    """The names in its code, and words that may be some: `getattr(config, "scale")`."""
-    codes = list(_codes(function.__code__))
+@lru_cache(maxsize=10_000)
+def _names_in(code: CodeType) -> frozenset[str]:
+    """The names in it, and words that may be some: `getattr(config, "scale")`."""
+    codes = list(_codes(code))
     words = (c for code in codes for c in code.co_consts if isinstance(c, str))
-    return {n for code in codes for n in code.co_names} | {w for w in words if w.isidentifier()}
+    names = (name for code in codes for name in code.co_names)
+    return frozenset([*names, *(word for word in words if word.isidentifier())])
 
 
 def data_of(cls: Any) -> set[str]:
@@ -291,7 +293,7 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
             yield from _codes(constant)
 
 
-def _overridden(function: FunctionType, names: set[str]) -> list[tuple[type, str]]:
+def _overridden(function: FunctionType, names: Set[str]) -> list[tuple[type, str]]:
     """The methods that `super()` may find for a method: reading those is no attribute access."""
     if "super" not in names or "__class__" not in function.__code__.co_freevars:
         return []

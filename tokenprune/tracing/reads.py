@@ -3,7 +3,7 @@
 import builtins
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from io import IOBase
 from types import CodeType, FrameType, MethodType, ModuleType
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from tokenprune.tracing.asked import asked_noted
+from tokenprune.tracing.asked import Asked
 from tokenprune.tracing.contents import (
     ABSENT,
     MOST,
@@ -100,6 +100,7 @@ class Reads:
         self.ran: dict[CodeType, dict[str, Any]] = {}
         self._patches = ExitStack()
         self._patched: set[type] = set()
+        self._asked: Asked | None = None
         self._walked: dict[int, Any] = {}
 
     @contextmanager
@@ -130,11 +131,16 @@ class Reads:
             for file in {id(place): place for place, _ in known.absent}.values():
                 if isinstance(file, ModuleType) and "__getattr__" in vars(file):
                     self._watch_file(file)
-            self._patches.enter_context(asked_noted(self, paused))
+            self._asked = Asked(self, paused)
+            self._patches.enter_context(self._asked.noted())
             try:
                 yield
             finally:
                 self._walked.clear()
+
+    def torch_runs(self, alone: bool) -> AbstractContextManager[None]:
+        """While torch alone computes a value, no line of the host asks Python for anything."""
+        return self._asked.noted(False) if alone and self._asked else nullcontext()
 
     def registered(self, module: nn.Module, name: str, value: Any) -> None:
         """Record a child, parameter or buffer, which no instance dict holds; None may be any."""

@@ -87,5 +87,6 @@ def calls_recorded(tracer: Recorder, known: Reached) -> Iterator[None]:
     makes = mock.patch.object(nn.Module, "__init__", made)
     reads = tracer.reads.recorded(known, lambda: tracer.elsewhere, tracer.runs_itself, handed)
     caller = torch.set_grad_enabled(tracer.caller.grad)  # a host may set it and leave it so
-    with caller, calls, attributes, makes, reads, functions_recorded(tracer):  # type: ignore[arg-type]
+    # what watches reads comes last: the patches before it read much
+    with caller, functions_recorded(tracer), calls, attributes, makes, reads:  # type: ignore[arg-type]
         yield

@@ -23,7 +23,7 @@ from tokenprune.tracing.arguments import Arguments
 from tokenprune.tracing.calls import NUMBER, RecordedCall
 from tokenprune.tracing.checkpoints import CHECKPOINT, Checkpoint, checkpoints_recorded
 from tokenprune.tracing.constants import find, look_up, named_tensors
-from tokenprune.tracing.decompose import is_leaf
+from tokenprune.tracing.decompose import is_leaf, is_torchs
 from tokenprune.tracing.draws import DrawRead, is_drawn, possible_number
 from tokenprune.tracing.finite import answer
 from tokenprune.tracing.functions import calls_let_through
@@ -313,12 +313,13 @@ class ValueTracer(fx.Tracer):
                 fake = partial(fake_near, self.fake_mode, example=near)
                 return tree_map(lambda v: fake(v) if isinstance(v, torch.Tensor) else v, value)
             args, kwargs = map_aggregate(args, concrete), map_aggregate(kwargs, concrete)
-            with self.fake_mode:
+            called = self.root.get_submodule(target) if kind == "call_module" else target
+            with self.fake_mode, self.reads.torch_runs(kind == "call_method" or is_torchs(called)):
                 if kind == "call_function":
-                    return target(*args, **kwargs)
+                    return called(*args, **kwargs)
                 if kind == "call_method":
                     return getattr(args[0], target)(*args[1:], **kwargs)
-                return unhooked(self.root.get_submodule(target), args, kwargs)
+                return unhooked(called, args, kwargs)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
