@@ -64,7 +64,9 @@ def _pair(text: str) -> tuple[str, Any]:
 
 
 def profiled(*arguments: str) -> dict[str, Any]:
-    result = run("inspect", *arguments, "--no-proof", "--json")
+    wrapped = {"owners_code:pruned", "saved", "no_library"} & {arguments[0]}
+    recipe = [] if wrapped else ["--recipe", "dynamicvit-k0.7"]  # auto plans a dozen others
+    result = run("inspect", *arguments, *recipe, "--no-proof", "--json")
     assert result.exit_code == 0, result.output
     found: dict[str, Any] = json.loads(result.stdout)
     return found
@@ -76,7 +78,10 @@ def test_every_way_to_name_a_model(places: Path) -> None:
     for name in ("transformers", "vit.json", "saved", f"transformers:{places / 'transformers'}"):
         assert profiled(name)["profile"]["host"] == "ViTForImageClassification"
     assert profiled("owners_code:pairs")["profile"]["blocks"][3] == "layers.3"
-    assert "of class ModuleList, layers.0 to layers." in run("inspect", "owners_code:pairs").output
+    assert (
+        "of class ModuleList, layers.0 to layers."
+        in run("inspect", "owners_code:pairs", "--recipe", "dynamicvit-k0.7").output
+    )
     assert profiled("owners_code:host", "seed=3")["adapter"] == "timm/vision_transformer"
     assert profiled("vit.json", "num_hidden_layers=3")["profile"]["blocks"][2] == "vit.layers.2"
     few = ("--method", "merge-k0.7", "--macs", "0.8", "--images", "4", "--no-timed", "--json")

@@ -22,8 +22,9 @@ pytestmark = pytest.mark.filterwarnings("error", "always:untrained predictors")
 
 
 TOY = TOYS["prefix_1"]
-OPTIONS: Any = {"adapter": TOY.facts, "example_inputs": TOY.inputs(), "verify": False}
-IMAGES = TOY.inputs()["x"]
+INPUTS = TOY.inputs()
+OPTIONS: Any = {"adapter": TOY.facts, "example_inputs": INPUTS, "verify": False, "train": False}
+IMAGES = INPUTS["x"]
 
 
 def fresh(recipe: Any = TOY.recipe) -> Any:

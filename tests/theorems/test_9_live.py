@@ -223,5 +223,5 @@ class Life(RuleBasedStateMachine):
             return
 
 
-Life.TestCase.settings = settings(max_examples=6, stateful_step_count=8, deadline=None)
+Life.TestCase.settings = settings(max_examples=4, stateful_step_count=8, deadline=None)
 test_9_any_order = pytest.mark.slow(Life.TestCase)

@@ -148,4 +148,4 @@ class Lifecycle(RuleBasedStateMachine):
 
 
 TestLifecycle = pytest.mark.slow(Lifecycle.TestCase)
-TestLifecycle.settings = settings(max_examples=8, stateful_step_count=10, deadline=None)
+TestLifecycle.settings = settings(max_examples=5, stateful_step_count=10, deadline=None)

@@ -17,6 +17,7 @@ from tokenprune.runtime.model import pruning_of
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 BOUND = 1e-4  # of the output's scale, in fp32
 CORE = [row for row in GRID if row.core]
+SHARP = [*CORE, *GRID[::4]]  # `test_zoo.py` has the core rows of hosts whose tokens leave
 
 
 @lru_cache(maxsize=1)
@@ -58,8 +59,9 @@ def test_the_adapter_finds_the_facts_and_the_certificate_holds(row: Row) -> None
     _, model = wrapped(row)
     certificate = tokenprune.verify(model, row.inputs())
     assert all(check.passed for check in certificate.checks), str(certificate)
-    with restored(model, 50.0):
-        assert tokenprune.verify(model, row.inputs(), gradients=False).mask_vs_gather < BOUND
+    if row in SHARP:
+        with restored(model, 50.0):
+            assert tokenprune.verify(model, row.inputs(), gradients=False).mask_vs_gather < BOUND
     assert (certificate.adapter, certificate.mode) == (row.family, row.mode)
     assert certificate.num_prefix_tokens == row.num_prefix
     assert len(pruning_of(model).spec.blocks) == row.num_blocks
@@ -89,8 +91,9 @@ def test_paths_agree_for_any_kept_sets_and_batch(row: Row) -> None:
             assert not torch.equal(gathered, dense)  # something was pruned
 
 
-@over(GRID)
+@over([row for row in GRID if row.core or row.mode == "remove"])
 def test_training_reaches_everything_that_was_added(row: Row) -> None:
+    """In `test_the_adapter_finds_the_facts` the certificate says so of every row."""
     host, model = wrapped(row)
     with restored(model):
         model.train()
