@@ -3,6 +3,7 @@
 import gc
 import os
 from collections import Counter
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,18 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_finish() -> None:
     """Leave libraries and tests out of every garbage collection, and of each trace's search for
     generators of random numbers."""
+    gc.collect()
+    gc.freeze()
+
+
+_ended = count(1)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown() -> None:
+    """And what tests have imported; what only another test let go is collected now and then."""
+    if next(_ended) % 250 == 0:
+        gc.unfreeze()
     gc.collect()
     gc.freeze()
 
