@@ -28,8 +28,8 @@ MAPS = (
     "restore=True refuses them by name, restore=False gives the smaller maps"
 )
 MOCKED = (
-    "the test puts a unittest.mock.Mock into a layer, which keeps the tensors of each call (refused "
-    "by name), and counts calls of the layer's Python code, of which a program makes none. "
+    "the test puts a unittest.mock.Mock into a layer, which keeps the tensors of each call (this is "
+    "refused by name), and counts calls of the layer's Python code, of which a program makes none. "
     "Checkpointing itself is served"
 )
 REASONS: dict[str, str] = {

@@ -25,6 +25,7 @@ from tokenprune.runtime.added import added_names
 from tokenprune.runtime.model import pruning_of
 from tokenprune.runtime.program import Program, Programs
 from tokenprune.tracing.arguments import Arguments, as_arguments
+from tokenprune.tracing.functions import uncompiled
 from tokenprune.tracing.interpret import run, tensors_in
 from tokenprune.tracing.modes import autocast_dtypes
 from tokenprune.tracing.randomness import torch_generators_kept
@@ -165,7 +166,7 @@ class Theorems:
         fast = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)  # another kernel, with other rounding
         try:
-            with torch_generators_kept():
+            with torch_generators_kept(), uncompiled():
                 dense = tensors_in(self.inputs.call(self.host.forward))
         finally:
             torch.backends.mha.set_fastpath_enabled(fast)
