@@ -131,8 +131,8 @@ class Theorems:
             raise VerificationError(
                 f"{type(self.model).__name__} cannot be pruned: its {path} path fails at "
                 f"{program.rewrite.where(at) if at else 'its first node'}: {error}. If "
-                "Python has made a number of how many tokens there were (of chunks, say), leave "
-                "that out (chunk_size_feed_forward=0), or prune this host after that node."
+                "Python has made a number of how many tokens there were, leave that out, or prune "
+                "this host after that node."
             ) from error
         return tensors_in(output)
 
