@@ -8,10 +8,11 @@ CUTS = ("chunk", "split")
 
 
 def cut_evenly(graph: fx.Graph) -> None:
-    """Cut by `tensor_split` where `chunk` or `split` made parts of one size: those are the same, and
-    with fewer tokens there are as many parts (a chunked feed-forward), which the others do not give.
+    """Cut by `tensor_split` where `chunk` or `split` made parts of one size.
 
-    Not along the last dim, where channels are, unless the number itself was computed.
+    Those parts are the same; of fewer tokens `tensor_split` makes as many (in a chunked
+    feed-forward), and the others fewer. Not along the last dim, where channels are, unless the
+    number itself was computed.
     """
     for node in graph.nodes:
         name = getattr(node.target, "__name__", node.target)
