@@ -24,7 +24,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from benchmarks.markdown import table
-from benchmarks.upstream_parts.hosts import FAULTS, LEFT_OUT, REASONS, TIMM, TRANSFORMERS
+from benchmarks.upstream_parts.hosts import LEFT_OUT, REASONS, TIMM, TRANSFORMERS
 
 __all__ = ["main"]
 
@@ -119,7 +119,7 @@ def as_page(work: Path) -> Iterator[str]:
             recipe = HOSTS[library][host] or "default"
             lines.append([library, f"`{host}`", f"`{recipe}`", *map(str, numbers)])
             for name, (_, said) in failed.items():
-                why = REASONS.get(name) or FAULTS.get(name) or f"not explained: {said[:200]}"
+                why = REASONS.get(name) or f"not explained: {said[:200]}"
                 notes.setdefault((name, why), []).append(host)
     yield table(head, lines)
     yield "\n## Tests that end otherwise\n"

@@ -11,7 +11,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import tokenprune
 from tests.toys.vit import Vit, pixels
-from tokenprune.errors import TokenPruneWarning, TraceError, VerificationError
+from tokenprune.errors import TokenPruneWarning, TraceError, UnsupportedHostError
 from tokenprune.hosts.spec import ArchSpec
 
 RECIPE = {"version": 1, "schedule": {"blocks": [0, 2], "keep_ratio": 0.6}}
@@ -78,13 +78,24 @@ def test_the_first_training_step_traces_no_more(
     assert model._pruning.cache.info().programs == 2
 
 
-def test_a_number_of_chunks_is_named() -> None:
-    """Python makes a number of how many times an MLP runs, four tokens each time."""
+@pytest.mark.parametrize("size", [4, 16])
+def test_tokens_leave_a_chunked_feed_forward(size: int) -> None:
+    """Python goes through the chunks: a program has as many, of fewer tokens each."""
     sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 9}
-    config = BertConfig(**sizes, num_hidden_layers=3, chunk_size_feed_forward=4)
-    given = {"example_inputs": {"input_ids": torch.arange(32).reshape(2, 16) % 9}, "train": False}
-    with pytest.raises(VerificationError, match=r"at .*forward_fn.*chunk_size_feed_forward=0"):
-        tokenprune.wrap(BertForSequenceClassification(config).eval(), RECIPE, **given)
-    config.chunk_size_feed_forward = 0
+    config = BertConfig(**sizes, num_hidden_layers=3, chunk_size_feed_forward=size)
+    words = {"input_ids": torch.arange(32).reshape(2, 16) % 9}
     host = BertForSequenceClassification(config).eval()
-    assert tokenprune.wrap(host, RECIPE, **given)(**given["example_inputs"]).logits.shape == (2, 2)
+    model = tokenprune.wrap(host, RECIPE, example_inputs=words, train=False)
+    assert model(**words).logits.shape == (2, 2)
+
+
+@pytest.mark.parametrize("cut", [lambda x: x.split(5, dim=1), lambda x: x.unbind(1)])
+def test_parts_of_other_sizes_are_refused_by_name(cut: Any) -> None:
+    class Parts(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([part.reshape(len(x), -1, x.shape[2]) for part in cut(x)], dim=1)
+
+    host = Vit().eval()
+    host.blocks[2].mlp = Parts()
+    with pytest.raises(UnsupportedHostError, match=r"cannot run with fewer tokens.*blocks.2"):
+        wrapped(host)

@@ -190,9 +190,8 @@ class _Task:
     def ways(self, recipe: Recipe | None) -> list[Reading]:
         """The ways to read the host for a recipe, the likeliest first."""
         asked, guessed = self._asked(recipe)
-        if asked is not None and not MODES[asked].removes:
-            asked = "bypass"  # what such a mode needs of a host: a grid that stays
-        return readings(self.hints, guessed=guessed, mode=asked)
+        stay = asked is not None and not MODES[asked].removes
+        return readings(self.hints, guessed=guessed, asked=asked is not None, tokens_stay=stay)
 
     def _say_mode(self, mode: str, refused: TokenPruneError) -> None:
         warn_once(

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -92,5 +93,7 @@ def plain(reason: str) -> str:
     """A reason on one line, without this machine's paths."""
     reason = re.sub(r"[^\s('\"]*/(?:site-packages|dist-packages)/", "", reason)
     reason = re.sub(r"[^\s('\"]*/(?=(?:tokenprune|benchmarks|adapters)/)", "", reason)
+    for folder in filter(None, sys.path):  # where a library was installed for a benchmark
+        reason = reason.replace(f"{folder}/", "")
     reason = " ".join(reason.split())
     return reason if len(reason) <= LONGEST_REASON else reason[: LONGEST_REASON - 3] + "..."

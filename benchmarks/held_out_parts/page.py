@@ -1,5 +1,6 @@
 """docs/held_out.md."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 
@@ -27,13 +28,15 @@ TITLES = {
 }
 
 
-def as_page(parts: Mapping[str, Sequence[HeldOut]], rows: Mapping[tuple[str, str], Row]) -> str:
-    """The whole page."""
-    return "\n".join(_lines(parts, rows)) + "\n"
+def as_page(
+    parts: Mapping[str, Sequence[HeldOut]], rows: Mapping[tuple[str, str], Row], before: str
+) -> str:
+    """The whole page. Versions of what is not installed here are those of the page `before`."""
+    return "\n".join(_lines(parts, rows, before)) + "\n"
 
 
 def _lines(
-    parts: Mapping[str, Sequence[HeldOut]], rows: Mapping[tuple[str, str], Row]
+    parts: Mapping[str, Sequence[HeldOut]], rows: Mapping[tuple[str, str], Row], before: str
 ) -> Iterator[str]:
     yield "# Hosts that nothing was written for"
     yield ""
@@ -42,7 +45,7 @@ def _lines(
         "small, with random weights, and wrapped without an adapter. *Certified* means that "
         "`wrap` has proven: with every token kept it is the host bit for bit, the mask path is the "
         "gather path, an image alone is as in a batch. Made by `python -m benchmarks.held_out` "
-        f"({_versions()}; one thread of a shared CPU)."
+        f"({_versions(before)}; one thread of a shared CPU)."
     )
     yield ""
     head = ["part", "hosts measured", "certified", "tokens leave", MERGING, "refused", "raw"]
@@ -93,11 +96,12 @@ def _status(host: HeldOut, rows: Mapping[tuple[str, str], Row]) -> str:
     return row.status if row else ""
 
 
-def _versions() -> str:
+def _versions(before: str) -> str:
     def known(name: str) -> str:
         try:
             return f"{name} {version(name)}"
         except PackageNotFoundError:
-            return f"{name} absent"
+            said = re.search(rf"[( ]({re.escape(name)} [\w.+]+)[,;]", before)
+            return said[1] if said else f"{name} absent"
 
     return ", ".join(map(known, PACKAGES))

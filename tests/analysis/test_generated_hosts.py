@@ -13,7 +13,7 @@ from tests.analysis.test_reading import IMAGES, WIDTH, Attention, Pairs, feed_fo
 from tokenprune.errors import TokenPruneError, TokenPruneWarning
 
 RESIDUALS = ("plain", "post-norm", "scaled", "gated", "parallel", "none")
-BETWEEN = ("nothing", "sort", "grid", "branch", "item")
+BETWEEN = ("nothing", "sort", "grid", "branch", "item", "chunks", "halves")
 ENDS = ("first", "mean", "max", "flat", "all")
 
 
@@ -64,6 +64,11 @@ class Generated(Pairs):
         if what == "grid":
             grid = self.mix(x[:, 2:].transpose(1, 2).reshape(len(x), WIDTH, 4, 4))
             return torch.cat([x[:, :2], grid.flatten(2).transpose(1, 2)], dim=1)
+        if what == "chunks":
+            return torch.cat([part.relu() for part in x.chunk(3, dim=1)], dim=1)
+        if what == "halves":
+            first, second = x.split(9, dim=1)
+            return torch.cat([first * 2, second], dim=1)
         if what == "branch" and x.shape[1] % 2:
             return x * 2
         return x * float(x[0, 0, 0].item()) if what == "item" else x

@@ -3,13 +3,14 @@
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tokenprune
 from tests.analysis.test_reading import IMAGES, WIDTH, Attention, Pairs, feed_forward
-from tokenprune.errors import TokenPruneWarning
+from tokenprune.errors import PlanError, TokenPruneWarning
 
 
 class Tied(Pairs):
@@ -80,3 +81,15 @@ def test_a_method_that_is_added_later_says_that_it_ran_dense_and_then_prunes() -
         assert torch.equal(model.again(IMAGES), host.features(IMAGES))
     assert torch.equal(model.again(IMAGES), model.features(IMAGES))
     assert not torch.allclose(model.again(IMAGES), host.features(IMAGES))
+
+
+@torch.no_grad()
+def test_a_method_runs_where_the_blocks_of_stages_are_cut_away() -> None:
+    host, images = timm.create_model("test_vit", img_size=128).eval(), torch.randn(1, 3, 128, 128)
+    first = host.forward_intermediates(images, indices=[0], intermediates_only=True)
+    model = tokenprune.wrap(host, example_inputs=images, train=False)
+    model.prune_intermediate_layers([0])
+    left = model.forward_intermediates(images, indices=[0], intermediates_only=True)
+    assert all(map(torch.equal, left, first))
+    with pytest.raises(PlanError, match="the host has 1 blocks"):
+        model(images)

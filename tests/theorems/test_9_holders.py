@@ -18,6 +18,7 @@ from pathlib import Path
 from time import perf_counter
 from types import MappingProxyType, ModuleType, SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import timm
@@ -526,6 +527,8 @@ Read = Callable[[Any, Tensor], Any]
 UNSEEN: dict[str, tuple[str, Any, Read]] = {
     "iterator": ("Odd.held", itertools.count(1), lambda s, x: next(s.held)),
     "buffer": ("Odd.held", io.StringIO("1"), lambda s, x: float(s.held.getvalue())),
+    "mock": ("Odd.held", mock.Mock(return_value=1.0), lambda s, x: s.held()),
+    "mock_that_says_it_is_a_list": ("Odd.held", mock.Mock(spec=list), lambda s, x: len([s.held])),
     "file": ("builtins.open", None, from_a_file),
     "path": ("io.open", None, by_its_path),
     "clock": ("time.time", 1.0, lambda s, x: 2.0 if time.time() < s.held else 1.0),

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -114,6 +115,16 @@ def test_python_branches_and_specialized_sizes_are_noted() -> None:
     for name in ("unpack", "arange", "buffer", "new_zeros", "attributes", "module"):
         tracer, _ = record(Host(FUNCTIONS[name]), x=torch.randn(2, 5, WIDTH))
         assert not tracer.specialized, name
+
+
+def test_an_array_of_sizes_is_one_of_numbers() -> None:
+    def divisible(host: Host, x: Tensor) -> Tensor:
+        assert not (np.array(x.shape[1:]) % np.array([1, 1])).any()
+        return x * float(np.array(x.shape).sum())
+
+    host, inputs = Host(divisible), {"x": torch.ones(2, 3, 4)}
+    _, graph = record(host, **inputs)
+    assert torch.equal(replay(host, graph, inputs), torch.full((2, 3, 4), 9.0))
 
 
 def test_sizes_stay_symbolic() -> None:

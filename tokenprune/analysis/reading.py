@@ -48,18 +48,17 @@ class Reading(NamedTuple):
         return self._replace(runs=tuple((b.path, b.call.number) for b in blocks.values()))
 
 
-def readings(hints: ArchSpec, *, guessed: bool, mode: str | None) -> list[Reading]:
+def readings(hints: ArchSpec, *, guessed: bool, asked: bool, tokens_stay: bool) -> list[Reading]:
     """The ways to read a host, the likeliest first. Each is proven before it is used.
 
     Args:
         guessed: The facts are of the generic adapter; other ones are taken at their word.
-        mode: What the recipe asks for; None if it leaves that open.
+        asked: The recipe names a mode.
+        tokens_stay: In the mode that it names, every tensor keeps its size.
     """
     of_graph = not hints.blocks
-    modes: tuple[Mode | None, ...] = (None, "bypass") if mode is None else (None,)
-    if guessed and mode is not None:  # if tokens cannot leave for good, a stretch may let them
-        modes = (None, "bypass")
-    if guessed and mode == "bypass":  # then blocks on any grid count
+    modes: tuple[Mode | None, ...] = (None,) if asked and not guessed else (None, "bypass")
+    if guessed and tokens_stay:  # then blocks on any grid count
         modes = ("bypass",)
     if not guessed:
         return [Reading(of_graph, mode) for mode in modes]

@@ -25,6 +25,7 @@ from tokenprune.runtime.added import added_names
 from tokenprune.runtime.model import pruning_of
 from tokenprune.runtime.program import Program, Programs
 from tokenprune.tracing.arguments import Arguments, as_arguments
+from tokenprune.tracing.functions import uncompiled
 from tokenprune.tracing.interpret import run, tensors_in
 from tokenprune.tracing.modes import autocast_dtypes
 from tokenprune.tracing.randomness import torch_generators_kept
@@ -130,8 +131,8 @@ class Theorems:
             raise VerificationError(
                 f"{type(self.model).__name__} cannot be pruned: its {path} path fails at "
                 f"{program.rewrite.where(at) if at else 'its first node'}: {error}. If "
-                "Python has made a number of how many tokens there were (of chunks, say), leave "
-                "that out (chunk_size_feed_forward=0), or prune this host after that node."
+                "Python has made a number of how many tokens there were, leave that out, or prune "
+                "this host after that node."
             ) from error
         return tensors_in(output)
 
@@ -165,7 +166,7 @@ class Theorems:
         fast = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)  # another kernel, with other rounding
         try:
-            with torch_generators_kept():
+            with torch_generators_kept(), uncompiled():
                 dense = tensors_in(self.inputs.call(self.host.forward))
         finally:
             torch.backends.mha.set_fastpath_enabled(fast)

@@ -66,8 +66,12 @@ def _added_later(host_class: Any, known: Any, _size: int) -> dict[CodeType, str]
 
 
 def called_in(host: nn.Module, paths: Iterable[str]) -> list[nn.Module]:
-    """The modules by which blocks are known; those inside of one that is a mere list of them."""
-    return [m for path in paths for m in _called(host.get_submodule(path))]
+    """The modules by which blocks are known; those inside of one that is a mere list of them.
+
+    Blocks that somebody has cut away are left out: no method calls them.
+    """
+    there = dict(host.named_modules(remove_duplicate=False))
+    return [m for path in paths if path in there for m in _called(there[path])]
 
 
 def _called(block: nn.Module) -> list[nn.Module]:

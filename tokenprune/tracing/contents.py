@@ -25,6 +25,7 @@ __all__ = [
     "beyond",
     "can_be_set",
     "container_of",
+    "disguises",
     "equal",
     "flat",
     "has_kinds",
@@ -55,6 +56,7 @@ IMMUTABLE = 1 << 8  # Py_TPFLAGS_IMMUTABLETYPE: unless it says that they cannot,
 NOT_WATCHED = {"torch", "numpy", "collections", "functools", "logging", "threading", "typing"}
 NOT_WATCHED |= {"weakref", "contextlib"}  # what torch itself uses while it traces
 OURS = ("tokenprune.tracing.", "tokenprune.runtime.")
+CLASS = vars(object)["__class__"]
 
 
 def snapshot(value: Any) -> Any:
@@ -146,7 +148,7 @@ def _compares(cls: Any) -> bool:
 def state_of(value: Any) -> Any:
     """What an object says that is no attribute access of a class that can be watched: of a
     function its closure and attributes. ABSENT if it is of no such kind."""
-    if type(value) in ATOMS:
+    if type(value) in ATOMS or disguises(type(value)):
         return ABSENT
     if isinstance(value, FunctionType):
         cells = [cell.cell_contents for cell in value.__closure__ or () if cell != CellType()]
@@ -236,7 +238,7 @@ def flat(table: Any) -> Iterator[Any]:
 
 
 def _inside(value: Any) -> Iterable[Any]:
-    if type(value) in ATOMS or isinstance(value, CLOSED):
+    if type(value) in ATOMS or disguises(type(value)) or isinstance(value, CLOSED):
         return ()
     if may_be_watched(type(value)):
         return list(vars(value).values())
@@ -259,11 +261,17 @@ def _flat(value: Any) -> Iterable[Any]:
 
 def may_be_watched(cls: type) -> bool:
     """Whether objects of a class are a host's own: a config, say, which its code reads."""
-    plain = issubclass(cls, NEVER_WATCHED)
+    plain = issubclass(cls, NEVER_WATCHED) or disguises(cls)
     if plain or not can_be_set(cls) or not hasattr(cls, "__dict__"):
         return False
     has_dict = cls.__dictoffset__ != 0
     return has_dict and _is_own(cls)
+
+
+def disguises(cls: type) -> bool:
+    """Whether objects of a class say themselves of which class they are: a `Mock`, a proxy. They
+    answer for another, or whatever they are asked, so that no look at them finds an end."""
+    return in_class(cls, "__class__", CLASS) is not CLASS
 
 
 def can_be_set(cls: type) -> bool:

@@ -19,9 +19,10 @@ from torch import Tensor, autograd
 from torch.overrides import TorchFunctionMode, handle_torch_function, is_tensor_method_or_property
 
 from tokenprune.private import TensorBase, built_in_functions, function_mode, without_function_mode
+from tokenprune.tracing.flex import flex_attention_opened
 from tokenprune.tracing.proxy import ValueProxy
 
-__all__ = ["calls_let_through", "functions_recorded"]
+__all__ = ["calls_let_through", "functions_recorded", "uncompiled"]
 
 # Functions that make a tensor out of plain numbers: their C argument parser would turn a symbolic
 # size into an int before any mode sees the call. Recorded whatever they are given.
@@ -132,13 +133,21 @@ def functions_recorded(tracer: Recorder) -> Iterator[None]:
         stack.enter_context(_replaced(F, of_f))
         stack.enter_context(_replaced(Tensor, methods))
         stack.enter_context(mock.patch.object(F, ATTENTION.__name__, _attention_opened(tracer)))
+        stack.enter_context(flex_attention_opened(tracer))
         stack.enter_context(mock.patch.object(torch, "_check_with", _check_with))
         stack.enter_context(mock.patch.object(torch, "Size", _Size))
         stack.enter_context(mock.patch.object(torch.jit.ScriptFunction, "__call__", _inside))
+        stack.enter_context(uncompiled())
         no_gradient = classmethod(_no_custom_gradient(tracer))
         stack.enter_context(mock.patch.object(autograd.Function, "apply", no_gradient))
         stack.enter_context(_Calls(tracer))
         yield
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """Run the Python code of what `torch.compile` has made: no proxy can enter the compiled one."""
+    loaded = "torch._dynamo" in sys.modules  # else nothing was compiled
+    return torch.compiler.set_stance("force_eager") if loaded else nullcontext()
 
 
 def _is_built_in(owner: Any, name: str) -> bool:

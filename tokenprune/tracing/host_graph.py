@@ -24,6 +24,7 @@ from tokenprune.tracing.handed import HANDED
 from tokenprune.tracing.hooks import Hooks
 from tokenprune.tracing.names import caches_of
 from tokenprune.tracing.opaque import reason_of
+from tokenprune.tracing.parts import cut_evenly
 from tokenprune.tracing.provenance import Provenance
 from tokenprune.tracing.randomness import Drawn, Generators
 from tokenprune.tracing.remains import CannotRepeatError
@@ -177,6 +178,7 @@ def _trace(
             f"The forward of {type(host).__name__} compares type(...) with a class of tensors at "
             f"{line}, which is never true in a trace. Use isinstance(...) there.",
         )
+    cut_evenly(graph)
     graph.eliminate_dead_code(lambda node: node in read or has_effect(node))
     for node in graph.find_nodes(op="call_module"):
         module = host.get_submodule(str(node.target))

@@ -86,7 +86,7 @@ class Reached:
             for place, name in names:
                 value = value_of(place, name)
                 found.append(value)
-                if isinstance(value, dict) and len(value) <= MOST:
+                if issubclass(type(value), dict) and len(value) <= MOST:
                     found += value.values()
             for place, name in absent_in(function):
                 self._absent[id(place), name] = place, name
@@ -141,7 +141,7 @@ class Reached:
         for function, names in self._names.items():
             for place, name in filter(lambda each: is_own_place(each[0]), names):
                 value = value_of(place, name)
-                if isinstance(value, TABLES) and len(list(flat(value))) > MOST:
+                if issubclass(type(value), TABLES) and len(list(flat(value))) > MOST:
                     yield name, function
 
     def codes(self) -> list[CodeType]:

@@ -8,8 +8,9 @@ inputs that give the same.
 
 import operator
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import fx
 
@@ -120,8 +121,11 @@ class ValueProxy(fx.Proxy):
     def __bool__(self) -> bool:
         return bool(self._specialize(bool))
 
-    def __array__(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise ArrayReadError("an array of NumPy's, made of a tensor")
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(self.val, torch.Tensor):
+            raise ArrayReadError("an array of NumPy's, made of a tensor")
+        numbers = list(self) if isinstance(self.val, tuple) else self._specialize(type(self.val))
+        return np.array(numbers, *args, **kwargs)
 
     def __int__(self) -> int:
         return int(self._specialize(int))

@@ -21,6 +21,7 @@ from tokenprune.tracing.contents import (
     MOST,
     MOST_BYTES,
     beyond,
+    disguises,
     in_class,
     may_be_watched,
     snapshot,
@@ -327,7 +328,9 @@ class Reads:
 
 
 def _is_opaque(value: Any) -> bool:
-    """Whether what an object says cannot be watched: it moves, or is large."""
+    """Whether what an object says cannot be watched: it moves, is large, or answers anything."""
+    if disguises(type(value)):
+        return True
     if isinstance(value, IOBase):
         return not value.closed and value.readable()
     large = isinstance(value, np.ndarray) and value.nbytes > MOST_BYTES

@@ -100,7 +100,7 @@ class Kept:
                 self._keep(inner, depth - 1)
         if isinstance(value, np.ndarray) and value.nbytes <= MOST_BYTES:
             self._contents[id(value)] = value, value.copy()
-        elif isinstance(value, (*SEQUENCES, dict)):
+        elif issubclass(type(value), (*SEQUENCES, dict)):  # a Mock says what it is
             contents = _staying(value) if isinstance(value, dict) else list(value)
             self._contents[id(value)] = value, contents
             for inner in contents.values() if isinstance(contents, dict) else contents:
@@ -319,7 +319,7 @@ def _same(ours: Any, theirs: Any) -> bool:
     """Whether a container holds the objects that it held; what they hold is not compared."""
     if isinstance(ours, np.ndarray):
         return bool(ours.tobytes() == theirs.tobytes())
-    if not isinstance(ours, (*SEQUENCES, dict)) or len(ours) != len(theirs):
+    if not issubclass(type(ours), (*SEQUENCES, dict)) or len(ours) != len(theirs):
         return ours is theirs
     if isinstance(ours, set):
         return set(map(id, ours)) == set(map(id, theirs))
