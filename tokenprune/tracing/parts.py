@@ -11,8 +11,8 @@ def cut_evenly(graph: fx.Graph) -> None:
     """Cut by `tensor_split` where `chunk` or `split` made parts of one size.
 
     Those parts are the same; of fewer tokens `tensor_split` makes as many (in a chunked
-    feed-forward), and the others fewer. Not along the last dim, where channels are, unless the
-    number itself was computed.
+    feed-forward), and the others fewer. Not along the first dim, where images are, nor along the
+    last, where channels are, unless the number itself was computed.
     """
     for node in graph.nodes:
         name = getattr(node.target, "__name__", node.target)
@@ -25,7 +25,7 @@ def cut_evenly(graph: fx.Graph) -> None:
             continue
         parts = node.meta["val"]
         sizes = {part.shape[dim] for part in parts}
-        last = dim % whole.meta["val"].ndim == whole.meta["val"].ndim - 1
-        if len(sizes) == 1 and (isinstance(number, fx.Node) or not last):
+        tokens = 0 < dim % whole.meta["val"].ndim < whole.meta["val"].ndim - 1
+        if len(sizes) == 1 and (isinstance(number, fx.Node) or tokens):
             node.op, node.target = "call_method", "tensor_split"
             node.args, node.kwargs = (whole, len(parts)), {"dim": dim}
