@@ -271,7 +271,9 @@ def may_be_watched(cls: type) -> bool:
 def disguises(cls: type) -> bool:
     """Whether objects of a class say themselves of which class they are: a `Mock`, a proxy. They
     answer for another, or whatever they are asked, so that no look at them finds an end."""
-    return in_class(cls, "__class__", CLASS) is not CLASS
+    return in_class(cls, "__class__", CLASS) is not CLASS and not str(cls.__module__).startswith(
+        OURS
+    )
 
 
 def can_be_set(cls: type) -> bool:
