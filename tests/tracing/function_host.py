@@ -8,6 +8,7 @@ from torch import Tensor, fx, nn
 
 from tokenprune.tracing.arguments import as_arguments
 from tokenprune.tracing.interpret import run
+from tokenprune.tracing.names import reached_by
 from tokenprune.tracing.tracer import ValueTracer
 
 __all__ = ["WIDTH", "Host", "record", "replay", "snapshot"]
@@ -37,7 +38,9 @@ class Host(nn.Module):
 
 def record(host: nn.Module, **inputs: Any) -> tuple[ValueTracer, fx.Graph]:
     tracer = ValueTracer(host)
-    return tracer, tracer.record(host.forward, as_arguments("Host", inputs))
+    return tracer, tracer.record(
+        host.forward, as_arguments("Host", inputs), reached_by(host, host.forward)
+    )
 
 
 def replay(host: nn.Module, graph: fx.Graph, inputs: Mapping[str, Tensor]) -> Any:

@@ -5,10 +5,10 @@ import math
 import threading
 from array import array
 from collections import ChainMap, OrderedDict, UserDict, UserList, defaultdict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from enum import Enum
-from functools import partial
+from functools import partial, wraps
 from numbers import Number
 from types import CellType, FunctionType, MappingProxyType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
@@ -50,6 +50,19 @@ NUMBERS = PLAIN | {bytes, complex, slice, torch.dtype, torch.device, torch.Size}
 ATOMS = NUMBERS | {type, nn.Parameter}
 CONTAINERS = (list, tuple, deque, set, frozenset, dict)
 CLOSED = (torch.Tensor, nn.Module, str, type)  # objects that are not looked into
+STATES = (
+    *(
+        FunctionType,
+        partial,
+        SimpleNamespace,
+        threading.local,
+        UserDict,
+        UserList,
+        MappingProxyType,
+    ),
+    *(WeakValueDictionary, WeakKeyDictionary, defaultdict, ChainMap, bytearray, array, ref, Enum),
+    *(logging.Logger, threading.Event, ContextVar, np.ndarray),
+)  # of which `state_of` knows what they hold
 NEVER_WATCHED = (nn.Module, torch.Tensor, type, Enum, FunctionType, MethodType, ModuleType)
 HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class whose attributes can be set,
 IMMUTABLE = 1 << 8  # Py_TPFLAGS_IMMUTABLETYPE: unless it says that they cannot, as Cython's do
@@ -148,7 +161,7 @@ def _compares(cls: Any) -> bool:
 def state_of(value: Any) -> Any:
     """What an object says that is no attribute access of a class that can be watched: of a
     function its closure and attributes. ABSENT if it is of no such kind."""
-    if type(value) in ATOMS or disguises(type(value)):
+    if not _has_state(type(value)):
         return ABSENT
     if isinstance(value, FunctionType):
         cells = [cell.cell_contents for cell in value.__closure__ or () if cell != CellType()]
@@ -182,6 +195,30 @@ def state_of(value: Any) -> Any:
     if has_slots_alone(type(value)):
         return held_in_slots(value)
     return ABSENT
+
+
+def _of_class(asked: Callable[[type], bool]) -> Callable[[type], bool]:
+    """Remembers what is asked of a class, as long as somebody has that class."""
+    known = WeakKeyDictionary[type, bool]()
+
+    @wraps(asked)
+    def answer(cls: type) -> bool:
+        found = known.get(cls)
+        if found is None:
+            found = known[cls] = asked(cls)
+        return found
+
+    return answer
+
+
+@_of_class
+def _is_closed(cls: type) -> bool:
+    return issubclass(cls, CLOSED) or disguises(cls)
+
+
+@_of_class
+def _has_state(cls: type) -> bool:
+    return not disguises(cls) and (issubclass(cls, STATES) or has_slots_alone(cls))
 
 
 def has_slots_alone(cls: type) -> bool:
@@ -238,7 +275,7 @@ def flat(table: Any) -> Iterator[Any]:
 
 
 def _inside(value: Any) -> Iterable[Any]:
-    if type(value) in ATOMS or disguises(type(value)) or isinstance(value, CLOSED):
+    if type(value) in ATOMS or _is_closed(type(value)):
         return ()
     if may_be_watched(type(value)):
         return list(vars(value).values())
@@ -259,6 +296,7 @@ def _flat(value: Any) -> Iterable[Any]:
     return value if isinstance(value, list | tuple) else (value,)
 
 
+@_of_class
 def may_be_watched(cls: type) -> bool:
     """Whether objects of a class are a host's own: a config, say, which its code reads."""
     plain = issubclass(cls, NEVER_WATCHED) or disguises(cls)

@@ -17,12 +17,11 @@ from tokenprune.notices import warn_once
 from tokenprune.private import FakeTensorMode, without_modes
 from tokenprune.tracing.arguments import Arguments, as_arguments
 from tokenprune.tracing.calls import MODULE, ModuleCall, calls_of
-from tokenprune.tracing.contents import in_class
 from tokenprune.tracing.effects import has_effect
 from tokenprune.tracing.guards import Guards
 from tokenprune.tracing.handed import HANDED
 from tokenprune.tracing.hooks import Hooks
-from tokenprune.tracing.names import caches_of
+from tokenprune.tracing.names import Reached, reached_by
 from tokenprune.tracing.opaque import reason_of
 from tokenprune.tracing.parts import cut_evenly
 from tokenprune.tracing.provenance import Provenance
@@ -109,7 +108,8 @@ def _trace(
     stated: Iterable[tuple[nn.Module, str]],
 ) -> HostGraph:
     call, given = getattr(host, entry), as_arguments(type(host).__name__, arguments)
-    emptied = caches_of([call, *{in_class(type(m), "forward", None) for m in host.modules()}])
+    known = reached_by(host, call)
+    emptied = known.caches()
     for cached in emptied:  # it may have values of calls before
         cached.cache_clear()
     for again in (True, False):
@@ -119,7 +119,7 @@ def _trace(
         with unseen, stand_ins(host, mode), no_autocast_cache(), buffers_kept(host):
             tracer, generators = ValueTracer(host, mode), Generators(host)
             try:
-                graph = (context := copy_context()).run(tracer.record, call, given)
+                graph = (context := copy_context()).run(tracer.record, call, given, known)
             except TokenPruneError:
                 raise
             except Exception as error:
@@ -130,7 +130,7 @@ def _trace(
                 moved = generators.moved()
                 generators.restore()
             if moved:
-                repeated = partial(_recorded, host, mode, call, given)
+                repeated = partial(ValueTracer(host, mode).record, call, given, known)
                 _refuse_draw(generators.first_draw(repeated), host, arguments)
         if not (_filled_before(emptied, tracer, call) and again):
             break
@@ -196,15 +196,11 @@ def _trace(
     )
 
 
-def _recorded(host: nn.Module, mode: FakeTensorMode, call: Any, given: Arguments) -> fx.Graph:
-    return ValueTracer(host, mode).record(call, given)
-
-
 def _filled_before(emptied: list[Any], tracer: ValueTracer, call: Any) -> bool:
     """Empty each `lru_cache` that the host's code uses: it may hold values of the trace. Whether
     one that was not `emptied` may have given it values of a call before."""
-    used = caches_of(tracer.functions or [call, *tracer.reads.functions()])
-    filled = [cached for cached in used if cached.cache_info().currsize]
+    reached = tracer.reached or Reached([call, *tracer.reads.functions()])
+    filled = [cached for cached in reached.caches() if cached.cache_info().currsize]
     for cached in filled:
         cached.cache_clear()
     return any(cached not in emptied for cached in filled)

@@ -21,7 +21,6 @@ __all__ = [
     "Namespace",
     "Reached",
     "as_function",
-    "caches_of",
     "compared_types",
     "data_of",
     "is_foreign",
@@ -66,7 +65,8 @@ class Reached:
     """
 
     def __init__(self, functions: Iterable[Any]) -> None:
-        waiting, self._names = list(functions), dict[FunctionType, list[Name]]()
+        self._given = waiting = list(functions)
+        self._names: dict[FunctionType, list[Name]] = {}
         self._members: dict[type, set[str]] = {}
         self._of_classes: dict[tuple[int, str], Name] = {}
         self._absent: dict[tuple[int, str], tuple[Any, str]] = {}
@@ -144,6 +144,11 @@ class Reached:
                 if issubclass(type(value), TABLES) and len(list(flat(value))) > MOST:
                     yield name, function
 
+    def caches(self) -> list[Any]:
+        """Those with an `lru_cache` among the functions and all that they may call."""
+        found = [*self._given, *(e for function in self._names for e in _enclosed(function))]
+        return [value for value in found + self.values() if isinstance(value, CACHED)]
+
     def codes(self) -> list[CodeType]:
         """The code of the functions, and of those inside of them."""
         return [code for function in self._names for code in _codes(function.__code__)]
@@ -162,13 +167,6 @@ def reached_by(root: Module, forward: Any) -> Reached:
 def as_function(code: CodeType, around: dict[str, Any]) -> FunctionType:
     """A function of some code that ran, without what its closure held."""
     return FunctionType(code, around, closure=tuple(CellType() for _ in code.co_freevars))
-
-
-def caches_of(functions: Iterable[Any]) -> list[Any]:
-    """Those with an `lru_cache` among functions and all that they may call."""
-    found, known = list(functions), Reached(functions)
-    found += [each for function in known.functions for each in _enclosed(function)]
-    return [function for function in found + known.values() if isinstance(function, CACHED)]
 
 
 def compared_types(codes: Iterable[CodeType]) -> list[str]:

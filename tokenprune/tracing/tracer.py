@@ -49,7 +49,7 @@ from tokenprune.tracing.modes import (
     reads_noted,
     state,
 )
-from tokenprune.tracing.names import Reached, as_function, compared_types, reached_by
+from tokenprune.tracing.names import Reached, as_function, compared_types
 from tokenprune.tracing.node_arguments import argument_of
 from tokenprune.tracing.outside import named_by, outside_noted
 from tokenprune.tracing.provenance import Provenance, failed_at, frame_of_host
@@ -85,6 +85,7 @@ class ValueTracer(fx.Tracer):
         self.specialized: list[fx.Node] = []
         self.reads = Reads()
         self.functions: list[Any] = []
+        self.reached: Reached | None = None
         self.made: list[nn.Module] = []
         self._ran: dict[CodeType, dict[str, Any]] = {}
         self.left = Remains()
@@ -110,15 +111,16 @@ class ValueTracer(fx.Tracer):
         self.hooks = Hooks(root, since=next_hook())
         self.opened: dict[nn.Module, None] = {}
 
-    def record(self, forward: Callable[..., Any], example: Arguments) -> fx.Graph:
-        """Trace a call of `forward`: tensors become inputs, other values are specialized on."""
+    def record(self, forward: Callable[..., Any], example: Arguments, known: Reached) -> fx.Graph:
+        """Trace a call of `forward`, which may reach what is `known`: tensors become inputs, other
+        values are specialized on."""
         self.example = example.inputs
         self.reads.inherits(self.root, forward.__name__)
         inputs = self._inputs(example)
         with ONE_AT_A_TIME, attributes_kept(self.root) as kept:
             empty_caches(self.root)
             checkpoints, outside = checkpoints_recorded(self), outside_noted(self.reads.asked)
-            calls = calls_recorded(self, reached_by(self.root, forward))
+            calls = calls_recorded(self, known)
             with calls, reads_noted(self), checkpoints, outside:
                 output = example.with_tensors(inputs).call(forward)
                 result = self.create_arg(output)
@@ -128,7 +130,7 @@ class ValueTracer(fx.Tracer):
                 let_go(module)
             self.functions = [forward, *self.reads.functions()]
             self.functions += [as_function(*ran) for ran in (self._ran | self.reads.ran).items()]
-            reached = Reached(self.functions)
+            self.reached = reached = Reached(self.functions)
             for asked in named_by(reached, self.functions):
                 self.reads.asked(*asked)
             for mode in modes_named_by(reached):
