@@ -96,6 +96,10 @@ def test_9_an_own_forward_of_torchs_module_that_mixes_tokens_does_not_leak() -> 
     torch.testing.assert_close(*outputs)
 
 
+ZEROS = nn.Conv1d(24, 24, 3, padding=1)
+nn.init.zeros_(ZEROS.weight)
+
+
 MIXING: dict[str, Callable[[Tensor], Tensor]] = {
     "scan": lambda x: torch.cummax(x, 1)[0],
     "norm_over_tokens": lambda x: F.normalize(x, dim=1),
@@ -108,6 +112,7 @@ MIXING: dict[str, Callable[[Tensor], Tensor]] = {
     "places_kept": torch.tril,
     "one_of_a_pair": lambda x: x - x.median(1, keepdim=True).values,
     "whether_any": lambda x: x + (x > 1).any(1, keepdim=True),
+    "zero_until_trained": lambda x: x + ZEROS(x.mT).mT,
     "other_images": lambda x: x - x.mean(0),
     "an_image_by_its_place": lambda x: x + x[-1:],
     "how_many_numbers": lambda x: x / x.numel(),

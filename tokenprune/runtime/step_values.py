@@ -43,9 +43,10 @@ def with_images(arguments: Arguments, size: int, images: int, more: bool) -> dic
             found[name] = several = given[rows] if given.ndim and len(given) == size else given
             if more and several is not given:
                 for other in [*several[:BEFORE], *several[-BEHIND:]]:
-                    noise = torch.randn(other.shape, generator=generator).to(other)
+                    noise = torch.randn(other.shape, generator=generator, device="cpu").to(other)
                     changed = other.flip(-1) if other.ndim else other
                     other.copy_(changed + noise if other.is_floating_point() else changed)
+            vars(several).update(vars(value))  # an owner's marks
         elif isinstance(value, list | tuple) and len(value) == size:
             found[name] = [value[n] for n in rows]
     return found
@@ -56,8 +57,10 @@ def _plain(tensor: Tensor) -> Tensor:
     holds none."""
     if is_plain(tensor) or is_plain_subclass(type(tensor)):
         return tensor.detach()
-    drawn = torch.randn(tuple(tensor.shape), device=tensor.device)
-    return drawn.to(tensor.dtype) if tensor.is_floating_point() else drawn.mul(0).to(tensor.dtype)
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(tuple(tensor.shape), generator=generator, device="cpu")
+    drawn = drawn if tensor.is_floating_point() else torch.zeros_like(drawn)
+    return drawn.to(tensor.device, tensor.dtype)
 
 
 def hides_its_node(held: Any) -> bool:
@@ -67,13 +70,14 @@ def hides_its_node(held: Any) -> bool:
         return False
     if is_away(held) or is_functorch_wrapped_tensor(held):
         return True
-    return isinstance(held, nn.Parameter) and is_number(held) and not bool(held.any())
+    return type(held) is nn.Parameter and is_number(held) and not bool(held.any())
 
 
 def is_number(value: Any) -> bool:
     """Whether a value is a tensor of numbers; what flags and indices do is seen where they are
     read."""
-    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+    number = isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+    return number and not value.is_meta
 
 
 def shares_memory(value: Any, node: fx.Node, env: Environment) -> bool:

@@ -248,14 +248,16 @@ class Steps:
                 if away:
                     args, kwargs = map_arg((node.args, node.kwargs), env.__getitem__)
                     return functional_call(module, away, args, kwargs)
-            if node.target is score and any(map(is_away, env[node.args[0]].parameters())):
-                return self._unscored(*map_arg(node.args, env.__getitem__))
+            if node.target is score:
+                scored: Any = map_arg(node.args, env.__getitem__)
+                if any(map(is_away, scored[0].parameters())):
+                    return self._unscored(*scored)
             value = evaluate(self.root, node, env)
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             raise _FailedError(node, error) from error
-        return self._near(value) if node.op == "get_attr" and hides_its_node(value) else value
+        return self._near(value) if hides_its_node(value) else value
 
     @staticmethod
     def _unscored(_: nn.Module, tokens: Tensor, __: Tensor | None, num_prefix: int) -> Tensor:
@@ -300,7 +302,7 @@ class Steps:
     def _comparable(facts: NodeFacts, value: Tensor) -> bool:
         """Whether it is known where the entries of kept tokens are. Where a graph holds for one
         batch size alone, dim 0 may have the size of another dim by chance."""
-        sure = facts.batched or value.shape.count(len(value)) == 1  # type: ignore[attr-defined]
+        sure = facts.batched or value.shape.count(len(value)) == 1
         return sure and facts.rows_per_image == 1 and 0 not in facts.dims
 
     def _compared(
@@ -350,8 +352,9 @@ class Steps:
             return theirs
         if facts.rows_per_image is None:
             return None
-        count = self.images + BEFORE + BEHIND
-        part = theirs.unflatten(0, (count, -1))[self.ours].flatten(0, 1)
+        count, rest = self.images + BEFORE + BEHIND, theirs.shape[1:]
+        each = len(theirs) // count
+        part = theirs.reshape(count, each, *rest)[self.ours].flatten(0, 1)
         if facts.rows_per_image > 1 and not (part.shape == ours.shape and close(ours, part)):
-            part = theirs.unflatten(0, (-1, count))[:, self.ours].flatten(0, 1)
+            part = theirs.reshape(each, count, *rest)[:, self.ours].flatten(0, 1)
         return part

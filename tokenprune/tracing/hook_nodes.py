@@ -188,7 +188,7 @@ class Before(_Node):
     def __call__(self, module: nn.Module, *values: Any) -> Record:
         """Run them; what is compiled has those that only look forward inside of its graph."""
         if not (torch.compiler.is_dynamo_compiling() and _only_forward(module)):
-            return self.in_eager_mode(module, *values)
+            return self.in_eager_mode(module, *values)  # type: ignore[no-any-return]
         record = Record(self.call, module, *self.build(values)[0])
         record.leaves = self.structure.leaves_of((record.args, record.kwargs)) or []
         for number, hook in _called(self.call, *_forward_pre_hooks(module)):
@@ -234,7 +234,7 @@ class After(_Node):
         """As `Before`."""
         module = record.module
         if not (torch.compiler.is_dynamo_compiling() and _only_forward(module)):
-            return self.in_eager_mode(record, *values)
+            return self.in_eager_mode(record, *values)  # type: ignore[no-any-return]
         record.result, leaves = self.build(values)
         for number, hook in _called(self.call, *_forward_hooks(module)):
             given = _call_forward(record, number, hook)
