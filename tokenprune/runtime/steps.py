@@ -109,11 +109,13 @@ class _FailedError(Exception):
 
 @dataclass
 class _Step:
-    """What a node is on the first path: as it was computed, and as it goes on from there."""
+    """What a node is on the first path: as it was computed, as it goes on from there, and what is
+    known of it."""
 
     computed: Any
     value: Any
     noisy: bool
+    facts: NodeFacts
 
 
 class Steps:
@@ -132,7 +134,7 @@ class Steps:
         self, root: nn.Module, programs: Programs, arguments: Arguments, *, apart: bool
     ) -> None:
         self.root, self.programs, self.apart = root, programs, apart
-        self.facts, reduction = programs.analysis.facts, programs.reduction
+        reduction = programs.reduction
         size, self.device = len(first_tensor(arguments)), first_tensor(arguments).device
         # in training a batch of one has no variance
         alone = 2 if any(module.training for module in root.modules()) else 1
@@ -177,7 +179,7 @@ class Steps:
     def _run(self) -> None:
         get, ahead = self.programs.get, dict[fx.Node, _Step]()
         ours, theirs = (get(self.root, name, whole=True).rewrite for name in self.paths)
-        wanted = {theirs.origin(node) for node in theirs.nodes()}
+        wanted = {theirs.origin(node): theirs.facts(node) for node in theirs.nodes()}
 
         def lead(node: fx.Node, env: Environment) -> Any:
             origin, before = ours.origin(node), self._noise()
@@ -187,9 +189,10 @@ class Steps:
             name = str(getattr(origin.target, "__name__", origin.target))
             noisy = name in DRAWN or not torch.equal(before, self._noise())
             value = self._without_noise(node, env, value) if noisy else value
-            step = _Step(value, value, noisy)
-            if self.lively and not shares_memory(value, node, env):
-                step.value = self._other(origin, value)
+            step = _Step(value, value, noisy, ours.facts(node))
+            alike = step.facts.dims == wanted[origin].dims
+            if self.lively and alike and not shares_memory(value, node, env):
+                step.value = self._other(step.facts, value)
             ahead[origin] = step
             return step.value
 
@@ -204,12 +207,15 @@ class Steps:
             step = ahead.pop(origin, None) if origin is not None else None
             if step is not None and step.noisy:
                 value = self._without_noise(node, env, value)
-            if step is None or not isinstance(value, Tensor) or origin is None:
-                astray.update({node} if led else ())
+            dims = theirs.facts(node).dims
+            noisy = led or (step is not None and step.noisy)
+            known = step is not None and isinstance(value, Tensor) and step.facts.dims == dims
+            if origin is None or step is None or not known:
+                astray.update({node} if noisy else ())
                 return value
-            noisy, shared = led or step.noisy, shares_memory(value, node, env)
+            shared = shares_memory(value, node, env)
             if self.apart and self._reads_batch(origin):
-                noisy, self.unclear = True, self.unclear or bool(self.facts[origin].dims)
+                noisy, self.unclear = True, self.unclear or bool(dims)
             value, alike = self._compared(origin, step, value, noisy, shared)
             astray.update({node} if noisy and not alike else ())
             return value
@@ -270,10 +276,9 @@ class Steps:
         drawn = torch.randn(tuple(tensor.shape), generator=generator, device="cpu") * 0.1
         return drawn.to(self.device, tensor.dtype)
 
-    def _other(self, origin: fx.Node, value: Any) -> Any:
+    def _other(self, facts: NodeFacts, value: Any) -> Any:
         """`value` with random numbers of its scale in the entries of kept tokens, if it has such;
         what is positive stays so."""
-        facts = self.facts[origin]
         if not (facts.dims and is_number(value) and self._comparable(facts, value)):
             return value
         kept = self._where_kept(facts, value)
@@ -310,7 +315,7 @@ class Steps:
     ) -> tuple[Tensor, bool]:
         """What goes on on the second path, after a comparison with the first; and whether both are
         alike from there."""
-        facts = self.facts[origin]
+        facts = step.facts
         if not isinstance(step.computed, Tensor):
             return theirs, False
         ours, part = self._rows(facts, step.computed), self._of_ours(facts, theirs, step.computed)
