@@ -276,9 +276,9 @@ class _Task:
     def proven(self, pruning: Pruning) -> Any:
         """The wrapped model, traced in training mode and verified as far as that is asked for."""
         host, (_, example) = self.host, self._traced
-        refused = _trace_training(pruning, example) if self.train else None
-        wrapped = wrapper_of(pruning)
         self.equip(pruning)
+        refused = _trace_training(pruning, example, self.verify) if self.train else None
+        wrapped = wrapper_of(pruning)
         if self.verify:
             verify_wrapped(wrapped, example)
         if refused is not None:  # now that this reading is the one
@@ -299,15 +299,18 @@ def _check_known(recipe: Recipe | None, known: ArchSpec) -> None:
         bind(recipe, known)
 
 
-def _trace_training(pruning: Pruning, example: Arguments) -> TokenPruneError | None:
-    """Make the program of the first training step; what stands in the way, if the host is in eval
-    mode, where it may do without."""
+def _trace_training(pruning: Pruning, example: Arguments, prove: bool) -> TokenPruneError | None:
+    """Make the program of the first training step, and `prove` it; what stands in the way, if the
+    host is in eval mode, where it may do without."""
     host = pruning.host
     training = host.training
     with in_mode(host, training=True) if not training else nullcontext():
         try:
             path = pruning.path_name(pruning.method.path(training=True))
-            pruning.programs(example).get(host, path)
+            programs = pruning.programs(example)
+            programs.get(host, path)
+            if prove:
+                pruning.prove(programs, pruning.handing(example))
         except TokenPruneError as error:
             if training:
                 raise

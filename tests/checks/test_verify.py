@@ -13,7 +13,6 @@ import tokenprune
 from tests.analysis.test_reading import IMAGES, Detects
 from tokenprune.checks import verify as verifying
 from tokenprune.checks.certificate import Certificate, Check
-from tokenprune.checks.difference import EXACT
 from tokenprune.checks.proof import Theorems
 from tokenprune.checks.verify import verify, verify_wrapped
 from tokenprune.errors import (
@@ -28,6 +27,7 @@ from tokenprune.ops import select_topk
 from tokenprune.rewrite.kept import gathered, masked
 from tokenprune.rewrite.kept.token_ops import MASKED
 from tokenprune.rewrite.stages import last_stay
+from tokenprune.runtime.difference import EXACT
 from tokenprune.runtime.model import pruning_of
 
 RECIPE: dict[str, Any] = {"version": 1, "schedule": {"blocks": [1, 2], "keep_ratio": 0.7}}

@@ -183,6 +183,37 @@ def test_a_hook_that_changes_values_is_said_on_modules_of_torch_too(path: str) -
         model(**toy.inputs())
 
 
+class _Channels(nn.Module):
+    """A module of channels first, run on tokens."""
+
+    def __init__(self, inner: nn.Module, factor: float = 1.0) -> None:
+        super().__init__()
+        self.inner, self.factor = inner, factor
+
+    def forward(self, x: Tensor) -> Any:
+        return self.inner(x.transpose(1, 2)).transpose(1, 2) * self.factor
+
+
+def doubled_in_place(_: nn.Module, __: Any, y: Tensor) -> None:
+    y.data.mul_(2)
+
+
+@pytest.mark.parametrize("inner", [nn.Conv1d(24, 24, 1), nn.BatchNorm1d(24).eval()])
+def test_a_hook_that_writes_past_torch_is_said_on_what_rules_know_by_class(inner: Any) -> None:
+    toy = TOYS["prefix_1"]
+    host: Any = toy.build()
+    host.blocks[2].mlp[1] = _Channels(inner)
+    model = toy.wrap(host, verify=False, train=False)
+    wanted = copy.deepcopy(model)
+    wanted.blocks[2].mlp[1].factor = 2.0
+    said = r"hook .*changes values of module 'blocks\.2\.mlp\.1\.inner'"
+    handle = inner.register_forward_hook(doubled_in_place)
+    with handle, pytest.warns(TokenPruneWarning, match=said):
+        assert same_bits(
+            output(model, "gather", toy.inputs()), output(wanted, "gather", toy.inputs())
+        )
+
+
 def test_hooks_come_and_go_without_a_new_trace(toy: Toy, model: Any) -> None:
     inputs, seen = toy.inputs(), list[str]()
     wanted = output(model, "gather", inputs)

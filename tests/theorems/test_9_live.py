@@ -148,7 +148,7 @@ def test_9_a_schedule_lets_the_oldest_program_go() -> None:
         tokenprune.clear_cache(model, limit=0)
 
 
-def test_9_frozen_guards_see_modes_and_weights_alone() -> None:
+def test_9_frozen_guards_see_modes_weights_and_new_hooks_alone() -> None:
     model = wrapped(timm_vit)
     before = model(IMAGES)
     tokenprune.freeze_guards(model)
@@ -157,6 +157,10 @@ def test_9_frozen_guards_see_modes_and_weights_alone() -> None:
     with torch.no_grad():
         model.head.weight.mul_(2)
     assert not torch.equal(model(IMAGES), before)
+    ran = list[nn.Module]()
+    model.blocks[0].register_forward_hook(lambda module, _, __: ran.append(module))
+    model(IMAGES)
+    assert ran == [model.blocks[0]]
     tokenprune.freeze_guards(model, frozen=False)
     agree(model, IMAGES)
 

@@ -96,6 +96,10 @@ def test_9_an_own_forward_of_torchs_module_that_mixes_tokens_does_not_leak() -> 
     torch.testing.assert_close(*outputs)
 
 
+ZEROS = nn.Conv1d(24, 24, 3, padding=1)
+nn.init.zeros_(ZEROS.weight)
+
+
 MIXING: dict[str, Callable[[Tensor], Tensor]] = {
     "scan": lambda x: torch.cummax(x, 1)[0],
     "norm_over_tokens": lambda x: F.normalize(x, dim=1),
@@ -108,6 +112,13 @@ MIXING: dict[str, Callable[[Tensor], Tensor]] = {
     "places_kept": torch.tril,
     "one_of_a_pair": lambda x: x - x.median(1, keepdim=True).values,
     "whether_any": lambda x: x + (x > 1).any(1, keepdim=True),
+    "zero_until_trained": lambda x: x + ZEROS(x.mT).mT,
+    "other_images": lambda x: x - x.mean(0),
+    "an_image_by_its_place": lambda x: x + x[-1:],
+    "how_many_numbers": lambda x: x / x.numel(),
+    "tokens_by_given_places": lambda x: x + x.index_select(1, torch.tensor([5])),
+    "halves_turned_around": lambda x: torch.cat((*x[:, 1:].chunk(2, 1)[::-1], x[:, :1]), 1),
+    "turned_around": lambda x: x.flip(1),
     "scale_of_all": lambda x: x - x.reshape(2, -1).kthvalue(9, dim=1)[0].view(2, 1, 1),
 }
 ALONE: dict[str, Callable[[Tensor], Tensor]] = {
@@ -123,16 +134,14 @@ ALONE: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("name", MIXING)
 @torch.no_grad()
-def test_9_an_operator_without_a_rule_that_comes_later_is_refused_if_it_mixes_tokens(
-    name: str,
-) -> None:
+def test_9_what_comes_later_is_refused_if_it_mixes_tokens_or_images(name: str) -> None:
     model = wrapped(Vit().eval())
     before = model(IMAGES)
     model = copy.deepcopy(model) if name == "scan" else model
     activation = model.blocks[2].mlp[1]
     activation.forward = MIXING[name]
     for training in (False, True):
-        with pytest.raises(LeakError, match=r"blocks\.2\.mlp\.1.* mixes tokens, and no rule says"):
+        with pytest.raises(LeakError, match=r"blocks\.2\.mlp.* mixes (tokens|images), and no "):
             model.train(training)(IMAGES)
     del activation.forward
     assert torch.equal(model.eval()(IMAGES), before)

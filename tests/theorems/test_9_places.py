@@ -327,7 +327,9 @@ class Listed(Vit):
         self.hidden = [nn.Linear(16, 16)]
 
     def forward(self, x: Tensor) -> Any:
-        return super().forward(x) + self.hidden[0](x.mean((1, 2, 3))[:, None].expand(-1, 16)).mean()
+        return super().forward(x) + self.hidden[0](x.mean((1, 2, 3))[:, None].expand(-1, 16)).mean(
+            -1, keepdim=True
+        )
 
 
 @torch.no_grad()

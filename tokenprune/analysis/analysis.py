@@ -1,12 +1,11 @@
 """Everything that the rewriter reads about one trace and one plan."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 
 from torch import fx, nn
 
-from tokenprune.analysis.alone import check_alone
 from tokenprune.analysis.blocks import Block, Blocks
 from tokenprune.analysis.facts import Facts
 from tokenprune.analysis.grids import Grid, grid_of
@@ -42,7 +41,7 @@ class Analysis:
             not told.
         batch_bound: The graph holds for its batch size only.
         stretches: Where tokens leave a host that keeps a grid, and are put back; none elsewhere.
-        operators: Names of those without a rule that run on tokens, each with what it is given.
+        alike: That of another trace, with the same operators.
     """
 
     traced: HostGraph
@@ -55,7 +54,7 @@ class Analysis:
     real: fx.Node | None
     batch_bound: bool
     stretches: tuple[Stretch, ...] = ()
-    operators: frozenset[str] = frozenset()
+    alike: "Analysis | None" = None
 
     @property
     def starts(self) -> tuple[int, ...]:
@@ -86,21 +85,17 @@ def analyse(
     restore: bool | None = None,
     *,
     known: Iterable["Analysis"] = (),
-    proven: bool = True,
 ) -> Analysis:
     """Probe a trace whose blocks are found; unless `tokens_leave`, every tensor keeps its size.
 
     Args:
         restore: Where what follows the blocks needs all tokens, they are put back after them.
         known: Of other traces of this host; what is known of the same graph is not probed again.
-        proven: Somebody will prove the programs of this trace; else operators that are in none of
-            the `known` ones are tried.
 
     Raises:
         TraceError: The block of a stage takes no tensor.
         PlanError: A stage sees no patch tokens; or, where tokens leave, stages see different ones,
             or a host that keeps a grid lets none leave there.
-        LeakError: An operator that was tried mixes tokens, and no rule knows it.
         UnsupportedHostError: A node cannot run with fewer tokens, or the final norm does not run.
     """
     missing = [block for block in plan.blocks if block not in blocks]
@@ -132,10 +127,11 @@ def analyse(
     shapes = ((batch, length), (batch, length - plan.num_prefix))
     first = min((block.entry for block in blocks.values()), key=list(traced.graph.nodes).index)
     padding, real = find_padding(root, traced, mask, first, shapes)
+    alike: Analysis | None = None
     for other in known:
         facts = facts_for(other.facts, other.traced.graph, traced.graph)
         if facts is not None and bool(other.stretches) == bool(stretches):
-            bound = other.batch_bound
+            alike, bound = other, other.batch_bound
             break
     else:
         given = (root, traced, markers, grids, plan.num_prefix, padding, tokens_leave)
@@ -151,11 +147,8 @@ def analyse(
             if not stretches:
                 raise
             facts, bound = find_facts(*given, stretches)
-    found = Analysis(traced, blocks, plan, markers, grids, facts, final, real, bound, stretches)
-    if not tokens_leave:
-        return found
-    seen = frozenset(key for other in known for key in other.operators)
-    return replace(found, operators=check_alone(root, found, seen, proven=proven))
+    found = (traced, blocks, plan, markers, grids, facts, final, real, bound, stretches)
+    return Analysis(*found, alike)
 
 
 def _final(root: nn.Module, traced: HostGraph, blocks: Blocks, spec: ArchSpec) -> fx.Node:

@@ -22,7 +22,6 @@ __all__ = [
     "argument",
     "attends",
     "couples",
-    "has_rule",
     "kind_of",
     "known_kind",
     "mixes",
@@ -134,15 +133,6 @@ def kind_of(root: nn.Module, node: fx.Node) -> Kind | None:
     if node.op == "call_module":
         return known_kind(type(root.get_submodule(str(node.target))))
     return _KINDS.get(node.target) if node.op in ("call_function", "call_method") else None
-
-
-def has_rule(root: nn.Module, node: fx.Node) -> bool:
-    """Whether it is known how a node treats tokens: it leaves them alone, or a rule hides dropped
-    ones. What mixes tokens by their places has none where tokens leave."""
-    kind = kind_of(root, node)
-    if kind is Kind.PROJECTION:
-        return _pointwise(root, node)
-    return kind not in (None, Kind.SPATIAL, Kind.ANY_LENGTH)
 
 
 def attends(root: nn.Module, node: fx.Node) -> bool:

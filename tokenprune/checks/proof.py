@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from tokenprune.checks.certificate import Check
-from tokenprune.checks.difference import EXACT, TOLERANCE, difference, largest, with_itself
 from tokenprune.checks.trainable import requiring_grad
 from tokenprune.errors import VerificationError
 from tokenprune.hosts.inputs import first_floating
@@ -22,8 +21,10 @@ from tokenprune.private import tree_leaves
 from tokenprune.reductions import Proof
 from tokenprune.rewrite.settings import SETTINGS, CallSettings, PathName
 from tokenprune.runtime.added import added_names
+from tokenprune.runtime.difference import EXACT, TOLERANCE, difference, largest, with_itself
 from tokenprune.runtime.model import pruning_of
 from tokenprune.runtime.program import Program, Programs
+from tokenprune.runtime.random_sets import random_sets
 from tokenprune.tracing.arguments import Arguments, as_arguments
 from tokenprune.tracing.functions import uncompiled
 from tokenprune.tracing.interpret import run, tensors_in
@@ -57,7 +58,10 @@ class Theorems:
         self.batch_size = int(first.shape[0]) if first.ndim else 1
         self.pruned = pruning.path_name("gather")
         self.jagged = pruning.budget.threshold is not None
-        self.sets = self._random_sets()
+        share = 0.35 if brief else 0.65
+        self.sets = random_sets(
+            self.programs, self.batch_size, first.device, share, self._shortened
+        )
         self.settings = self._settings_for(self.sets)
         self.dtype = first_floating(model).dtype
         casts = autocast_dtypes(self.programs.analysis.traced.graph)
@@ -66,28 +70,6 @@ class Theorems:
         self.probabilistic = pruning.method.scorer.probabilistic
         self.outputs: dict[PathName, list[Tensor]] = {}
         self.whole: list[Tensor] = []  # outputs with every token kept
-
-    def _random_sets(self) -> tuple[Tensor, ...]:
-        """Nested kept sets that leave out about a third each time (two if brief), but always
-        something; where images may keep different numbers of tokens, they do. The first one leaves
-        out the first and the last patch: one of them may be a token that is no patch."""
-        generator = torch.Generator().manual_seed(0)
-        device = next(iter(self.tensors.values())).device
-        kept, sets = torch.empty(self.batch_size, 0, device="cpu"), list[Tensor]()
-        staying, share = self.programs.analysis.plan.num_suffix, 0.35 if self.brief else 0.65
-        for stage, patches in enumerate(self.num_patches):
-            if stage in self.programs.starts:
-                kept = torch.arange(patches, device="cpu").expand(self.batch_size, -1)
-            count = max(1, staying, min(kept.shape[1] - 1, round(kept.shape[1] * share)))
-            rank = torch.rand(kept.shape, generator=generator, device="cpu")
-            rank = rank + (kept < 0)  # padding last
-            last = patches - staying
-            if not sets:
-                rank[0, 0] = rank[-1, last - 1] = 1.0
-            rank = rank.masked_fill(kept >= last, -1.0)  # these stay
-            kept = self._shortened(in_order(kept.gather(1, rank.argsort(dim=1)[:, :count])))
-            sets.append(kept.to(device))
-        return tuple(sets)
 
     def _settings_for(self, sets: Sequence[Tensor]) -> CallSettings:
         forced = self.programs.reduction.forced(sets, self.num_patches)

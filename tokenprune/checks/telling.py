@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from tokenprune.checks.certificate import Check
-from tokenprune.checks.difference import difference
 from tokenprune.checks.proof import Theorems
 from tokenprune.checks.trainable import requiring_grad
 from tokenprune.checks.unread import leaves_out, other_rows
@@ -23,6 +22,7 @@ from tokenprune.ops.pooling import hide_dropped, masked_amax
 from tokenprune.rewrite.kept.token_ops import masked_max
 from tokenprune.rewrite.rewrite import POLICY
 from tokenprune.rewrite.settings import SETTINGS
+from tokenprune.runtime.difference import difference
 from tokenprune.tracing.interpret import evaluate, run, tensors_in
 
 __all__ = ["SHARE", "Leak", "Telling", "telling"]

@@ -7,10 +7,10 @@ import torch
 from torch import fx
 
 from tokenprune.checks.certificate import Check
-from tokenprune.checks.difference import TOLERANCE, difference, largest
 from tokenprune.checks.proof import Theorems
 from tokenprune.ops.moving import first_rows
 from tokenprune.rewrite.settings import SETTINGS, PathName
+from tokenprune.runtime.difference import TOLERANCE, difference, largest
 from tokenprune.tracing.interpret import evaluate, run, tensors_in
 
 __all__ = ["leaves_out", "other_rows", "unread"]

@@ -79,7 +79,7 @@ def _verify(
             checks += told.checks(proof)
         else:
             checks += _on_a_copy(proof, gradients)
-    pruning.proven_hooks = RemovableHandle.next_id
+    proof.programs.proven, pruning.proven_hooks = True, RemovableHandle.next_id
     return Certificate(
         host=type(model).__name__,
         adapter=pruning.spec.adapter,

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenprune.checks.difference import TOLERANCE
 from tokenprune.errors import ExportError
 from tokenprune.exporting.run import Run, batched_inputs, named_tensors
 from tokenprune.hosts.inputs import first_floating
+from tokenprune.runtime.difference import TOLERANCE
 from tokenprune.runtime.model import pruning_of
 from tokenprune.tracing.arguments import Arguments, as_arguments
 

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import scaled_dot_product_attention
 
 from tokenprune.ops.align import dropped_along, finite_if_dropped, is_kept, no_autocast
 from tokenprune.private import transforms_active
@@ -116,7 +116,7 @@ def _kernel(
             joint.diagonal(dim1=2, dim2=3).zero_()
         if host is not None:
             joint = joint + _part(host, images, slice(None)).to(query.dtype)
-        out = F.scaled_dot_product_attention(
+        out = scaled_dot_product_attention(
             query[images], key[images], value[images], attn_mask=joint, scale=scale
         )
         if host is not None or not own_key:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from tokenprune.errors import LeakError
 from tokenprune.ops._fused import MappableAttention, MaskedAttention
@@ -65,7 +66,7 @@ def masked_attention(
         LeakError: the policy does not fit the keys, or `own_key` does not fit Lq.
     """
     if policy is None:
-        return F.scaled_dot_product_attention(
+        return scaled_dot_product_attention(
             query,
             key,
             value,

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from tokenprune.ops.align import dropped_along
 from tokenprune.ops.attention import masked_attention
@@ -62,7 +63,7 @@ def padded_attention(
     batch, length = policy.shape
     visible = (policy > 0).reshape(batch, *[1] * (query.ndim - 2), length)
     given = {name: options[name] for name in ("dropout_p", "scale", "enable_gqa")}
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=visible, **given)
+    return scaled_dot_product_attention(query, key, value, attn_mask=visible, **given)
 
 
 def take_chosen(

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from tokenprune.errors import LeakError
 from tokenprune.ops.align import along, token_dim
@@ -185,7 +186,7 @@ def weighted_attention(
         LeakError: later keys are hidden; merged tokens have no order.
     """
     if sizes is None:
-        return F.scaled_dot_product_attention(
+        return scaled_dot_product_attention(
             query, key, value, attn_mask=attn_mask, is_causal=is_causal, **options
         )
     if is_causal:
@@ -200,7 +201,7 @@ def weighted_attention(
         bias = torch.where(attn_mask, bias, float("-inf"))
     elif attn_mask is not None:
         bias = bias + attn_mask
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, **options)
+    return scaled_dot_product_attention(query, key, value, attn_mask=bias, **options)
 
 
 def weighted_softmax(

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
 from torch import Size, Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from tokenprune.ops.jagged import padded_attention
 from tokenprune.ops.kernels.packing import can_place, place_rows
@@ -180,14 +181,14 @@ def packed_attention(
     """
     options: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
     if not lengths.of_images:
-        return F.scaled_dot_product_attention(query, key, value, mask, **options)
+        return scaled_dot_product_attention(query, key, value, mask, **options)
     if mask is not None and query.is_cuda:
         return _padded(query, key, value, lengths, mask, **options)
     if mask is None and _at_once_serves(query, key, value):
         return _at_once(query, key, value, lengths, scale)
     parts = [torch.split(x, list(lengths.of_images), dim=-2) for x in (query, key, value)]
     found = [
-        F.scaled_dot_product_attention(q, k, v, _of_image(mask, image, k.shape[-2]), **options)
+        scaled_dot_product_attention(q, k, v, _of_image(mask, image, k.shape[-2]), **options)
         for image, (q, k, v) in enumerate(zip(*parts, strict=True))
     ]
     if query.ndim < 4:

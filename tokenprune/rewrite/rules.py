@@ -2,7 +2,7 @@
 
 Everything else in a transformer acts on each token alone and needs no rule. An operator that is
 missing here is not silently wrong: the mask path then differs from the gather path, and `verify`
-names the node; where it comes into a model that is wrapped, `analysis/alone.py` does. `Hiding` does
+names the node; where it comes into a model that is wrapped, `runtime/steps.py` does. `Hiding` does
 the look-ups; each rule says in a few lines what is hidden.
 
 An operator of your own, in one file:

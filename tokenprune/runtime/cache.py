@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from tokenprune.errors import HostError
 from tokenprune.runtime.program import Programs
@@ -85,8 +86,7 @@ class ProgramCache:
         limit: How many are kept.
         frozen: Take the first of a signature, whatever has changed since its trace.
         traced: How many were added.
-        proven_next: The next ones are proven by `wrap` or `verify`; of all others, operators that
-            are new are tried.
+        proven_next: The next ones are proven by `wrap` or `verify`.
     """
 
     def __init__(self, limit: int = LIMIT, proven_next: bool = True) -> None:
@@ -133,8 +133,14 @@ class ProgramCache:
         return programs  # type: ignore[no-any-return]
 
     def holds(self, programs: Programs) -> bool:
-        """Whether what a trace has read is as it was, or nobody is to look."""
-        return self.frozen or programs.guards.hold()
+        """Whether what a trace has read is as it was, or nobody is to look; hooks that anybody has
+        registered since are looked at even then."""
+        now = RemovableHandle.next_id
+        if self.frozen and programs.hooks_seen == now:
+            return True
+        held = programs.guards.hold()
+        programs.hooks_seen = now if held else None
+        return held
 
     def add(self, signature: Signature, programs: Programs) -> None:
         """Keep new programs.

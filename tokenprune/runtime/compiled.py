@@ -7,7 +7,6 @@ it takes classes that are registered as constants. An equal object is one whose 
 from typing import Any
 
 import torch
-from torch import nn
 
 from tokenprune.errors import HostError, TokenPruneError
 from tokenprune.hosts.inputs import CallSignature
@@ -17,7 +16,6 @@ from tokenprune.runtime.cache import ProgramCache
 from tokenprune.runtime.program import Programs
 from tokenprune.tracing.arguments import Arguments
 from tokenprune.tracing.modes import modes_hold
-from tokenprune.tracing.watched import HOOKS
 
 __all__ = ["HANDS_ON", "Handle", "Seen", "prepare", "refuse_jit_trace", "watched_by_dynamo"]
 
@@ -44,29 +42,6 @@ class Handle:
         return id(self)
 
 
-class LeafHooks:
-    """The hooks of modules that are one node of a graph. An eager call runs them with the module;
-    Dynamo takes those that are there when it compiles, and looks at none afterwards."""
-
-    def __init__(self, programs: Programs, host: nn.Module) -> None:
-        graph = programs.analysis.traced.graph
-        paths = {str(node.target) for node in graph.find_nodes(op="call_module")}
-        tables = [vars(host.get_submodule(path)) for path in sorted(paths)]
-        self._tables = [table for table in tables for _ in HOOKS]
-        self._names = list(HOOKS) * len(tables)
-        self._there = self._now()
-
-    def _now(self) -> list[Any]:
-        held = enumerate(map(dict.get, self._tables, self._names))
-        return [(place, list(hooks.values())) for place, hooks in held if hooks]
-
-    def same(self) -> bool:
-        """Whether they are those that were there."""
-        if not self._there:
-            return not any(map(dict.get, self._tables, self._names))
-        return self._now() == self._there
-
-
 class Seen:
     """The programs that a call was compiled with; of none, what is compared with it later; or
     (`refused`) that there were none to compile, which is tried again in each call."""
@@ -75,11 +50,9 @@ class Seen:
         self,
         programs: Programs | None = None,
         cache: ProgramCache | None = None,
-        hooks: LeafHooks | None = None,
         refused: bool = False,
     ) -> None:
         self.programs, self.cache, self.refused = programs, cache, refused
-        self.hooks = hooks
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Seen) or self.refused or other.refused:
@@ -88,8 +61,7 @@ class Seen:
         if one.programs is None or one.cache is None:
             return True
         ambient = one.programs.analysis.traced.ambient
-        hooked_alike = one.hooks is None or one.cache.frozen or one.hooks.same()
-        return modes_hold(ambient) and hooked_alike and one.cache.holds(one.programs)
+        return modes_hold(ambient) and one.cache.holds(one.programs)
 
     def __hash__(self) -> int:
         return 0  # any two may be equal
@@ -148,12 +120,13 @@ def _prepared(pruning: Any, path: Path, entry: str, arguments: Arguments) -> int
             "place of one with other arguments after torch.compile. Call the model again."
         )
     programs = pruning.programs(arguments, entry)
+    pruning.prove(programs, pruning.handing(arguments, entry))
     for whole in {False, programs.unread_rows}:  # the latter for calls that return a trace
         programs.get(pruning.host, path, whole)
     pruning.look_at_scorers(path)
     if pruning.handing(arguments, entry).handed:
         pruning.seen = Seen(refused=True)
         return HANDS_ON
-    pruning.seen = Seen(programs, pruning.cache, LeafHooks(programs, pruning.host))
+    pruning.seen = Seen(programs, pruning.cache)
     number: int = programs.number
     return number

@@ -7,10 +7,11 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
 from tokenprune.runtime.regions import source_of
 from tokenprune.tracing.effects import Store
+from tokenprune.tracing.hooks import UNHOOKED
 
 __all__ = ["as_function"]
 
@@ -21,7 +22,7 @@ PATH = re.compile(r"""(?<!\w)(?:getattr\()*self(?:\.\w+|, "[^"]*"\))+""")
 
 def as_function(graph: fx.Graph) -> Callable[..., Any]:
     """A graph as a function of the model and its placeholders; its source shows in tracebacks."""
-    source, names = source_of(graph)
+    source, names = source_of(_without_hooks(graph))
     if not any(isinstance(node.target, Store) for node in graph.nodes):  # it may set a module
         source = _looked_up_once(source, graph)
     file = f"<tokenprune program {next(_numbers)}>"
@@ -29,6 +30,27 @@ def as_function(graph: fx.Graph) -> Callable[..., Any]:
     exec(compile(source, file, "exec"), names)
     made: Callable[..., Any] = names["forward"]
     return made
+
+
+def _without_hooks(graph: fx.Graph) -> fx.Graph:
+    """The graph, in which forwards are called where other nodes run the hooks of a module."""
+    if not any(UNHOOKED in node.meta for node in graph.nodes):
+        return graph
+    made = fx.Graph()
+    output = made.output(made.graph_copy(graph, {}))
+    output.meta = dict(graph.output_node().meta)
+    for node in [node for node in made.nodes if UNHOOKED in node.meta]:
+        with made.inserting_before(node):
+            module = made.get_attr(str(node.target))
+            called = made.call_function(_forward, (module, *node.args), dict(node.kwargs))
+        module.meta = called.meta = node.meta
+        node.replace_all_uses_with(called)
+        made.erase_node(node)
+    return made
+
+
+def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return module.forward(*args, **kwargs)
 
 
 def _looked_up_once(source: str, graph: fx.Graph) -> str:

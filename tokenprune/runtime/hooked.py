@@ -29,10 +29,14 @@ class HooksOfCall:
         """Raise HostError if a pre-hook changed what the module's code reads."""
         self.programs.check_hooks(type(self.host).__name__, module)
 
-    def changed(self, number: int, path: str, hook: Hook) -> None:
+    def is_new(self, number: int) -> bool:
+        """Whether the model was wrapped or verified without it."""
+        return number >= self.proven
+
+    def changed(self, path: str, hook: Hook) -> None:
         """Warn of a hook that no proof has seen; torch's own (FSDP's) mix no tokens."""
         name, line = name_of(hook), getattr(getattr(hook, "__code__", None), "co_firstlineno", "")
-        if number < self.proven or name.startswith("torch."):
+        if name.startswith("torch."):
             return
         warn_once(
             self.host,

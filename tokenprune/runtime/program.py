@@ -56,6 +56,7 @@ class Programs:
         scorer: What its stages ask.
         restore: Whether outputs that hold tokens come back in place; None refuses such outputs.
         unread_rows: Rows that nobody reads are left out.
+        proven: `wrap` or `verify` proves them, or `prove_steps` has done so.
     """
 
     analysis: Analysis
@@ -63,8 +64,11 @@ class Programs:
     scorer: type[Scorer]
     restore: bool | None
     unread_rows: bool
+    proven: bool = False
     number: int = 0
     """Which of its model's programs these are, from 1."""
+    hooks_seen: int | None = None
+    """The number of the next hook of all, when the guards were last looked at."""
     changes: Watched | None = None
     """What the host's own forward reads and changes in each call."""
     _made: dict[tuple[PathName, bool], Program] = field(default_factory=dict)

@@ -45,6 +45,7 @@ from tokenprune.runtime.fitted import warn_if_fresh
 from tokenprune.runtime.hooked import HooksOfCall
 from tokenprune.runtime.overrides import NOTHING, Overrides, forced_sets
 from tokenprune.runtime.program import Programs
+from tokenprune.runtime.steps import prove_steps
 from tokenprune.runtime.watch import Watch
 from tokenprune.scorers.protocol import PREDICTORS
 from tokenprune.tracing.arguments import Arguments, as_arguments
@@ -187,7 +188,7 @@ class Pruning:
             leaves = arguments.leaves
             given = arguments.places, tuple(leaves), *leaves.values()
             number = prepare(self.handle, path, entry, *given)
-            if not (exporting() or self.cache.frozen):
+            if not exporting():
                 watched_by_dynamo(self)
             if isinstance(number, str):  # refused: outside of Dynamo, which would wrap the error
                 torch._dynamo.graph_break(msg=number)
@@ -200,6 +201,7 @@ class Pruning:
             arguments = call.bind(args, kwargs, self.handed.get(entry, ()))
             programs = self.programs(arguments, entry)
             arguments = self.handing(arguments, entry)
+            self.prove(programs, arguments)
         name = self.path_name(path)
         if name == "jagged" and exporting():
             raise PlanError(
@@ -293,16 +295,22 @@ class Pruning:
             self.plan, _ = bind(self.recipe, self.spec)
         plain, unseen = stand_ins(host, traced.fake_mode), without_modes()
         with unseen, plain, no_autocast_cache(), buffers_kept(host):
-            others = [programs.analysis for programs in self.cache]
-            kind, proven = self.method.reduction, self.cache.proven_next
+            kind, others = self.method.reduction, [programs.analysis for programs in self.cache]
             given = (host, traced, blocks, self.plan, self.spec, kind.removes, self.restore)
-            reduction = kind(host, analyse(*given, known=others, proven=proven))
+            reduction = kind(host, analyse(*given, known=others))
         check_parts(host, self.added, reduction)
         forget_weights(traced.fake_mode)
+        alike = (p.proven for p in self.cache if p.analysis is reduction.analysis.alike)
         how = (self.method.scorer, self.restore, self.recipe.unread_rows)
-        found = Programs(reduction.analysis, reduction, *how)
+        proven = self.cache.proven_next or any(alike)
+        found = Programs(reduction.analysis, reduction, *how, proven)
         self.cache.add(signature, found)
         return found
+
+    def prove(self, programs: Programs, arguments: Arguments) -> None:
+        """See `prove_steps`; of programs that nobody has proven."""
+        if not programs.proven:
+            prove_steps(self.host, self.added, programs, arguments)
 
     def settings(
         self, path: Path, programs: Programs, arguments: Arguments, training: bool

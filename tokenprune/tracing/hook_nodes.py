@@ -41,7 +41,8 @@ __all__ = [
 ]
 
 Hook = Callable[..., Any]
-State = list[tuple[int, int]]
+LOOKS = 2
+"""In how many calls of a new hook values are compared: writes through `.data` are not counted."""
 
 
 class Told(Protocol):
@@ -50,8 +51,11 @@ class Told(Protocol):
     def before(self, module: nn.Module) -> None:
         """Pre-hooks of a module have run."""
 
-    def changed(self, number: int, path: str, hook: Hook) -> None:
-        """A hook of this number, of the module at a path, has changed values."""
+    def is_new(self, number: int) -> bool:
+        """Whether no proof has seen a hook of this number."""
+
+    def changed(self, path: str, hook: Hook) -> None:
+        """A new hook of the module at a path has changed values."""
 
 
 class _OpenCalls(threading.local):
@@ -110,6 +114,7 @@ class _Node:
         leaves: What they are where they are no nodes; None where a node's value is taken.
         given: Which leaves are values of nodes.
         same: Leaf -> an earlier one that was the same tensor when it was traced.
+        looks: Number of a hook -> in how many calls what it leaves was compared by value.
     """
 
     call: Call
@@ -117,6 +122,7 @@ class _Node:
     leaves: tuple[Any, ...]
     given: tuple[int, ...]
     same: Mapping[int, int]
+    looks: dict[int, int] = field(default_factory=dict)
 
     def build(self, values: Sequence[Any]) -> tuple[Any, list[Any]]:
         """What the nodes' values stand in, and its leaves."""
@@ -149,11 +155,21 @@ class _Node:
             if leaves[place] is not leaves[first]:
                 self._refuse(hook, "made two tensors of one", _said(leaves[first]), "two")
 
-    def tell_changed(self, was: State, leaves: Sequence[Any], number: int, hook: Hook) -> None:
-        """Tell of a hook that returned other tensors, or wrote into those that it was given."""
-        for told in OPEN.told[-1:]:
-            if _state(leaves) != was:
-                told.changed(number, self.call.path, hook)
+    def telling(self, leaves: Sequence[Any], number: int, hook: Hook) -> Callable[[Any], None]:
+        """What tells of a hook that returns other tensors than these, or writes into them; to be
+        called with what it leaves."""
+        told = OPEN.told[-1] if OPEN.told else None
+        if told is None or not told.is_new(number):
+            return lambda _: None
+        was, looks = _state(leaves), self.looks.get(number, 0)
+        self.looks[number] = looks + 1
+        values = [x.detach().clone() for x in _tensors(leaves)] if looks < LOOKS else []
+
+        def tell(left: Sequence[Any]) -> None:
+            if _state(left) != was or not all(map(_alike, values, _tensors(left))):
+                told.changed(self.call.path, hook)
+
+        return tell
 
     def _refuse(self, hook: Hook, what: str, before: Any, after: Any) -> NoReturn:
         raise HostError(
@@ -169,25 +185,30 @@ class Before(_Node):
 
     __name__ = "run_hooks_before"
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, module: nn.Module, *values: Any) -> Record:
+        """Run them; what is compiled has those that only look forward inside of its graph."""
+        if not (torch.compiler.is_dynamo_compiling() and _only_forward(module)):
+            return self.in_eager_mode(module, *values)  # type: ignore[no-any-return]
+        record = Record(self.call, module, *self.build(values)[0])
+        record.leaves = self.structure.leaves_of((record.args, record.kwargs)) or []
+        for number, hook in _called(self.call, *_forward_pre_hooks(module)):
+            record.args, record.kwargs = given = _call_before(record, number, hook)
+            record.leaves = self.checked(given, record.leaves, hook)
+        return record
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def in_eager_mode(self, module: nn.Module, *values: Any) -> Record:
+        """The same, with all that is known of hooks."""
         (args, kwargs), leaves = self.build(values)
         record = Record(self.call, module, args, kwargs)
         OPEN.records.append(record)
-        known = torch_module._global_forward_pre_hooks, module._forward_pre_hooks
-        called = _called(self.call, *known)
+        called = _called(self.call, *_forward_pre_hooks(module))
         for number, hook in called:
-            given: Any
-            was = _state(leaves)
-            if number in module._forward_pre_hooks_with_kwargs:
-                given = hook(module, args, kwargs)
-                if given is not None:
-                    args, kwargs = given
-            elif (given := hook(module, args)) is not None:
-                args = given if isinstance(given, tuple) else (given,)
+            tell = self.telling(leaves, number, hook)
+            record.args, record.kwargs = args, kwargs = _call_before(record, number, hook)
             leaves = self.checked((args, kwargs), leaves, hook)
             self.check_same(leaves, hook)
-            self.tell_changed(was, leaves, number, hook)
+            tell(leaves)
         for told in OPEN.told[-1:] if called else ():
             told.before(module)
         running: Any = module
@@ -209,8 +230,21 @@ class After(_Node):
 
     __name__ = "run_hooks_after"
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, record: Record, *values: Any) -> Sequence[Any]:
+        """As `Before`."""
+        module = record.module
+        if not (torch.compiler.is_dynamo_compiling() and _only_forward(module)):
+            return self.in_eager_mode(record, *values)  # type: ignore[no-any-return]
+        record.result, leaves = self.build(values)
+        for number, hook in _called(self.call, *_forward_hooks(module)):
+            given = _call_forward(record, number, hook)
+            record.result = record.result if given is None else given
+            leaves = self.checked(record.result, leaves, hook)
+        return leaves
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def in_eager_mode(self, record: Record, *values: Any) -> Sequence[Any]:
+        """The same, with all that is known of hooks."""
         module = record.module
         result, leaves = self.build(values)
         placed = vars(module).get("_hf_hook")
@@ -220,12 +254,12 @@ class After(_Node):
         record.result = result
         for number, hook in _called(self.call, *_forward_hooks(module)):
             record.ran.add(number)
-            was = _state(leaves)
+            tell = self.telling(leaves, number, hook)
             given = _call_forward(record, number, hook)
             if given is not None:
                 record.result = given
             leaves = self.checked(record.result, leaves, hook)
-            self.tell_changed(was, leaves, number, hook)
+            tell(leaves)
         result, backward = record.result, record.backward
         if backward is not None:
             if not isinstance(result, Tensor | tuple):
@@ -286,6 +320,29 @@ def _called(call: Call, *known: Mapping[int, Hook]) -> list[tuple[int, Hook]]:
     return [(n, hook) for hooks in known for n, hook in hooks.items() if n not in call.host]
 
 
+def _only_forward(module: nn.Module) -> bool:
+    """Whether a module has no hooks of gradients, and none of accelerate's."""
+    backward = module._backward_hooks or module._backward_pre_hooks
+    everywhere = torch_module._global_backward_hooks or torch_module._global_backward_pre_hooks
+    return not (backward or everywhere or "_hf_hook" in module.__dict__)
+
+
+def _forward_pre_hooks(module: nn.Module) -> tuple[Mapping[int, Hook], Mapping[int, Hook]]:
+    return torch_module._global_forward_pre_hooks, module._forward_pre_hooks
+
+
+def _call_before(record: Record, number: int, hook: Hook) -> tuple[Any, Any]:
+    """The arguments of a module after a pre-hook."""
+    module, args, kwargs = record.module, record.args, record.kwargs
+    if number in module._forward_pre_hooks_with_kwargs:
+        given: Any = hook(module, args, kwargs)
+        return (args, kwargs) if given is None else given
+    given = hook(module, args)
+    if given is None:
+        return args, kwargs
+    return given if isinstance(given, tuple) else (given,), kwargs
+
+
 def _forward_hooks(module: nn.Module) -> tuple[Mapping[int, Hook], Mapping[int, Hook]]:
     return torch_module._global_forward_hooks, module._forward_hooks
 
@@ -317,10 +374,18 @@ def _call_always(record: Record) -> None:
             )
 
 
-def _state(leaves: Sequence[Any]) -> State:
+def _tensors(leaves: Sequence[Any]) -> list[Tensor]:
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def _state(leaves: Sequence[Any]) -> list[tuple[int, int]]:
     """Which tensors these are, and how often each was written to, as far as torch counts it."""
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    return [(id(x), 0 if x.is_inference() else x._version) for x in tensors]
+    return [(id(x), 0 if x.is_inference() else x._version) for x in _tensors(leaves)]
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    """Whether all values are equal; NaN equals NaN."""
+    return bool(((one == other) | ((one != one) & (other != other))).all())
 
 
 def _form(tensor: Tensor) -> tuple[Any, ...]:

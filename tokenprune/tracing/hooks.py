@@ -25,9 +25,9 @@ from tokenprune.tracing.structure import Structure
 
 __all__ = [
     "HOST_HOOKS",
+    "UNHOOKED",
     "Hooks",
-    "after_host_hooks",
-    "before_host_hooks",
+    "as_leaf",
     "between_hooks",
     "calls_unhooked",
     "forward_of",
@@ -39,18 +39,13 @@ __all__ = [
 HOST_HOOKS = {"transformers.utils.output_capturing"}
 """Names of Python modules whose hooks are part of the hosts that have them; others may be added."""
 
+UNHOOKED = "unhooked"
+"""Key in the `meta` of a node that is a module whose hooks other nodes run."""
 NONE, FORWARD, BACKWARD = range(3)
 UNHOOKED = "unhooked in thread"
 GLOBAL_BACKWARD = (torch_module._global_backward_hooks, torch_module._global_backward_pre_hooks)
 GLOBAL_FORWARD = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
 GLOBAL = (*GLOBAL_BACKWARD, *GLOBAL_FORWARD)
-
-# rules know these by their classes, not by the functions that they call
-KNOWN_BY_CLASS = (
-    *(nn.modules.batchnorm._NormBase, nn.Conv1d, nn.Conv3d),
-    *(nn.modules.pooling._AvgPoolNd, nn.modules.pooling._MaxPoolNd),
-    *(nn.modules.pooling._AdaptiveAvgPoolNd, nn.modules.pooling._AdaptiveMaxPoolNd),
-)
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -90,8 +85,9 @@ class Hooks:
 
     def of_owner(self, module: nn.Module) -> bool:
         """Whether a module has forward hooks that are neither the host's own code nor torch's
-        (`nn.utils.prune`), and is known by what it calls: torch's own are then traced through."""
-        if "_hf_hook" in module.__dict__ or isinstance(module, KNOWN_BY_CLASS):
+        (`nn.utils.prune`): a module of torch's, one node, then stands between nodes that run its
+        hooks."""
+        if "_hf_hook" in module.__dict__:
             return False
         tables = (*GLOBAL_FORWARD, module._forward_hooks, module._forward_pre_hooks)
         return any(
@@ -101,8 +97,8 @@ class Hooks:
         )
 
     def look(self, module: nn.Module, _name: str, _absent: Any) -> tuple[Any, ...]:
-        """For `guards`: the state, whether a module of torch's is traced through because of its
-        hooks, and the host's own hooks, which a trace went through."""
+        """For `guards`: the state, whether hooks of a module of torch's are nodes, and the host's
+        own hooks, which a trace went through."""
         tables = (module._forward_hooks, module._forward_pre_hooks)
         own = [n for hooks in tables for n, hook in hooks.items() if self.of_host(n, hook)]
         return self.state(module), self.of_owner(module), *own
@@ -214,6 +210,24 @@ def between_hooks(
         _, output = _around(tracer, After, call, record, output, False)
         tracer.forget_attributes()
     return output if first else after_host_hooks(hooks, module, args, kwargs, output)
+
+
+def as_leaf(tracer: Recorder, module: nn.Module, path: str, args: Any, kwargs: Any) -> Any:
+    """A module of torch's as one node, which runs its hooks too; where the owner has put some
+    there, nodes around it run all of them."""
+
+    def alone(*args: Any, **kwargs: Any) -> Any:
+        output = tracer.create_proxy("call_module", path, args, kwargs)
+        output.node.meta[UNHOOKED] = True
+        return output
+
+    if tracer.hooks.of_owner(module):
+        return between_hooks(tracer, module, path, alone, args, kwargs)
+    output = tracer.create_proxy("call_module", path, args, kwargs)
+    # what they return is not taken here: they run with the module
+    before_host_hooks(tracer.hooks, module, args, kwargs)
+    after_host_hooks(tracer.hooks, module, args, kwargs, output)
+    return output
 
 
 def _around(

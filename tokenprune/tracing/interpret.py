@@ -15,7 +15,7 @@ from tokenprune.private import FakeTensor, active_fake_mode, tree_leaves, tree_m
 from tokenprune.tracing.effects import Store
 from tokenprune.tracing.handed import HANDED, HandedProxy
 from tokenprune.tracing.hook_nodes import is_hook_node
-from tokenprune.tracing.hooks import calls_unhooked, unhooked
+from tokenprune.tracing.hooks import UNHOOKED, calls_unhooked, unhooked
 from tokenprune.tracing.modes import MODES, entered
 from tokenprune.tracing.opaque import OPAQUE
 from tokenprune.tracing.proxy import ValueProxy
@@ -83,7 +83,9 @@ def _called(root: nn.Module, node: fx.Node, env: Mapping[fx.Node, Any], shapes_a
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     module = root.get_submodule(str(node.target))
-    return unhooked(module, args, kwargs) if fake else module(*args, **kwargs)
+    if fake:
+        return unhooked(module, args, kwargs)
+    return (module.forward if UNHOOKED in node.meta else module)(*args, **kwargs)
 
 
 def _as_returned(node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:

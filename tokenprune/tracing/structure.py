@@ -72,7 +72,7 @@ class Structure:
         entries, spec = tree_flatten(value)
         if spec != self.spec:
             return None
-        leaves = list[Any]()
+        leaves: list[Any] = []
         for place, entry in enumerate(entries):
             kept = self.objects.get(place)
             if kept is None:

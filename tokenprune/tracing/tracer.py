@@ -29,13 +29,7 @@ from tokenprune.tracing.finite import answer
 from tokenprune.tracing.functions import calls_let_through
 from tokenprune.tracing.gradients import GradientRun
 from tokenprune.tracing.handed import HANDED, HandedProxy
-from tokenprune.tracing.hooks import (
-    Hooks,
-    after_host_hooks,
-    before_host_hooks,
-    next_hook,
-    unhooked,
-)
+from tokenprune.tracing.hooks import Hooks, as_leaf, next_hook, unhooked
 from tokenprune.tracing.inside import NEEDS_VALUES, inside
 from tokenprune.tracing.interpret import tensor_attribute, tensors_in
 from tokenprune.tracing.kept_values import buffers_behind, value_of_buffers
@@ -352,7 +346,7 @@ class ValueTracer(fx.Tracer):
         return argument_of(self, a, super().create_arg)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return is_leaf(m) and not self.hooks.of_owner(m)
+        return is_leaf(m)
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: Args, kwargs: Kwargs
@@ -365,10 +359,7 @@ class ValueTracer(fx.Tracer):
         try:
             if self.is_leaf_module(m, path) and tensors_in((args, kwargs)):  # not Identity()(None)
                 self.reads.leaves[id(m)] = m
-                output = self.create_proxy("call_module", path, args, kwargs)
-                # what they return is not taken here: they run with the module
-                before_host_hooks(self.hooks, m, args, kwargs)
-                after_host_hooks(self.hooks, m, args, kwargs, output)
+                output = as_leaf(self, m, path, args, kwargs)
             else:
                 output = inside(self, m, path, forward, args, kwargs)
             self._failed_in = ""
