@@ -10,7 +10,7 @@ from torch import nn
 
 from tokenprune.analysis.plan import bind
 from tokenprune.analysis.reading import Reading, prefix_at, readings, settle
-from tokenprune.checks.verify import verify_wrapped
+from tokenprune.checks.verify import takes_long, verify_wrapped
 from tokenprune.cost.auto import choose
 from tokenprune.errors import (
     AlreadyWrappedError,
@@ -300,8 +300,9 @@ def _check_known(recipe: Recipe | None, known: ArchSpec) -> None:
 
 
 def _trace_training(pruning: Pruning, example: Arguments, prove: bool) -> TokenPruneError | None:
-    """Make the program of the first training step, and `prove` it; what stands in the way, if the
-    host is in eval mode, where it may do without."""
+    """Make the program of the first training step, and `prove` it unless that takes long: the first
+    step does so then. What stands in the way, if the host is in eval mode, where it may do without.
+    """
     host = pruning.host
     training = host.training
     with in_mode(host, training=True) if not training else nullcontext():
@@ -309,7 +310,7 @@ def _trace_training(pruning: Pruning, example: Arguments, prove: bool) -> TokenP
             path = pruning.path_name(pruning.method.path(training=True))
             programs = pruning.programs(example)
             programs.get(host, path)
-            if prove:
+            if prove and not takes_long(host, programs.analysis):
                 pruning.prove(programs, pruning.handing(example))
         except TokenPruneError as error:
             if training:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from tokenprune.analysis.analysis import Analysis
 from tokenprune.checks.certificate import Certificate, Check
 from tokenprune.checks.enliven import enliven, enlivened_inputs
 from tokenprune.checks.proof import Theorems, cast
@@ -19,7 +20,7 @@ from tokenprune.runtime.model import pruning_of
 from tokenprune.tracing.arguments import Arguments
 from tokenprune.tracing.state import attributes_kept, buffers_kept, in_mode
 
-__all__ = ["verify", "verify_wrapped"]
+__all__ = ["takes_long", "verify", "verify_wrapped"]
 
 
 BIG = 1e11
@@ -71,7 +72,7 @@ def _verify(
     with evaluated, attributes_kept(pruning.host), buffers_kept(model):
         with torch.no_grad():
             proof = Theorems(model, inputs)
-            if _macs(proof) >= big:
+            if _macs(model, proof.programs.analysis) >= big:
                 proof = Theorems(model, inputs, brief=True).of_one_image()
         checks = [*proof.checks(gradients), *unread(proof)]
         told = telling(proof)
@@ -94,12 +95,16 @@ def _verify(
     )
 
 
-def _macs(proof: Theorems) -> float:
+def takes_long(model: nn.Module, analysis: Analysis) -> bool:
+    """Whether `wrap` makes the brief proof."""
+    return _macs(model, analysis) >= BIG
+
+
+def _macs(model: nn.Module, analysis: Analysis) -> float:
     """About how many multiply-accumulates an image takes: of weights, and of attention."""
-    grid = max(proof.programs.analysis.grids, key=lambda grid: grid.length)
-    parameters = sum(parameter.numel() for parameter in proof.model.parameters())
-    blocks = len(proof.programs.analysis.blocks)
-    return grid.length * (parameters + 2 * blocks * grid.length * grid.num_channels)
+    grid = max(analysis.grids, key=lambda grid: grid.length)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return grid.length * (parameters + 2 * len(analysis.blocks) * grid.length * grid.num_channels)
 
 
 def _on_a_copy(given: Theorems, gradients: bool) -> list[Check]:
