@@ -1,5 +1,6 @@
 """What the paths of `steps` are given, and how what they compute is compared."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -89,11 +90,14 @@ def shares_memory(value: Any, node: fx.Node, env: Environment) -> bool:
     return value.untyped_storage().data_ptr() in held
 
 
-def close(ours: Tensor, theirs: Tensor) -> bool:
-    """Whether two tensors are equal but for rounding; NaN and inf are equal to themselves."""
+def close(ours: Tensor, theirs: Tensor, rounded: Iterable[torch.dtype]) -> bool:
+    """Whether two tensors are equal but for rounding, to the dtypes that were `rounded` to before;
+    NaN and inf are equal to themselves."""
     if torch.equal(ours, theirs):
         return True
-    bound = largest(TOLERANCE, (ours.dtype, theirs.dtype))
+    if not is_number(ours):
+        return False
+    bound = largest(TOLERANCE, (ours.dtype, theirs.dtype, *rounded))
     apart, scale = (ours - theirs).abs().max(), theirs.abs().max().clamp_min(1e-6)
     if bool(scale.isfinite()):  # else something is NaN or inf, perhaps in both
         return bool(apart <= bound * scale)

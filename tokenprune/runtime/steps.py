@@ -43,6 +43,7 @@ from tokenprune.tracing.effects import Store
 from tokenprune.tracing.hook_nodes import is_hook_node
 from tokenprune.tracing.hooks import calls_unhooked
 from tokenprune.tracing.interpret import Environment, evaluate, run
+from tokenprune.tracing.modes import autocast_dtypes
 from tokenprune.tracing.randomness import torch_generators_kept
 from tokenprune.tracing.stand_ins import is_away
 from tokenprune.tracing.state import attributes_kept, buffers_kept, no_autocast_cache
@@ -128,6 +129,7 @@ class Steps:
     Attributes:
         leak: The first node whose rows of kept tokens differ.
         unclear: Something differs that is of no image and no token, such as a mean of a batch.
+        rounded: The dtypes that values were rounded to so far.
     """
 
     def __init__(
@@ -154,6 +156,7 @@ class Steps:
         self.hides = self.lively = self.paths[0] == "mask"
         self.leak: fx.Node | None = None
         self.unclear = False
+        self.rounded = autocast_dtypes(programs.analysis.traced.graph)
 
     def run(self) -> "Steps":
         """Run them.
@@ -321,7 +324,9 @@ class Steps:
         ours, part = self._rows(facts, step.computed), self._of_ours(facts, theirs, step.computed)
         if ours is None or part is None or ours.shape != part.shape:
             return theirs, False
-        alike = not is_number(ours) or close(ours, part)
+        if is_number(ours):
+            self.rounded.add(ours.dtype)
+        alike = not is_number(ours) or close(ours, part, self.rounded)
         if not noisy and not alike:
             if facts.dims or facts.rows_per_image is not None or not self.apart:
                 self.leak = self.leak or origin
@@ -360,6 +365,7 @@ class Steps:
         count, rest = self.images + BEFORE + BEHIND, theirs.shape[1:]
         each = len(theirs) // count
         part = theirs.reshape(count, each, *rest)[self.ours].flatten(0, 1)
-        if facts.rows_per_image > 1 and not (part.shape == ours.shape and close(ours, part)):
+        side_by_side = part.shape == ours.shape and facts.rows_per_image > 1
+        if facts.rows_per_image > 1 and not (side_by_side and close(ours, part, self.rounded)):
             part = theirs.reshape(each, count, *rest)[:, self.ours].flatten(0, 1)
         return part
