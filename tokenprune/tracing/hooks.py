@@ -42,7 +42,7 @@ HOST_HOOKS = {"transformers.utils.output_capturing"}
 UNHOOKED = "unhooked"
 """Key in the `meta` of a node that is a module whose hooks other nodes run."""
 NONE, FORWARD, BACKWARD = range(3)
-UNHOOKED = "unhooked in thread"
+OF_THREAD = "calls are unhooked in this thread"
 GLOBAL_BACKWARD = (torch_module._global_backward_hooks, torch_module._global_backward_pre_hooks)
 GLOBAL_FORWARD = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
 GLOBAL = (*GLOBAL_BACKWARD, *GLOBAL_FORWARD)
@@ -300,7 +300,7 @@ def unhooked(module: nn.Module, args: Any, kwargs: Any) -> Any:
 def calls_unhooked() -> Iterator[None]:
     """Modules that this thread calls run their forward alone."""
     thread, before = threading.get_ident(), nn.Module.__call__
-    if getattr(before, UNHOOKED, None) == thread:
+    if getattr(before, OF_THREAD, None) == thread:
         yield
         return
 
@@ -309,6 +309,6 @@ def calls_unhooked() -> Iterator[None]:
             return before(module, *args, **kwargs)
         return forward_of(module)(*args, **kwargs)
 
-    setattr(call, UNHOOKED, thread)
+    setattr(call, OF_THREAD, thread)
     with mock.patch.object(nn.Module, "__call__", call):  # slow: each class in the process is told
         yield
