@@ -82,10 +82,8 @@ _ended = count(1)
 
 
 @pytest.hookimpl(trylast=True)
-def pytest_runtest_teardown(item: pytest.Item) -> None:
+def pytest_runtest_teardown() -> None:
     """And what tests have imported; what only another test let go is collected now and then."""
-    if item.path.parent.name == "tracing":  # its own conftest.py says why
-        return
     if next(_ended) % 250 == 0:
         gc.unfreeze()
     gc.collect()

@@ -71,7 +71,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "object": lambda host, x: x + host.rope.take(x.shape[1]),
     "class_attribute": lambda host, x: x + host.shared + host.every[1],
     "module_in_a_list": lambda host, x: host.loose[0](x),
-    "closure": closure(),
+    "closure": closure,
     "sizes": sizes,
     "plain_sizes": plain_sizes,
     "functional": lambda host, x: torch.nn.functional.pad(host.several_plain[0], (0, x.shape[0])),
@@ -82,7 +82,9 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_the_graph_computes_what_the_host_does_for_any_batch_size(name: str) -> None:
-    host = Holder(FUNCTIONS[name])
+    function = FUNCTIONS[name]
+    # made here: the collector, which is asked whose a closure is, knows nothing of older ones
+    host = Holder(function() if name == "closure" else function)
     tracer, graph = record(host, x=torch.randn(2, 5, WIDTH))
     assert not tracer.specialized
     for batch in (2, 3, 1):

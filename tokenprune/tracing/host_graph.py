@@ -117,7 +117,7 @@ def _trace(
         # a mode of the caller (a counter of operations, say) is not to see the trace
         unseen = without_modes()
         with unseen, stand_ins(host, mode), no_autocast_cache(), buffers_kept(host):
-            tracer, generators = ValueTracer(host, mode), Generators(host)
+            tracer, generators = ValueTracer(host, mode), Generators(host, known)
             try:
                 graph = (context := copy_context()).run(tracer.record, call, given, known)
             except TokenPruneError:

@@ -159,9 +159,13 @@ class Reached:
 
 
 def reached_by(root: Module, forward: Any) -> Reached:
-    """What a call of `forward` of a host may reach, before it has run."""
-    classes = {type(module): 0 for module in root.modules()}
-    return Reached([forward, *(in_class(c, "forward", None) for c in classes), *classes])
+    """What a call of `forward` of a host may reach, before it has run; functions that its modules
+    hold are among it."""
+    classes, held = dict[type, None](), list[Any]()
+    for module in root.modules():
+        classes[type(module)] = None
+        held += [value for value in vars(module).values() if _plain(value)]
+    return Reached([forward, *held, *(in_class(c, "forward", None) for c in classes), *classes])
 
 
 def as_function(code: CodeType, around: dict[str, Any]) -> FunctionType:

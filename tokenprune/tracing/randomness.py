@@ -19,7 +19,10 @@ import torch
 from torch import nn
 
 from tokenprune.private import DisableTorchFunction, without_modes
+from tokenprune.tracing.contents import within
+from tokenprune.tracing.names import Reached
 from tokenprune.tracing.provenance import of_host
+from tokenprune.tracing.reads import OF_TORCH
 
 __all__ = ["Drawn", "Generators", "torch_generators_kept"]
 
@@ -43,11 +46,12 @@ class Generators:
     """The states of all generators of this process, as they are now; torch's as far as they are
     the default one of the CPU, or an attribute of a module."""
 
-    def __init__(self, root: nn.Module) -> None:
+    def __init__(self, root: nn.Module, known: Reached | None = None) -> None:
+        """Find them; `known` is what the host's code may reach."""
         kinds = {found for kind in KINDS for found in _subclasses(kind)}
         kinds.discard(random.SystemRandom)  # the operating system's, which has no state
-        found = _objects_of(kinds)
-        objects = [*DEFAULTS, *(one for one in found if one not in DEFAULTS)]
+        found = [*_objects_of(kinds), *_held_by(root, known, kinds)]
+        objects = [*DEFAULTS, *{id(one): one for one in found if one not in DEFAULTS}.values()]
         # torch's are not collected
         held = [v for m in root.modules() for v in dict(vars(m)).values()]
         objects += [torch.default_generator, *(v for v in held if type(v) is torch.Generator)]
@@ -132,6 +136,16 @@ def _objects_of(kinds: set[type]) -> list[Any]:
     found = list(compress(everything, map(kinds.__contains__, map(type, everything))))
     del everything
     return found
+
+
+def _held_by(root: nn.Module, known: Reached | None, kinds: set[type]) -> list[Any]:
+    """Those in attributes of modules, and in what is `known`: `gc.freeze` hides objects from the
+    collector."""
+    tables = (vars(module) for module in root.modules())
+    held = [value for table in tables for name, value in table.items() if name not in OF_TORCH]
+    if known is not None and kinds.intersection(known.classes):
+        held += known.values()
+    return [v for value in held for v in within(value) if type(v) in kinds]
 
 
 def _subclasses(kind: type) -> Iterator[type]:
