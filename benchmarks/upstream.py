@@ -24,7 +24,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from benchmarks.markdown import table
-from benchmarks.upstream_parts.hosts import LEFT_OUT, REASONS, TIMM, TRANSFORMERS
+from benchmarks.upstream_parts.hosts import LEFT_OUT, TIMM, TRANSFORMERS, reason
 
 __all__ = ["main"]
 
@@ -114,12 +114,12 @@ def as_page(work: Path) -> Iterator[str]:
             good = [name for name, (how, _) in dense.items() if how == PASSED]
             failed = {n: wrapped.get(n, (FAILED, "did not run")) for n in good}
             failed = {n: (how, said) for n, (how, said) in failed.items() if how == FAILED}
-            count = Counter("design" if n in REASONS else "fail" for n in failed)
+            count = Counter("design" if reason(host, n) else "fail" for n in failed)
             numbers = (len(good), len(good) - len(failed), count["design"], count["fail"])
             recipe = HOSTS[library][host] or "default"
             lines.append([library, f"`{host}`", f"`{recipe}`", *map(str, numbers)])
             for name, (_, said) in failed.items():
-                why = REASONS.get(name) or f"not explained: {said[:200]}"
+                why = reason(host, name) or f"not explained: {said[:200]}"
                 notes.setdefault((name, why), []).append(host)
     yield table(head, lines)
     yield "\n## Tests that end otherwise\n"

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-__all__ = ["LEFT_OUT", "REASONS", "TIMM", "TRANSFORMERS", "config_of", "recipe_of"]
+__all__ = ["LEFT_OUT", "TIMM", "TRANSFORMERS", "config_of", "reason", "recipe_of"]
 
 MERGE, BYPASS = "merge-k0.7", "mode: bypass"
 TIMM = {
@@ -40,28 +40,44 @@ BESIDE = (
     "predictors and bypasses lie beside model.safetensors, and from_pretrained of the host's own "
     "class, which the test calls, makes new ones: tokenprune.load(folder) gives the same model"
 )
-REASONS: dict[str, str] = {
-    **dict.fromkeys(
-        [f"test_model_{n}" for n in ("forward_torchscript", "forward_fx", "backward_fx")], TRACERS
-    ),
-    "test_model_forward_fx_torchscript": TRACERS,
-    "test_swin_family_script_after_resize": TRACERS,
-    "test_prune_intermediate_layers_contract": CUT,
-    "test_prune_intermediate_layers_params_used": CUT,
-    "test_attention_outputs": MAPS,
-    "test_retain_grad_hidden_states_attentions": MAPS,
-    "test_bc_torch_dtype": BESIDE,
-    "test_can_init_all_missing_weights": BESIDE,
-    "test_can_load_from_already_mapped_keys": BESIDE,
-    "test_can_use_safetensors": BESIDE,
-    "test_load_save_without_tied_weights": BESIDE,
-    "test_save_load": BESIDE,
-    **{
-        f"test_training_gradient_checkpointing{how}": MOCKED
-        for how in ("", "_use_reentrant_false", "_use_reentrant_true")
+REASONS: dict[tuple[str, ...], dict[str, str]] = {
+    tuple(TIMM): {
+        **dict.fromkeys(
+            [f"test_model_{n}" for n in ("forward_torchscript", "forward_fx", "backward_fx")],
+            TRACERS,
+        ),
+        "test_model_forward_fx_torchscript": TRACERS,
+        "test_prune_intermediate_layers_contract": CUT,
+    },
+    ("swin_tiny_patch4_window7_224",): {
+        "test_swin_family_script_after_resize": TRACERS,
+        "test_prune_intermediate_layers_params_used": CUT,
+    },
+    ("ViT",): {
+        "test_attention_outputs": MAPS,
+        "test_retain_grad_hidden_states_attentions": MAPS,
+        **{
+            f"test_training_gradient_checkpointing{how}": MOCKED
+            for how in ("", "_use_reentrant_false", "_use_reentrant_true")
+        },
+    },
+    ("Dinov2",): {
+        "test_bc_torch_dtype": BESIDE,
+        "test_can_init_all_missing_weights": BESIDE,
+        "test_can_load_from_already_mapped_keys": BESIDE,
+        "test_can_use_safetensors": BESIDE,
+        "test_load_save_without_tied_weights": BESIDE,
+        "test_save_load": BESIDE,
     },
 }
-"""Test -> why it may end otherwise."""
+"""Hosts -> test -> why it may end otherwise over these."""
+
+
+def reason(host: str, test: str) -> str | None:
+    """Why a test may end otherwise over a host; None if it may not."""
+    return next((whys[test] for of, whys in REASONS.items() if host in of and test in whys), None)
+
+
 SIZES = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 37,
     "image_size": 30, "patch_size": 2,

@@ -41,7 +41,7 @@ class Analysis:
             not told.
         batch_bound: The graph holds for its batch size only.
         stretches: Where tokens leave a host that keeps a grid, and are put back; none elsewhere.
-        alike: That of another trace, with the same operators.
+        repeats: The analysis of an earlier trace with the same operators; None if there is none.
     """
 
     traced: HostGraph
@@ -54,7 +54,7 @@ class Analysis:
     real: fx.Node | None
     batch_bound: bool
     stretches: tuple[Stretch, ...] = ()
-    alike: "Analysis | None" = None
+    repeats: "Analysis | None" = None
 
     @property
     def starts(self) -> tuple[int, ...]:
@@ -127,11 +127,11 @@ def analyse(
     shapes = ((batch, length), (batch, length - plan.num_prefix))
     first = min((block.entry for block in blocks.values()), key=list(traced.graph.nodes).index)
     padding, real = find_padding(root, traced, mask, first, shapes)
-    alike: Analysis | None = None
+    repeats: Analysis | None = None
     for other in known:
         facts = facts_for(other.facts, other.traced.graph, traced.graph)
         if facts is not None and bool(other.stretches) == bool(stretches):
-            alike, bound = other, other.batch_bound
+            repeats, bound = other, other.batch_bound
             break
     else:
         given = (root, traced, markers, grids, plan.num_prefix, padding, tokens_leave)
@@ -148,7 +148,7 @@ def analyse(
                 raise
             facts, bound = find_facts(*given, stretches)
     found = (traced, blocks, plan, markers, grids, facts, final, real, bound, stretches)
-    return Analysis(*found, alike)
+    return Analysis(*found, repeats)
 
 
 def _final(root: nn.Module, traced: HostGraph, blocks: Blocks, spec: ArchSpec) -> fx.Node:

@@ -16,7 +16,7 @@ from tokenprune.analysis.plan import Budget
 from tokenprune.cost.flops import Counted, count_macs
 from tokenprune.cost.remembered import Remembered
 from tokenprune.hosts.inputs import ExampleInputs
-from tokenprune.rewrite.settings import SETTINGS, CallSettings
+from tokenprune.rewrite.settings import SETTINGS
 from tokenprune.runtime.model import pruning_of
 from tokenprune.runtime.program import Programs
 from tokenprune.tracing.guards import Guards
@@ -160,7 +160,7 @@ def _profile(
     if min(budget.keep_ratios) < 1.0 or not programs.reduction.prunes:
         rewrite = programs.get(model, "gather").rewrite
         entries = {n: rewrite.copy_of(block.entry) for n, block in analysis.blocks.items()}
-        settings = CallSettings(num_keep=budget.counts(programs.num_patches), sample=False)
+        settings = remembered.settings(budget.counts(programs.num_patches))
         inputs = {**inputs, SETTINGS: settings}
         pruned = count_macs(model, analysis, rewrite.graph, entries, inputs, remembered)
     numbers = range(len(spec.blocks))

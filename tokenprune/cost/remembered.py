@@ -1,15 +1,15 @@
 """What the nodes of one graph return and cost on meta tensors, remembered by shape: with another
 number of tokens at one stage most nodes see what they saw before."""
 
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
-from tokenprune.rewrite.settings import SETTINGS, CallSettings
+from tokenprune.rewrite.settings import CallSettings
 
 __all__ = ["Remembered"]
 
@@ -24,28 +24,59 @@ class Known(NamedTuple):
     flops: int
 
 
+class Counts(tuple[int, ...]):
+    """The K of each stage; notes which are read."""
+
+    read: set[int]
+
+    def __getitem__(self, stage: Any) -> Any:
+        numbers = range(len(self))[stage]
+        self.read.update(numbers if isinstance(numbers, range) else (numbers,))
+        return super().__getitem__(stage)
+
+    def __iter__(self) -> Iterator[int]:
+        self.read.update(range(len(self)))
+        return super().__iter__()
+
+
 class Remembered:
     """Values of nodes and their FLOPs, valid as long as graph and weights stay."""
 
     def __init__(self) -> None:
         self._known: dict[Any, Known] = {}
+        self._read = defaultdict[fx.Node, set[int]](set)
+        self._counts = Counts()
+
+    def settings(self, num_keep: tuple[int, ...]) -> CallSettings:
+        """What the next run is given."""
+        self._counts = Counts(num_keep)
+        self._counts.read = set()
+        return CallSettings(num_keep=self._counts, sample=False)
 
     def value(
         self, node: fx.Node, env: Mapping[fx.Node, Any], compute: Callable[[], tuple[Any, int]]
     ) -> tuple[Any, int]:
-        """What `compute` returns, which is called where a node has not seen such arguments."""
+        """What `compute` returns, which is called where a node has not seen such arguments and
+        counts of the stages that it reads."""
         try:
-            key = node, *(_described(env[used], node) for used in node.all_input_nodes)
+            given = [_described(env[used]) for used in node.all_input_nodes]
         except NotComparableError:
             return compute()
-        known = self._known.get(key)
-        if known is not None and _described(known.value, node) == known.described:
+        known = self._known.get(self._key(node, given))
+        if known is not None and _described(known.value) == known.described:
             return known.value, known.flops
+        counts = self._counts
+        counts.read = set()
         value, flops = compute()
+        self._read[node] |= counts.read
         if not _changes_its_argument(node):
             with suppress(NotComparableError):
-                self._known[key] = Known(value, _described(value, node), flops)
+                self._known[self._key(node, given)] = Known(value, _described(value), flops)
         return value, flops
+
+    def _key(self, node: fx.Node, given: list[Any]) -> Any:
+        counts = tuple.__getitem__
+        return node, *given, *((n, counts(self._counts, n)) for n in sorted(self._read[node]))
 
 
 class NotComparableError(Exception):
@@ -58,8 +89,8 @@ def _changes_its_argument(node: fx.Node) -> bool:
     return name[-1:] == "_" and name[-2:] != "__"
 
 
-def _described(value: Any, node: fx.Node) -> Any:
-    """All that decides about shapes."""
+def _described(value: Any) -> Any:
+    """All that decides about shapes; of settings nothing, since what is read of them is noted."""
     if isinstance(value, Tensor):
         strides = value.stride() if value.layout is torch.strided else ()
         return type(value), tuple(value.shape), strides, value.dtype
@@ -68,15 +99,9 @@ def _described(value: Any, node: fx.Node) -> Any:
     if isinstance(value, nn.Module):
         return value
     if isinstance(value, tuple | list):
-        return type(value), *(_described(each, node) for each in value)
+        return type(value), *map(_described, value)
     if isinstance(value, dict):
-        return type(value), *((key, _described(each, node)) for key, each in value.items())
-    if isinstance(value, CallSettings):  # a stage, whose number is next, reads its own count alone
-        stage = next((after for arg, after in pairwise(node.args) if _is_settings(arg)), None)
-        if isinstance(stage, int):
-            return value.num_keep[stage]
+        return type(value), *((key, _described(each)) for key, each in value.items())
+    if isinstance(value, CallSettings):
+        return CallSettings
     raise NotComparableError
-
-
-def _is_settings(arg: Any) -> bool:
-    return isinstance(arg, fx.Node) and arg.target == SETTINGS

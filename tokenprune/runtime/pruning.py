@@ -300,9 +300,9 @@ class Pruning:
             reduction = kind(host, analyse(*given, known=others))
         check_parts(host, self.added, reduction)
         forget_weights(traced.fake_mode)
-        alike = (p.proven for p in self.cache if p.analysis is reduction.analysis.alike)
+        earlier = (p.proven for p in self.cache if p.analysis is reduction.analysis.repeats)
         how = (self.method.scorer, self.restore, self.recipe.unread_rows)
-        proven = self.cache.proven_next or any(alike)
+        proven = self.cache.proven_next or any(earlier)
         found = Programs(reduction.analysis, reduction, *how, proven)
         self.cache.add(signature, found)
         return found
