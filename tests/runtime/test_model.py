@@ -1,5 +1,6 @@
 """A wrapped model in use: `using`, `set_keep_ratio`, traces, arguments, and what each refuses."""
 
+import inspect
 from typing import Any
 
 import pytest
@@ -401,3 +402,12 @@ def test_a_budget_is_replaced_and_the_structure_never_is(own_model: Any) -> None
     tokenprune.profile(own_model, budget=budget)
     assert pruning.budget is before
     assert not {"keep_ratios", "threshold"} & set(vars(programs.analysis.plan))
+
+
+def test_modules_that_return_what_they_are_given_are_not_called(own_model: Any) -> None:
+    own_model(IMAGES)
+    (programs,) = pruning_of(own_model).cache
+    source = inspect.getsource(programs.get(own_model, "gather").run)
+    assert ".proj(" in source
+    assert "proj_drop" not in source
+    assert "ls1" not in source

@@ -141,11 +141,11 @@ class Programs:
         if left_out:
             passes.append(LeaveUnread(self.reduction.unread(root)))
         rewrite = Rewrite(root, self.analysis)
-        run: Callable[..., Returned] = as_function(run_passes(rewrite, passes))
+        run: Callable[..., Returned] = as_function(run_passes(rewrite, passes), root)
         if path == "jagged" and self.reduction.removes:
             packed = Rewrite(root, self.analysis)
             run_passes(packed, [*passes, PackRows()])
-            run = Jagged(run, as_function(packed.graph), rewrite.graph)
+            run = Jagged(run, as_function(packed.graph, root), rewrite.graph)
         forget_weights(self.analysis.traced.fake_mode)
         hooked = any(map(is_hook_node, rewrite.graph.nodes))
         run = closing(run) if hooked else run

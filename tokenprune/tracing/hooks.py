@@ -34,6 +34,7 @@ __all__ = [
     "has_hooks",
     "next_hook",
     "unhooked",
+    "would_run_hooks",
 ]
 
 HOST_HOOKS = {"transformers.utils.output_capturing"}
@@ -57,6 +58,11 @@ def has_hooks(module: nn.Module) -> bool:
         or module._backward_pre_hooks
         or "_hf_hook" in module.__dict__
     )
+
+
+def would_run_hooks(module: nn.Module) -> bool:
+    """Whether a call of a module would run any, those of all modules too."""
+    return has_hooks(module) or any(GLOBAL)
 
 
 class Hooks:

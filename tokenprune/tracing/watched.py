@@ -23,6 +23,7 @@ from tokenprune.tracing.contents import (
     within,
 )
 from tokenprune.tracing.hooks import Hooks
+from tokenprune.tracing.idle import may_be_idle
 from tokenprune.tracing.lookups import reads_classes_whole
 from tokenprune.tracing.names import (
     CALLED,
@@ -128,6 +129,8 @@ def _read(reads: Reads, functions: Iterable[Any]) -> Iterator[Watched]:
     for leaf in reads.leaves.values():  # an own forward may mix tokens
         forward = vars(leaf).get("forward", ABSENT)
         yield Watched(leaf, dict.get, vars(leaf), "forward", forward)
+        if may_be_idle(leaf):  # programs leave out its call
+            yield Watched(leaf, dict.get, vars(leaf), "training", leaf.training)
     for owner_id, name in reads.missing:
         owner = reads.objects[owner_id]
         yield Watched(owner, looks.is_there, owner, name, False)
