@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tokenprune
@@ -119,6 +120,37 @@ def test_own_tokens_are_where_a_block_has_them() -> None:
     recipe = {"version": 1, "mode": "merge", "schedule": {"blocks": [1], "keep_ratio": 0.7}}
     with pytest.raises(TokenPruneError):  # they would be merged with patches
         tokenprune.wrap(Turned(), recipe, **given)
+
+
+class Noisy(Pairs):
+    """Noise on all tokens in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = torch.Generator().manual_seed(0)
+
+    def tokens(self, x: Tensor) -> Tensor:
+        x = super().tokens(x)
+        if self.training:
+            x = F.dropout(x + torch.randn(x.shape, generator=self.own), 0.2)
+        return x
+
+
+def test_own_tokens_that_come_in_training_are_counted_whatever_the_noise() -> None:
+    host = Noisy()
+    model = tokenprune.wrap(host, "merge-k0.7", example_inputs=IMAGES).train()
+    model(IMAGES)
+    assert model._pruning.plan.num_prefix == 2
+    host.first = nn.Parameter(torch.randn(1, 5, WIDTH))
+    host.places = nn.Parameter(torch.randn(1, 21, WIDTH))
+    state = host.own.get_state()
+    _, trace = model(IMAGES, return_trace=True)
+    assert model._pruning.plan.num_prefix == 5
+    assert [stage.decision.shape for stage in trace.stages] == [(2, 16)] * len(trace.stages)
+    once = torch.Generator()
+    once.set_state(state)
+    torch.randn(2, 21, WIDTH, generator=once)
+    assert torch.equal(once.get_state(), host.own.get_state())
 
 
 @pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])

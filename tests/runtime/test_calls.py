@@ -1,5 +1,6 @@
 """Calls of a wrapped model: every signature, every argument, a batch of no image, torch.func."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call, grad, stack_module_state, vmap
 
 import tokenprune
 from tests.toys.vit import Vit, pixels
@@ -190,6 +191,16 @@ def test_gradients_of_each_image_by_torch_func() -> None:
             for name, p in model.named_parameters():
                 wanted = torch.zeros_like(p) if p.grad is None else p.grad
                 torch.testing.assert_close(found[name][i], wanted)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_an_ensemble_by_torch_func() -> None:
+    models = [wrapped(Vit, X)[1] for _ in range(2)]
+    base = copy.deepcopy(models[0]).to("meta")
+    weights, buffers = stack_module_state(models)
+    found = vmap(lambda w, b: functional_call(base, (w, b), (X,)))(weights, buffers)
+    torch.testing.assert_close(found, torch.stack([model(X) for model in models]))
 
 
 def test_sampled_decisions_by_torch_func() -> None:

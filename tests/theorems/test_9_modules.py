@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 from tests.theorems.test_9_places import IMAGES, whole, wrapped
 from tests.toys.vit import Block, Vit
@@ -28,7 +29,7 @@ class Odd(Block):
         x = x if self.part is None else self.part(x)
         for part in self.parts:
             x = part(x)
-        return x
+        return self.idle(self.all_or_none(x))  # programs leave both out
 
 
 def host() -> Any:
@@ -41,6 +42,7 @@ def host() -> Any:
     block.register_module("part", None)
     parts = type("Parts", (Parts,), {"__module__": __name__})
     block.gain, block.parts = 2.0, parts([nn.Hardtanh(-0.3, 0.3), nn.Softplus()])
+    block.all_or_none, block.idle = nn.Dropout(1.0).eval(), nn.Identity()
     return made
 
 
@@ -67,9 +69,15 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "the_attributes_of_another": lambda block: of_another(block.norm1),
     "a_property_of_its_class": lambda b: setattr(type(b), "gain", property(lambda self: 0.5)),
     "the_order_that_its_class_gives": lambda b: setattr(type(b.parts), "__iter__", reverse),
+    "the_mode_of_an_idle_part": lambda block: block.all_or_none.train(),
+    "the_class_of_an_idle_part": lambda block: setattr(block.idle, "__class__", nn.Tanh),
+    "the_forward_of_an_idle_part": lambda block: setattr(block.idle, "forward", torch.tanh),
+    "a_hook_of_an_idle_part": lambda b: b.idle.register_forward_hook(lambda m, i, out: out * 2),
+    "an_idle_part_of_another_class": lambda block: setattr(block, "idle", nn.Tanh()),
 }
 
 
+@pytest.mark.filterwarnings("ignore:hook ")
 @pytest.mark.parametrize("name", CHANGES)
 @torch.no_grad()
 def test_9_a_change_of_a_module_is_seen(name: str) -> None:
@@ -162,3 +170,13 @@ def test_9_an_operator_without_a_rule_that_comes_later_runs_if_tokens_stay_alone
             outputs.append(model(IMAGES))
     torch.testing.assert_close(*outputs)
     assert name == "noise" or torch.equal(torch.get_rng_state(), state)
+
+
+def test_9_a_layer_that_changes_its_buffers_in_each_call_mixes_nothing() -> None:
+    model = wrapped(Vit()).train()
+    model(IMAGES)
+    spectral_norm(model.blocks[2].mlp[0])
+    u = model.blocks[2].mlp[0].parametrizations.weight[0]._u.clone()
+    model(IMAGES).sum().backward()
+    assert model.blocks[2].mlp[0].parametrizations.weight.original.grad.any()
+    assert not torch.equal(model.blocks[2].mlp[0].parametrizations.weight[0]._u, u)

@@ -6,7 +6,6 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from tokenprune.analysis.blocks import Blocks
@@ -17,6 +16,7 @@ from tokenprune.tracing.hook_nodes import is_hook_node
 from tokenprune.tracing.hooks import calls_unhooked
 from tokenprune.tracing.host_graph import HostGraph
 from tokenprune.tracing.interpret import evaluate
+from tokenprune.tracing.randomness import torch_generators_kept
 from tokenprune.tracing.state import buffers_kept
 
 __all__ = ["OwnTokens", "own_at", "own_tokens", "refuse_inside"]
@@ -52,11 +52,11 @@ def own_tokens(
     tell.
 
     Batches of random images of several scales go through what the host does before that block,
-    two, or as long as some tokens are the same: at least `MOST` images. Dropout, which would tell
-    equal tokens apart, is left out. Masks (bool) are as in a call without padding: first all
-    False, then, if the host refuses that or no token is of the image, all True. Nothing of the
-    host changes, and no hook runs. Whole numbers (token ids) and weights on the meta device tell
-    nothing.
+    two, or as long as some tokens are the same: at least `MOST` images. All batches draw the same
+    random numbers, so noise tells no tokens apart. Masks (bool) are as in a call without padding:
+    first all False, then, if the host refuses that or no token is of the image, all True. Nothing
+    of the host changes, and no hook runs. Whole numbers (token ids) and weights on the meta device
+    tell nothing.
 
     Args:
         entry: What enters the block.
@@ -126,26 +126,27 @@ def _same_in_all(
 ) -> OwnTokens | None:
     """The tokens that all images share."""
     given = {node: node.meta["val"] for node in traced.inputs.values()}
-    devices = {x.device for x in given.values() if x.device.type == "cuda"}
     generator = torch.Generator().manual_seed(0)
     before = _before(traced.graph.nodes, entry)
     first, images = None, 0
-    random, unhooked = torch.random.fork_rng(devices), calls_unhooked()
     try:
-        with without_modes(), torch.no_grad(), buffers_kept(root), random, unhooked:
+        with without_modes(), torch.no_grad(), buffers_kept(root), calls_unhooked():
             for scale in chain(SCALES, repeat(1.0)):
-                env = {n: _filled(x, generator, masks, scale) for n, x in given.items()}
-                for node in before:
-                    if node in around:
-                        env[node] = env[around[node]]
-                    elif node not in env:
-                        env[node] = _value(root, node, env)
+                env: dict[fx.Node, Any] = {
+                    n: _filled(x, generator, masks, scale) for n, x in given.items()
+                }
+                with torch_generators_kept(root):  # each draws the same
+                    for node in before:
+                        if node in around:
+                            env[node] = env[around[node]]
+                        elif node not in env:
+                            env[node] = None if is_hook_node(node) else evaluate(root, node, env)
                 tokens = env[entry]
                 if tokens.ndim != 3 or not len(tokens) or not bool(tokens.isfinite().all()):
                     return None
                 again = first is not None
                 if first is None:
-                    first = tokens[:1]
+                    first = tokens
                     of_image = torch.zeros_like(tokens[0, :, 0], dtype=torch.bool)
                 of_image = of_image | (tokens != first).any(dim=2).any(dim=0)
                 images += len(tokens)
@@ -169,14 +170,6 @@ def _filled(like: Tensor, generator: torch.Generator, masks: bool, scale: float)
         return torch.full(like.shape, masks, device=like.device)
     noise = torch.randn(like.shape, generator=generator, device="cpu")
     return (noise * scale).to(like.device, like.dtype)
-
-
-def _value(root: nn.Module, node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
-    if is_hook_node(node):
-        return None
-    module = root.get_submodule(str(node.target)) if node.op == "call_module" else None
-    drops = node.target is F.dropout or isinstance(module, nn.modules.dropout._DropoutNd)
-    return env[node.all_input_nodes[0]] if drops else evaluate(root, node, env)
 
 
 def _before(nodes: Iterable[fx.Node], entry: fx.Node) -> list[fx.Node]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from threading import get_ident
 from typing import Any
 
@@ -285,10 +285,7 @@ class Pruning:
             self.handed[entry] = self.handed.get(entry, frozenset()) | arguments.handed_places
             signature = signature_of(arguments, entry, host.training)
             spec, blocks = settle(host, traced, known, self.reading)
-            if host.training:  # noise in front of the blocks hides which tokens are of the image
-                own = ("num_prefix_tokens", "num_suffix_tokens")
-                spec = replace(spec, **{name: getattr(self.spec, name) for name in own})
-            elif self.method.reduction.removes:
+            if self.method.reduction.removes:
                 spec = prefix_at(host, traced, spec, blocks, self.reading, self.plan.blocks)
             self.spec = spec
             choice_of(self.recipe, self.spec)  # it may keep a grid now

@@ -18,6 +18,7 @@ __all__ = [
     "close",
     "first_tensor",
     "hides_its_node",
+    "is_elsewhere",
     "is_number",
     "shares_memory",
     "with_images",
@@ -64,12 +65,14 @@ def _plain(tensor: Tensor) -> Tensor:
     return drawn.to(tensor.device, tensor.dtype)
 
 
+def is_elsewhere(held: Any) -> bool:
+    """Whether a weight is not there, or belongs to a transform of torch.func."""
+    return is_away(held) or (isinstance(held, Tensor) and is_functorch_wrapped_tensor(held))
+
+
 def hides_its_node(held: Any) -> bool:
-    """Whether a weight is not there, belongs to a transform of torch.func, or is a zero that
-    training will change."""
-    if not isinstance(held, Tensor):
-        return False
-    if is_away(held) or is_functorch_wrapped_tensor(held):
+    """Whether a weight is elsewhere, or is a zero that training will change."""
+    if is_elsewhere(held):
         return True
     return type(held) is nn.Parameter and is_number(held) and not bool(held.any())
 

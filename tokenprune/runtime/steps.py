@@ -33,6 +33,7 @@ from tokenprune.runtime.step_values import (
     close,
     first_tensor,
     hides_its_node,
+    is_elsewhere,
     is_number,
     shares_memory,
     with_images,
@@ -45,7 +46,6 @@ from tokenprune.tracing.hooks import calls_unhooked
 from tokenprune.tracing.interpret import Environment, evaluate, run
 from tokenprune.tracing.modes import autocast_dtypes
 from tokenprune.tracing.randomness import torch_generators_kept
-from tokenprune.tracing.stand_ins import is_away
 from tokenprune.tracing.state import attributes_kept, buffers_kept, no_autocast_cache
 from tokenprune.tracing.tracer import ONE_AT_A_TIME
 
@@ -87,7 +87,7 @@ def _nothing_stays(host: nn.Module) -> Iterator[None]:
     """The host, its hooks, the caller's modes and random numbers do not see what runs inside."""
     with ExitStack() as stack:
         for state in (
-            *(ONE_AT_A_TIME, torch.no_grad(), without_modes(), torch_generators_kept()),
+            *(ONE_AT_A_TIME, torch.no_grad(), without_modes(), torch_generators_kept(host)),
             *(temporarily_clear_interpreter_stack(), no_autocast_cache(), calls_unhooked()),
             *(attributes_kept(host), buffers_kept(host)),
         ):
@@ -250,23 +250,34 @@ class Steps:
         if isinstance(node.target, Store) or is_hook_node(node):
             return None
         try:
-            if node.op == "call_module":
-                module = self.root.get_submodule(str(node.target))
-                held = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-                away = {name: self._near(t) for name, t in held.items() if hides_its_node(t)}
-                if away:
-                    args, kwargs = map_arg((node.args, node.kwargs), env.__getitem__)
-                    return functional_call(module, away, args, kwargs)
-            if node.target is score:
-                scored: Any = map_arg(node.args, env.__getitem__)
-                if any(map(is_away, scored[0].parameters())):
-                    return self._unscored(*scored)
-            value = evaluate(self.root, node, env)
+            with buffers_kept(self._runs_in(node)):  # each path sees what the other one saw
+                value = self._evaluated(node, env)
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             raise _FailedError(node, error) from error
         return self._near(value) if hides_its_node(value) else value
+
+    def _evaluated(self, node: fx.Node, env: Environment) -> Any:
+        if node.op == "call_module":
+            module = self.root.get_submodule(str(node.target))
+            held = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+            away = {name: self._near(t) for name, t in held.items() if hides_its_node(t)}
+            if away:
+                args, kwargs = map_arg((node.args, node.kwargs), env.__getitem__)
+                return functional_call(module, away, args, kwargs)
+        if node.target is score:
+            scored: Any = map_arg(node.args, env.__getitem__)
+            if any(map(is_elsewhere, scored[0].parameters())):
+                return self._unscored(*scored)
+        return evaluate(self.root, node, env)
+
+    def _runs_in(self, node: fx.Node) -> nn.Module:
+        """The module whose code a node runs, or computes a weight in."""
+        found = self.root
+        for name in str(node.target).split(".") if node.op in ("call_module", "get_attr") else ():
+            found = found._modules.get(name) or found
+        return nn.Module() if found is self.root else found
 
     @staticmethod
     def _unscored(_: nn.Module, tokens: Tensor, __: Tensor | None, num_prefix: int) -> Tensor:

@@ -53,8 +53,7 @@ class Generators:
         found = [*_objects_of(kinds), *_held_by(root, known, kinds)]
         objects = [*DEFAULTS, *{id(one): one for one in found if one not in DEFAULTS}.values()]
         # torch's are not collected
-        held = [v for m in root.modules() for v in dict(vars(m)).values()]
-        objects += [torch.default_generator, *(v for v in held if type(v) is torch.Generator)]
+        objects += [torch.default_generator, *_torchs_in(root)]
         self._states: list[tuple[Any, Any]] = [(thing, _state(thing)) for thing in objects]
 
     def moved(self) -> list[Any]:
@@ -118,12 +117,25 @@ class Generators:
 
 
 @contextmanager
-def torch_generators_kept() -> Iterator[None]:
-    """Give torch's generators their states back: of a module that runs for real in a trace."""
+def torch_generators_kept(root: nn.Module | None = None) -> Iterator[None]:
+    """Give torch's generators their states back, those too that are attributes of a model's
+    modules: of what runs for real in a trace."""
+    own = [] if root is None else _torchs_in(root)
+    states = [(generator, generator.get_state()) for generator in own]
     cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     devices = range(torch.cuda.device_count()) if cuda else ()
     with torch.random.fork_rng(devices=devices):
-        yield
+        try:
+            yield
+        finally:
+            for generator, state in states:
+                generator.set_state(state)
+
+
+def _torchs_in(root: nn.Module) -> list[torch.Generator]:
+    """Torch's generators that are attributes of modules."""
+    held = (value for module in root.modules() for value in dict(vars(module)).values())
+    return [value for value in held if type(value) is torch.Generator]
 
 
 def _objects_of(kinds: set[type]) -> list[Any]:
