@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tokenprune.analysis.plan import bind
 from tokenprune.analysis.reading import Reading, prefix_at, readings, settle
@@ -365,17 +365,23 @@ def _check_free(host: nn.Module) -> None:
 
 def _check_finite(host: nn.Module) -> None:
     for name, buffer in host.named_buffers():  # -inf is common there: attention masks
-        if buffer.is_floating_point() and not buffer.is_meta and bool(buffer.isnan().any()):
+        known = buffer.is_floating_point() and not buffer.is_meta
+        if known and bool(_computable(buffer).isnan().any()):
             raise NonFiniteWeightsError(
                 f"Buffer '{name}' of {type(host).__name__} holds NaN. Load a sound checkpoint "
                 "before wrapping."
             )
     for name, tensor in host.named_parameters():
         known = is_plain(tensor) and tensor.is_floating_point() and not tensor.is_meta
-        if known and not torch.isfinite(tensor.sum()):
-            bad = int((~torch.isfinite(tensor)).sum())
+        if known and not torch.isfinite(_computable(tensor).sum()):
+            bad = int((~torch.isfinite(_computable(tensor))).sum())
             if bad:  # else the sum alone was too large
                 raise NonFiniteWeightsError(
                     f"Parameter '{name}' of {type(host).__name__} holds {bad} values that are NaN "
                     "or inf. Load a sound checkpoint before wrapping."
                 )
+
+
+def _computable(tensor: Tensor) -> Tensor:
+    """A tensor in a dtype that torch computes in: float8 is none."""
+    return tensor.float() if tensor.dtype.itemsize == 1 else tensor

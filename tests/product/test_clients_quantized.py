@@ -1,6 +1,7 @@
 """Quantized hosts: torchao before and after `wrap`; torch.ao is refused by name."""
 
 import pytest
+import timm
 import torch
 from torch import nn
 from torch.ao.quantization import get_default_qat_qconfig, prepare_qat, quantize_dynamic
@@ -11,7 +12,7 @@ from torchao.quantization import (
 )
 
 import tokenprune
-from tests.product.client_hosts import hf_vit, keeping_all, logits, rewrapped, vit, wrapped
+from tests.product.client_hosts import IMAGES, hf_vit, keeping_all, logits, rewrapped, vit, wrapped
 from tokenprune.errors import UnsupportedHostError
 
 CONFIGS = [Int8WeightOnlyConfig, Int8DynamicActivationInt8WeightConfig]
@@ -32,6 +33,24 @@ def test_torchao_before_and_after(make: type, config: type) -> None:
     assert torch.equal(logits(anew), found)
     assert torch.equal(keeping_all(anew), logits(host))
     tokenprune.verify(anew)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_rounding_to_whole_numbers_is_proven_operator_by_operator(before: bool) -> None:
+    """A rounding error of a path takes a value to the next whole number, and the layers run in no
+    other dtype, so that the paths can only be compared step by step."""
+    torch.manual_seed(0)
+    size = {"img_size": 32, "patch_size": 4, "embed_dim": 64, "depth": 3, "num_heads": 2}
+    host = timm.models.vision_transformer.VisionTransformer(num_classes=5, **size).eval()
+    config = Int8DynamicActivationInt8WeightConfig()
+    if before:
+        quantize_(host, config)
+    model = tokenprune.wrap(host, "merge-k0.7", example_inputs=IMAGES, train=False)
+    if not before:
+        quantize_(host, config)
+        model(IMAGES)
+    certificate = tokenprune.verify(model, IMAGES)
+    assert any("operator by operator (float32" in check.name for check in certificate.checks)
 
 
 def test_torchao_quantizes_the_predictors_as_well() -> None:

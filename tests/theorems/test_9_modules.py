@@ -180,3 +180,40 @@ def test_9_a_layer_that_changes_its_buffers_in_each_call_mixes_nothing() -> None
     model(IMAGES).sum().backward()
     assert model.blocks[2].mlp[0].parametrizations.weight.original.grad.any()
     assert not torch.equal(model.blocks[2].mlp[0].parametrizations.weight[0]._u, u)
+
+
+class Float8(nn.Linear):
+    """Keeps its weight in a dtype in which torch cannot compute."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype) * 0.01, self.bias)
+
+
+def in_float8(layer: nn.Linear) -> None:
+    layer.__class__ = Float8
+    weight = (layer.weight.detach() / 0.01).to(torch.float8_e4m3fn)
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+
+
+def cast_by_hooks(layer: nn.Linear) -> None:
+    def before(module: nn.Module, _: Any) -> None:
+        module.to(torch.float32)
+
+    def after(module: nn.Module, _: Any, output: Tensor) -> None:
+        module.to(torch.bfloat16)
+
+    layer.to(torch.bfloat16).register_forward_pre_hook(before)
+    layer.register_forward_hook(after)
+
+
+@pytest.mark.parametrize("store", [in_float8, cast_by_hooks])
+@torch.no_grad()
+def test_9_weights_may_be_stored_in_another_dtype(store: Callable[[nn.Linear], None]) -> None:
+    dense = Vit().eval()
+    model = wrapped(dense)
+    for layer in dense.blocks[1].mlp[::2]:
+        store(layer)
+    found = whole(model)
+    torch.testing.assert_close(found, dense(IMAGES))
+    again = wrapped(dense)
+    torch.testing.assert_close(whole(again), found)

@@ -1,6 +1,6 @@
 """What the paths of `steps` are given, and how what they compute is compared."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from tokenprune.runtime.difference import TOLERANCE, largest
 from tokenprune.tracing.arguments import Arguments
 from tokenprune.tracing.interpret import Environment
 from tokenprune.tracing.stand_ins import is_away, is_plain, is_plain_subclass
+from tokenprune.tracing.state import same_values
 
 __all__ = [
     "BEFORE",
@@ -18,6 +19,7 @@ __all__ = [
     "close",
     "first_tensor",
     "hides_its_node",
+    "in_dtype_of",
     "is_elsewhere",
     "is_number",
     "shares_memory",
@@ -77,11 +79,18 @@ def hides_its_node(held: Any) -> bool:
     return type(held) is nn.Parameter and is_number(held) and not bool(held.any())
 
 
+def in_dtype_of(given: Any, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of another dtype than the arguments of their module, in that one."""
+    kind = next((t.dtype for t in tree_leaves(given) if is_number(t)), None)
+    other = {n: t for n, t in held.items() if is_number(t) and t.dtype != kind}
+    return {} if kind is None else {name: tensor.to(kind) for name, tensor in other.items()}
+
+
 def is_number(value: Any) -> bool:
-    """Whether a value is a tensor of numbers; what flags and indices do is seen where they are
-    read."""
+    """Whether a value is a tensor of numbers, and not stored in a format that cannot compute; what
+    flags and indices do is seen where they are read."""
     number = isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
-    return number and not value.is_meta
+    return number and not value.is_meta and value.dtype.itemsize > 1
 
 
 def shares_memory(value: Any, node: fx.Node, env: Environment) -> bool:
@@ -96,7 +105,7 @@ def shares_memory(value: Any, node: fx.Node, env: Environment) -> bool:
 def close(ours: Tensor, theirs: Tensor, rounded: Iterable[torch.dtype]) -> bool:
     """Whether two tensors are equal but for rounding, to the dtypes that were `rounded` to before;
     NaN and inf are equal to themselves."""
-    if torch.equal(ours, theirs):
+    if same_values(ours, theirs):
         return True
     if not is_number(ours):
         return False

@@ -33,6 +33,7 @@ from tokenprune.runtime.step_values import (
     close,
     first_tensor,
     hides_its_node,
+    in_dtype_of,
     is_elsewhere,
     is_number,
     shares_memory,
@@ -42,7 +43,7 @@ from tokenprune.tracing.arguments import Arguments
 from tokenprune.tracing.draws import DRAWS
 from tokenprune.tracing.effects import Store
 from tokenprune.tracing.hook_nodes import is_hook_node
-from tokenprune.tracing.hooks import calls_unhooked
+from tokenprune.tracing.hooks import UNHOOKED, calls_unhooked
 from tokenprune.tracing.interpret import Environment, evaluate, run
 from tokenprune.tracing.modes import autocast_dtypes
 from tokenprune.tracing.randomness import torch_generators_kept
@@ -261,10 +262,12 @@ class Steps:
     def _evaluated(self, node: fx.Node, env: Environment) -> Any:
         if node.op == "call_module":
             module = self.root.get_submodule(str(node.target))
+            args, kwargs = map_arg((node.args, node.kwargs), env.__getitem__)
             held = {**dict(module.named_parameters()), **dict(module.named_buffers())}
             away = {name: self._near(t) for name, t in held.items() if hides_its_node(t)}
+            if UNHOOKED in node.meta:  # its hooks may store weights in another dtype
+                away |= in_dtype_of(args, {**held, **away})
             if away:
-                args, kwargs = map_arg((node.args, node.kwargs), env.__getitem__)
                 return functional_call(module, away, args, kwargs)
         if node.target is score:
             scored: Any = map_arg(node.args, env.__getitem__)
@@ -342,7 +345,8 @@ class Steps:
             if facts.dims or facts.rows_per_image is not None or not self.apart:
                 self.leak = self.leak or origin
             self.unclear = True
-        if step.value is step.computed and (alike or not noisy):
+        rounds = is_number(ours) and not shared  # then the next operator must not see that
+        if step.value is step.computed and not (rounds and (alike or noisy)):
             return theirs, alike
         goes_on = self._rows(facts, step.value)
         if goes_on is None or (facts.rows_per_image or 1) > 1:  # nobody knows which rows are whose

@@ -11,7 +11,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from tokenprune.tracing.contents import (
@@ -35,6 +35,7 @@ __all__ = [
     "in_mode",
     "kept_modes",
     "no_autocast_cache",
+    "same_values",
 ]
 
 
@@ -237,8 +238,16 @@ def buffers_kept(root: nn.Module) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for buffer, values in before:
-                if not torch.equal(buffer, values):
+                if not same_values(buffer, values):
                     buffer.copy_(values)
+
+
+def same_values(one: Tensor, other: Tensor) -> bool:
+    """`torch.equal`, of float8 too, with which torch cannot compute."""
+    small = one.is_floating_point() and one.dtype.itemsize == 1 and one.dtype == other.dtype
+    if small:
+        one, other = one.view(torch.uint8), other.view(torch.uint8)
+    return torch.equal(one, other)
 
 
 @contextmanager
