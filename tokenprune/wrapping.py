@@ -45,7 +45,7 @@ from tokenprune.tracing.as_needed import trace_call
 from tokenprune.tracing.closed import refuse_closed
 from tokenprune.tracing.collector import collector_paused
 from tokenprune.tracing.contents import slots_of
-from tokenprune.tracing.host_graph import HostGraph, unexpected
+from tokenprune.tracing.host_graph import HostGraph, explained
 from tokenprune.tracing.stand_ins import is_plain
 from tokenprune.tracing.state import in_mode
 
@@ -126,7 +126,7 @@ def wrap(
         )
     _check_free(model)
     chosen = None if recipe is None else load_recipe(recipe)
-    try:
+    with explained(model):
         known = hints(model, adapter)
         _check_known(chosen, known)
         _check_finite(model)
@@ -135,10 +135,6 @@ def wrap(
         task = _Task(model, adapter, known, chosen, call, example, restore, verify, train)
         with collector_paused():
             return task.done()
-    except (TokenPruneError, Warning, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        raise unexpected(model, error) from error
 
 
 @dataclass(frozen=True)

@@ -189,6 +189,19 @@ class Float8(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype) * 0.01, self.bias)
 
 
+class Sparse(nn.Linear):
+    """Adds a sparse tensor to its weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = torch.tensor([[0, 3, 5], [1, 2, 3]])
+        added = torch.sparse_coo_tensor(places, torch.ones(3), self.weight.shape)
+        return F.linear(x, self.weight + added, self.bias)
+
+
+def with_sparse_part(layer: nn.Linear) -> None:
+    layer.__class__ = Sparse
+
+
 def in_float8(layer: nn.Linear) -> None:
     layer.__class__ = Float8
     weight = (layer.weight.detach() / 0.01).to(torch.float8_e4m3fn)
@@ -206,9 +219,10 @@ def cast_by_hooks(layer: nn.Linear) -> None:
     layer.register_forward_hook(after)
 
 
-@pytest.mark.parametrize("store", [in_float8, cast_by_hooks])
+@pytest.mark.filterwarnings("ignore:Sparse invariant")
+@pytest.mark.parametrize("store", [in_float8, cast_by_hooks, with_sparse_part])
 @torch.no_grad()
-def test_9_weights_may_be_stored_in_another_dtype(store: Callable[[nn.Linear], None]) -> None:
+def test_9_weights_may_be_stored_otherwise(store: Callable[[nn.Linear], None]) -> None:
     dense = Vit().eval()
     model = wrapped(dense)
     for layer in dense.blocks[1].mlp[::2]:

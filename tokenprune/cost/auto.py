@@ -5,7 +5,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
 from torch import nn
 
 from tokenprune.analysis.reading import Reading
@@ -24,7 +23,7 @@ from tokenprune.recipe.names import MODES, recipe_of
 from tokenprune.runtime.model import wrapper_of
 from tokenprune.runtime.pruning import Pruning
 from tokenprune.scorers import Matcher
-from tokenprune.tracing.host_graph import unexpected
+from tokenprune.tracing.host_graph import explained
 from tokenprune.tracing.randomness import torch_generators_kept
 
 __all__ = ["CHOSEN", "LEAST", "RULE", "candidates", "choose"]
@@ -159,16 +158,13 @@ def _option(
     first: TokenPruneError | None = None
     for reading in ways:
         try:
-            pruning = parts.planned(recipe, reading)
-            saved = 1 - _share(pruning, parts)
+            with explained(parts.host):  # what a plan makes of the host may not run at all
+                pruning = parts.planned(recipe, reading)
+                saved = 1 - _share(pruning, parts)
         except TokensReturnedError:
             raise  # the caller is to say what becomes of them
         except (PlanError, UnsupportedHostError) as error:
             first = first or error
-        except (TokenPruneError, Warning, MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:  # what a plan makes of the host may not run at all
-            first = first or unexpected(parts.host, error)
         else:
             return [Option(recipe, pruning, saved, ways)]
     if first is not None:

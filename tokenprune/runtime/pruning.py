@@ -52,7 +52,7 @@ from tokenprune.tracing.arguments import Arguments, as_arguments
 from tokenprune.tracing.as_needed import trace_call
 from tokenprune.tracing.closed import refuse_closed
 from tokenprune.tracing.hook_nodes import hooks_told
-from tokenprune.tracing.host_graph import HostGraph
+from tokenprune.tracing.host_graph import HostGraph, explained
 from tokenprune.tracing.stand_ins import forget_weights, stand_ins
 from tokenprune.tracing.state import buffers_kept, no_autocast_cache
 from tokenprune.tracing.tracer import ONE_AT_A_TIME
@@ -255,7 +255,7 @@ class Pruning:
         signature = signature_of(arguments, entry, host.training)
         found = self.cache.find(signature, host, arguments)
         if found is None:
-            with ONE_AT_A_TIME:  # another thread may be making the same
+            with ONE_AT_A_TIME, explained(host):  # another thread may be making the same
                 found = self.cache.find(signature, host, arguments)
                 found = found or self._made(signature, arguments, entry, traced, blocks)
         if not signature.batch_size and found.analysis.batch_bound:
@@ -307,7 +307,8 @@ class Pruning:
     def prove(self, programs: Programs, arguments: Arguments) -> None:
         """See `prove_steps`; of programs that nobody has proven."""
         if not programs.proven:
-            prove_steps(self.host, self.added, programs, arguments)
+            with explained(self.host):
+                prove_steps(self.host, self.added, programs, arguments)
 
     def settings(
         self, path: Path, programs: Programs, arguments: Arguments, training: bool

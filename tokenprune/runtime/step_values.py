@@ -1,7 +1,7 @@
 """What the paths of `steps` are given, and how what they compute is compared."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, fx, nn
@@ -89,17 +89,23 @@ def in_dtype_of(given: Any, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def is_number(value: Any) -> bool:
     """Whether a value is a tensor of numbers, and not stored in a format that cannot compute; what
     flags and indices do is seen where they are read."""
-    number = isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
-    return number and not value.is_meta and value.dtype.itemsize > 1
+    if not isinstance(value, Tensor) or value.is_meta or value.layout is not torch.strided:
+        return False
+    return value.is_complex() or (value.is_floating_point() and value.dtype.itemsize > 1)
 
 
 def shares_memory(value: Any, node: fx.Node, env: Environment) -> bool:
     """Whether a tensor is a view of an argument or of the host's, or is one of them."""
-    if node.op == "get_attr" or not isinstance(value, Tensor):
+    if node.op == "get_attr" or not _has_memory(value):
         return True
     leaves = [leaf for used in node.all_input_nodes for leaf in tree_leaves(env[used])]
-    held = {leaf.untyped_storage().data_ptr() for leaf in leaves if isinstance(leaf, Tensor)}
+    held = {leaf.untyped_storage().data_ptr() for leaf in leaves if _has_memory(leaf)}
     return value.untyped_storage().data_ptr() in held
+
+
+def _has_memory(value: Any) -> TypeGuard[Tensor]:
+    """Whether a value is a tensor of one storage; sparse ones have several."""
+    return isinstance(value, Tensor) and value.layout is torch.strided
 
 
 def close(ours: Tensor, theirs: Tensor, rounded: Iterable[torch.dtype]) -> bool:

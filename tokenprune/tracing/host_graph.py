@@ -1,7 +1,8 @@
 """One traced call of a host: its graph, and the stretch of it that each module call made."""
 
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import Context, copy_context
 from dataclasses import dataclass, replace
 from functools import partial
@@ -31,7 +32,7 @@ from tokenprune.tracing.stand_ins import stand_ins
 from tokenprune.tracing.state import buffers_kept, no_autocast_cache
 from tokenprune.tracing.tracer import ONE_AT_A_TIME, ValueTracer
 
-__all__ = ["HostGraph", "ModuleCall", "trace", "unexpected", "untraceable"]
+__all__ = ["HostGraph", "ModuleCall", "explained", "trace", "untraceable"]
 
 
 @dataclass(frozen=True)
@@ -238,8 +239,18 @@ def _explained(
     return untraceable(type(root).__name__, shapes, line, reason)
 
 
-def unexpected(host: nn.Module, error: Exception) -> UnsupportedHostError:
-    """The error in the place of one that nothing in this library foresaw."""
+@contextmanager
+def explained(host: nn.Module) -> Iterator[None]:
+    """An UnsupportedHostError in the place of whatever nothing in this library foresaw."""
+    try:
+        yield
+    except (TokenPruneError, Warning, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise _unexpected(host, error) from error
+
+
+def _unexpected(host: nn.Module, error: Exception) -> UnsupportedHostError:
     steps = traceback.extract_tb(error.__traceback__)
     python, torchs = Path(traceback.__file__).parent, Path(torch.__file__).parent
     others = tuple(map(str, (Path(__file__).parents[1], torchs, python)))
