@@ -98,7 +98,10 @@ def find_blocks(host: nn.Module, traced: HostGraph, spec: ArchSpec) -> dict[int,
     for path, numbers in waiting.items():
         found = traced.calls.get(path, ())
         if len(found) > len(numbers):
-            reason = f"block '{path}' runs more often than the adapter's `blocks` name it"
+            reason = (
+                f"block '{path}' runs {len(found)} times, and adapter {spec.adapter!r} names it "
+                f"{len(numbers)} times. Name it once for each run: adapter=ArchSpec(blocks=...)"
+            )
             raise _refusal(traced, found[len(numbers)].first, reason)
         running += zip(numbers, found, strict=False)
     return blocks_of(host, traced, running, spec)
