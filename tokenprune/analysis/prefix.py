@@ -130,7 +130,7 @@ def _same_in_all(
     before = _before(traced.graph.nodes, entry)
     first, images = None, 0
     try:
-        with without_modes(), torch.no_grad(), buffers_kept(root), calls_unhooked():
+        with without_modes(), torch.no_grad(), buffers_kept(root, [traced.graph]), calls_unhooked():
             for scale in chain(SCALES, repeat(1.0)):
                 env: dict[fx.Node, Any] = {
                     n: _filled(x, generator, masks, scale) for n, x in given.items()

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
@@ -31,8 +31,14 @@ from tokenprune.tracing.functions import uncompiled
 from tokenprune.tracing.interpret import run, tensors_in
 from tokenprune.tracing.modes import autocast_dtypes
 from tokenprune.tracing.randomness import torch_generators_kept
+from tokenprune.tracing.state import buffers_kept
 
 __all__ = ["Theorems", "cast"]
+
+SECOND = slice(1, 2)
+"""The image that is also run alone."""
+LEAST = {True: 2, False: 4}
+"""The size of a batch that tells, of brief proofs and others."""
 
 
 class Theorems:
@@ -58,6 +64,7 @@ class Theorems:
         first = next(iter(self.tensors.values()))
         self.batch_size = int(first.shape[0]) if first.ndim else 1
         self.pruned = pruning.path_name("gather")
+        self._least = LEAST[brief]
         self.jagged = pruning.budget.threshold is not None
         share = 0.35 if brief else 0.65
         self.sets = random_sets(
@@ -104,7 +111,7 @@ class Theorems:
     ) -> list[Tensor]:
         program = self.programs.get(self.host, path, whole)
         try:
-            with torch_generators_kept():  # a loss may draw the points that it looks at
+            with self._alike():
                 output, *_ = program.run(self.model, settings, **tensors)
         except (RuntimeError, IndexError) as error:
             at, inputs = None, {SETTINGS: settings, **tensors}
@@ -118,6 +125,14 @@ class Theorems:
                 "this host after that node."
             ) from error
         return tensors_in(output)
+
+    @contextmanager
+    def _alike(self) -> Iterator[None]:
+        """Each run begins with the same random numbers (a loss may draw the points that it looks
+        at), and with the same buffers and weights, which a host's forward may write."""
+        graph = self.programs.analysis.traced.graph
+        with torch_generators_kept(self.host), buffers_kept(self.host, [graph]):
+            yield
 
     def run_pruned(self) -> list[Tensor]:
         """The output on the random kept sets."""
@@ -149,7 +164,7 @@ class Theorems:
         fast = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)  # another kernel, with other rounding
         try:
-            with torch_generators_kept(), uncompiled():
+            with self._alike(), uncompiled():
                 dense = tensors_in(self.inputs.call(self.host.forward))
         finally:
             torch.backends.mha.set_fastpath_enabled(fast)
@@ -235,17 +250,20 @@ class Theorems:
         return Theorems(double, cast(self.inputs, torch.float64), brief=self.brief)
 
     def _alone_and_together(self) -> float:
+        """The second image alone, and in a batch in which it is not the first, and, unless that is
+        to be brief, not the last, nor in the middle, where turning the batch around leaves it."""
         if self.batch_size == 1:
             if self._at_once:
                 self.outputs[self.pruned] = self._run("mask", replace(self.settings, poison=True))
-            alone, batch = self._run(self.pruned), self._beside_another()
+            alone = self._run(self.pruned)
         else:
-            alone, batch = self._last_alone(), self._run(self.pruned)
-        size = max(self.batch_size, 2)
-        image = slice(self.batch_size - 1, self.batch_size)
-        together = [t[image] if t.ndim and t.shape[0] == size else None for t in batch]
+            alone = self._second_alone()
+        enough = self.batch_size >= self._least
+        batch = self._run(self.pruned) if enough else self._between_others()
+        size = max(self.batch_size, self._least)
+        together = [t[SECOND] if t.ndim and t.shape[0] == size else None for t in batch]
         pairs = [(a, b) for a, b in zip(alone, together, strict=True) if b is not None]
-        pairs = [(a, with_itself(b, a, size)) for a, b in pairs]
+        pairs = [(a, with_itself(b, a, size, SECOND)) for a, b in pairs]
         return difference([self._as_long(a, b) for a, b in pairs], [b for _, b in pairs])
 
     def _as_long(self, alone: Tensor, together: Tensor) -> Tensor:
@@ -254,19 +272,28 @@ class Theorems:
             return alone
         return filled(alone, together.shape[1:])
 
-    def _last_alone(self) -> list[Tensor]:
-        """The gather path's output for the last image alone, of those that keep fewest tokens."""
-        one = self.inputs.of_images(slice(-1, None), self.batch_size).inputs
-        sets = tuple(kept[-1:, kept[-1] >= 0] for kept in self.sets)
+    def _second_alone(self) -> list[Tensor]:
+        """The gather path's output for the second image alone, of those that keep fewest tokens."""
+        one = self.inputs.of_images(SECOND, self.batch_size).inputs
+        sets = tuple(kept[SECOND, kept[1] >= 0] for kept in self.sets)
         return self._output(self.pruned, self._settings_for(sets), one)
 
-    def _beside_another(self) -> list[Tensor]:
-        """The gather path's output for the one image and, as a second one, its mirror image."""
-        both: dict[str, Any] = {n: torch.cat([v, v.flip(-1)]) for n, v in self.batched().items()}
-        pairs = zip(self.sets, self.num_patches, strict=True)
-        sets = tuple(torch.cat([kept, patches - 1 - kept.flip(1)]) for kept, patches in pairs)
-        both |= {n: v * 2 for n, v in self.inputs.handed.items() if isinstance(v, list | tuple)}
-        return self._output(self.pruned, self._settings_for(sets), self.given | both)
+    def _between_others(self) -> list[Tensor]:
+        """The gather path's output for more images: those that there are, then the first one again.
+        Of one image, its mirror image is around it."""
+        rows = [row if row < self.batch_size else 0 for row in range(self._least)]
+        given: dict[str, Any] = {name: value[rows] for name, value in self.batched().items()}
+        for name, value in self.inputs.handed.items():
+            if isinstance(value, list | tuple):
+                given[name] = [value[row] for row in rows]
+        sets = [kept[rows] for kept in self.sets]
+        if self.batch_size == 1:
+            others = [row for row in range(self._least) if row != SECOND.start]
+            for name in self.batched():
+                given[name][others] = given[name][others].flip(-1)
+            for kept, patches in zip(sets, self.num_patches, strict=True):
+                kept[others] = patches - 1 - kept[others].flip(1)
+        return self._output(self.pruned, self._settings_for(sets), self.given | given)
 
     def of_one_image(self) -> "Theorems":
         """The same of the last image alone, if the programs hold for it."""
@@ -276,12 +303,15 @@ class Theorems:
         return Theorems(self.model, last, brief=self.brief)
 
     def images_alike(self) -> bool:
-        """Whether the two images that were beside each other are equal, so that mixing them would
-        change nothing."""
+        """Whether images that were beside each other are equal, so that mixing them would change
+        nothing."""
         images = self.batched().values()
         if self.batch_size == 1:
             return all(torch.equal(image, image.flip(-1)) for image in images)
-        return all(torch.equal(image[-1], image[-2]) for image in images)
+        return all(
+            any(torch.equal(i[1], i[place]) for place in (0, *([-1] if len(i) > 2 else [])))
+            for i in images
+        )
 
     def batched(self) -> dict[str, Tensor]:
         """The inputs that have a row for each image."""

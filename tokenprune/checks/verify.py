@@ -69,17 +69,18 @@ def _verify(
             "to wrap, which is enough for profile."
         )
     evaluated = in_mode(model, training=False)
-    with evaluated, attributes_kept(pruning.host), buffers_kept(model):
+    with evaluated, attributes_kept(pruning.host):
         with torch.no_grad():
             proof = Theorems(model, inputs)
             if _macs(model, proof.programs.analysis) >= big:
                 proof = Theorems(model, inputs, brief=True).of_one_image()
-        checks = [*proof.checks(gradients), *unread(proof)]
-        told = telling(proof)
-        if told.told:
-            checks += told.checks(proof)
-        else:
-            checks += _on_a_copy(proof, gradients)
+        with buffers_kept(pruning.host, [proof.programs.analysis.traced.graph]):
+            checks = [*proof.checks(gradients), *unread(proof)]
+            told = telling(proof)
+            if told.told:
+                checks += told.checks(proof)
+            else:
+                checks += _on_a_copy(proof, gradients)
     proof.programs.proven, pruning.proven_hooks = True, RemovableHandle.next_id
     return Certificate(
         host=type(model).__name__,

@@ -31,11 +31,11 @@ def difference(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
     return worst
 
 
-def with_itself(together: Tensor, alone: Tensor, size: int) -> Tensor:
-    """Of an output that pairs each image with each of a batch (CLIP's logits), the pair of the last
-    image with itself, which is all that an image alone has."""
+def with_itself(together: Tensor, alone: Tensor, size: int, image: slice) -> Tensor:
+    """Of an output that pairs each image with each of a batch (CLIP's logits), the pair of `image`
+    with itself, which is all that an image alone has."""
     for dim in range(1, together.ndim):
         paired = together.ndim == alone.ndim and alone.shape[dim] == 1 != together.shape[dim]
         if paired and together.shape[dim] == size:
-            together = together.narrow(dim, size - 1, 1)
+            together = together.narrow(dim, image.start, 1)
     return together

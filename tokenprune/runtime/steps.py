@@ -41,10 +41,10 @@ from tokenprune.runtime.step_values import (
 )
 from tokenprune.tracing.arguments import Arguments
 from tokenprune.tracing.draws import DRAWS
-from tokenprune.tracing.effects import Store
+from tokenprune.tracing.effects import Store, written_weight
 from tokenprune.tracing.hook_nodes import is_hook_node
 from tokenprune.tracing.hooks import UNHOOKED, calls_unhooked
-from tokenprune.tracing.interpret import Environment, evaluate, run
+from tokenprune.tracing.interpret import Environment, evaluate, run, tensor_attribute
 from tokenprune.tracing.modes import autocast_dtypes
 from tokenprune.tracing.randomness import torch_generators_kept
 from tokenprune.tracing.state import attributes_kept, buffers_kept, no_autocast_cache
@@ -70,7 +70,7 @@ def prove_steps(
     root = nn.Module()
     root.__dict__ = {**vars(host), "_modules": {**host._modules, **added}}
     given = arguments if len(first_tensor(arguments)) else arguments.with_images()
-    with _nothing_stays(host):
+    with _nothing_stays(host, programs.analysis.traced.graph):
         apart = Steps(root, programs, given, apart=not programs.analysis.batch_bound).run()
         if apart.leak is not None or apart.unclear:
             together = Steps(root, programs, given, apart=False).run()
@@ -84,13 +84,13 @@ def prove_steps(
 
 
 @contextmanager
-def _nothing_stays(host: nn.Module) -> Iterator[None]:
+def _nothing_stays(host: nn.Module, graph: fx.Graph) -> Iterator[None]:
     """The host, its hooks, the caller's modes and random numbers do not see what runs inside."""
     with ExitStack() as stack:
         for state in (
             *(ONE_AT_A_TIME, torch.no_grad(), without_modes(), torch_generators_kept(host)),
             *(temporarily_clear_interpreter_stack(), no_autocast_cache(), calls_unhooked()),
-            *(attributes_kept(host), buffers_kept(host)),
+            *(attributes_kept(host), buffers_kept(host, [graph])),
         ):
             stack.enter_context(state)
         yield
@@ -111,13 +111,14 @@ class _FailedError(Exception):
 
 @dataclass
 class _Step:
-    """What a node is on the first path: as it was computed, as it goes on from there, and what is
-    known of it."""
+    """What a node is on the first path: as it was computed, as it goes on from there, what is known
+    of it, and what the weight held that it writes into."""
 
     computed: Any
     value: Any
     noisy: bool
     facts: NodeFacts
+    held: Tensor | None
 
 
 class Steps:
@@ -186,14 +187,15 @@ class Steps:
         wanted = {theirs.origin(node): theirs.facts(node) for node in theirs.nodes()}
 
         def lead(node: fx.Node, env: Environment) -> Any:
-            origin, before = ours.origin(node), self._noise()
+            origin, before, written = ours.origin(node), self._noise(), self._written(node)
+            held = None if written is None else written.clone()
             value = self._value(node, env)
             if origin is None or origin not in wanted:
                 return value
             name = str(getattr(origin.target, "__name__", origin.target))
             noisy = name in DRAWN or not torch.equal(before, self._noise())
             value = self._without_noise(node, env, value) if noisy else value
-            step = _Step(value, value, noisy, ours.facts(node))
+            step = _Step(value, value, noisy, ours.facts(node), held)
             alike = step.facts.dims == wanted[origin].dims
             if self.lively and alike and not shares_memory(value, node, env):
                 step.value = self._other(step.facts, value)
@@ -204,11 +206,14 @@ class Steps:
         astray = set[fx.Node]()  # other than on the first path, by noise alone
 
         def follow(node: fx.Node, env: Environment) -> Any:
-            origin, value = theirs.origin(node), self._value(node, env)
+            origin, written = theirs.origin(node), self._written(node)
             led = any(used in astray for used in node.all_input_nodes)
             while origin is not None and origin not in ahead and next(leading, None) is not None:
                 pass
             step = ahead.pop(origin, None) if origin is not None else None
+            if step is not None and step.held is not None and written is not None:
+                written.copy_(step.held)
+            value = self._value(node, env)
             if step is not None and step.noisy:
                 value = self._without_noise(node, env, value)
             dims = theirs.facts(node).dims
@@ -244,6 +249,12 @@ class Steps:
         if self.device.type == "cuda":
             states.append(torch.cuda.get_rng_state(self.device))
         return torch.cat(states)
+
+    def _written(self, node: fx.Node) -> Tensor | None:
+        """The weight that a node writes into."""
+        path = written_weight(node)
+        held = None if path is None else tensor_attribute(self.root, path)
+        return held if isinstance(held, Tensor) and not is_elsewhere(held) else None
 
     def _value(self, node: fx.Node, env: Environment) -> Any:
         """What a node gives; no hook runs, nothing is set, and weights that are zero, or that hooks

@@ -19,6 +19,7 @@ __all__ = [
     "has_effect",
     "of_content",
     "refill",
+    "written_weight",
 ]
 
 IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "ior", "iand")
@@ -97,6 +98,14 @@ def has_effect(node: fx.Node) -> bool:
     writes = name.endswith("_") and not name.endswith("__")
     writes = writes or node.target in ENDS or node.kwargs.get("out") is not None
     return writes or isinstance(node.target, Store)
+
+
+def written_weight(node: fx.Node) -> str | None:
+    """The path of the weight that a node writes into, or into a view of it."""
+    base: Any = node if has_effect(node) and node.args else None
+    while isinstance(base, fx.Node) and base.args:
+        base = base.args[0]
+    return str(base.target) if isinstance(base, fx.Node) and base.op == "get_attr" else None
 
 
 def of_content(graph: fx.Graph) -> set[fx.Node]:

@@ -25,8 +25,8 @@ from tokenprune.tracing.hooks import Hooks
 from tokenprune.tracing.names import Reached, reached_by
 from tokenprune.tracing.opaque import reason_of
 from tokenprune.tracing.parts import cut_evenly
-from tokenprune.tracing.provenance import Provenance
-from tokenprune.tracing.randomness import Drawn, Generators
+from tokenprune.tracing.provenance import Drawn, Provenance
+from tokenprune.tracing.randomness import Generators
 from tokenprune.tracing.remains import CannotRepeatError
 from tokenprune.tracing.stand_ins import stand_ins
 from tokenprune.tracing.state import buffers_kept, no_autocast_cache
@@ -133,6 +133,7 @@ def _trace(
             if moved:
                 repeated = partial(ValueTracer(host, mode).record, call, given, known)
                 _refuse_draw(generators.first_draw(repeated), host, arguments)
+            _refuse_draw(tracer.reads.drawn, host, arguments)
         if not (_filled_before(emptied, tracer, call) and again):
             break
     kept = tracer.leaked()

@@ -8,7 +8,7 @@ from traceback import walk_tb
 from types import CodeType, FrameType
 from typing import NamedTuple
 
-__all__ = ["Provenance", "failed_at", "frame_of_host", "of_host", "of_python"]
+__all__ = ["Drawn", "Provenance", "failed_at", "frame_of_host", "of_host", "of_python"]
 
 OWN_FILES = ("/torch/", "/tokenprune/", "numpy/")
 STANDARD, INSTALLED = sysconfig.get_paths()["stdlib"], ("site-packages", "dist-packages")
@@ -54,3 +54,10 @@ def of_host(file: str) -> bool:
 def of_python(file: str) -> bool:
     """Whether a source file is of Python's own library."""
     return file.startswith(STANDARD) and not any(part in file for part in INSTALLED)
+
+
+class Drawn(NamedTuple):
+    """Which generator a host drew from, and the line that did."""
+
+    generator: str
+    where: tuple[str, int]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import compress
 from types import FrameType
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,10 +21,10 @@ from torch import nn
 from tokenprune.private import DisableTorchFunction, without_modes
 from tokenprune.tracing.contents import within
 from tokenprune.tracing.names import Reached
-from tokenprune.tracing.provenance import of_host
+from tokenprune.tracing.provenance import Drawn, of_host
 from tokenprune.tracing.reads import OF_TORCH
 
-__all__ = ["Drawn", "Generators", "torch_generators_kept"]
+__all__ = ["Generators", "torch_generators_kept"]
 
 KINDS = (random.Random, np.random.Generator, np.random.RandomState)
 # Those behind `random.random` and `np.random.rand`: named, since `gc.freeze` hides them.
@@ -33,13 +33,6 @@ DEFAULTS = [cast(Any, draw).__self__ for draw in (random.random, np.random.get_s
 
 DRAWS = ("random", "getrandbits", "seed", "setstate")
 """Methods of Python's generators, written in C, through which all others draw."""
-
-
-class Drawn(NamedTuple):
-    """Which generator a host drew from, and the line that did."""
-
-    generator: str
-    where: tuple[str, int]
 
 
 class Generators:

@@ -29,7 +29,8 @@ from tokenprune.tracing.contents import (
     within,
 )
 from tokenprune.tracing.names import Reached, is_own_class, own_metaclasses
-from tokenprune.tracing.provenance import of_host
+from tokenprune.tracing.outside import GENERATORS
+from tokenprune.tracing.provenance import Drawn, of_host
 from tokenprune.tracing.stand_ins import original
 
 __all__ = ["OF_TORCH", "Reads"]
@@ -71,6 +72,7 @@ class Reads:
         opaque: what nobody can watch: name of an attribute -> the type of what is in it; function
             that asks the system -> the line of the host that calls it.
         prints: Lines of the host that print.
+        drawn: The first line that makes a generator without a seed.
         types: Lines that compare `type(...)` with a class of tensors.
         places: id of a tensor -> all attributes of modules that hold it.
         by_name: (id, name) -> the class or module of Python that was asked for a name that the code
@@ -91,6 +93,7 @@ class Reads:
         self.leaves: dict[int, nn.Module] = {}
         self.held: dict[int, Any] = {}
         self.opaque: dict[str, str] = {}
+        self.drawn: Drawn | None = None
         self.prints: list[str] = []
         self.types: list[str] = []
         self.tables: dict[tuple[int, str], list[str]] = {}
@@ -156,6 +159,8 @@ class Reads:
         """Record that a line of the host asks the system something, or prints."""
         if function == "builtins.print":
             self.prints.append(f"{file}:{line}")
+        elif function in GENERATORS:
+            self.drawn = self.drawn or Drawn(f"{function}() without a seed", (file, line))
         else:
             self.opaque[function] = f"{file}:{line}"
 

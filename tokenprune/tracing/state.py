@@ -11,7 +11,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from tokenprune.tracing.contents import (
@@ -21,7 +21,7 @@ from tokenprune.tracing.contents import (
     held_in_slots,
     may_be_watched,
 )
-from tokenprune.tracing.effects import add, refill
+from tokenprune.tracing.effects import add, refill, written_weight
 from tokenprune.tracing.reads import OF_TORCH
 from tokenprune.tracing.stand_ins import is_plain
 
@@ -229,9 +229,12 @@ def empty_caches(root: nn.Module) -> None:
 
 
 @contextmanager
-def buffers_kept(root: nn.Module) -> Iterator[None]:
-    """Give every buffer its values back: some hosts count their calls in one."""
-    own = (b for b in root.buffers() if is_plain(b) and not b.is_meta)
+def buffers_kept(root: nn.Module, graphs: Iterable[fx.Graph] = ()) -> Iterator[None]:
+    """Give every buffer its values back, since some hosts count their calls in one; and every
+    parameter that one of these graphs of the host writes into."""
+    paths = {written_weight(node) for graph in graphs for node in graph.nodes}
+    written = [p for path, p in root.named_parameters() if path in paths]
+    own = (b for b in (*root.buffers(), *written) if is_plain(b) and not b.is_meta)
     before = [(buffer, buffer.clone()) for buffer in own]
     try:
         yield
