@@ -61,9 +61,10 @@ def _probe(root: nn.Module, traced: HostGraph) -> tuple[dict[fx.Node, NodeFacts]
     images = {name: x for name, x in inputs.items() if x.ndim and x.shape[0] == batch}
     more = {name: x.new_empty(batch + EXTRA_BATCH, *x.shape[1:]) for name, x in images.items()}
     rows: dict[fx.Node, int] = {}
-    batched, moved = set[fx.Node](), set[fx.Node]()
+    ran, batched, moved = set[fx.Node](), set[fx.Node](), set[fx.Node]()
     try:
         for node, value in run(root, traced.graph, inputs | more):
+            ran.add(node)
             if node.op == "output":
                 continue
             base = node.meta["val"]
@@ -77,8 +78,8 @@ def _probe(root: nn.Module, traced: HostGraph) -> tuple[dict[fx.Node, NodeFacts]
                 moved.add(node)
     except Exception:  # whatever a host raises here means that its graph holds for one batch size
         bound = True
-        rows = {node: number for node, number in rows.items() if number > 1}
-        rows |= {node: 1 for node in nodes if shape_of(node)[:1] == (batch,)}
+        left = [node for node in nodes if node not in ran]
+        rows |= {node: 1 for node in left if shape_of(node)[:1] == (batch,)}
     else:
         bound = _branches_on(traced.specialized, moved)
     facts = {n: NodeFacts(batched=n in batched, rows_per_image=rows.get(n)) for n in nodes}

@@ -31,6 +31,7 @@ from tokenprune.hosts.inputs import ExampleInputs
 from tokenprune.runtime.model import pruning_of
 from tokenprune.runtime.pruning import Pruning
 from tokenprune.tracing.arguments import Arguments, as_arguments
+from tokenprune.tracing.hooks import Hooks
 from tokenprune.tracing.state import in_mode
 
 __all__ = ["ExportReport", "export"]
@@ -171,6 +172,12 @@ def _check_exportable(
         raise ExportError(
             f"Parameter '{meta_param}' of {host} is on the meta device and holds no weights. Load "
             "the weights before exporting."
+        )
+    if Hooks(pruning.host).of_owner(model):
+        raise ExportError(
+            f"{host} has forward hooks of its own, which are no part of the model that is written. "
+            "Remove them, and do the same in a module around the exported file's program, or in "
+            "the host."
         )
     if pruning.forced.keep_indices is not None:
         raise ExportError(

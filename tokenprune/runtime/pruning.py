@@ -251,6 +251,9 @@ class Pruning:
             UnsupportedHostError: The call cannot be traced, or a node run with fewer tokens.
         """
         host, arguments = self.host, as_arguments(self.call.host, given)
+        for module in self.added.values():  # the host's mode may be set by itself
+            if module.training != host.training:
+                module.train(host.training)
         arguments = self.handing(arguments, entry)
         signature = signature_of(arguments, entry, host.training)
         found = self.cache.find(signature, host, arguments)

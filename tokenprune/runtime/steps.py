@@ -276,7 +276,8 @@ class Steps:
             args, kwargs = map_arg((node.args, node.kwargs), env.__getitem__)
             held = {**dict(module.named_parameters()), **dict(module.named_buffers())}
             away = {name: self._near(t) for name, t in held.items() if hides_its_node(t)}
-            if UNHOOKED in node.meta:  # its hooks may store weights in another dtype
+            elsewhere = any(map(is_elsewhere, held.values()))
+            if UNHOOKED in node.meta or elsewhere:  # hooks may store weights in another dtype
                 away |= in_dtype_of(args, {**held, **away})
             if away:
                 return functional_call(module, away, args, kwargs)

@@ -231,12 +231,14 @@ def _explained(
     own = error.where if isinstance(error, CannotRepeatError) else None
     shapes, line = _shapes(arguments), own or tracer.failed_at(error)
     said = f"{type(error).__name__}: {error}".rstrip(" .:")
+    prepared = ": what its own pre-hooks return, which run in calls alone"
+    before = prepared if root._forward_pre_hooks else ""
     if isinstance(error, AssertionError | ValueError):  # a check of the host's own
         return HostError(
             f"{type(root).__name__} refused the input {shapes} at {line}. It said: {said}. Give "
-            "it an input that it takes by itself."
+            f"it an input that it takes by itself{before}."
         )
-    reason = reason_of(error) or said
+    reason = (reason_of(error) or said) + before
     return untraceable(type(root).__name__, shapes, line, reason)
 
 
