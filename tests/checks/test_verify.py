@@ -161,10 +161,28 @@ def minus_the_mean_of_the_batch(host: Vit, x: Tensor) -> Tensor:
     return x - x.mean(dim=0, keepdim=True)
 
 
-@pytest.mark.parametrize("images", [1, 3])
-def test_a_host_that_mixes_images_is_refused_whatever_the_example(images: int) -> None:
+def plus_the_first(host: Vit, x: Tensor) -> Tensor:
+    return x + x[:1]
+
+
+def plus_the_last(host: Vit, x: Tensor) -> Tensor:
+    return x + x[-1:]
+
+
+def plus_the_one_from_the_end(host: Vit, x: Tensor) -> Tensor:
+    return x + x.flip(0)
+
+
+MIXES = [minus_the_mean_of_the_batch, plus_the_first, plus_the_last, plus_the_one_from_the_end]
+
+
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("images", [1, 2, 3, 5])
+def test_a_host_that_mixes_images_is_refused_whatever_the_example(
+    images: int, mix: Callable[[Vit, Tensor], Tensor]
+) -> None:
     x = torch.randn(images, 3, 32, 32)
-    model = wrapped(Vit(minus_the_mean_of_the_batch), example_inputs=x)
+    model = wrapped(Vit(mix), example_inputs=x)
     with pytest.raises(VerificationError, match="depends on the other images of its batch"):
         verify(model, x)
     plain = wrapped(example_inputs=x)
@@ -258,6 +276,35 @@ def test_nothing_is_changed(refused: bool, monkeypatch: pytest.MonkeyPatch) -> N
     assert all(parameter.grad is None for parameter in model.parameters())
     host(torch.zeros(1, 3, 32, 32))
     assert (host.calls, host.seen[0].item()) == (1, 1.0)  # the host itself does count
+
+
+class Writing(Vit):
+    """Its output depends on what its calls write into a weight and a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decay = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Any:
+        with torch.no_grad():
+            self.decay.mul_(0.5)
+            self.seen += 1
+        return super().forward(x) * self.decay + self.seen.sum()
+
+
+def test_what_calls_write_is_put_back_after_each_run() -> None:
+    twin, host = Writing().eval(), Writing().eval()
+    model = wrapped(host, verify=True)
+    assert (host.decay.item(), host.seen.tolist()) == (1.0, [0.0, 0.0])
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        for _ in range(2):
+            model(x), twin(x)
+        host.head = nn.Linear(16, 5)
+        pruning_of(model).cache.clear()  # the next call is traced and proven anew
+        model(x), twin(x)
+    assert torch.equal(host.decay, twin.decay)
+    assert torch.equal(host.seen, twin.seen)
 
 
 @pytest.mark.slow

@@ -183,6 +183,12 @@ def test_what_export_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         tokenprune.export(model, file, "tflite")  # type: ignore[arg-type]
     with pytest.raises(ExportError, match=r"is a directory. Name the file"):
         tokenprune.export(model, tmp_path, "pt2")
+    hook, own = (
+        model.register_forward_hook(lambda m, x, out: out * 2),
+        "has forward hooks of its own",
+    )
+    with hook, pytest.raises(ExportError, match=own):
+        tokenprune.export(model, file)
     sets = [torch.arange(4).expand(2, -1)]
     with model.using(keep_indices=sets), pytest.raises(ExportError, match=r"keep_indices are forc"):
         tokenprune.export(model, file)

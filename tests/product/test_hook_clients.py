@@ -11,7 +11,7 @@ from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_mod
 from jaxtyping import config
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torchvision.models.feature_extraction import create_feature_extractor
 from transformers import ViTConfig, ViTForImageClassification
 
@@ -83,12 +83,15 @@ def one_process(tmp_path: Any) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("one_process")
-def test_blocks_that_fsdp_shards(model: Any, images: Tensor) -> None:
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_blocks_that_fsdp_shards(model: Any, images: Tensor, dtype: torch.dtype | None) -> None:
     wanted = model(images)
-    for block in model.blocks:
-        fully_shard(block, mesh=init_device_mesh("cpu", (1,)))
+    policy = MixedPrecisionPolicy(param_dtype=dtype)
+    for part in (*model.blocks, *([] if dtype is None else [model])):
+        fully_shard(part, mesh=init_device_mesh("cpu", (1,)), mp_policy=policy)
     found = model(images)
-    torch.testing.assert_close(found, wanted)
+    assert found.dtype == (dtype or torch.float32)
+    torch.testing.assert_close(found.float(), wanted, atol=0.05 if dtype else 1e-5, rtol=0)
     found.sum().backward()
     assert model.blocks[1].ls1.gamma.grad is not None
 

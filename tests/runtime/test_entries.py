@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import tokenprune
 from tests.analysis.test_reading import IMAGES, WIDTH, Attention, Pairs, feed_forward
-from tokenprune.errors import PlanError, TokenPruneWarning
+from tokenprune.errors import PlanError, TokenPruneWarning, UnsupportedHostError
 
 
 class Tied(Pairs):
@@ -50,6 +50,19 @@ class Bare(Tied):
             x = x + F.scaled_dot_product_attention(*given)
             x = x + F.linear(F.gelu(x), feed)
         return x[:, 0]
+
+
+def test_a_method_around_the_wrapped_models_own_is_refused() -> None:
+    model = tokenprune.wrap(Tied().eval(), "token-norm-k0.7", example_inputs=IMAGES, train=False)
+    own = model.eval().features
+    model.features = lambda x: own(x) * 2
+    with pytest.raises(UnsupportedHostError, match=r"calls features of the wrapped Tied.*unwrap"):
+        model(IMAGES)
+    host = tokenprune.unwrap(model)
+    del host.features
+    plain, of_host = model(IMAGES), host.features
+    host.features = lambda x: of_host(x) * 2
+    torch.testing.assert_close(model(IMAGES) - host.head.bias, 2 * (plain - host.head.bias))
 
 
 def test_a_method_that_runs_no_block_is_the_hosts_own() -> None:

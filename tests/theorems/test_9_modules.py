@@ -182,6 +182,29 @@ def test_9_a_layer_that_changes_its_buffers_in_each_call_mixes_nothing() -> None
     assert not torch.equal(model.blocks[2].mlp[0].parametrizations.weight[0]._u, u)
 
 
+class PerImage(nn.Module):
+    """Asks Python how many images there are."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.inner(x)
+        return y * torch.full((len(y), 1, 1), 0.5)
+
+
+@torch.no_grad()
+def test_9_as_many_images_as_another_dim_has_entries() -> None:
+    dense = Vit().eval()
+    model = wrapped(dense)
+    dense.blocks[1].mlp = PerImage(dense.blocks[1].mlp)
+    for count in (2, 3, 4):
+        images = torch.cat([IMAGES, IMAGES])[:count]
+        alone = [model(image[None]) for image in images]
+        torch.testing.assert_close(model(images), torch.cat(alone))
+
+
 class Float8(nn.Linear):
     """Keeps its weight in a dtype in which torch cannot compute."""
 

@@ -52,6 +52,10 @@ DRAWS: dict[str, tuple[Callable[..., Any], str, str]] = {
     "attribute": (lambda host, x: x * host.maps[0].random(), "NumPy's", "maps"),
     "closure": (closure(), "NumPy's", "hidden"),
     "lines": (in_two_lines, "NumPy's", "permutation"),
+    "unseeded": (lambda host, x: x * np.random.default_rng().random(), "numpy.random", "default"),
+    "unseeded_python": (lambda host, x: x * random.Random().random(), "random.Random", "Random()"),
+    "system": (lambda host, x: x * random.SystemRandom().random(), "random.System", "System"),
+    "unseeded_state": (lambda host, x: x * np.random.RandomState().rand(), "numpy.random", "State"),
     "seed": (seeds, "torch's generator, or seeds it", "manual_seed"),
 }
 
@@ -73,6 +77,17 @@ def test_it_is_refused_with_the_line_and_the_generator_is_put_back(name: str) ->
     said = str(caught.value)
     assert "test_randomness.py:" in said
     assert any(part in said for part in line.split("|"))
+
+
+def test_a_seed_makes_a_constant() -> None:
+    def masks(host: Host, x: Tensor) -> Tensor:
+        made = [np.random.default_rng(3), random.Random(4), np.random.RandomState(5)]
+        assert isinstance(made[1], random.Random)
+        assert isinstance(made[2], np.random.RandomState)
+        return x * sum(float(one.random()) for one in made)
+
+    host = Host(masks)
+    assert torch.equal(replay(host, trace(host, {"x": X}).graph, {"x": X}), host(X))
 
 
 def test_a_failing_trace_puts_generators_back() -> None:

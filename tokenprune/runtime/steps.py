@@ -158,6 +158,8 @@ class Steps:
         self.hides = self.lively = self.paths[0] == "mask"
         self.leak: fx.Node | None = None
         self.unclear = False
+        self.given = first_tensor(arguments).dtype
+        self.away: torch.dtype | None = None
         self.rounded = autocast_dtypes(programs.analysis.traced.graph)
 
     def run(self) -> "Steps":
@@ -166,20 +168,22 @@ class Steps:
         Raises:
             UnsupportedHostError: A node fails.
         """
-        try:
-            self._run()
-        except _FailedError:  # perhaps on numbers that no host makes
-            self.lively, self.leak, self.unclear = False, None, False
+        failed = list[_FailedError]()
+        # perhaps on numbers that no host makes, or since hooks bring weights in another dtype
+        for lively, away in [(self.lively, None), (False, None), (self.lively, self.given)]:
+            self.lively, self.away, self.leak, self.unclear = lively, away, None, False
             try:
                 self._run()
             except _FailedError as error:
-                node, cause = error.args
-                raise UnsupportedHostError(
-                    f"'{node.name}' ({node.target}) at {node.meta.get('where')} is new since this "
-                    f"{self.programs.analysis.traced.host} was wrapped, and fails where tokens "
-                    f"have left: {cause}. Leave it out, or unwrap the model and wrap it again."
-                ) from cause
-        return self
+                failed.append(error)
+            else:
+                return self
+        node, cause = failed[1].args
+        raise UnsupportedHostError(
+            f"'{node.name}' ({node.target}) at {node.meta.get('where')} is new since this "
+            f"{self.programs.analysis.traced.host} was wrapped, and fails where tokens have left: "
+            f"{cause}. Leave it out, or unwrap the model and wrap it again."
+        ) from cause
 
     def _run(self) -> None:
         get, ahead = self.programs.get, dict[fx.Node, _Step]()
@@ -283,8 +287,7 @@ class Steps:
                 return functional_call(module, away, args, kwargs)
         if node.target is score:
             scored: Any = map_arg(node.args, env.__getitem__)
-            if any(map(is_elsewhere, scored[0].parameters())):
-                return self._unscored(*scored)
+            return self._unscored(*scored)
         return evaluate(self.root, node, env)
 
     def _runs_in(self, node: fx.Node) -> nn.Module:
@@ -301,9 +304,10 @@ class Steps:
 
     def _near(self, tensor: Tensor) -> Tensor:
         """Random numbers in the place of a weight, the same on both paths."""
+        kept = self.away is None or not (is_elsewhere(tensor) and tensor.is_floating_point())
         generator = torch.Generator().manual_seed(0)
         drawn = torch.randn(tuple(tensor.shape), generator=generator, device="cpu") * 0.1
-        return drawn.to(self.device, tensor.dtype)
+        return drawn.to(self.device, tensor.dtype if kept else self.away)
 
     def _other(self, facts: NodeFacts, value: Any) -> Any:
         """`value` with random numbers of its scale in the entries of kept tokens, if it has such;
