@@ -3,8 +3,9 @@
     python -m benchmarks.methods --data FOLDER
 
 FOLDER holds the four idx files of Fashion-MNIST. The dense hosts are trained first, one a seed, and
-kept in --work; each method then prunes them at three budgets, on all test images. `calibrated` is
-`tokenprune.calibrate` of merging, on training images without labels.
+kept in --work; the rows of a seed are kept in docs/methods.json. Each method then prunes them at
+three budgets, on all test images. `calibrated` is `tokenprune.calibrate` of merging, on training
+images without labels.
 
     python -m benchmarks.methods --data FOLDER --embedder FOLDER
 
@@ -200,18 +201,24 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=4, help="of the dense host")
     parser.add_argument("--images", type=int, default=10_000, help="test images, at most")
     parser.add_argument("--embedder", type=Path, help="folder of a sentence embedder")
+    parser.add_argument("--again", action="store_true", help="also seeds whose rows are there")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     recipe = load_recipe(RECIPE)
     settings = input_settings(host_of(recipe), recipe.train.image_size)
     data = load_data(options.data, **settings, train=recipe.train)
-    texts = [] if options.embedder is None else embedder_rows(options.embedder)
-    rows: list[dict[str, Any]] = []
-    for seed in range(options.seeds):
+    kept = options.docs / "methods.json"
+    known = json.loads(kept.read_text()) if kept.exists() and not options.again else {}
+    rows: list[dict[str, Any]] = known.get("images", [])
+    texts = known.get("texts", [])
+    if options.embedder is not None:
+        texts = embedder_rows(options.embedder)
+    measured = {row["seed"] for row in rows}
+    for seed in (seed for seed in range(options.seeds) if seed not in measured):
         file = options.work / f"dense-{options.epochs}-seed{seed}.safetensors"
         rows += rows_of(dense_host(data, options.epochs, seed, file), data, options.images, seed)
         figures = {"images": rows, "texts": texts}
-        (options.docs / "methods.json").write_text(json.dumps(figures, indent=1) + "\n")
+        kept.write_text(json.dumps(figures, indent=1) + "\n")
         page = as_page(rows, texts, options.images, options.epochs)
         (options.docs / "methods.md").write_text(page)
 

@@ -17,7 +17,6 @@ from tokenprune.hosts.inputs import first_floating
 from tokenprune.ops.jagged import blank_padding, filled
 from tokenprune.ops.moving import gather_aligned
 from tokenprune.ops.selection import in_order
-from tokenprune.private import tree_leaves
 from tokenprune.reductions import Proof
 from tokenprune.rewrite.settings import SETTINGS, CallSettings, PathName
 from tokenprune.runtime.added import added_names
@@ -28,12 +27,12 @@ from tokenprune.runtime.random_sets import random_sets
 from tokenprune.runtime.steps import prove_steps
 from tokenprune.tracing.arguments import Arguments, as_arguments
 from tokenprune.tracing.functions import uncompiled
-from tokenprune.tracing.interpret import run, tensors_in
+from tokenprune.tracing.interpret import returned_nodes, run, tensors_in
 from tokenprune.tracing.modes import autocast_dtypes
 from tokenprune.tracing.randomness import torch_generators_kept
 from tokenprune.tracing.state import buffers_kept
 
-__all__ = ["Theorems", "cast"]
+__all__ = ["Theorems"]
 
 SECOND = slice(1, 2)
 """The image that is also run alone."""
@@ -146,7 +145,7 @@ class Theorems:
         """The rows of a mask path's output that the gather path returns."""
         if self.programs.restore is not False:
             return tensors
-        nodes = _returned(self.programs.analysis.traced.graph.output_node().args[0])
+        nodes = returned_nodes(self.programs.analysis.traced.graph.output_node().args[0])
         pairs = list(zip(nodes, tensors, strict=True))
         return [v if (k := self._kept_rows(n, v)) is None else k for n, v in pairs]
 
@@ -247,7 +246,7 @@ class Theorems:
     def _in_float64(self) -> "Theorems":
         double = copy.deepcopy(self.model).double()
         pruning_of(double).cache.proven_next = True
-        return Theorems(double, cast(self.inputs, torch.float64), brief=self.brief)
+        return Theorems(double, self.inputs.in_dtype(torch.float64), brief=self.brief)
 
     def _alone_and_together(self) -> float:
         """The second image alone, and in a batch in which it is not the first, and, unless that is
@@ -391,20 +390,3 @@ class Theorems:
         for d, dim in self.facts[origin].dims.items():
             rows = blank_padding(rows, self.sets[dim.stage], dim.prefix, d)
         return rows
-
-
-def cast(inputs: Arguments, dtype: torch.dtype) -> Arguments:
-    """The same arguments, with floating tensors in `dtype`."""
-    floats = {name: x for name, x in inputs.tensors.items() if x.is_floating_point()}
-    return inputs.with_tensors({name: x.to(dtype) for name, x in floats.items()})
-
-
-def _returned(output: Any) -> list[fx.Node]:
-    """The nodes whose values an output holds: those that went into its objects, in order."""
-    found: list[fx.Node] = []
-    for leaf in tree_leaves(output):
-        if isinstance(leaf, fx.Node) and isinstance(leaf.target, type):
-            found += _returned((leaf.args, dict(leaf.kwargs)))
-        elif isinstance(leaf, fx.Node):
-            found.append(leaf)
-    return found

@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from tokenprune.analysis.analysis import Analysis
 from tokenprune.checks.certificate import Certificate, Check
 from tokenprune.checks.enliven import enliven, enlivened_inputs
-from tokenprune.checks.proof import Theorems, cast
+from tokenprune.checks.proof import Theorems
 from tokenprune.checks.telling import telling
 from tokenprune.checks.unread import unread
 from tokenprune.errors import UnsupportedHostError, VerificationError
@@ -117,7 +117,7 @@ def _on_a_copy(given: Theorems, gradients: bool) -> list[Check]:
     pruning_of(lively).cache.proven_next = True
     for dtype in (torch.promote_types(given.dtype, torch.float32), torch.float64):
         lively = lively.to(dtype)
-        tensors = cast(inputs, dtype)
+        tensors = inputs.in_dtype(dtype)
         alike = _dtypes(lively, tensors) == _dtypes(model, inputs)
         with torch.no_grad():
             own = programs if alike and programs.serve_copies else None

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from tokenprune.analysis.reading import NoBlocksError
+from tokenprune.errors import UnsupportedHostError
 from tokenprune.hosts.inputs import CallSignature
 from tokenprune.runtime.entries import (
     BlocksReached,
@@ -18,6 +19,7 @@ from tokenprune.runtime.entries import (
     stopping,
 )
 from tokenprune.runtime.pruning import Pruning
+from tokenprune.tracing.proxy import ValueProxy
 
 __all__ = ["call_method"]
 
@@ -29,8 +31,15 @@ def call_method(
 
     Raises:
         HostError: In training, what comes after it in the forward must know what was dropped.
-        UnsupportedHostError: It returns tokens, and `restore` was left open.
+        UnsupportedHostError: It returns tokens, and `restore` was left open; or the host calls it,
+            while it is traced.
     """
+    if any(type(value) is ValueProxy for value in (*args, *kwargs.values())):
+        raise UnsupportedHostError(
+            f"The host's code calls {name} of the wrapped {type(model).__name__}, which was put "
+            "there since, perhaps around itself. Take the host's: host = "
+            f"tokenprune.unwrap(model), and decorate host.{name}."
+        )
     path = pruning.path(model.training)
     if pruning.runs_host(path):
         return getattr(pruning.host, name)(*args, **kwargs)

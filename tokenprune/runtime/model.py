@@ -350,12 +350,6 @@ def _pruned(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
     def run(self: PrunedModel, *args: Any, **kwargs: Any) -> Any:
         if not hasattr(self, PRUNING):
             return method(self, *args, **kwargs)
-        if any(type(value) is ValueProxy for value in (*args, *kwargs.values())):
-            raise UnsupportedHostError(
-                f"The host's code calls {name} of the wrapped {type(self).__name__}, which was put "
-                "there since, perhaps around itself. Take the host's: host = "
-                f"tokenprune.unwrap(model), and decorate host.{name}."
-            )
         return call_method(self._pruning, self, name, args, kwargs)
 
     return run

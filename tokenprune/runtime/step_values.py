@@ -22,6 +22,7 @@ __all__ = [
     "in_dtype_of",
     "is_elsewhere",
     "is_number",
+    "runs_in",
     "shares_memory",
     "with_images",
 ]
@@ -123,3 +124,11 @@ def close(ours: Tensor, theirs: Tensor, rounded: Iterable[torch.dtype]) -> bool:
     scale = theirs.where(finite, 0).abs().max().clamp_min(1e-6)
     atol = bound * float(scale)
     return torch.allclose(ours.to(theirs.dtype), theirs, rtol=0.0, atol=atol, equal_nan=True)
+
+
+def runs_in(root: nn.Module, node: fx.Node) -> nn.Module:
+    """The module whose code a node runs, or computes a weight in."""
+    found = root
+    for name in str(node.target).split(".") if node.op in ("call_module", "get_attr") else ():
+        found = found._modules.get(name) or found
+    return nn.Module() if found is root else found

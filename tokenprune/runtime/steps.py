@@ -36,6 +36,7 @@ from tokenprune.runtime.step_values import (
     in_dtype_of,
     is_elsewhere,
     is_number,
+    runs_in,
     shares_memory,
     with_images,
 )
@@ -266,7 +267,7 @@ class Steps:
         if isinstance(node.target, Store) or is_hook_node(node):
             return None
         try:
-            with buffers_kept(self._runs_in(node)):  # each path sees what the other one saw
+            with buffers_kept(runs_in(self.root, node)):  # each path sees what the other one saw
                 value = self._evaluated(node, env)
         except (MemoryError, torch.OutOfMemoryError):
             raise
@@ -289,13 +290,6 @@ class Steps:
             scored: Any = map_arg(node.args, env.__getitem__)
             return self._unscored(*scored)
         return evaluate(self.root, node, env)
-
-    def _runs_in(self, node: fx.Node) -> nn.Module:
-        """The module whose code a node runs, or computes a weight in."""
-        found = self.root
-        for name in str(node.target).split(".") if node.op in ("call_module", "get_attr") else ():
-            found = found._modules.get(name) or found
-        return nn.Module() if found is self.root else found
 
     @staticmethod
     def _unscored(_: nn.Module, tokens: Tensor, __: Tensor | None, num_prefix: int) -> Tensor:

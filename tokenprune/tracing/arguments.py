@@ -123,6 +123,11 @@ class Arguments(Mapping[str, Any]):
         """The same call with other tensors."""
         return Arguments({**self.leaves, **tensors}, self.places)
 
+    def in_dtype(self, dtype: torch.dtype) -> "Arguments":
+        """The same call with floating tensors in `dtype`."""
+        floats = {name: x for name, x in self.tensors.items() if x.is_floating_point()}
+        return self.with_tensors({name: x.to(dtype) for name, x in floats.items()})
+
     def of_images(self, which: slice, batch_size: int) -> "Arguments":
         """The same call with some of its images."""
         batched = {n: x[which] for n, x in self.tensors.items() if x.shape[:1] == (batch_size,)}

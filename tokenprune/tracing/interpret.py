@@ -20,7 +20,15 @@ from tokenprune.tracing.modes import MODES, entered
 from tokenprune.tracing.opaque import OPAQUE
 from tokenprune.tracing.proxy import ValueProxy
 
-__all__ = ["evaluate", "quiet_trials", "run", "run_again", "tensor_attribute", "tensors_in"]
+__all__ = [
+    "evaluate",
+    "quiet_trials",
+    "returned_nodes",
+    "run",
+    "run_again",
+    "tensor_attribute",
+    "tensors_in",
+]
 
 Environment = dict[fx.Node, Any]
 
@@ -155,3 +163,14 @@ def run_again(
         return known[argument.node] if proxied else argument
 
     return module(*map_aggregate(args, real), **map_aggregate(kwargs, real))
+
+
+def returned_nodes(output: Any) -> list[fx.Node]:
+    """The nodes whose values an output holds: those that went into its objects, in order."""
+    found: list[fx.Node] = []
+    for leaf in tree_leaves(output):
+        if isinstance(leaf, fx.Node) and isinstance(leaf.target, type):
+            found += returned_nodes((leaf.args, dict(leaf.kwargs)))
+        elif isinstance(leaf, fx.Node):
+            found.append(leaf)
+    return found
