@@ -42,9 +42,9 @@ def freeze_guards(model: nn.Module, frozen: bool = True) -> None:
     """For serving: run the programs there are without looking whether the model has changed.
 
     Saves the time of the check in each call (at most 1 % of a DeiT-S forward of one image). From
-    then on what is set or replaced on the model or its host is not seen, in silence; `train()`,
-    `eval()`, values of weights and new hooks are. Call the model once before, so that
-    the programs are those of the model as it is.
+    then on what is set or replaced on the model or its host is not seen, in silence, nor the mode
+    of a part; `train()` and `eval()` of the model, values of weights and new hooks are. Call the
+    model once before, so that the programs are those of the model as it is.
 
     Args:
         model: What `wrap` returned.
