@@ -251,7 +251,7 @@ class _Task:
                 restore=self.restore,
                 example=example.with_tensors({n: x.to("meta") for n, x in example.tensors.items()}),
                 asked=self.hints.inputs,
-                handed={"forward": example.handed_places},
+                handed={"forward": tuple(example.handed_places)},
             )
             programs = pruning.programs(example, traced=traced, blocks=blocks)
             programs.reduction.check_use(host)

@@ -100,7 +100,7 @@ class Pruning:
     added: dict[str, nn.Module] = field(default_factory=dict)
     compiled: Any = None
     cache: ProgramCache = field(default_factory=ProgramCache)
-    handed: dict[str, frozenset[int | str]] = field(default_factory=dict)
+    handed: dict[str, tuple[int | str, ...]] = field(default_factory=dict)
     overrides: dict[int, Overrides] = field(default_factory=dict)
     entries: set[str] = field(default_factory=set)
     proven_hooks: int = field(default_factory=lambda: RemovableHandle.next_id)
@@ -285,7 +285,8 @@ class Pruning:
             if not signature.batch_size:
                 arguments = arguments.with_images()
             traced, arguments = trace_call(host, arguments, entry, stated=stated_by(host, known))
-            self.handed[entry] = self.handed.get(entry, frozenset()) | arguments.handed_places
+            handed = dict.fromkeys([*self.handed.get(entry, ()), *arguments.handed_places])
+            self.handed[entry] = tuple(handed)  # Dynamo of torch 2.8 guards no sets
             signature = signature_of(arguments, entry, host.training)
             spec, blocks = settle(host, traced, known, self.reading)
             if self.method.reduction.removes:
