@@ -410,3 +410,17 @@ def test_hooks_of_the_hosts_own_code_are_traced(toy: Toy) -> None:
         model(**toy.inputs())
     assert len(seen) == 1
     assert len(host.kept) == 1
+
+
+def test_a_hook_may_take_itself_away() -> None:
+    _, model, inputs = _toy(TOYS["prefix_1"])
+    wanted, seen = model(**inputs), list[Any]()
+
+    def once(module: nn.Module, args: Any, output: Tensor) -> None:
+        handle.remove()
+        seen.append(output.shape)
+
+    handle = model.blocks[1].register_forward_hook(once)
+    for _ in range(2):
+        assert torch.equal(model(**inputs), wanted)
+    assert len(seen) == 1

@@ -1,6 +1,8 @@
 """A wrapped model in use: `using`, `set_keep_ratio`, traces, arguments, and what each refuses."""
 
+import copy
 import inspect
+import pickle
 from typing import Any
 
 import pytest
@@ -411,3 +413,33 @@ def test_modules_that_return_what_they_are_given_are_not_called(own_model: Any) 
     assert ".proj(" in source
     assert "proj_drop" not in source
     assert "ls1" not in source
+
+
+def test_a_copy_that_is_made_inside_of_using_is_not_forced(own_model: Any) -> None:
+    wanted = own_model(IMAGES)
+    with own_model.using("dense"):
+        copies = copy.deepcopy(own_model), pickle.loads(pickle.dumps(own_model))
+        assert not torch.equal(own_model(IMAGES), wanted)
+    for copied in copies:
+        assert torch.equal(copied(IMAGES), wanted)
+
+
+class Twice:
+    """A forward around another one, as accelerate's."""
+
+    def __init__(self, forward: Any) -> None:
+        self.forward = forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.forward(*args, **kwargs) * 2
+
+
+def test_copies_have_the_forward_that_was_set(own_model: Any) -> None:
+    plain = own_model(IMAGES)
+    own_model.forward = Twice(own_model.forward)
+    copies = [copy.deepcopy(own_model), pickle.loads(pickle.dumps(own_model)), copy.copy(own_model)]
+    for copied in (own_model, *copies):
+        assert torch.equal(copied(IMAGES), plain * 2)
+    del copies[0].forward
+    assert torch.equal(copies[0](IMAGES), plain)
+    assert torch.equal(own_model(IMAGES), plain * 2)

@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+import tokenprune
 from tests.theorems.test_9_places import IMAGES, whole, wrapped
 from tests.toys.vit import Block, Vit
 from tokenprune.errors import LeakError
+from tokenprune.runtime.step_values import hides_its_node
 
 
 class Parts(nn.ModuleList):
@@ -254,3 +256,55 @@ def test_9_weights_may_be_stored_otherwise(store: Callable[[nn.Linear], None]) -
     torch.testing.assert_close(found, dense(IMAGES))
     again = wrapped(dense)
     torch.testing.assert_close(whole(again), found)
+
+
+def shifted(x: Tensor) -> Tensor:
+    return torch.cat([x[:, 1:], x[:, :1]], dim=1)
+
+
+@pytest.mark.parametrize("method", ["skip-k0.7", "bypass-k0.7"])
+@pytest.mark.parametrize("mix", [shifted, MIXING["number_of_tokens"]])
+@torch.no_grad()
+def test_9_what_mixes_tokens_in_a_part_that_some_go_around_is_refused(
+    method: str, mix: Callable[[Tensor], Tensor]
+) -> None:
+    model = tokenprune.wrap(Vit().eval(), method, example_inputs=IMAGES, train=False)
+    model(IMAGES)
+    model.blocks[2].mlp[1].forward = mix
+    with pytest.raises(LeakError, match=r"mixes tokens"):
+        model(IMAGES)
+    model.blocks[2].mlp[1].forward = ALONE["norm_over_channels"]
+    model(IMAGES)
+
+
+class Gated(nn.Module):
+    """Mixes tokens as soon as its gate is open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.zeros(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.gate * shifted(x)
+
+
+@torch.no_grad()
+def test_9_weights_hide_nothing_that_training_opens() -> None:
+    host = Vit().eval()
+    model = wrapped(host)
+    host.blocks[2].norm2 = nn.Sequential(host.blocks[2].norm2, Gated())
+    with pytest.raises(LeakError, match=r"mixes tokens"):
+        model(IMAGES)
+    with pytest.raises(LeakError, match=r"mixes tokens"):
+        tokenprune.wrap(copy.deepcopy(host), "merge-k0.7", example_inputs=IMAGES, train=False)
+    assert hides_its_node(nn.Parameter(torch.eye(4)))
+    assert not hides_its_node(nn.Parameter(torch.randn(4)))
+
+
+@torch.no_grad()
+def test_9_rows_that_nobody_read_are_read_by_what_comes_later() -> None:
+    model = tokenprune.wrap(Vit().eval(), "exact", example_inputs=IMAGES, train=False)
+    model(IMAGES)
+    model.blocks[2].mlp[1].forward = lambda x: torch.fft.fftn(x, dim=(1, 2)).real
+    with pytest.raises(LeakError, match=r"reads rows that `unread_rows` leaves out"):
+        model(IMAGES)

@@ -16,7 +16,10 @@ from tokenprune.checks.telling import telling
 from tokenprune.checks.unread import unread
 from tokenprune.errors import UnsupportedHostError, VerificationError
 from tokenprune.hosts.inputs import ExampleInputs
+from tokenprune.reductions import Reduction
 from tokenprune.runtime.model import pruning_of
+from tokenprune.runtime.step_values import hides_its_node
+from tokenprune.runtime.steps import prove_steps
 from tokenprune.tracing.arguments import Arguments
 from tokenprune.tracing.state import attributes_kept, buffers_kept, in_mode
 
@@ -72,7 +75,7 @@ def _verify(
     with evaluated, attributes_kept(pruning.host):
         with torch.no_grad():
             proof = Theorems(model, inputs)
-            if _macs(model, proof.programs.analysis) >= big:
+            if brief := _macs(model, proof.programs.analysis) >= big:
                 proof = Theorems(model, inputs, brief=True).of_one_image()
         with buffers_kept(pruning.host, [proof.programs.analysis.traced.graph]):
             checks = [*proof.checks(gradients), *unread(proof)]
@@ -81,6 +84,8 @@ def _verify(
                 checks += told.checks(proof)
             else:
                 checks += _on_a_copy(proof, gradients)
+            if not brief and _may_open(pruning.host, proof.programs.reduction):
+                prove_steps(pruning.host, pruning.added, proof.programs, proof.inputs)
     proof.programs.proven, pruning.proven_hooks = True, RemovableHandle.next_id
     return Certificate(
         host=type(model).__name__,
@@ -94,6 +99,15 @@ def _verify(
         checks=tuple(checks),
         enlivened=not told.told,
     )
+
+
+def _may_open(host: nn.Module, reduction: Reduction) -> bool:
+    """Whether weights that are zero now may hide what mixes tokens, where no NaN in dropped tokens
+    shows it."""
+    if reduction.removes and reduction.hides:
+        return False
+    weights = (p for n, p in host.named_parameters() if not n.endswith("bias"))
+    return any(map(hides_its_node, weights))
 
 
 def takes_long(model: nn.Module, analysis: Analysis) -> bool:

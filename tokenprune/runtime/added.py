@@ -25,7 +25,9 @@ def check_place(host: nn.Module, added: Mapping[str, nn.Module]) -> None:
     theirs = first_floating(host)
     if ours is None or not (is_plain(ours) and is_plain(theirs)):
         return
-    held = {(p.device, p.dtype) for p in (theirs, *host.parameters())}  # it may be spread out
+    if (ours.device, ours.dtype) == (theirs.device, theirs.dtype):
+        return
+    held = {(p.device, p.dtype) for p in host.parameters()}  # it may be spread out
     if (ours.device, ours.dtype) not in held:
         raise HostError(
             f"{type(host).__name__} is {theirs.dtype} on {theirs.device} now, but what wrap added "

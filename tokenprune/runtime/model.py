@@ -22,6 +22,7 @@ from tokenprune.rewrite.settings import Path
 from tokenprune.runtime.added import added_names
 from tokenprune.runtime.entries import added_later, methods_of
 from tokenprune.runtime.methods import call_method
+from tokenprune.runtime.own_forward import OWN, forward_set, set_forward, with_forward
 from tokenprune.runtime.pruning import Pruning
 from tokenprune.tracing.proxy import ValueProxy
 
@@ -32,7 +33,6 @@ PUBLIC = ("using", "set_budget", "set_keep_ratio", "set_threshold")
 SHARING = ("save_pretrained", "push_to_hub")
 """Methods that a wrapped model has in the place of its host's, which they call."""
 PRUNING = "_pruning"
-OWN = "_own_forward"
 CALL_WRAP = "Call tokenprune.wrap(model, recipe) first."
 FX_TRACED = (
     "A torch.fx tracer was run on a {} that tokenprune wrapped (torch.fx.symbolic_trace, a feature "
@@ -266,7 +266,7 @@ class PrunedModel(nn.Module):
         if name in added_names() and hasattr(self, PRUNING):
             self._modules[name] = value
         elif name == "forward" and hasattr(self, PRUNING):
-            self.__class__ = _with_forward(type(self), value)
+            self.__class__ = cast(Any, with_forward(type(self), value))
         else:
             super().__setattr__(name, value)
 
@@ -283,27 +283,22 @@ class PrunedModel(nn.Module):
         if not hasattr(self, PRUNING):
             return cast(Self, copy.deepcopy(as_host(self), memo))
         memo[id(self)] = copied = cast(Self, wrapper_of(copy.deepcopy(self._pruning, memo)))
+        if (given := forward_set(self)) is not None:
+            copied.forward = copy.deepcopy(given, memo)  # type: ignore[method-assign]
+        return copied
+
+    def __copy__(self) -> Self:
+        if not hasattr(self, PRUNING):
+            return cast(Self, copy.copy(as_host(self)))
+        copied = cast(Self, wrapper_of(self._pruning))
+        copied.__class__ = type(self)
         return copied
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         if not hasattr(self, PRUNING):
             return as_host, (as_host(self),)
-        return wrapper_of, (self._pruning,)
-
-
-def _with_forward(cls: type[PrunedModel], given: Callable[..., Any]) -> type[PrunedModel]:
-    """The class with a forward that was set on an object (accelerate does so): an attribute of the
-    object itself would be the host's too."""
-    base = cls.__mro__[1] if OWN in vars(cls) else cls
-    if getattr(given, "__func__", None) is vars(base)["forward"]:
-        return base  # its own is put back
-
-    @wraps(given)
-    def forward(self: PrunedModel, *args: Any, **kwargs: Any) -> Any:
-        return given(*args, **kwargs)
-
-    names = {"__module__": base.__module__, "__doc__": base.__doc__, OWN: True, "forward": forward}
-    return type(base.__name__, (base,), names)
+        made, given = (wrapper_of, (self._pruning,)), forward_set(self)
+        return made if given is None else (*made, given, None, None, set_forward)
 
 
 def _of_fx(*given: Any) -> bool:

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from tokenprune.errors import KeepIndicesError
 from tokenprune.ops.selection import in_order
 from tokenprune.rewrite.settings import Path
 
-__all__ = ["NOTHING", "Overrides", "forced_sets"]
+__all__ = ["NOTHING", "OfThreads", "Overrides", "forced_sets"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,16 @@ class Overrides:
 
 
 NOTHING = Overrides()
+
+
+class OfThreads(dict[int, Overrides]):
+    """Thread -> what is forced in it. Nothing is, in a copy."""
+
+    def __deepcopy__(self, _: Any) -> "OfThreads":
+        return OfThreads()
+
+    def __reduce__(self) -> Any:
+        return OfThreads, ()
 
 
 def forced_sets(

@@ -20,7 +20,7 @@ from tokenprune.runtime.function import as_function
 from tokenprune.runtime.jagged import Jagged
 from tokenprune.scorers import Scorer
 from tokenprune.tracing.effects import Store
-from tokenprune.tracing.guards import Guards, Watched
+from tokenprune.tracing.guards import HOOKS_OF, Guards, Watched
 from tokenprune.tracing.hook_nodes import closing, is_hook_node
 from tokenprune.tracing.stand_ins import forget_weights
 
@@ -83,7 +83,8 @@ class Programs:
         """
         if of is None and self.guards.hold():
             return
-        changed = self.guards.changed(of)
+        # a hook may take itself away
+        changed = self.guards.changed(of, lambda w: w.name != HOOKS_OF)
         if changed is None:
             return
         targets = (node.target for node in self.analysis.traced.graph.nodes)

@@ -43,7 +43,7 @@ from tokenprune.runtime.compiled import (
 )
 from tokenprune.runtime.fitted import warn_if_fresh
 from tokenprune.runtime.hooked import HooksOfCall
-from tokenprune.runtime.overrides import NOTHING, Overrides, forced_sets
+from tokenprune.runtime.overrides import NOTHING, OfThreads, Overrides, forced_sets
 from tokenprune.runtime.program import Programs
 from tokenprune.runtime.steps import prove_steps
 from tokenprune.runtime.watch import Watch
@@ -101,7 +101,7 @@ class Pruning:
     compiled: Any = None
     cache: ProgramCache = field(default_factory=ProgramCache)
     handed: dict[str, tuple[int | str, ...]] = field(default_factory=dict)
-    overrides: dict[int, Overrides] = field(default_factory=dict)
+    overrides: OfThreads = field(default_factory=OfThreads)
     entries: set[str] = field(default_factory=set)
     proven_hooks: int = field(default_factory=lambda: RemovableHandle.next_id)
     watch: Watch = field(default_factory=Watch)
@@ -196,6 +196,11 @@ class Pruning:
             signature = signature_of(arguments, entry, self.host.training)
             programs = self.cache.numbered(number, signature)
         else:
+            if model.__dict__ is not self.host.__dict__:
+                raise HostError(
+                    f"The __dict__ of {type(self.host).__name__} was replaced by another one, "
+                    "which the wrapped model does not hold. Update it in place, or wrap it again."
+                )
             self.look_at_scorers(path)
             call = CallSignature.now(type(self.host), entry)
             arguments = call.bind(args, kwargs, self.handed.get(entry, ()))
@@ -251,9 +256,11 @@ class Pruning:
             UnsupportedHostError: The call cannot be traced, or a node run with fewer tokens.
         """
         host, arguments = self.host, as_arguments(self.call.host, given)
-        for module in self.added.values():  # the host's mode may be set by itself
+        for module in self.added.values():  # the host's mode may be set by itself, and its dtype
             if module.training != host.training:
                 module.train(host.training)
+        if not self.cache.frozen:
+            check_place(host, self.added)
         arguments = self.handing(arguments, entry)
         signature = signature_of(arguments, entry, host.training)
         found = self.cache.find(signature, host, arguments)
@@ -278,7 +285,6 @@ class Pruning:
     ) -> Programs:
         """New programs of a call."""
         host = self.host
-        check_place(host, self.added)
         if traced is None or blocks is None:
             refuse_closed(host)
             known = hints(host, self.adapter)  # it may have other blocks, or tokens, now

@@ -19,8 +19,9 @@ def random_sets(
     shortened: Callable[[Tensor], Tensor] = lambda kept: kept,
 ) -> tuple[Tensor, ...]:
     """Nested kept sets [B, K] that keep about a `share` each time, but always leave out something.
-    The first one leaves out the first and the last patch: one of them may be a token that is no
-    patch. Each is `shortened`, where images may keep different numbers of tokens."""
+    Those that choose among all patches leave out the first and the last one, which a host may read
+    by their places, or which is no patch. Each is `shortened`, where images may keep different
+    numbers of tokens."""
     generator = torch.Generator().manual_seed(0)
     kept, sets = torch.empty(batch_size, 0, device="cpu"), list[Tensor]()
     staying = programs.analysis.plan.num_suffix
@@ -31,8 +32,8 @@ def random_sets(
         rank = torch.rand(kept.shape, generator=generator, device="cpu")
         rank = rank + (kept < 0)  # padding last
         last = patches - staying
-        if not sets:
-            rank[0, 0] = rank[-1, last - 1] = 1.0
+        if stage in programs.starts:
+            rank[:, [0, last - 1]] = 1.0
         rank = rank.masked_fill(kept >= last, -1.0)  # these stay
         kept = shortened(in_order(kept.gather(1, rank.argsort(dim=1)[:, :count])))
         sets.append(kept.to(device))

@@ -74,10 +74,12 @@ def is_elsewhere(held: Any) -> bool:
 
 
 def hides_its_node(held: Any) -> bool:
-    """Whether a weight is elsewhere, or is a zero that training will change."""
+    """Whether a weight is elsewhere, or is mostly zeros that training will change: a gate, a
+    convolution that begins as the identity."""
     if is_elsewhere(held):
         return True
-    return type(held) is nn.Parameter and is_number(held) and not bool(held.any())
+    known = type(held) is nn.Parameter and is_number(held)
+    return known and 2 * int(held.count_nonzero()) <= held.numel()
 
 
 def in_dtype_of(given: Any, held: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -81,7 +81,23 @@ def prove_steps(
                 )
             if apart.leak is not None:
                 _refuse(programs, apart.leak, "images", "an image is kept from the others")
+        if programs.unread_rows:
+            _prove_unread(root, programs, given)
     programs.proven = True
+
+
+def _prove_unread(root: nn.Module, programs: Programs, given: Arguments) -> None:
+    """Raise LeakError if rows are read that a path leaves out."""
+    for path in ("gather", "mask") if programs.reduction.hides else ("gather",):
+        rows = Steps(root, programs, given, apart=False)
+        rows.compare_whole(path)
+        if rows.run().leak is not None:
+            raise LeakError(
+                f"'{rows.leak.name}' ({rows.leak.target}) at {rows.leak.meta['where']} reads rows "  # type: ignore[union-attr]
+                "that `unread_rows` leaves out, and no rule says so: it is new since "
+                f"{programs.analysis.traced.host} was wrapped. Leave it out, or wrap the model "
+                "without `unread_rows`."
+            )
 
 
 @contextmanager
@@ -100,9 +116,9 @@ def _nothing_stays(host: nn.Module, graph: fx.Graph) -> Iterator[None]:
 def _refuse(programs: Programs, leak: fx.Node, what: str, missing: str) -> None:
     raise LeakError(
         f"'{leak.name}' ({leak.target}) at {leak.meta['where']} mixes {what}, and no rule says how "
-        f"{missing}: it is new since {programs.analysis.traced.host} was wrapped. Leave it out, "
-        "write a rule (tokenprune.rewrite.rule), or unwrap the model and wrap it with "
-        "`mode: bypass`."
+        f"{missing}: it is new since {programs.analysis.traced.host} was wrapped, or weights that "
+        "are zero hid it. Leave it out, write a rule (tokenprune.rewrite.rule), or unwrap the "
+        "model and wrap it with `mode: bypass`."
     )
 
 
@@ -124,7 +140,8 @@ class _Step:
 
 class Steps:
     """Two paths of some programs, run in step. On one dropped tokens are hidden, from the other
-    they have left. Where every tensor keeps its size both are one path, proven for images alone.
+    they have left. Where they leave for parts of blocks alone, tensors are compared where both
+    paths hold all tokens; where there is one path, it is proven for images.
 
     Args:
         apart: The second path has other images too; else both have the same ones.
@@ -154,14 +171,21 @@ class Steps:
             for each in (self.sets, sets)
         ]
         self.paths: list[PathName] = ["gather", "gather"]
-        if reduction.removes and reduction.proofs:
+        self.wholes = (True, True)
+        if reduction.proofs:
             self.paths[0] = reduction.proofs[0].left
-        self.hides = self.lively = self.paths[0] == "mask"
+        self.leave = reduction.removes and self.paths[0] != "gather"
+        self.hides = self.lively = self.leave and self.paths[0] == "mask"
         self.leak: fx.Node | None = None
         self.unclear = False
         self.given = first_tensor(arguments).dtype
         self.away: torch.dtype | None = None
         self.rounded = autocast_dtypes(programs.analysis.traced.graph)
+
+    def compare_whole(self, path: PathName) -> None:
+        """Run one path twice: whole, and without the rows that nobody reads."""
+        self.paths, self.wholes = [path, path], (True, False)
+        self.leave = self.hides = self.lively = False
 
     def run(self) -> "Steps":
         """Run them.
@@ -188,7 +212,8 @@ class Steps:
 
     def _run(self) -> None:
         get, ahead = self.programs.get, dict[fx.Node, _Step]()
-        ours, theirs = (get(self.root, name, whole=True).rewrite for name in self.paths)
+        both = zip(self.paths, self.wholes, strict=True)
+        ours, theirs = (get(self.root, name, whole).rewrite for name, whole in both)
         wanted = {theirs.origin(node): theirs.facts(node) for node in theirs.nodes()}
 
         def lead(node: fx.Node, env: Environment) -> Any:
@@ -372,8 +397,8 @@ class Steps:
 
     def _rows(self, facts: NodeFacts, value: Tensor) -> Tensor | None:
         """The rows of kept tokens; None if nobody knows where they are."""
-        if not facts.dims or self.paths[0] == "gather":
-            return None if facts.folded and self.paths[0] != "gather" else value
+        if not facts.dims or not self.leave:
+            return None if facts.folded and self.leave else value
         if not self._comparable(facts, value):
             return None
         kept = self.sets[max(dim.stage for dim in facts.dims.values())]

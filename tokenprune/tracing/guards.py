@@ -6,7 +6,7 @@ what is looked up in one way is one list, which C code builds and compares with 
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Set
 from itertools import chain, repeat
 from operator import is_not
 from typing import Any
@@ -29,9 +29,16 @@ from tokenprune.tracing.looks import (
     state_now,
 )
 from tokenprune.tracing.reads import Reads
-from tokenprune.tracing.watched import DIFFERS, WHOLE, Watched, all_watched, hooks_watched
+from tokenprune.tracing.watched import (
+    DIFFERS,
+    HOOKS_OF,
+    WHOLE,
+    Watched,
+    all_watched,
+    hooks_watched,
+)
 
-__all__ = ["Guards", "Watched"]
+__all__ = ["HOOKS_OF", "Guards", "Watched"]
 
 
 class Alike:
@@ -161,12 +168,14 @@ class Guards:
         for group in self._alike:
             yield from group.watched
 
-    def changed(self, near: nn.Module | None = None) -> Watched | None:
+    def changed(
+        self, near: nn.Module | None = None, which: Callable[[Watched], bool] = lambda _: True
+    ) -> Watched | None:
         """The first value that is not what it was: of all, or of those that a module and what is in
-        it hold, less weights, which hooks of accelerate and FSDP move."""
+        it hold, less weights, which hooks of accelerate and FSDP move; `which` are of interest."""
         if near is not None and near not in self._near:
             held = {id(v) for m in near.modules() for v in (m, *vars(m).values())}
             kept = (w for w in self if w.look in (dict.get, getattr, dict_of, state_now, itself))
             self._near[near] = [w for w in kept if id(w.owner) in held]
         known = self if near is None else self._near[near]
-        return next((watched for watched in known if not watched.same()), None)
+        return next((watched for watched in known if which(watched) and not watched.same()), None)

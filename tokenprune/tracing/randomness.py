@@ -26,6 +26,8 @@ from tokenprune.tracing.reads import OF_TORCH
 
 __all__ = ["Generators", "torch_generators_kept"]
 
+SYSTEM = random.SystemRandom
+"""The operating system's, which has no state. By this name: a trace puts another class there."""
 KINDS = (random.Random, np.random.Generator, np.random.RandomState)
 # Those behind `random.random` and `np.random.rand`: named, since `gc.freeze` hides them.
 DEFAULTS = [cast(Any, draw).__self__ for draw in (random.random, np.random.get_state)]
@@ -42,7 +44,7 @@ class Generators:
     def __init__(self, root: nn.Module, known: Reached | None = None) -> None:
         """Find them; `known` is what the host's code may reach."""
         kinds = {found for kind in KINDS for found in _subclasses(kind)}
-        kinds.discard(random.SystemRandom)  # the operating system's, which has no state
+        kinds.discard(SYSTEM)
         found = [*_objects_of(kinds), *_held_by(root, known, kinds)]
         objects = [*DEFAULTS, *{id(one): one for one in found if one not in DEFAULTS}.values()]
         # torch's are not collected

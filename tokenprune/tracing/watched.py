@@ -36,7 +36,7 @@ from tokenprune.tracing.names import (
 from tokenprune.tracing.reads import Reads
 from tokenprune.tracing.settings import setting, settings_named_by
 
-__all__ = ["DIFFERS", "HOOKS", "WHOLE", "Watched", "all_watched", "hooks_watched"]
+__all__ = ["DIFFERS", "HOOKS", "HOOKS_OF", "WHOLE", "Watched", "all_watched", "hooks_watched"]
 
 BY_TYPE = {
     *("__call__", "__getattr__", "__getitem__", "__iter__", "__contains__", "__len__"),
@@ -287,6 +287,8 @@ def _contents(value: Any, name: str, whole: bool = False) -> Iterator[Watched]:
 
 CONSTANT = ("__code__", "__defaults__", "__kwdefaults__")
 """What an editor's automatic reload changes of a function."""
+HOOKS_OF = "hooks"
+"""Name of what a program must know of the hooks that a module had."""
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -299,7 +301,7 @@ def hooks_watched(hooks: Hooks, modules: Iterable[nn.Module]) -> Iterator[Watche
     for module in modules:
         tables = [getattr(module, name) for name in HOOKS]
         if any(tables) or any(of_all.values()):
-            yield Watched(module, hooks.look, module, "hooks", hooks.look(module, "", None))
+            yield Watched(module, hooks.look, module, HOOKS_OF, hooks.look(module, "", None))
         else:
             for name in HOOKS:
                 look = looks.none_of_gradients if "backward" in name else looks.none_in
