@@ -285,6 +285,7 @@ class _Task:
                 f"first such call raises this: {refused} If the model only serves, pass "
                 "train=False to wrap.",
             )
+        pruning.follow_mode()
         return wrapped
 
 

@@ -155,6 +155,12 @@ class Pruning:
         keeps_all = keeps_all and self.method.reduction.prunes
         return path == "dense" or (path == "gather" and keeps_all)
 
+    def follow_mode(self) -> None:
+        """Bring what was added into the mode of the host, which may be set by itself."""
+        for module in self.added.values():
+            if module.training != self.host.training:
+                module.train(self.host.training)
+
     def look_at_scorers(self, path: Path) -> None:
         """Warn, at an eval call that they prune, if the scorers have learned nothing yet."""
         if self.fitted or self.host.training or self.runs_host(path) or self.forced.keep_indices:
@@ -198,8 +204,8 @@ class Pruning:
         else:
             if model.__dict__ is not self.host.__dict__:
                 raise HostError(
-                    f"The __dict__ of {type(self.host).__name__} was replaced by another one, "
-                    "which the wrapped model does not hold. Update it in place, or wrap it again."
+                    f"The __dict__ of {type(self.host).__name__} was replaced by another one. "
+                    "Update it in place, or wrap the host again."
                 )
             self.look_at_scorers(path)
             call = CallSignature.now(type(self.host), entry)
@@ -256,10 +262,8 @@ class Pruning:
             UnsupportedHostError: The call cannot be traced, or a node run with fewer tokens.
         """
         host, arguments = self.host, as_arguments(self.call.host, given)
-        for module in self.added.values():  # the host's mode may be set by itself, and its dtype
-            if module.training != host.training:
-                module.train(host.training)
-        if not self.cache.frozen:
+        self.follow_mode()
+        if not self.cache.frozen:  # the host may be cast by itself
             check_place(host, self.added)
         arguments = self.handing(arguments, entry)
         signature = signature_of(arguments, entry, host.training)

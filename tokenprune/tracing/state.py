@@ -232,8 +232,8 @@ def empty_caches(root: nn.Module) -> None:
 def buffers_kept(root: nn.Module, graphs: Iterable[fx.Graph] = ()) -> Iterator[None]:
     """Give every buffer its values back, since some hosts count their calls in one; and every
     parameter that one of these graphs of the host writes into."""
-    paths = {written_weight(node) for graph in graphs for node in graph.nodes}
-    written = [p for path, p in root.named_parameters() if path in paths]
+    paths = {path for g in graphs for node in g.nodes if (path := written_weight(node)) is not None}
+    written = [p for path, p in root.named_parameters() if path in paths] if paths else ()
     own = (b for b in (*root.buffers(), *written) if is_plain(b) and not b.is_meta)
     before = [(buffer, buffer.clone()) for buffer in own]
     try:
