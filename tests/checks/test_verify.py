@@ -301,7 +301,7 @@ def test_what_calls_write_is_put_back_after_each_run() -> None:
         for _ in range(2):
             model(x), twin(x)
         host.head = nn.Linear(16, 5)
-        pruning_of(model).cache.clear()  # the next call is traced and proven anew
+        pruning_of(model).cache.clear()  # so that the next call makes a new trace, and proves it
         model(x), twin(x)
     assert torch.equal(host.decay, twin.decay)
     assert torch.equal(host.seen, twin.seen)

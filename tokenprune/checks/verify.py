@@ -49,6 +49,7 @@ def verify(
         UnsupportedHostError: It has no weights: it is on the meta device.
         VerificationError: A theorem does not hold; the first node where the paths differ is named.
             Or the outputs do not depend on what a stage drops, whatever the weights.
+        LeakError: An operator mixes tokens behind weights that are zero now.
     """
     return _verify(model, example_inputs, gradients, math.inf)
 

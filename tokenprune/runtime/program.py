@@ -83,8 +83,7 @@ class Programs:
         """
         if of is None and self.guards.hold():
             return
-        # a hook may take itself away
-        changed = self.guards.changed(of, lambda w: w.name != HOOKS_OF)
+        changed = self.guards.changed(of, _matters)
         if changed is None:
             return
         targets = (node.target for node in self.analysis.traced.graph.nodes)
@@ -151,3 +150,11 @@ class Programs:
         hooked = any(map(is_hook_node, rewrite.graph.nodes))
         run = closing(run) if hooked else run
         return Program(rewrite, run, hooked)
+
+
+def _matters(watched: Watched) -> bool:
+    """Whether a call that runs goes wrong if a hook changes this: one may take itself away."""
+    if watched.name != HOOKS_OF:
+        return True
+    state, *_ = watched.look(watched.table, watched.name, None)
+    return bool(state > watched.expected[0])

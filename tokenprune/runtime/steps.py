@@ -380,9 +380,9 @@ class Steps:
             if facts.dims or facts.rows_per_image is not None or not self.apart:
                 self.leak = self.leak or origin
             self.unclear = True
-        rounds = is_number(ours) and not shared  # then the next operator must not see that
-        if step.value is step.computed and not (rounds and (alike or noisy)):
-            return theirs, alike
+        differs = not alike and not noisy
+        if step.value is step.computed and (shared or differs or not is_number(ours)):
+            return theirs, alike  # else rounding would reach the next operator
         goes_on = self._rows(facts, step.value)
         if goes_on is None or (facts.rows_per_image or 1) > 1:  # nobody knows which rows are whose
             return theirs, False
